@@ -1,0 +1,35 @@
+# Two commands do everything on a fresh machine: `make demo`, `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+
+.PHONY: demo test lint bench clean
+demo: .venv/demo
+	$(BIN)/python examples/demo.py
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/test
+	$(BIN)/python benchmarks/run.py
+
+.venv/python:
+	$(PYTHON) -c 'import sys; sys.exit("surgery needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/demo: .venv/python pyproject.toml constraints.txt
+	$(PIP) -e '.[demo]'
+	touch $@
+
+.venv/test: .venv/python pyproject.toml constraints.txt
+	$(PIP) -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv demo-out dist build
