@@ -1,0 +1,70 @@
+"""The two seams of the package: something that tensors are read from, something they are written to.
+
+Protocols only. Containers implement them; operations and the engine see nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from formats.spec import CheckpointRef, TensorRef, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+class Checkpoint(Protocol):
+    """A readable set of named tensors. Opening reads headers only; reading is thread-safe."""
+
+    @property
+    def ref(self) -> CheckpointRef:
+        """What it takes to open it again."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor, by name, in the file's order."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The container's own string-to-string metadata."""
+
+    def tensor(self, name: str) -> TensorRef:
+        """A reference to one tensor. Raises UnknownTensor with the nearest names."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU, in its stored dtype and shape; the caller owns the memory."""
+
+    def read_bytes(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The tensor's payload as stored, as a flat array of bytes."""
+
+    def close(self) -> None:
+        """Releases the files; reading afterwards is an error."""
+
+    def __enter__(self) -> Checkpoint: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class CheckpointWriter(Protocol):
+    """A set of named tensors on its way to disk.
+
+    `write` once a name, in any order, from any thread: the bytes never depend on it. `create_checkpoint` opens one:
+    leaving its context normally makes the output appear whole; leaving it by an exception leaves nothing.
+    """
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes one tensor. Its dtype and shape must be those declared."""
+
+    def write_bytes(self, name: str, payload: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Writes one tensor's payload as it is."""
+
+    def omit(self, name: str) -> None:
+        """Says that a declared tensor will not come after all; the output is laid out without it."""
+
+    def seal(self, metadata: Mapping[str, str]) -> None:
+        """Replaces the metadata. Costs nothing where the header's length stays what was declared."""
+
+    def attach(self, filename: str, content: bytes) -> None:
+        """Adds a small file beside the weights, where the output is a folder."""

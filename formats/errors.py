@@ -1,0 +1,91 @@
+"""Every way a file can disappoint, as a tree. One class, one meaning, one exit code.
+
+    ReportedError                 what, where, expected, found, next: made to be read by a person
+    └── FormatError
+        ├── PathNotFound          nothing at that path
+        ├── NotACheckpoint        something is there, but no container we read
+        ├── CorruptFile           a container whose header and bytes contradict each other
+        ├── UnsupportedDType      a dtype the operation cannot handle
+        ├── UnknownTensor         a name the checkpoint does not have
+        ├── AdapterFormatError    an adapter whose config and keys contradict each other
+        ├── OutputExists          the output is there already, or is an input
+        ├── WriteFailed           the disk is full, or refuses
+        └── IncompleteOutput      a writer was closed before every tensor had been written
+
+`surgery.errors` continues the tree. This module knows nothing of either package's other modules.
+"""
+
+from __future__ import annotations
+
+
+class ReportedError(Exception):
+    """An error a user can act on.
+
+    Args:
+        what: one sentence, what went wrong.
+        where: the file or tensor it concerns.
+        expected, found: the two sides of a contradiction.
+        then: what the user can do next.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        found: object = None,
+        then: str | None = None,
+    ) -> None:
+        self.what = what
+        self.details = {
+            label: str(value)
+            for label, value in (("where", where), ("expected", expected), ("found", found), ("next", then))
+            if value is not None
+        }
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        return "\n".join([self.what, *(f"  {label + ':':<10}{value}" for label, value in self.details.items())])
+
+
+class FormatError(ReportedError):
+    """A file that cannot be read, or an output that cannot be written."""
+
+
+class PathNotFound(FormatError):
+    """Nothing at that path."""
+
+
+class NotACheckpoint(FormatError):
+    """Something is there, but no container we read."""
+
+
+class CorruptFile(FormatError):
+    """A container whose header and bytes contradict each other."""
+
+
+class UnsupportedDType(FormatError):
+    """A dtype the operation cannot handle."""
+
+
+class UnknownTensor(FormatError):
+    """A name the checkpoint does not have."""
+
+
+class AdapterFormatError(FormatError):
+    """An adapter whose config and keys contradict each other."""
+
+
+class OutputExists(FormatError):
+    """The output is there already, or is an input."""
+
+
+class WriteFailed(FormatError):
+    """The disk is full, or refuses."""
+
+
+class IncompleteOutput(FormatError):
+    """A writer was closed before every tensor had been written: a fault of ours, not of the user's."""

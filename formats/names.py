@@ -1,0 +1,31 @@
+"""Names that were not found, and the ones that were perhaps meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from formats.errors import UnknownTensor
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """Up to `count` of the known names that look most like `name`, the likeliest first.
+
+    Names that share a tail are compared first: a wrong prefix is the commonest mistake, and a model has thousands
+    of names that differ by a digit.
+    """
+    known = list(known)
+    tail = name.rsplit(".", 2)[-2:]
+    alike = [other for other in known if other.rsplit(".", 2)[-2:] == tail]
+    return difflib.get_close_matches(name, alike or known[:5000], n=count, cutoff=0.3)
+
+
+def unknown_tensor(name: str, known: Iterable[str], where: object) -> UnknownTensor:
+    """The error for a tensor that is not there, with the nearest names."""
+    close = nearest(name, known)
+    return UnknownTensor(
+        "no tensor of that name",
+        where=where,
+        expected=name,
+        found=f"nearest: {', '.join(close)}" if close else None,
+    )

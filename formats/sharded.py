@@ -1,0 +1,176 @@
+"""Several safetensors files that are one checkpoint, by an index file.
+
+The index may name files in its own folder only. Knows nothing of what the folder holds besides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from formats.errors import CorruptFile, PathNotFound
+from formats.names import unknown_tensor
+from formats.safetensors_file import SafetensorsFile, SafetensorsWriter
+from formats.spec import CheckpointRef, TensorRef, TensorSpec
+from formats.staging import Staging, disk_errors, write_at
+from formats.tensors import Bytes
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ShardedCheckpoint:
+    """A readable set of shards.
+
+    `shards` maps every tensor to its file's name. The metadata is the index's (strings only) over the shards'.
+
+    Raises:
+        CorruptFile: the index is malformed, points outside its folder, or contradicts the shards.
+        PathNotFound: a shard is missing.
+    """
+
+    def __init__(self, index: Path) -> None:
+        self.path = index
+        self.shards, own = _read_index(index)
+        self._files: dict[str, SafetensorsFile] = {}
+        try:
+            for filename in sorted(set(self.shards.values())):
+                if not (index.parent / filename).exists():
+                    raise PathNotFound("the index names a shard that is not there", where=index.parent / filename)
+                self._files[filename] = SafetensorsFile(index.parent / filename)
+            self.specs = self._gather()
+        except BaseException:
+            self.close()
+            raise
+        self.metadata: dict[str, str] = {}
+        for file in self._files.values():
+            self.metadata |= file.metadata
+        self.metadata |= own
+
+    def _gather(self) -> dict[str, TensorSpec]:
+        specs: dict[str, TensorSpec] = {}
+        for filename, file in self._files.items():
+            for name, spec in file.specs.items():
+                if self.shards.get(name) != filename:
+                    raise CorruptFile(
+                        "the index and a shard disagree about a tensor",
+                        where=f"{file.path}: {name}",
+                        expected=self.shards.get(name, "an entry in the index"),
+                        found=filename,
+                    )
+                specs[name] = spec
+        absent = sorted(set(self.shards) - set(specs))
+        if absent:
+            raise CorruptFile(
+                "the index names tensors that its shards do not hold",
+                where=self.path,
+                found=", ".join(absent[:5]),
+            )
+        return specs
+
+    @property
+    def ref(self) -> CheckpointRef:
+        """What it takes to open it again."""
+        return CheckpointRef(str(self.path))
+
+    def tensor(self, name: str) -> TensorRef:
+        """A reference to one tensor."""
+        return TensorRef(self.ref, self._file(name).specs[name])
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU, in its stored dtype and shape."""
+        return self._file(name).read(name)
+
+    def read_bytes(self, name: str) -> Bytes:
+        """The tensor's payload as stored."""
+        return self._file(name).read_bytes(name)
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self.shards:
+            raise unknown_tensor(name, self.specs, self.path)
+        return self._files[self.shards[name]]
+
+    def close(self) -> None:
+        """Closes every shard."""
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> ShardedCheckpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    try:
+        document = json.loads(path.read_bytes())
+        shards = document["weight_map"]
+        own = document.get("metadata") or {}
+        sound = all(isinstance(text, str) for pair in shards.items() for text in pair) and isinstance(own, dict)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise CorruptFile("not an index of shards", where=path, expected="JSON with a weight_map of names to files")
+    for filename in set(shards.values()):
+        if Path(filename).name != filename or filename in ("", ".", ".."):
+            raise CorruptFile("the index reaches outside its folder", where=path, found=filename)
+    return shards, {key: value for key, value in own.items() if isinstance(value, str)}
+
+
+class ShardedWriter:
+    """Fills the shards of one staged folder and writes their index.
+
+    The shards carry no metadata of ours; the index does, because it is written last.
+    """
+
+    def __init__(
+        self,
+        staging: Staging,
+        index: str,
+        shards: Mapping[str, str],
+        specs: Iterable[TensorSpec],
+        metadata: Mapping[str, str],
+    ) -> None:
+        self._staging = staging
+        self._index = index
+        self._shards = dict(shards)
+        self._metadata = dict(metadata)
+        self._omitted: set[str] = set()
+        grouped: dict[str, list[TensorSpec]] = {}
+        for spec in specs:
+            grouped.setdefault(self._shards[spec.name], []).append(spec)
+        self._writers = {
+            filename: SafetensorsWriter(staging, filename, group, {"format": "pt"})
+            for filename, group in sorted(grouped.items())
+        }
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes one tensor."""
+        self._writers[self._shards[name]].write(name, tensor)
+
+    def write_bytes(self, name: str, payload: Bytes) -> None:
+        """Writes one tensor's payload as it is."""
+        self._writers[self._shards[name]].write_bytes(name, payload)
+
+    def omit(self, name: str) -> None:
+        """Leaves a declared tensor out."""
+        self._writers[self._shards[name]].omit(name)
+        self._omitted.add(name)
+
+    def seal(self, metadata: Mapping[str, str]) -> None:
+        """Replaces the index's metadata."""
+        self._metadata = dict(metadata)
+
+    def finish(self) -> None:
+        """Completes every shard and writes the index, whose `total_size` counts bytes."""
+        for writer in self._writers.values():
+            writer.finish()
+        metadata: dict[str, object] = {"total_size": sum(writer.nbytes for writer in self._writers.values())}
+        metadata |= {key: value for key, value in sorted(self._metadata.items()) if key != "format"}
+        weight_map = {name: self._shards[name] for name in sorted(set(self._shards) - self._omitted)}
+        text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2).encode() + b"\n"
+        with disk_errors(self._staging.target):
+            write_at(self._staging.create(self._index, len(text)), text, 0)

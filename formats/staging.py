@@ -1,0 +1,233 @@
+"""Outputs that appear whole or not at all.
+
+Files are written without a name where the system has that (Linux: O_TMPFILE), so that a kill leaves nothing; they
+get their names in the last step, when everything is on disk. Elsewhere a hidden temporary file beside the target is
+used and removed on every exit short of a kill. Knows nothing of what the files hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+from formats.errors import OutputExists, PathNotFound, WriteFailed
+
+_CHUNK = 1 << 30  # the kernel moves at most 2 GiB a call
+
+
+@contextlib.contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turns what the disk says (full, over quota, read-only) into WriteFailed."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise WriteFailed(
+            "the disk is full" if full else f"cannot write: {error.strerror}",
+            where=target,
+            then="free some space or write elsewhere; nothing was written" if full else "nothing was written",
+        ) from error
+
+
+class Staging:
+    """One output, a file or a folder of files, not yet visible under its name.
+
+    Args:
+        target: where it will appear.
+        folder: whether the target is a folder (files are added by name) or the one file itself.
+        inputs: paths that the target must not name, contain or replace.
+        force: whether something that stands at the target may be replaced.
+
+    Raises:
+        OutputExists: the target is an input, or is there already and `force` is not given.
+        WriteFailed: the place cannot be written to.
+    """
+
+    def __init__(self, target: Path, *, folder: bool, inputs: Iterable[Path] = (), force: bool = False) -> None:
+        self.target = target.absolute()
+        self.folder = folder
+        self.force = force
+        self._files: dict[str, tuple[int, Path | None]] = {}  # name → descriptor, and its temporary name if any
+        self._refuse_inputs(inputs)
+        if not force:
+            self._refuse_existing()
+        self._near = next(parent for parent in self.target.parents if parent.exists())
+        if not self._near.is_dir():
+            raise PathNotFound("the output's parent is not a folder", where=self._near)
+
+    def _refuse_inputs(self, inputs: Iterable[Path]) -> None:
+        mine = self.target.resolve()
+        for path in inputs:
+            theirs = path.resolve()
+            if mine == theirs or mine in theirs.parents:
+                raise OutputExists(
+                    "the output would overwrite an input", where=path, then="choose another output with -o"
+                )
+
+    def _refuse_existing(self) -> None:
+        found = self.target
+        if found.is_dir() and self.folder:
+            if any(found.iterdir()):
+                raise OutputExists(
+                    "the output folder exists and is not empty",
+                    where=found,
+                    then="choose another output with -o, or replace it with --force",
+                )
+        elif os.path.lexists(found):
+            raise OutputExists(
+                "the output exists",
+                where=found,
+                then="choose another output with -o, or replace it with --force",
+            )
+
+    def create(self, name: str = "", size: int = 0) -> int:
+        """Opens a new file of the output and reserves its size; returns the descriptor, which stays ours."""
+        if name in self._files:
+            raise OutputExists("two files of one name in one output", where=name)
+        with disk_errors(self.target):
+            descriptor, temporary = self._open()
+            self._files[name] = (descriptor, temporary)
+            if size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, size)
+        return descriptor
+
+    def _open(self) -> tuple[int, Path | None]:
+        if hasattr(os, "O_TMPFILE"):
+            with contextlib.suppress(OSError):  # not every file system has unnamed files
+                return os.open(self._near, os.O_TMPFILE | os.O_RDWR, 0o666), None
+        temporary = self._near / self._hidden()
+        return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666), temporary
+
+    def _hidden(self) -> str:
+        return f".{self.target.name}.{secrets.token_hex(4)}.tmp"
+
+    def copy(self, name: str, source: Path) -> None:
+        """Adds a copy of a file as it is."""
+        with source.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            descriptor = self.create(name, size)
+            with disk_errors(self.target):
+                copy_range(stream.fileno(), 0, descriptor, 0, size)
+
+    def replace(self, name: str, size: int) -> tuple[int, int]:
+        """Starts a file over: returns the old descriptor, which the caller must close, and the new one."""
+        old, temporary = self._files.pop(name)
+        if temporary is not None:
+            temporary.unlink()
+        return old, self.create(name, size)
+
+    def commit(self) -> None:
+        """Puts everything on disk and makes it appear under its name. Renaming comes last: it is the one step that
+        either happened or did not."""
+        with disk_errors(self.target):
+            for descriptor, _ in self._files.values():
+                os.fsync(descriptor)
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            beside = self.target.parent / self._hidden()
+            try:
+                self._name(beside)
+                self._publish(beside)
+            finally:
+                _remove(beside)
+            _sync_folder(self.target.parent)
+        self.discard()
+
+    def _name(self, beside: Path) -> None:
+        if not self.folder:
+            self._link("", beside)
+            return
+        beside.mkdir()
+        for name in self._files:
+            self._link(name, beside / name)
+        _sync_folder(beside)
+
+    def _link(self, name: str, path: Path) -> None:
+        descriptor, temporary = self._files[name]
+        if temporary is not None:
+            os.rename(temporary, path)
+            return
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:  # dst_dir_fd makes Python call linkat, the one that follows /proc's link to the unnamed file
+            os.link(f"/proc/self/fd/{descriptor}", path.name, dst_dir_fd=folder, follow_symlinks=True)
+        finally:
+            os.close(folder)
+
+    def _publish(self, beside: Path) -> None:
+        if not self.force:
+            self._refuse_existing()  # somebody may have put something there while we worked
+        if os.path.lexists(self.target) and (self.folder or self.target.is_dir()):
+            aside = self.target.parent / self._hidden()
+            os.rename(self.target, aside)
+            try:
+                os.rename(beside, self.target)
+            except OSError:
+                os.rename(aside, self.target)
+                raise
+            _remove(aside)
+        else:
+            os.replace(beside, self.target)
+
+    def discard(self) -> None:
+        """Lets go of everything that is not committed."""
+        for descriptor, temporary in self._files.values():
+            os.close(descriptor)
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+        self._files.clear()
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.commit()
+        finally:
+            self.discard()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Writes all of `data` at `offset`, in as many calls as the system wants."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view[:_CHUNK], offset)
+        view, offset = view[written:], offset + written
+
+
+def copy_range(source: int, source_offset: int, target: int, target_offset: int, size: int) -> None:
+    """Copies bytes between files, inside the kernel where it can."""
+    while size:
+        moved = 0
+        if hasattr(os, "copy_file_range"):
+            with contextlib.suppress(OSError):  # across file systems, say: then through memory
+                moved = os.copy_file_range(source, target, min(size, _CHUNK), source_offset, target_offset)
+        if not moved:
+            data = os.pread(source, min(size, 1 << 24), source_offset)
+            if not data:
+                raise OSError(errno.EIO, "the source became shorter while it was copied")
+            write_at(target, data, target_offset)
+            moved = len(data)
+        source_offset, target_offset, size = source_offset + moved, target_offset + moved, size - moved
