@@ -176,8 +176,9 @@ def _canonical(model: Any, stored: Mapping[str, TensorSpec]) -> tuple[onnx.Model
     inputs = [value for value in graph.inputs if value.name not in stored]
     for value in weights:
         value.name = stored[value.name].name
-    _rename_axes(inputs, graph.outputs)
     outputs = {id(value) for value in graph.outputs}
+    between = [v for node in graph for v in node.outputs if id(v) not in outputs and v.type and v.shape]
+    _rename_axes(inputs, [*between, *graph.outputs])
     counts: Counter[str] = Counter()
     for node in graph.all_nodes():
         node.name = _numbered(counts, "/".join(filter(None, (_scope(node), node.op_type))))
@@ -197,6 +198,8 @@ def _canonical(model: Any, stored: Mapping[str, TensorSpec]) -> tuple[onnx.Model
     for target, values in ((proto.graph.input, inputs), (proto.graph.output, graph.outputs)):
         for value in values:
             target.append(_bare(ir.serde.serialize_value(value)))
+    for value in between:  # without shapes, ONNX Runtime does not fuse Add and LayerNormalization
+        proto.graph.value_info.append(_bare(ir.serde.serialize_value(value)))
     for value in constants:
         proto.graph.initializer.append(_bare(ir.serde.serialize_tensor(value.const_value)))
     for name in sorted(used):
@@ -209,7 +212,7 @@ def _canonical(model: Any, stored: Mapping[str, TensorSpec]) -> tuple[onnx.Model
     return proto, [spec for spec in {s.name: s for s in stored.values()}.values() if spec.name in used]
 
 
-def _rename_axes(inputs: list[Any], outputs: Any) -> None:
+def _rename_axes(inputs: list[Any], outputs: list[Any]) -> None:
     """torch.export's symbols (`s43`) become what they are; an axis derived from them keeps only that it varies."""
     import onnx_ir as ir
 
@@ -225,7 +228,8 @@ def _rename_axes(inputs: list[Any], outputs: Any) -> None:
 def _scope(node: Any) -> str:
     """The dotted path of the torch module that a node comes from; empty where the optimiser made the node."""
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-    return scopes[-2] if len(scopes) > 1 else ""
+    scope = scopes[-2] if len(scopes) > 1 else ""
+    return "" if scope.startswith("_") else scope  # the exporter's own placeholder, where it knows no module
 
 
 def _numbered(counts: Counter[str], name: str) -> str:
