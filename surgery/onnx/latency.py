@@ -1,0 +1,315 @@
+"""How long two ONNX graphs take, measured so that their ratio can be believed.
+
+All sessions live in one process with the same options and preallocated buffers. A block runs A B B A (or B A A B, by
+lot), which cancels any steady drift, and gives one log-ratio of medians. Each round holds one block of A against B
+and one of A against a second session of A: what that control shows is noise. Sessions are made anew several times,
+in changing order, since the place a session gets in memory is worth half a per cent by itself. Threads do not spin
+while they wait: the idle session's would take the cores from the running one (on two cores, a spread of 20 % between
+blocks instead of 2 %). Says nothing about what the numbers mean; that is `verdict`.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.onnx.errors import InputsDiffer, OnnxError, ProviderUnavailable, UnsupportedModel
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Feeds = dict[str, np.ndarray[Any, np.dtype[Any]]]
+
+EPOCHS = 4  # times that sessions are made anew
+ROUNDS = 80  # aimed at; a fast model gets more runs a block instead of more blocks
+WARM_UP = 8  # runs of each session before the first block
+_LOADING_SHARE = 0.25  # of the time given, at most, for making sessions anew
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the clock said.
+
+    log_ratios: log(B / A), one a block, in the order measured.
+    control: log(A' / A), the same for two sessions of A.
+    latency_a, latency_b: median seconds of one run.
+    runs_per_block: runs of each session in a block.
+    epochs: how often the sessions were made anew.
+    provider: the execution provider that ran.
+    threads: intra-op threads asked for; None leaves the number to ONNX Runtime.
+    """
+
+    log_ratios: tuple[float, ...]
+    control: tuple[float, ...]
+    latency_a: float
+    latency_b: float
+    runs_per_block: int
+    epochs: int
+    provider: str
+    threads: int | None
+
+
+def measure(
+    a: Path, b: Path, feeds: Feeds, *, provider: str, seconds: float, threads: int | None, seed: int
+) -> Measurement:
+    """Times B against A, interleaved, for about `seconds`, loading included.
+
+    Raises:
+        ProviderUnavailable: the provider asked for is not the one that would run.
+        UnsupportedModel: a graph that ONNX Runtime does not load or run.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    start = time.perf_counter()
+    effects: list[float] = []
+    controls: list[float] = []
+    times: dict[str, list[float]] = {"a": [], "b": []}
+    epochs, epoch, runs, actual = 1, 0, 1, provider
+    while epoch < epochs:
+        loading = time.perf_counter()
+        sessions = _sessions(a, b, feeds, provider, threads, epoch)
+        actual = sessions["a"].provider
+        if epoch == 0:
+            loaded = time.perf_counter() - loading
+            epochs = max(1, min(EPOCHS, int(_LOADING_SHARE * seconds / loaded)))
+            once = float(np.median([_run(sessions["a"]) for _ in range(3)]))
+            runs = max(1, int(seconds * (1 - _LOADING_SHARE) / (8 * once * ROUNDS)))
+        epoch += 1
+        deadline = start + seconds * epoch / epochs
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            while True:
+                for pair in rng.permutation(["effect", "control"]):
+                    second = sessions["b" if pair == "effect" else "again"]
+                    first_times, second_times = _block(sessions["a"], second, runs, bool(rng.integers(2)))
+                    ratio = math.log(float(np.median(second_times)) / float(np.median(first_times)))
+                    (effects if pair == "effect" else controls).append(ratio)
+                    if pair == "effect":
+                        times["a"].extend(first_times)
+                        times["b"].extend(second_times)
+                if time.perf_counter() >= deadline:
+                    break
+        finally:
+            if collecting:
+                gc.enable()
+        del sessions
+    return Measurement(
+        tuple(effects),
+        tuple(controls),
+        float(np.median(times["a"])),
+        float(np.median(times["b"])),
+        2 * runs,
+        epochs,
+        actual,
+        threads,
+    )
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A session with its inputs and outputs bound to buffers that stay where they are."""
+
+    session: Any
+    binding: Any
+    buffers: tuple[Any, ...]
+    provider: str
+
+
+def _sessions(
+    a: Path, b: Path, feeds: Feeds, provider: str, threads: int | None, epoch: int
+) -> dict[str, Bound]:
+    """The three sessions, warm; which is made first changes from epoch to epoch."""
+    todo = [("a", a), ("b", b), ("again", a)]
+    turn = epoch % 3
+    order = todo[turn:] + todo[:turn]
+    if epoch % 2:
+        order.reverse()
+    sessions = {name: bind(open_session(path, provider, threads), feeds, path) for name, path in order}
+    for _ in range(WARM_UP):
+        for bound in sessions.values():
+            _run(bound)
+    return sessions
+
+
+def _block(first: Bound, second: Bound, runs: int, swap: bool) -> tuple[list[float], list[float]]:
+    """Seconds of each run: first second second first, or the other way round; 2 × runs of either."""
+    outer, inner = (second, first) if swap else (first, second)
+    early = [_run(outer) for _ in range(runs)]
+    middle = [_run(inner) for _ in range(2 * runs)]
+    late = [_run(outer) for _ in range(runs)]
+    return (middle, early + late) if swap else (early + late, middle)
+
+
+def _run(bound: Bound) -> float:
+    began = time.perf_counter_ns()
+    bound.session.run_with_iobinding(bound.binding)
+    bound.binding.synchronize_outputs()
+    return (time.perf_counter_ns() - began) * 1e-9
+
+
+def provider_name(wanted: str) -> str:
+    """`cpu` → `CPUExecutionProvider`, as ONNX Runtime spells it. Raises ProviderUnavailable with those there are."""
+    import onnxruntime
+
+    there = onnxruntime.get_available_providers()
+    for name in there:
+        if wanted.lower() in (name.lower(), name.lower().removesuffix("executionprovider")):
+            return str(name)
+    raise ProviderUnavailable(
+        "this ONNX Runtime has no such execution provider",
+        expected=", ".join(name.removesuffix("ExecutionProvider").lower() for name in there),
+        found=wanted,
+        then="choose one of those, or install the ONNX Runtime package that has it",
+    )
+
+
+def open_session(path: Path, provider: str, threads: int | None) -> Any:
+    """A session that really runs on `provider`, on one thread pool that does not spin.
+
+    Raises:
+        ProviderUnavailable: ONNX Runtime fell back to another provider, as it does without an error.
+        UnsupportedModel: it does not load the graph.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.inter_op_num_threads = 1
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings: dict[str, str] = {}
+    if provider != "CPUExecutionProvider":
+        options.log_severity_level = 4  # a provider that does not load is reported below, once
+        if provider == "CUDAExecutionProvider":
+            settings = {"use_tf32": "0"}
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])
+    except Exception as error:  # its exceptions share no base class of their own
+        raise UnsupportedModel("ONNX Runtime does not load this graph", where=path, found=error) from error
+    actual = session.get_providers()[0]
+    if actual != provider:
+        raise ProviderUnavailable(
+            "ONNX Runtime would run the graph on another provider",
+            where=path,
+            expected=provider,
+            found=actual,
+            then="install what that provider needs (for CUDA: its libraries and a GPU), or ask for another",
+        )
+    return session
+
+
+def bind(session: Any, feeds: Feeds, path: Path) -> Bound:
+    """Inputs and outputs in buffers on the provider's device, allocated once."""
+    import numpy as np
+    import onnxruntime
+
+    provider = session.get_providers()[0]
+    device = "cuda" if provider == "CUDAExecutionProvider" else "cpu"
+    binding = session.io_binding()
+    try:
+        outputs = session.run(None, feeds)  # for their shapes
+    except Exception as error:  # its exceptions share no base class of their own
+        raise UnsupportedModel("ONNX Runtime does not run this graph", where=path, found=error) from error
+    buffers = []
+    for name, array in feeds.items():
+        buffers.append(onnxruntime.OrtValue.ortvalue_from_numpy(array, device))
+        binding.bind_ortvalue_input(name, buffers[-1])
+    for output, array in zip(session.get_outputs(), outputs, strict=True):
+        buffers.append(onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros_like(array), device))
+        binding.bind_ortvalue_output(output.name, buffers[-1])
+    return Bound(session, binding, tuple(buffers), provider)
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """An input as the graph declares it: name, ONNX element type, and shape (a name or None where it varies)."""
+
+    name: str
+    element: int
+    shape: tuple[int | str | None, ...]
+
+
+def graph_inputs(model: Any) -> tuple[GraphInput, ...]:
+    """The inputs of a loaded ModelProto, initialisers that are listed as inputs left out."""
+    initialisers = {tensor.name for tensor in model.graph.initializer}
+    return tuple(
+        GraphInput(
+            value.name,
+            value.type.tensor_type.elem_type,
+            tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in value.type.tensor_type.shape.dim),
+        )
+        for value in model.graph.input
+        if value.name not in initialisers
+    )
+
+
+def require_same_inputs(a: Path, b: Path, first: Sequence[GraphInput], second: Sequence[GraphInput]) -> None:
+    """Raises InputsDiffer unless both graphs take the same names, types and shapes; axis names do not matter."""
+
+    def plain(inputs: Sequence[GraphInput]) -> set[tuple[str, int, tuple[int | None, ...]]]:
+        return {(i.name, i.element, tuple(n if isinstance(n, int) else None for n in i.shape)) for i in inputs}
+
+    if plain(first) != plain(second):
+        raise InputsDiffer(
+            "the two graphs take different inputs, so nothing can be compared",
+            where=f"{a} and {b}",
+            expected=_described(first),
+            found=_described(second),
+        )
+
+
+def _described(inputs: Sequence[GraphInput]) -> str:
+    return ", ".join(f"{i.name}{[n if n is not None else '?' for n in i.shape]}" for i in inputs)
+
+
+def make_feeds(model: Any, path: Path, shape: tuple[int, int], seed: int) -> Feeds:
+    """The same inputs for every session: random tokens below the vocabulary's size, masks of ones, no padding.
+
+    Raises:
+        OnnxError: an input that is none of those a language model takes, or a shape that the graph does not allow.
+    """
+    import numpy as np
+    import onnx
+
+    rng = np.random.default_rng(seed)
+    feeds: Feeds = {}
+    for entry in graph_inputs(model):
+        if entry.name not in ("input_ids", "attention_mask", "token_type_ids", "position_ids"):
+            raise OnnxError(
+                "do not know what to feed this input",
+                where=f"{path}: {entry.name}",
+                expected="input_ids, attention_mask, token_type_ids, position_ids",
+                found=_described([entry]),
+            )
+        if len(entry.shape) != 2 or any(isinstance(n, int) and n != m for n, m in zip(entry.shape, shape, strict=True)):
+            raise OnnxError(
+                "the graph does not take this shape",
+                where=f"{path}: {entry.name}",
+                expected=_described([entry]),
+                found=" × ".join(map(str, shape)),
+                then="choose another --shape",
+            )
+        if entry.name == "input_ids":
+            array = rng.integers(0, vocabulary(model), shape)  # (batch, sequence)
+        elif entry.name == "position_ids":
+            array = np.broadcast_to(np.arange(shape[1]), shape)
+        else:
+            array = np.full(shape, int(entry.name == "attention_mask"))
+        feeds[entry.name] = np.ascontiguousarray(array, onnx.helper.tensor_dtype_to_np_dtype(entry.element))
+    return feeds
+
+
+def vocabulary(model: Any) -> int:
+    """Rows of the embedding that input_ids index; 100 where the graph hides it."""
+    rows = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}
+    for node in model.graph.node:
+        if node.op_type == "Gather" and node.input[1] == "input_ids" and node.input[0] in rows:
+            return int(rows[node.input[0]])
+    return 100
