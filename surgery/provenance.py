@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from formats.adapter import Adapter
 from formats.errors import CorruptFile
+from formats.paths import open_checkpoint
 from formats.spec import DType, TensorSpec
 from formats.tensors import bytes_from_tensor, tensor_from_bytes
+from surgery.checks import check_finite
 from surgery.version import __version__
 
 if TYPE_CHECKING:
@@ -39,6 +42,29 @@ def content_digest(tensors: Iterable[tuple[TensorSpec, str]]) -> str:
     """A content address over (spec, payload hash) of all tensors: the same however they are sharded or ordered."""
     lines = sorted(json.dumps([spec.name, spec.dtype.label, list(spec.shape), payload]) for spec, payload in tensors)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def fingerprint(adapter: Adapter) -> tuple[str, dict[str, str]]:
+    """The adapter's content digest, and the SHA-256 of every tensor of it that takes part, by name.
+
+    The digest covers scalings and targets too: the same tensors under another alpha are another adapter. Reads the
+    adapter's payload. Raises NotFinite.
+    """
+    hashes: dict[str, str] = {}
+    with open_checkpoint(adapter.ref.path) as checkpoint:
+        for ref in adapter.tensors:
+            tensor = checkpoint.read(ref.name)
+            if tensor.is_floating_point():
+                check_finite(tensor, f"{ref.name} of {adapter.ref.path}")
+            hashes[ref.name] = tensor_hash(tensor)
+    parts = [
+        [module.target, module.method, module.kind.value, module.scaling, role, hashes[ref.name]]
+        for module in adapter.modules
+        for role, ref in sorted(module.factors.items())
+    ]
+    parts += [[full.target, "full", "", 1.0, "", hashes[full.source.name]] for full in adapter.replacements]
+    lines = sorted(json.dumps(part) for part in parts)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest(), hashes
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Lora:
     name = "lora"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight that is not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
         _check_dtype(weight)
         a, b = (module.factors[role].spec.shape for role in ("lora_A", "lora_B"))
         shape = (b[0], a[1]) if module.kind is LayerKind.LINEAR else (a[1], b[0])

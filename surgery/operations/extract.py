@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from formats.checkpoint import Checkpoint
 from formats.dialects import CONFIG_KEY
@@ -25,38 +25,14 @@ from formats.paths import (
     open_checkpoint,
 )
 from formats.spec import DType, TensorSpec, shape_text
-from formats.tensors import torch_dtype
 from surgery import engine
 from surgery.engine import Resources
-from surgery.errors import NotFinite, NothingToDo, SurgeryError
-from surgery.linalg import EXTRA_BLOCKS, OVERSAMPLING, factorise
+from surgery.errors import NothingToDo, SurgeryError
+from surgery.linalg import EXTRA_BLOCKS, OVERSAMPLING
+from surgery.operations.carry import Factorise, KeepWhole, LeaveBehind, ModuleReport
 from surgery.plan import Fate, Outcome, Plan, Step, ledger
 from surgery.provenance import TOOL
 from surgery.report import Report, Stopwatch, peak_rss
-
-if TYPE_CHECKING:
-    import torch
-
-
-@dataclass(frozen=True)
-class ModuleReport:
-    """One weight that became factors.
-
-    Attributes:
-        name: the tensor.
-        shape: as stored.
-        rank: of the factors.
-        energy: share of ‖ΔW‖² they hold.
-        residual: ‖ΔW − BA‖ / ‖ΔW‖, their rounding included.
-        delta_norm: ‖ΔW‖.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    rank: int
-    energy: float
-    residual: float
-    delta_norm: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,131 +271,6 @@ def _renamed(spec: TensorSpec, name: str) -> TensorSpec:
     return TensorSpec(name, spec.dtype, spec.shape)
 
 
-@dataclass(frozen=True)
-class Factorise:
-    """A changed matrix becomes lora_A and lora_B; whatever else its module holds goes along in full if it changed.
-
-    Inputs: base and tuned weight, then base and tuned of each of `others`.
-    Outputs: lora_A, lora_B, then each of `others` under its key with the weight adapted and without.
-    """
-
-    weight: str
-    others: tuple[str, ...]
-    kind: LayerKind
-    rank: int
-    dtype: DType
-    seed: int
-
-    def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Factors the difference; identical weights give nothing."""
-        delta = _difference(*inputs[:2], name=self.weight)  # as stored, float32
-        tensors: list[torch.Tensor | None] = [None, None]
-        fates = {self.weight: Fate.IDENTICAL}
-        figures: dict[str, Any] = {}
-        if delta is not None:
-            oriented = delta if self.kind is LayerKind.LINEAR else delta.mT  # (out, in)
-            factors = factorise(oriented, self.rank, torch_dtype(self.dtype), self.seed)
-            _check_finite(
-                factors.lora_A, f"lora_A of {self.weight}", "the factors overflow their dtype: --dtype float32"
-            )
-            _check_finite(
-                factors.lora_B, f"lora_B of {self.weight}", "the factors overflow their dtype: --dtype float32"
-            )
-            tensors = [factors.lora_A, factors.lora_B]
-            fates[self.weight] = Fate.LOW_RANK
-            figures["module"] = ModuleReport(
-                self.weight,
-                tuple(delta.shape),
-                self.rank,
-                factors.energy,
-                factors.residual,
-                float(delta.norm().double()),
-            )
-            figures["rank"] = self.rank
-        for index, name in enumerate(self.others):
-            before, after = inputs[2 + 2 * index : 4 + 2 * index]
-            changed = _changed(before, after, name)
-            fates[name] = Fate.FULL if changed else Fate.IDENTICAL
-            tensors += [after if changed and delta is not None else None, after if changed and delta is None else None]
-        figures["full"] = [name for name in self.others if fates[name] is Fate.FULL]
-        return Outcome(tuple(tensors), fates, figures)
-
-
-@dataclass(frozen=True)
-class KeepWhole:
-    """Tensors that are carried in full if they changed, or if base lacks them.
-
-    Inputs: tuned's tensors in order, each preceded by base's where `known`.
-    Outputs: the tensors under their keys. A `module` (peft's `modules_to_save`) is carried whole or not at all.
-    """
-
-    names: tuple[str, ...]
-    known: tuple[bool, ...]
-    module: str | None
-
-    def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Compares and keeps."""
-        remaining = list(inputs)
-        tensors: list[torch.Tensor | None] = []
-        fates: dict[str, Fate] = {}
-        for name, paired in zip(self.names, self.known, strict=True):
-            before = remaining.pop(0) if paired else None
-            after = remaining.pop(0)
-            changed = before is None or _changed(before, after, name)
-            fates[name] = Fate.FULL if changed else Fate.IDENTICAL
-            tensors.append(after)
-        full = [name for name, fate in fates.items() if fate is Fate.FULL]
-        if not full:
-            return Outcome((None,) * len(tensors), fates)
-        kept = (
-            tensors
-            if self.module
-            else [tensor if name in full else None for name, tensor in zip(self.names, tensors, strict=True)]
-        )
-        return Outcome(tuple(kept), fates, {"full": full, "saved": self.module})
-
-
-@dataclass(frozen=True)
-class LeaveBehind:
-    """Tensors of base that tuned lacks, left as they are because the user said so."""
-
-    names: tuple[str, ...]
-
-    def __call__(self) -> Outcome:
-        """Accounts for them."""
-        return Outcome((), dict.fromkeys(self.names, Fate.REFUSED))
-
-
-def _difference(before: torch.Tensor, after: torch.Tensor, name: str) -> torch.Tensor | None:
-    """tuned − base in float32, None if it is zero everywhere. Raises NotFinite."""
-    import torch
-
-    wide = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
-    delta = after.to(wide).sub(before.to(wide)).to(torch.float32)
-    largest = float(delta.abs().amax()) if delta.numel() else 0.0
-    if not largest < float("inf"):
-        _check_finite(before, f"{name} of base")
-        _check_finite(after, f"{name} of tuned")
-        raise NotFinite("the difference overflows float32", where=name)
-    return delta if largest > 0 else None
-
-
-def _changed(before: torch.Tensor, after: torch.Tensor, name: str) -> bool:
-    import torch
-
-    if after.is_floating_point():
-        _check_finite(after, f"{name} of tuned")
-    return not torch.equal(before.to(after.dtype), after)
-
-
-def _check_finite(tensor: torch.Tensor, what: str, then: str = "repair or retrain that model") -> None:
-    import torch
-
-    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-    if bad:
-        raise NotFinite(f"NaN or Inf in {what}", found=f"{bad} of {tensor.numel()} elements", then=then)
-
-
 def _check_anything(outcomes: tuple[Outcome, ...], base: str | Path, tuned: str | Path) -> None:
     if all(fate in (Fate.IDENTICAL, Fate.REFUSED) for outcome in outcomes for fate in outcome.fates.values()):
         raise NothingToDo(
@@ -467,7 +318,7 @@ def _describe(
 
 
 def _is_tied(module: str, tuned: Checkpoint, config: Mapping[str, Any]) -> bool:
-    """Whether an embedding is also the model's head: said by the config, or a language model without a head's weight."""
+    """Whether an embedding is also the model's head: the config says so, or no head's weight is there."""
     shape = tuned.specs[f"{module}.weight"].shape
     alone = not any(spec.shape == shape for name, spec in tuned.specs.items() if owner(name) != module)
     architectures = " ".join(map(str, config.get("architectures") or ()))
