@@ -8,6 +8,8 @@
         ├── UnsupportedDType      a dtype the operation cannot handle
         ├── UnknownTensor         a name the checkpoint does not have
         ├── AdapterFormatError    an adapter whose config and keys contradict each other
+        ├── UnmatchedKeys         adapter keys that match nothing in the base
+        ├── ShapeMismatch         tensors that belong together and differ in shape
         ├── OutputExists          the output is there already, or is an input
         ├── WriteFailed           the disk is full, or refuses
         └── IncompleteOutput      a writer was closed before every tensor had been written
@@ -77,6 +79,14 @@ class UnknownTensor(FormatError):
 
 class AdapterFormatError(FormatError):
     """An adapter whose config and keys contradict each other."""
+
+
+class UnmatchedKeys(FormatError):
+    """Adapter keys that match nothing in the base."""
+
+
+class ShapeMismatch(FormatError):
+    """Tensors that belong together and differ in shape."""
 
 
 class OutputExists(FormatError):

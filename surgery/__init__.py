@@ -1,0 +1,82 @@
+"""Model surgery on saved weight files: extract, merge, unmerge and export adapters, exactly.
+
+    import surgery
+    adapter = surgery.extract("base.st", "tuned.st", "adapter", rank=8)
+    merged = surgery.merge("base.st", "adapter", "merged.st")
+
+Every function returns a frozen report; every error is a `surgery.ReportedError`. Importing this loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from surgery.version import __version__
+
+if TYPE_CHECKING:
+    from formats import open_checkpoint
+    from surgery.engine import Resources
+    from surgery.errors import FormatError, ReportedError, SurgeryError
+    from surgery.operations.bench import BenchReport, bench
+    from surgery.operations.diff import DiffReport, diff
+    from surgery.operations.export_onnx import ExportReport, export_onnx
+    from surgery.operations.extract import ExtractReport, extract
+    from surgery.operations.inspect import InspectReport, inspect
+    from surgery.operations.merge import MergeReport, merge
+    from surgery.operations.unmerge import UnmergeReport, unmerge
+
+_HOMES = {
+    "bench": "surgery.operations.bench",
+    "BenchReport": "surgery.operations.bench",
+    "diff": "surgery.operations.diff",
+    "DiffReport": "surgery.operations.diff",
+    "export_onnx": "surgery.operations.export_onnx",
+    "ExportReport": "surgery.operations.export_onnx",
+    "extract": "surgery.operations.extract",
+    "ExtractReport": "surgery.operations.extract",
+    "FormatError": "surgery.errors",
+    "inspect": "surgery.operations.inspect",
+    "InspectReport": "surgery.operations.inspect",
+    "merge": "surgery.operations.merge",
+    "MergeReport": "surgery.operations.merge",
+    "open_checkpoint": "formats",
+    "ReportedError": "surgery.errors",
+    "Resources": "surgery.engine",
+    "SurgeryError": "surgery.errors",
+    "unmerge": "surgery.operations.unmerge",
+    "UnmergeReport": "surgery.operations.unmerge",
+}
+
+__all__ = [
+    "BenchReport",
+    "DiffReport",
+    "ExportReport",
+    "ExtractReport",
+    "FormatError",
+    "InspectReport",
+    "MergeReport",
+    "ReportedError",
+    "Resources",
+    "SurgeryError",
+    "UnmergeReport",
+    "__version__",
+    "bench",
+    "diff",
+    "export_onnx",
+    "extract",
+    "inspect",
+    "merge",
+    "open_checkpoint",
+    "unmerge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,85 @@
+"""The adapter as the mathematics sees it, free of any dialect's names.
+
+Data and one protocol. Knows no file layout and no linear algebra.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from formats.checkpoint import Checkpoint
+from formats.layers import LayerKind
+from formats.spec import CheckpointRef, TensorRef, TensorSpec
+
+
+@dataclass(frozen=True)
+class AdapterModule:
+    """One adapted weight.
+
+    Attributes:
+        target: the base tensor it changes.
+        method: whose mathematics, e.g. "lora".
+        kind: how the base stores the weight.
+        factors: the method's tensors by their role. For LoRA lora_A (rank, in) and lora_B (out, rank).
+        rank, alpha: as configured for this very module.
+        rslora: whether the scaling is alpha/√rank instead of alpha/rank (arXiv 2312.03732).
+    """
+
+    target: str
+    method: str
+    kind: LayerKind
+    factors: Mapping[str, TensorRef]
+    rank: int
+    alpha: float
+    rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """The factor of BA in ΔW."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A tensor that the adapter carries in full: it replaces the base's `target`, or is added to the base."""
+
+    target: str
+    source: TensorRef
+    added: bool
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A whole adapter, resolved against its base's names. `config` is the dialect's own, as read."""
+
+    ref: CheckpointRef
+    dialect: str
+    config: Mapping[str, Any]
+    modules: tuple[AdapterModule, ...]
+    replacements: tuple[Replacement, ...]
+
+    @property
+    def tensors(self) -> tuple[TensorRef, ...]:
+        """Every tensor of the adapter that takes part, in a fixed order."""
+        factors = [ref for module in self.modules for _, ref in sorted(module.factors.items())]
+        return tuple(sorted([*factors, *(full.source for full in self.replacements)], key=lambda ref: ref.name))
+
+
+class Dialect(Protocol):
+    """A way of naming an adapter's tensors and config."""
+
+    name: str
+
+    def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
+        """Whether these names and this config (None if there is none) are of this dialect."""
+
+    def read(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None, base: Mapping[str, TensorSpec]) -> Adapter:
+        """The adapter, resolved against the base's tensors.
+
+        Raises:
+            AdapterFormatError: keys and config contradict each other, or need what we cannot do.
+            UnmatchedKeys: keys that match nothing in the base.
+        """

@@ -1,0 +1,79 @@
+"""The dialects adapters are written in, and the one function that opens whichever it is.
+
+A new dialect is a file here and one line in `DIALECTS`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from formats.adapter import Adapter, Dialect
+from formats.checkpoint import Checkpoint
+from formats.dialects.peft import Peft
+from formats.errors import AdapterFormatError, CorruptFile, PathNotFound
+from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_checkpoint
+from formats.spec import TensorSpec
+
+DIALECTS: tuple[Dialect, ...] = (Peft(),)
+CONFIG_KEY = "adapter_config"  # where a single-file adapter keeps its config, in the header's metadata
+
+
+def open_adapter(path: str | Path, base: Mapping[str, TensorSpec]) -> Adapter:
+    """Reads an adapter's headers and config, resolved against its base's tensors.
+
+    Args:
+        path: an adapter's folder, or a single safetensors file with its config in the metadata.
+        base: the base's tensors.
+
+    Raises:
+        PathNotFound, NotACheckpoint, CorruptFile: the file itself.
+        AdapterFormatError: no dialect of ours, or one that contradicts itself.
+        UnmatchedKeys: made for another model.
+    """
+    checkpoint, config = open_adapter_file(path)
+    with checkpoint:
+        return _dialect_of(checkpoint, config, path).read(checkpoint, config, base)
+
+
+def open_adapter_file(path: str | Path) -> tuple[Checkpoint, Mapping[str, Any] | None]:
+    """An adapter's tensors and its config, None if it has none. The caller closes the checkpoint."""
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise PathNotFound("no such adapter", where=path)
+    weights = path / ADAPTER_WEIGHTS
+    if path.is_dir() and not weights.exists() and (path / ADAPTER_CONFIG).exists():
+        raise PathNotFound("the adapter's folder has a config and no weights", where=path, expected=ADAPTER_WEIGHTS)
+    checkpoint = open_checkpoint(weights if weights.exists() else path)
+    if CONFIG_KEY in checkpoint.metadata:
+        return checkpoint, _parse(checkpoint.metadata[CONFIG_KEY], path)
+    beside = folder / ADAPTER_CONFIG
+    # A lone file takes the config of its folder only under the name that the config belongs to.
+    if beside.exists() and (path.is_dir() or path.name == ADAPTER_WEIGHTS):
+        return checkpoint, _parse(beside.read_text(encoding="utf-8"), beside)
+    return checkpoint, None
+
+
+def _parse(text: str, where: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise CorruptFile(f"the adapter's config is not JSON: {error}", where=where) from error
+    if not isinstance(config, dict):
+        raise CorruptFile("the adapter's config is not a JSON object", where=where)
+    return config
+
+
+def _dialect_of(checkpoint: Checkpoint, config: Mapping[str, Any] | None, where: str | Path) -> Dialect:
+    for dialect in DIALECTS:
+        if dialect.recognises(checkpoint, config):
+            return dialect
+    raise AdapterFormatError(
+        "not an adapter in a dialect we read",
+        where=where,
+        expected=" or ".join(dialect.name for dialect in DIALECTS),
+        found=", ".join(list(checkpoint.specs)[:3]) + (" …" if len(checkpoint.specs) > 3 else ""),
+    )

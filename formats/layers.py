@@ -1,0 +1,74 @@
+"""What kind of layer owns a two-dimensional weight, learned from names and shapes alone.
+
+A linear layer stores (out, in), GPT-2's Conv1D stores (in, out), an embedding stores (vocabulary, width); their
+adapters differ in layout. No list of architectures: the evidence is the length of the bias, then the neighbours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+
+from formats.spec import TensorSpec
+
+_EMBEDDING = re.compile(r"emb|^(wte|wpe|shared|relative_attention_bias)$", re.IGNORECASE)
+
+
+class LayerKind(StrEnum):
+    """How a layer stores its weight."""
+
+    LINEAR = "linear"  # (out, in)
+    TRANSPOSED = "transposed"  # (in, out)
+    EMBEDDING = "embedding"  # (vocabulary, width)
+
+
+def owner(tensor: str) -> str:
+    """The module that holds a tensor: its name without the last part; empty at the root."""
+    return tensor.rpartition(".")[0]
+
+
+def layer_kinds(specs: Mapping[str, TensorSpec]) -> dict[str, LayerKind]:
+    """The kind of every module with a two-dimensional `.weight`, by module name.
+
+    A bias tells by its length which side is the output. Square weights follow their nearest neighbours: a layer
+    with a square weight and a bias is taken to be stored like the layers beside it whose bias did tell. Without any
+    evidence a layer is linear.
+    """
+    told: dict[str, LayerKind] = {}
+    square: list[str] = []
+    for name, spec in specs.items():
+        module, _, last = name.rpartition(".")
+        if last != "weight" or len(spec.shape) != 2:
+            continue
+        bias = specs.get(f"{module}.bias")
+        if bias is None and _EMBEDDING.search(module.rpartition(".")[2]):
+            told[module] = LayerKind.EMBEDDING
+        elif bias is not None and spec.shape[0] == spec.shape[1]:
+            square.append(module)
+        elif bias is not None and bias.shape == spec.shape[1:]:
+            told[module] = LayerKind.TRANSPOSED
+        else:
+            told[module] = LayerKind.LINEAR
+    votes = _votes({module: kind for module, kind in told.items() if f"{module}.bias" in specs})
+    return told | {module: _nearest_vote(module, votes) for module in square}
+
+
+def _votes(told: Mapping[str, LayerKind]) -> dict[str, int]:
+    """For every scope, transposed layers minus linear ones below it."""
+    votes: dict[str, int] = {}
+    for module, kind in told.items():
+        scope = module
+        while scope:
+            scope = owner(scope)
+            votes[scope] = votes.get(scope, 0) + (1 if kind is LayerKind.TRANSPOSED else -1)
+    return votes
+
+
+def _nearest_vote(module: str, votes: Mapping[str, int]) -> LayerKind:
+    scope = module
+    while scope:
+        scope = owner(scope)
+        if votes.get(scope):
+            return LayerKind.TRANSPOSED if votes[scope] > 0 else LayerKind.LINEAR
+    return LayerKind.LINEAR

@@ -1,0 +1,41 @@
+"""The command line: `surgery VERB …`. Commands load only when they are called; none imports torch at its top."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from surgery.version import __version__
+
+COMMANDS = {
+    "extract": "surgery.cli.extract",
+    "merge": "surgery.cli.merge",
+    "unmerge": "surgery.cli.unmerge",
+    "export-onnx": "surgery.cli.export_onnx",
+    "bench": "surgery.cli.bench",
+    "inspect": "surgery.cli.inspect",
+    "diff": "surgery.cli.diff",
+}
+
+
+class _LazyGroup(click.Group):
+    """A group that imports a command's module when the command is wanted."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(COMMANDS[cmd_name]).command
+        return command
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="surgery")
+def main() -> None:
+    """Model surgery on saved weight files.
+
+    Exit codes: 0 done; 1 the operation failed; 2 usage; 3 a check said no; 4 a check could not tell.
+    """

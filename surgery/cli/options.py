@@ -1,0 +1,148 @@
+"""What the commands share: options, progress, errors, and how a report is printed. Nothing but click and printing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from formats.errors import ReportedError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from surgery.engine import Resources
+    from surgery.plan import Plan
+
+PATH = click.Path(path_type=str)
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+class ByteSize(click.ParamType[int]):
+    """A number of bytes: `512MB`, `2GiB`, `1000000`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parses it, or fails as a usage error."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?|)b?", str(value).strip().lower())
+        if match is None:
+            self.fail(f"{value!r} is not a size such as 512MB or 2GiB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
+
+
+def output_options(function: Callable[..., None]) -> Callable[..., None]:
+    """-o and --force."""
+    function = click.option("--force", is_flag=True, help="Replace what stands at the output.")(function)
+    return click.option("-o", "--output", "out", type=PATH, required=True, help="Where to write.")(function)
+
+
+def engine_options(function: Callable[..., None]) -> Callable[..., None]:
+    """--jobs and --memory."""
+    function = click.option(
+        "--memory", type=ByteSize(), default="512MiB", show_default=True, help="What running steps may hold together."
+    )(function)
+    return click.option(
+        "--jobs", type=click.IntRange(min=0), default=0, help="Worker threads; 0 means one for each core."
+    )(function)
+
+
+def json_option(function: Callable[..., None]) -> Callable[..., None]:
+    """--json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")(
+        function
+    )
+
+
+def dry_run_option(function: Callable[..., None]) -> Callable[..., None]:
+    """--dry-run."""
+    return click.option("--dry-run", is_flag=True, help="Print the plan; read headers only and write nothing.")(
+        function
+    )
+
+
+@contextlib.contextmanager
+def reporting(operation: str, as_json: bool) -> Iterator[None]:
+    """Turns errors into one message on stderr (and, with --json, a document on stdout) and an exit code."""
+    try:
+        yield
+    except ReportedError as error:
+        if as_json:
+            said = {"type": type(error).__name__, "what": error.what, **error.details}
+            click.echo(json.dumps({"operation": operation, "error": said}, indent=2))
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        click.echo(f"error: {error.strerror or error}\n  where:    {error.filename}", err=True)
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def resources(jobs: int, memory: int) -> Iterator[Resources]:
+    """The engine's resources, with a progress bar on stderr if that is a terminal."""
+    from surgery.engine import Resources
+
+    if not sys.stderr.isatty():
+        yield Resources(jobs, memory)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def advance(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=name)
+
+        yield Resources(jobs, memory, advance)
+
+
+def print_json(report: Any) -> None:
+    """A report as one JSON document."""
+    click.echo(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False, default=str))
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """A table in the house's style: the first column is text, the others are numbers."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return made
+
+
+def show(*parts: Any) -> None:
+    """Prints to stdout, as wide as the terminal, or 120 columns where there is none."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
+    for part in parts:
+        console.print(part)
+
+
+def show_plan(plan: Plan) -> None:
+    """--dry-run: the plan, a row a step."""
+    rows = table("op", "step", "reads", "writes")
+    for row in plan.rows():
+        rows.add_row(*row)
+    show(rows, *(f"note: {note}" for note in plan.notes), f"{len(plan.steps)} steps, nothing written")
+
+
+def show_ending(report: Any) -> None:
+    """The last lines of every report: notes, ledger, where and how long."""
+    fates = ", ".join(f"{count} {fate.replace('_', '-')}" for fate, count in report.ledger.items() if count)
+    show(*(f"note: {note}" for note in report.notes), f"tensors: {fates}")
+    show(f"{report.output}  ({report.seconds:.2f} s, peak {report.peak_rss_bytes / 1e6:.0f} MB)")

@@ -1,0 +1,171 @@
+"""Runs a Plan on threads, within a byte budget.
+
+Order of completion never shows: outcomes come back in the plan's order, and the writer's bytes do not depend on it.
+Knows nothing of what a step computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from formats.checkpoint import Checkpoint, CheckpointWriter
+from formats.errors import ReportedError
+from formats.paths import open_checkpoint
+from formats.spec import CheckpointRef, TensorRef
+from surgery.plan import Outcome, Plan, Step
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_MEMORY = 512 << 20  # bytes that steps may hold at once; a larger step runs alone
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run may use.
+
+    Attributes:
+        jobs: worker threads; 0 means one for each core this process may run on.
+        memory: bytes that running steps may hold together.
+        progress: called after each step with its number, the total and the step's name.
+    """
+
+    jobs: int = 0
+    memory: int = DEFAULT_MEMORY
+    progress: Callable[[int, int, str], None] | None = None
+
+    @property
+    def workers(self) -> int:
+        """The number of worker threads."""
+        return self.jobs or cores()
+
+
+def cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(plan: Plan, writer: CheckpointWriter | None, resources: Resources | None = None) -> tuple[Outcome, ...]:
+    """Runs every step; the outcomes come in the plan's order, without their tensors.
+
+    The first error stops the run and is raised once the steps under way have ended.
+
+    Raises:
+        ReportedError: whatever a step reports; other exceptions carry the step's name as a note.
+    """
+    import torch
+
+    resources = resources or Resources()
+    workers = max(1, min(resources.workers, len(plan.steps)))
+    intra_op = max(1, cores() // workers)
+    budget = _Budget(resources.memory)
+    stop = threading.Event()
+    with _Readers() as readers, _torch_threads():
+        # Largest first: the last step to finish is then a small one.
+        order = sorted(range(len(plan.steps)), key=lambda index: -plan.steps[index].nbytes)
+        pool = ThreadPoolExecutor(workers, "surgery", initializer=torch.set_num_threads, initargs=(intra_op,))
+        futures: dict[int, Future[Outcome]] = {}
+        try:
+            for index in order:
+                futures[index] = pool.submit(_run_step, plan.steps[index], readers, writer, budget, stop)
+            _follow(plan, futures, resources)
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+        return tuple(futures[index].result() for index in range(len(plan.steps)))
+
+
+def _run_step(
+    step: Step, readers: _Readers, writer: CheckpointWriter | None, budget: _Budget, stop: threading.Event
+) -> Outcome:
+    with budget.hold(step.nbytes):
+        if stop.is_set():
+            return Outcome((), {})
+        try:
+            outcome = step.op(*(readers.read(ref) for ref in step.inputs))
+            for spec, tensor in zip(step.outputs, outcome.tensors, strict=True):
+                if writer is not None and tensor is not None:
+                    writer.write(spec.name, tensor)
+                elif writer is not None:
+                    writer.omit(spec.name)
+        except Exception as error:
+            stop.set()
+            if not isinstance(error, ReportedError):
+                error.add_note(f"while running the step {step.name}")
+            raise
+        return Outcome((), outcome.fates, outcome.figures)
+
+
+def _follow(plan: Plan, futures: dict[int, Future[Outcome]], resources: Resources) -> None:
+    """Waits for all steps, reporting each; raises the first error."""
+    names = {future: plan.steps[index].name for index, future in futures.items()}
+    pending = set(futures.values())
+    while pending:
+        finished, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+        finished |= {future for future in pending if future.done()}
+        pending -= finished
+        for future in finished:
+            future.result()
+            if resources.progress:
+                resources.progress(len(names) - len(pending), len(names), names[future])
+
+
+class _Budget:
+    """Bytes that steps share. A step larger than all of it waits until it is alone."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, nbytes: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._held == 0 or self._held + nbytes <= self._limit)
+            self._held += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= nbytes
+                self._changed.notify_all()
+
+
+class _Readers:
+    """Checkpoints opened once for all workers, closed together."""
+
+    def __init__(self) -> None:
+        self._open: dict[CheckpointRef, Checkpoint] = {}
+        self._lock = threading.Lock()
+
+    def read(self, ref: TensorRef) -> torch.Tensor:
+        with self._lock:
+            if ref.checkpoint not in self._open:
+                self._open[ref.checkpoint] = open_checkpoint(ref.checkpoint.path)
+            checkpoint = self._open[ref.checkpoint]
+        return checkpoint.read(ref.name)
+
+    def __enter__(self) -> _Readers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for checkpoint in self._open.values():
+            checkpoint.close()
+
+
+@contextlib.contextmanager
+def _torch_threads() -> Iterator[None]:
+    """Gives the caller its own number of torch threads back."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,72 @@
+"""Every way an operation can be refused or fail; continues the tree of `formats.errors`.
+
+ReportedError
+├── FormatError …             the files: see formats.errors
+└── SurgeryError
+    ├── NothingToDo           base and tuned are identical, or a merge that changes nothing
+    ├── NotFinite             NaN or Inf, or a result beyond the stored dtype's range
+    ├── NotMergeable          a method that no weight can express, with the mathematical reason
+    ├── AlreadyMerged         the receipt says that this adapter is in there
+    ├── NotMerged             the receipt does not know this adapter, or cannot give back what it replaced
+    ├── Unsupported           sound input that this version does not handle
+    ├── VerificationFailed    a check ran and said no (exit code 3)
+    └── Undecided             a check ran and could not tell (exit code 4)
+"""
+
+from __future__ import annotations
+
+from formats.errors import FormatError, ReportedError
+
+__all__ = [
+    "AlreadyMerged",
+    "FormatError",
+    "NotFinite",
+    "NotMergeable",
+    "NotMerged",
+    "NothingToDo",
+    "ReportedError",
+    "SurgeryError",
+    "Undecided",
+    "Unsupported",
+    "VerificationFailed",
+]
+
+
+class SurgeryError(ReportedError):
+    """An operation that was refused or failed."""
+
+
+class NothingToDo(SurgeryError):
+    """Base and tuned are identical, or a merge that changes nothing."""
+
+
+class NotFinite(SurgeryError):
+    """NaN or Inf in a tensor, or a result beyond the stored dtype's range."""
+
+
+class NotMergeable(SurgeryError):
+    """A method that no weight can express, with the mathematical reason."""
+
+
+class AlreadyMerged(SurgeryError):
+    """The receipt says that this adapter is in there."""
+
+
+class NotMerged(SurgeryError):
+    """The receipt does not know this adapter, or cannot give back what it replaced."""
+
+
+class Unsupported(SurgeryError):
+    """Sound input that this version does not handle."""
+
+
+class VerificationFailed(SurgeryError):
+    """A check ran and said no."""
+
+    exit_code = 3
+
+
+class Undecided(SurgeryError):
+    """A check ran and could not tell."""
+
+    exit_code = 4

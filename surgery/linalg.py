@@ -1,0 +1,149 @@
+"""Truncated singular value decomposition of a difference of weights.
+
+Block Krylov iteration (Musco and Musco, arXiv 1504.05477): fine-tuning deltas have slowly decaying spectra, on which
+the usual randomised SVD with a few power iterations is off by per cents. Deterministic: the start is seeded, the
+signs are fixed. Knows tensors only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+OVERSAMPLING = 8  # columns beyond the rank, so that the last wanted direction converges too
+EXTRA_BLOCKS = 3  # Krylov blocks after the first: worst excess seen on real deltas 8e-5 at rank 8, 1.5e-4 at rank 32
+
+
+@dataclass(frozen=True)
+class TruncatedSVD:
+    """The leading singular triplets of a matrix, and what they leave out.
+
+    Attributes:
+        left: (rows, rank) orthonormal columns U.
+        singular_values: (rank,) float64, descending.
+        right: (rank, columns) orthonormal rows Vᵀ.
+        total: ‖D‖², summed in float64.
+        tail: squared Frobenius norm of what is left out: the other σ² where all are known, else ‖D‖² − Σσ².
+    """
+
+    left: torch.Tensor
+    singular_values: torch.Tensor
+    right: torch.Tensor
+    total: float
+    tail: float
+
+
+def squared_norm(matrix: torch.Tensor) -> float:
+    """‖matrix‖², summed in float64."""
+    import torch
+
+    rows = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float64)
+    return float(rows.square().sum())
+
+
+def truncated_svd(delta: torch.Tensor, rank: int, seed: int = 0) -> TruncatedSVD:
+    """The `rank` leading singular triplets.
+
+    Exact where the Krylov space would be most of the whole space anyway.
+
+    Args:
+        delta: (rows, columns) float32.
+        rank: 1 ≤ rank ≤ min(rows, columns).
+        seed: of the random start.
+    """
+    import torch
+
+    total = squared_norm(delta)
+    small = min(delta.shape)
+    width = rank + OVERSAMPLING
+    if 2 * width * (1 + EXTRA_BLOCKS) >= small:
+        left, values, right = torch.linalg.svd(delta, full_matrices=False)
+        tail = float(values[rank:].to(torch.float64).square().sum())
+        return _oriented(left[:, :rank], values[:rank], right[:rank], total, tail)
+    if delta.shape[0] < delta.shape[1]:
+        left, values, right = _block_krylov(delta, width, seed)
+    else:
+        right, values, left = _block_krylov(delta.mT, width, seed)
+        left, right = left.mT, right.mT
+    tail = max(0.0, total - float(values[:rank].to(torch.float64).square().sum()))
+    return _oriented(left[:, :rank], values[:rank], right[:rank], total, tail)
+
+
+def _oriented(left: torch.Tensor, values: torch.Tensor, right: torch.Tensor, total: float, tail: float) -> TruncatedSVD:
+    """The triplets with signs such that the largest entry of each left vector is positive."""
+    import torch
+
+    largest = left.gather(0, left.abs().argmax(dim=0, keepdim=True))[0]  # (rank,)
+    sign = torch.where(largest < 0, -1.0, 1.0).to(left.dtype)
+    return TruncatedSVD(left * sign, values.to(torch.float64), right * sign[:, None], total, tail)
+
+
+def _block_krylov(matrix: torch.Tensor, width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, σ, Vᵀ of the projection onto the Krylov space of a wide matrix (rows ≤ columns)."""
+    import torch
+
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    start = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype)
+    block = torch.linalg.qr(matrix @ start).Q  # (rows, width)
+    basis = block
+    for _ in range(EXTRA_BLOCKS):
+        block = matrix @ (matrix.mT @ block)  # (rows, width)
+        for _ in range(2):  # once is not enough in float32
+            block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
+        basis = torch.cat([basis, block], dim=1)  # (rows, (1 + extra) · width)
+    core = basis.mT @ matrix  # ((1 + extra) · width, columns)
+    left, values, right = torch.linalg.svd(core, full_matrices=False)
+    return basis @ left, values, right
+
+
+@dataclass(frozen=True)
+class Factors:
+    """ΔW ≈ B A with the singular values split evenly, and the measured loss.
+
+    Attributes:
+        lora_A: (rank, columns).
+        lora_B: (rows, rank).
+        energy: share of ‖ΔW‖² that BA holds.
+        residual: ‖ΔW − BA‖ / ‖ΔW‖, rounding of the factors included.
+    """
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    energy: float
+    residual: float
+
+
+def factorise(delta: torch.Tensor, rank: int, dtype: torch.dtype, seed: int = 0) -> Factors:
+    """B = U√Σ and A = √ΣVᵀ of the leading `rank` triplets, stored as `dtype`.
+
+    ‖ΔW − B̃Ã‖² is taken as the tail ‖ΔW‖² − Σσ² plus the rounding loss ‖BA − B̃Ã‖²; their cross term vanishes to first
+    order in the rounding, because what is left out is orthogonal to U and V.
+
+    Args:
+        delta: (rows, columns) float32, not all zero.
+        rank: 1 ≤ rank ≤ min(rows, columns).
+        dtype: of the factors.
+        seed: of the random start.
+    """
+    import torch
+
+    svd = truncated_svd(delta, rank, seed)
+    root = svd.singular_values.sqrt()
+    exact_a = root[:, None] * svd.right.to(torch.float64)  # (rank, columns)
+    exact_b = svd.left.to(torch.float64) * root  # (rows, rank)
+    lora_a, lora_b = exact_a.to(dtype), exact_b.to(dtype)
+    loss = _squared_distance(exact_b, exact_a, lora_b.to(torch.float64), lora_a.to(torch.float64))
+    left_out = (svd.tail + loss) / svd.total
+    return Factors(lora_a.contiguous(), lora_b.contiguous(), 1.0 - left_out, left_out**0.5)
+
+
+def _squared_distance(b: torch.Tensor, a: torch.Tensor, other_b: torch.Tensor, other_a: torch.Tensor) -> float:
+    """‖BA − B̃Ã‖² by thin products only: [B − B̃, B̃] [A; A − Ã], a sum of two small terms without cancellation."""
+    import torch
+
+    left = torch.cat([b - other_b, other_b], dim=1)  # (rows, 2 rank)
+    right = torch.cat([a, a - other_a], dim=0)  # (2 rank, columns)
+    return max(0.0, float(((left.mT @ left) * (right @ right.mT)).sum()))

@@ -1,0 +1,1 @@
+"""The verbs. Each module plans one, runs it and reports."""

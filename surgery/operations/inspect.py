@@ -1,0 +1,92 @@
+"""inspect: what is in a file or folder, from headers alone. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from formats.dialects import DIALECTS, open_adapter_file
+from formats.sharded import ShardedCheckpoint
+from formats.spec import TensorSpec
+from surgery.provenance import RECEIPT, Receipt
+from surgery.report import Stopwatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectReport:
+    """What a path holds.
+
+    Attributes:
+        path: as given.
+        kind: "model" or "adapter".
+        container: "safetensors", or "safetensors, N shards".
+        parameters: elements in all tensors.
+        nbytes: payload bytes.
+        dtypes: parameters by dtype.
+        metadata: the container's own, without receipt and config.
+        adapter: dialect and settings of an adapter; None for a model.
+        merged: content digests of adapters that receipts say are in there, the latest first.
+        tensors: every tensor, in the file's order.
+    """
+
+    operation: str
+    path: str
+    seconds: float
+    kind: str
+    container: str
+    parameters: int
+    nbytes: int
+    dtypes: Mapping[str, int]
+    metadata: Mapping[str, str]
+    adapter: Mapping[str, Any] | None
+    merged: tuple[str, ...]
+    tensors: tuple[TensorSpec, ...]
+
+
+def inspect(path: str | Path) -> InspectReport:
+    """Reads headers and config of a model or an adapter.
+
+    Raises:
+        PathNotFound, NotACheckpoint, CorruptFile: see formats.errors.
+    """
+    watch = Stopwatch()
+    checkpoint, config = open_adapter_file(path)
+    with checkpoint:
+        specs = tuple(checkpoint.specs.values())
+        dtypes: dict[str, int] = {}
+        for spec in specs:
+            dtypes[spec.dtype.label] = dtypes.get(spec.dtype.label, 0) + spec.size
+        dialect = next((d.name for d in DIALECTS if d.recognises(checkpoint, config)), None)
+        receipt = Receipt.read(checkpoint.metadata, path)
+        shards = len(set(checkpoint.shards.values())) if isinstance(checkpoint, ShardedCheckpoint) else 0
+        return InspectReport(
+            operation="inspect",
+            path=str(path),
+            seconds=watch.seconds,
+            kind="adapter" if dialect else "model",
+            container=f"safetensors, {shards} shards" if shards else "safetensors",
+            parameters=sum(spec.size for spec in specs),
+            nbytes=sum(spec.nbytes for spec in specs),
+            dtypes=dtypes,
+            metadata={key: text for key, text in checkpoint.metadata.items() if key != RECEIPT and len(text) < 200},
+            adapter=_settings(dialect, config) if dialect else None,
+            merged=tuple(past.adapter for past in receipt.chain(path)) if receipt else (),
+            tensors=specs,
+        )
+
+
+def _settings(dialect: str, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    config = config or {}
+    targets = config.get("target_modules")
+    return {
+        "dialect": dialect,
+        "method": config.get("peft_type"),
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "base": config.get("base_model_name_or_path"),
+        "target_modules": len(targets) if isinstance(targets, list) else targets,
+        "modules_to_save": len(config.get("modules_to_save") or ()),
+        "bias": config.get("bias"),
+    }

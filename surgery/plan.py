@@ -1,0 +1,112 @@
+"""What will be done, before anything is done: every input, output, dtype, shape and refusal.
+
+Frozen and picklable, so that another engine can run it elsewhere. Knows no path but through references, no thread,
+no method's mathematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+from formats.spec import TensorRef, TensorSpec, shape_text
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Fate(StrEnum):
+    """What became of a tensor. Every tensor of every input has exactly one, in the ledger."""
+
+    LOW_RANK = "low_rank"  # its change became factors
+    MERGED = "merged"  # a delta was added to it
+    UNMERGED = "unmerged"  # a delta was taken off it
+    FULL = "full"  # carried, replaced or restored whole
+    COPIED = "copied"  # taken over byte for byte
+    IDENTICAL = "identical"  # the same in both inputs: nothing to carry
+    REMOVED = "removed"  # belonged to the adapter, not to the base
+    REFUSED = "refused"  # left behind, because the user said so
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an operation made of its inputs.
+
+    Attributes:
+        tensors: one for each declared output of the step, in order; None leaves that output out.
+        fates: the ledger's entries, by tensor name.
+        figures: what was measured on the way, by the operation's own keys.
+    """
+
+    tensors: tuple[torch.Tensor | None, ...]
+    fates: Mapping[str, Fate]
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Op(Protocol):
+    """The work of one step: tensors in, an Outcome out. Picklable and without state."""
+
+    def __call__(self, *inputs: torch.Tensor) -> Outcome:
+        """Runs on the CPU tensors of the step's inputs, which it may overwrite."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work.
+
+    Attributes:
+        name: what it is about: a tensor or a module.
+        inputs: tensors to read, in the order the op takes them.
+        outputs: tensors it may write, in the order the op returns them.
+        op: the work.
+        workspace: bytes needed beside inputs and outputs.
+    """
+
+    name: str
+    inputs: tuple[TensorRef, ...]
+    outputs: tuple[TensorSpec, ...]
+    op: Op
+    workspace: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory while the step runs."""
+        return sum(ref.spec.nbytes for ref in self.inputs) + sum(spec.nbytes for spec in self.outputs) + self.workspace
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole operation: its steps, the metadata its output will carry, and what the user should be told."""
+
+    operation: str
+    steps: tuple[Step, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Every tensor that may be written."""
+        return tuple(spec for step in self.steps for spec in step.outputs)
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """The plan for people: op, step, inputs and outputs, a row a step."""
+        return [
+            (
+                type(step.op).__name__.lower(),
+                step.name,
+                ", ".join(f"{ref.spec.dtype} {shape_text(ref.spec.shape)}" for ref in step.inputs),
+                ", ".join(f"{spec.dtype} {shape_text(spec.shape)}" for spec in step.outputs),
+            )
+            for step in self.steps
+        ]
+
+
+def ledger(outcomes: tuple[Outcome, ...]) -> dict[str, int]:
+    """How many tensors met each fate; every fate is listed."""
+    counts = {fate.value: 0 for fate in Fate}
+    for outcome in outcomes:
+        for fate in outcome.fates.values():
+            counts[fate.value] += 1
+    return counts

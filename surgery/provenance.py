@@ -1,0 +1,152 @@
+"""What an output says of its own making: hashes, content digests, receipts.
+
+A receipt travels in the output's metadata. It names the operation, every input tensor's SHA-256, and keeps the
+originals of tensors that an adapter replaced, as long as they are small: with them unmerge can restore what no
+subtraction can. Knows no operation's mathematics.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from formats.adapter import Adapter
+from formats.errors import CorruptFile
+from formats.paths import open_checkpoint
+from formats.spec import DType, TensorSpec
+from formats.tensors import bytes_from_tensor, tensor_from_bytes
+from surgery.checks import check_finite
+from surgery.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+RECEIPT = "surgery.receipt"
+TOOL = f"surgery {__version__}"
+UNKNOWN = "0" * 64  # stands for a hash until it is known, so that a header's length is known from the start
+ORIGINALS_LIMIT = 8 << 20  # bytes of replaced tensors that a receipt keeps
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """SHA-256 of the tensor's payload as stored, in hex."""
+    return hashlib.sha256(bytes_from_tensor(tensor).data).hexdigest()
+
+
+def content_digest(tensors: Iterable[tuple[TensorSpec, str]]) -> str:
+    """A content address over (spec, payload hash) of all tensors: the same however they are sharded or ordered."""
+    lines = sorted(json.dumps([spec.name, spec.dtype.label, list(spec.shape), payload]) for spec, payload in tensors)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def fingerprint(adapter: Adapter) -> tuple[str, dict[str, str]]:
+    """The adapter's content digest, and the SHA-256 of every tensor of it that takes part, by name.
+
+    The digest covers scalings and targets too: the same tensors under another alpha are another adapter. Reads the
+    adapter's payload. Raises NotFinite.
+    """
+    hashes: dict[str, str] = {}
+    with open_checkpoint(adapter.ref.path) as checkpoint:
+        for ref in adapter.tensors:
+            tensor = checkpoint.read(ref.name)
+            if tensor.is_floating_point():
+                check_finite(tensor, f"{ref.name} of {adapter.ref.path}")
+            hashes[ref.name] = tensor_hash(tensor)
+    parts = [
+        [module.target, module.method, module.kind.value, module.scaling, role, hashes[ref.name]]
+        for module in adapter.modules
+        for role, ref in sorted(module.factors.items())
+    ]
+    parts += [[full.target, "full", "", 1.0, "", hashes[full.source.name]] for full in adapter.replacements]
+    lines = sorted(json.dumps(part) for part in parts)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest(), hashes
+
+
+@dataclass(frozen=True)
+class Original:
+    """A tensor that was replaced, kept to be restored. `data` is its payload in base64."""
+
+    dtype: str
+    shape: list[int]
+    data: str
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, spec: TensorSpec) -> Original:
+        """Keeps a tensor."""
+        data = base64.b64encode(bytes_from_tensor(tensor).tobytes()).decode()
+        return cls(spec.dtype.label, list(spec.shape), data)
+
+    @classmethod
+    def unknown(cls, spec: TensorSpec) -> Original:
+        """A placeholder of the length that the original will have."""
+        return cls(spec.dtype.label, list(spec.shape), "A" * (4 * ((spec.nbytes + 2) // 3)))
+
+    def spec(self, name: str) -> TensorSpec:
+        """The spec it had."""
+        return TensorSpec(name, DType[self.dtype], tuple(self.shape))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor itself."""
+        payload = np.frombuffer(bytearray(base64.b64decode(self.data)), dtype=np.uint8)
+        return tensor_from_bytes(payload, self.spec(name))
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The record of one merge.
+
+    Attributes:
+        operation: "merge".
+        tool: name and version of the program that did it.
+        adapter: content digest of the adapter, its scalings included.
+        weight: the factor the adapter was merged with.
+        adapter_tensors, base_tensors: SHA-256 of every input tensor's payload, by name.
+        added: tensors the base did not have.
+        originals: base tensors that were replaced, kept whole.
+        lost: base tensors that were replaced and too large to keep.
+        base_metadata: the base's own metadata, an earlier receipt included.
+    """
+
+    operation: str
+    tool: str
+    adapter: str
+    weight: float
+    adapter_tensors: Mapping[str, str]
+    base_tensors: Mapping[str, str]
+    added: tuple[str, ...] = ()
+    originals: Mapping[str, Original] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
+    base_metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def metadata(self) -> dict[str, str]:
+        """The output's metadata: the base's own with this receipt."""
+        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return {**self.base_metadata, RECEIPT: text}
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, str], where: object) -> Receipt | None:
+        """The receipt in a file's metadata; None if there is none. Raises CorruptFile if it cannot be read."""
+        if RECEIPT not in metadata:
+            return None
+        try:
+            document: dict[str, Any] = json.loads(metadata[RECEIPT])
+            document["originals"] = {name: Original(**kept) for name, kept in document["originals"].items()}
+            document["added"], document["lost"] = tuple(document["added"]), tuple(document["lost"])
+            return cls(**document)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptFile(
+                "the file's receipt is not one of ours",
+                where=where,
+                found=f"{type(error).__name__}: {error}",
+                then="it may come from a newer version of surgery",
+            ) from error
+
+    def chain(self, where: object) -> list[Receipt]:
+        """This receipt and the earlier ones beneath it, the latest first."""
+        earlier = Receipt.read(self.base_metadata, where)
+        return [self, *(earlier.chain(where) if earlier else ())]

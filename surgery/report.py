@@ -1,0 +1,48 @@
+"""What an operation tells when it is done: plain frozen data, for people and for `--json` alike."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What every operation that writes something reports.
+
+    Attributes:
+        operation: its name on the command line.
+        output: the path that was written.
+        seconds: wall time of the operation, imports of this process not counted.
+        peak_rss_bytes: the process's largest resident set so far.
+        ledger: how many tensors met each fate; every tensor of every input has exactly one.
+        notes: what the user should know besides.
+    """
+
+    operation: str
+    output: str | None
+    seconds: float
+    peak_rss_bytes: int
+    ledger: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+
+def peak_rss() -> int:
+    """The process's largest resident set so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Stopwatch:
+    """Wall time since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since."""
+        return time.perf_counter() - self._start
