@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.spec import DType, TensorSpec
-from surgery.onnx.errors import MissingTensors, UnknownArchitecture, UnsupportedModel
+from surgery.errors import MissingTensors, UnknownArchitecture, Unsupported
 
 OPTIONAL_INPUTS = ("attention_mask", "token_type_ids")  # after input_ids, where the model listens to them
 _LEGACY = ((".weight", ".gamma"), (".bias", ".beta"))  # LayerNorm's names in checkpoints of 2018-2019
@@ -46,13 +46,13 @@ def read_architecture(folder: Path) -> Architecture:
 
     Raises:
         UnknownArchitecture: no config.json, no `architectures` in it, or a class that transformers does not have.
-        UnsupportedModel: encoder-decoders, models fed with anything but tokens, and quantised checkpoints.
+        Unsupported: encoder-decoders, models fed with anything but tokens, and quantised checkpoints.
     """
     import transformers
 
     path = folder / "config.json"
     name = _class_name(path)
-    model_class = getattr(transformers, name, None)
+    model_class: Any = getattr(transformers, name, None)
     if not (inspect.isclass(model_class) and issubclass(model_class, transformers.PreTrainedModel)):
         known = [known for known in dir(transformers) if known.endswith(name[-8:])]
         raise UnknownArchitecture(
@@ -104,7 +104,7 @@ def _inputs(model_class: Any, config: Any, path: Path) -> tuple[str, ...]:
     elif "input_ids" not in takes or model_class.main_input_name != "input_ids":
         reason = f"the model is fed with {model_class.main_input_name}, not with input_ids"
     if reason:
-        raise UnsupportedModel(
+        raise Unsupported(
             f"cannot export {model_class.__name__}: {reason}",
             where=path,
             expected="an encoder or decoder over tokens, in floating point",
@@ -140,7 +140,7 @@ def checkpoint_specs(module: Any, specs: Mapping[str, TensorSpec], where: Path) 
 
     Raises:
         MissingTensors: with the names, and the nearest ones that are there.
-        UnsupportedModel: a tensor's shape is not the one that the config leads to.
+        Unsupported: a tensor's shape is not the one that the config leads to.
     """
     groups: dict[int, list[str]] = {}  # id of the tensor → its names in the module, more than one where tied
     state = module.state_dict(keep_vars=True)
@@ -155,7 +155,7 @@ def checkpoint_specs(module: Any, specs: Mapping[str, TensorSpec], where: Path) 
             continue
         shape = tuple(state[names[0]].shape)
         if spec.shape != shape:
-            raise UnsupportedModel(
+            raise Unsupported(
                 f"config.json and the weights disagree about {spec.name}", where=where, expected=shape, found=spec.shape
             )
         found.update(dict.fromkeys(names, spec))
@@ -183,14 +183,14 @@ def _stored(names: list[str], prefix: str, specs: Mapping[str, TensorSpec]) -> T
     return None
 
 
-def tied_names(module: Any, specs: Mapping[str, TensorSpec]) -> list[tuple[str, ...]]:
+def stored_ties(module: Any, specs: Mapping[str, TensorSpec]) -> tuple[tuple[str, ...], ...]:
     """Groups of names that the module ties and the checkpoint nevertheless stores one by one."""
     groups: dict[int, list[str]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         spec = _stored([name], module.base_model_prefix, specs)
         if spec is not None and spec.name not in groups.setdefault(id(tensor), []):
             groups[id(tensor)].append(spec.name)
-    return [tuple(names) for names in groups.values() if len(names) > 1]
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
 @contextlib.contextmanager

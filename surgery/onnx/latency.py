@@ -13,17 +13,14 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.onnx.errors import InputsDiffer, OnnxError, ProviderUnavailable, UnsupportedModel
+from surgery.errors import ProviderUnavailable, Unsupported
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Feeds = dict[str, np.ndarray[Any, np.dtype[Any]]]
+    from surgery.onnx.feeds import Feeds
 
 EPOCHS = 4  # times that sessions are made anew
 ROUNDS = 80  # aimed at; a fast model gets more runs a block instead of more blocks
@@ -61,7 +58,7 @@ def measure(
 
     Raises:
         ProviderUnavailable: the provider asked for is not the one that would run.
-        UnsupportedModel: a graph that ONNX Runtime does not load or run.
+        Unsupported: a graph that ONNX Runtime does not load or run.
     """
     import numpy as np
 
@@ -122,9 +119,7 @@ class Bound:
     provider: str
 
 
-def _sessions(
-    a: Path, b: Path, feeds: Feeds, provider: str, threads: int | None, epoch: int
-) -> dict[str, Bound]:
+def _sessions(a: Path, b: Path, feeds: Feeds, provider: str, threads: int | None, epoch: int) -> dict[str, Bound]:
     """The three sessions, warm; which is made first changes from epoch to epoch."""
     todo = [("a", a), ("b", b), ("again", a)]
     turn = epoch % 3
@@ -175,7 +170,7 @@ def open_session(path: Path, provider: str, threads: int | None) -> Any:
 
     Raises:
         ProviderUnavailable: ONNX Runtime fell back to another provider, as it does without an error.
-        UnsupportedModel: it does not load the graph.
+        Unsupported: it does not load the graph.
     """
     import onnxruntime
 
@@ -192,7 +187,7 @@ def open_session(path: Path, provider: str, threads: int | None) -> Any:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])
     except Exception as error:  # its exceptions share no base class of their own
-        raise UnsupportedModel("ONNX Runtime does not load this graph", where=path, found=error) from error
+        raise Unsupported("ONNX Runtime does not load this graph", where=path, found=error) from error
     actual = session.get_providers()[0]
     if actual != provider:
         raise ProviderUnavailable(
@@ -216,7 +211,7 @@ def bind(session: Any, feeds: Feeds, path: Path) -> Bound:
     try:
         outputs = session.run(None, feeds)  # for their shapes
     except Exception as error:  # its exceptions share no base class of their own
-        raise UnsupportedModel("ONNX Runtime does not run this graph", where=path, found=error) from error
+        raise Unsupported("ONNX Runtime does not run this graph", where=path, found=error) from error
     buffers = []
     for name, array in feeds.items():
         buffers.append(onnxruntime.OrtValue.ortvalue_from_numpy(array, device))
@@ -225,91 +220,3 @@ def bind(session: Any, feeds: Feeds, path: Path) -> Bound:
         buffers.append(onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros_like(array), device))
         binding.bind_ortvalue_output(output.name, buffers[-1])
     return Bound(session, binding, tuple(buffers), provider)
-
-
-@dataclass(frozen=True)
-class GraphInput:
-    """An input as the graph declares it: name, ONNX element type, and shape (a name or None where it varies)."""
-
-    name: str
-    element: int
-    shape: tuple[int | str | None, ...]
-
-
-def graph_inputs(model: Any) -> tuple[GraphInput, ...]:
-    """The inputs of a loaded ModelProto, initialisers that are listed as inputs left out."""
-    initialisers = {tensor.name for tensor in model.graph.initializer}
-    return tuple(
-        GraphInput(
-            value.name,
-            value.type.tensor_type.elem_type,
-            tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in value.type.tensor_type.shape.dim),
-        )
-        for value in model.graph.input
-        if value.name not in initialisers
-    )
-
-
-def require_same_inputs(a: Path, b: Path, first: Sequence[GraphInput], second: Sequence[GraphInput]) -> None:
-    """Raises InputsDiffer unless both graphs take the same names, types and shapes; axis names do not matter."""
-
-    def plain(inputs: Sequence[GraphInput]) -> set[tuple[str, int, tuple[int | None, ...]]]:
-        return {(i.name, i.element, tuple(n if isinstance(n, int) else None for n in i.shape)) for i in inputs}
-
-    if plain(first) != plain(second):
-        raise InputsDiffer(
-            "the two graphs take different inputs, so nothing can be compared",
-            where=f"{a} and {b}",
-            expected=_described(first),
-            found=_described(second),
-        )
-
-
-def _described(inputs: Sequence[GraphInput]) -> str:
-    return ", ".join(f"{i.name}{[n if n is not None else '?' for n in i.shape]}" for i in inputs)
-
-
-def make_feeds(model: Any, path: Path, shape: tuple[int, int], seed: int) -> Feeds:
-    """The same inputs for every session: random tokens below the vocabulary's size, masks of ones, no padding.
-
-    Raises:
-        OnnxError: an input that is none of those a language model takes, or a shape that the graph does not allow.
-    """
-    import numpy as np
-    import onnx
-
-    rng = np.random.default_rng(seed)
-    feeds: Feeds = {}
-    for entry in graph_inputs(model):
-        if entry.name not in ("input_ids", "attention_mask", "token_type_ids", "position_ids"):
-            raise OnnxError(
-                "do not know what to feed this input",
-                where=f"{path}: {entry.name}",
-                expected="input_ids, attention_mask, token_type_ids, position_ids",
-                found=_described([entry]),
-            )
-        if len(entry.shape) != 2 or any(isinstance(n, int) and n != m for n, m in zip(entry.shape, shape, strict=True)):
-            raise OnnxError(
-                "the graph does not take this shape",
-                where=f"{path}: {entry.name}",
-                expected=_described([entry]),
-                found=" × ".join(map(str, shape)),
-                then="choose another --shape",
-            )
-        if entry.name == "input_ids":
-            array = rng.integers(0, vocabulary(model), shape)  # (batch, sequence)
-        elif entry.name == "position_ids":
-            array = np.broadcast_to(np.arange(shape[1]), shape)
-        else:
-            array = np.full(shape, int(entry.name == "attention_mask"))
-        feeds[entry.name] = np.ascontiguousarray(array, onnx.helper.tensor_dtype_to_np_dtype(entry.element))
-    return feeds
-
-
-def vocabulary(model: Any) -> int:
-    """Rows of the embedding that input_ids index; 100 where the graph hides it."""
-    rows = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}
-    for node in model.graph.node:
-        if node.op_type == "Gather" and node.input[1] == "input_ids" and node.input[0] in rows:
-            return int(rows[node.input[0]])
-    return 100

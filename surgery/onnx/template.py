@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from formats.errors import UnsupportedDType
 from formats.spec import DType, TensorSpec
-from surgery.onnx.architecture import Architecture, build_module, checkpoint_specs, quiet
-from surgery.onnx.errors import UnsupportedModel
+from surgery.errors import Unsupported
+from surgery.onnx.architecture import Architecture, build_module, checkpoint_specs, quiet, stored_ties
 
 if TYPE_CHECKING:
     import onnx
@@ -36,10 +36,12 @@ class Template:
 
     model: the ModelProto; each weight an initialiser with external data and no location yet.
     weights: the tensors that the payload must hold, under the checkpoint's names, sorted.
+    ties: groups of names that the model ties and the checkpoint stores one by one; the graph uses the first.
     """
 
     model: onnx.ModelProto
     weights: tuple[TensorSpec, ...]
+    ties: tuple[tuple[str, ...], ...]
 
 
 def build_template(architecture: Architecture, specs: Mapping[str, TensorSpec]) -> Template:
@@ -52,7 +54,7 @@ def build_template(architecture: Architecture, specs: Mapping[str, TensorSpec]) 
     Raises:
         MissingTensors: the checkpoint lacks tensors that the module has.
         UnsupportedDType: its floating-point dtype is none that ONNX Runtime's CPU provider runs, or there are several.
-        UnsupportedModel: torch cannot trace the model, or the config contradicts the shapes.
+        Unsupported: torch cannot trace the model, or the config contradicts the shapes.
     """
     probe = build_module(architecture, DType.F32)
     dtype = _dtype(architecture, checkpoint_specs(probe, specs, architecture.folder))
@@ -62,7 +64,7 @@ def build_template(architecture: Architecture, specs: Mapping[str, TensorSpec]) 
         model = _trace(module, architecture)
         _optimise(model, stored)
     proto, used = _canonical(model, stored)
-    return Template(proto, tuple(sorted(used, key=lambda spec: spec.name)))
+    return Template(proto, tuple(sorted(used, key=lambda spec: spec.name)), stored_ties(module, specs))
 
 
 def _dtype(architecture: Architecture, stored: Mapping[str, TensorSpec]) -> DType:
@@ -109,7 +111,7 @@ def _trace(module: Any, architecture: Architecture) -> Any:
             verbose=False,
         )
     except Exception as error:  # torch raises many kinds; the first line is what a user can read
-        raise UnsupportedModel(
+        raise Unsupported(
             f"torch cannot export {type(module).__name__} as one graph",
             where=architecture.folder,
             found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",

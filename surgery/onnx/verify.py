@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from formats import DType
+from surgery.errors import Unsupported, VerificationFailed
 from surgery.onnx.architecture import Architecture, quiet
-from surgery.onnx.errors import OutputMismatch, UnsupportedModel
 from surgery.onnx.payload import PAYLOAD
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ def verify_graph(
         seed: of the random inputs.
 
     Raises:
-        OutputMismatch: they differ by more than the tolerance, or one of them is not finite.
-        UnsupportedModel: the graph does not load.
+        VerificationFailed: they differ by more than the tolerance, or one of them is not finite.
+        Unsupported: the graph does not load.
     """
     check_structure(graph)
     feeds = random_feeds(architecture, seed)
@@ -82,7 +82,7 @@ def verify_graph(
             worst_abs = max(worst_abs, abs_error)
     limit = tolerance(dtype, _matmuls(graph))
     if not worst_rel <= limit:
-        raise OutputMismatch(
+        raise VerificationFailed(
             "ONNX Runtime's outputs are not torch's; nothing was written",
             where=f"{architecture.folder}: {worst}",
             expected=f"a relative difference of at most {limit:.2g}",
@@ -200,7 +200,7 @@ def _run_onnxruntime(
             options.add_external_initializers_from_files_in_memory([PAYLOAD], [view], [view.nbytes])
             session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions share no base class of their own
-            raise UnsupportedModel(
+            raise Unsupported(
                 "ONNX Runtime does not load the graph; nothing was written", where=architecture.folder, found=error
             ) from error
         finally:
