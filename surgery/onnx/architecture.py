@@ -48,26 +48,31 @@ def read_architecture(folder: Path) -> Architecture:
         UnknownArchitecture: no config.json, no `architectures` in it, or a class that transformers does not have.
         Unsupported: encoder-decoders, models fed with anything but tokens, and quantised checkpoints.
     """
-    import transformers
-
     path = folder / "config.json"
     name = _class_name(path)
-    model_class: Any = getattr(transformers, name, None)
-    if not (inspect.isclass(model_class) and issubclass(model_class, transformers.PreTrainedModel)):
-        known = [known for known in dir(transformers) if known.endswith(name[-8:])]
-        raise UnknownArchitecture(
-            "transformers has no model class of this name",
-            where=path,
-            expected=f"one of its classes, say {', '.join(difflib.get_close_matches(name, known))}" if known else None,
-            found=name,
-            then=f"correct `architectures`, or install a transformers that has it (here {transformers.__version__})",
-        )
+    model_class = _find_class(name, path)
     with quiet():
         config = model_class.config_class.from_pretrained(folder, local_files_only=True)
     config.use_cache = False
     config.return_dict = True
     config.output_hidden_states = config.output_attentions = False
     return Architecture(folder, model_class, config, _inputs(model_class, config, path))
+
+
+def _find_class(name: str, path: Path) -> Any:
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    known = [known for known in dir(transformers) if known.startswith(name[:3])]
+    near = difflib.get_close_matches(name, known)
+    raise UnknownArchitecture(
+        "transformers has no model class of this name",
+        where=path,
+        found=f"{name}; nearest: {', '.join(near)}" if near else name,
+        then=f"correct `architectures`, or install a transformers that has it (here {transformers.__version__})",
+    )
 
 
 def _class_name(path: Path) -> str:

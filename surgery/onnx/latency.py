@@ -3,16 +3,19 @@
 All sessions live in one process with the same options and preallocated buffers. A block runs A B B A (or B A A B, by
 lot), which cancels any steady drift, and gives one log-ratio of medians. Each round holds one block of A against B
 and one of A against a second session of A: what that control shows is noise. Sessions are made anew several times,
-in changing order, since the place a session gets in memory is worth half a per cent by itself. Threads do not spin
+in changing order, since the place a session gets in memory can be worth half a per cent by itself. Threads do not spin
 while they wait: the idle session's would take the cores from the running one (on two cores, a spread of 20 % between
 blocks instead of 2 %). Says nothing about what the numbers mean; that is `verdict`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +23,13 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import ProviderUnavailable, Unsupported
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from surgery.onnx.feeds import Feeds
 
 EPOCHS = 4  # times that sessions are made anew
 ROUNDS = 80  # aimed at; a fast model gets more runs a block instead of more blocks
+FEWEST_ROUNDS = 3  # an epoch, however little time there is: below that nothing can be estimated
 WARM_UP = 8  # runs of each session before the first block
 _LOADING_SHARE = 0.25  # of the time given, at most, for making sessions anew
 
@@ -64,49 +70,63 @@ def measure(
 
     rng = np.random.default_rng(seed)
     start = time.perf_counter()
-    effects: list[float] = []
-    controls: list[float] = []
-    times: dict[str, list[float]] = {"a": [], "b": []}
-    epochs, epoch, runs, actual = 1, 0, 1, provider
-    while epoch < epochs:
+    epochs, runs = 1, 1  # until the first sessions have been made and timed
+    done: list[_Epoch] = []
+    while len(done) < epochs:
         loading = time.perf_counter()
-        sessions = _sessions(a, b, feeds, provider, threads, epoch)
-        actual = sessions["a"].provider
-        if epoch == 0:
+        sessions = _sessions(a, b, feeds, provider, threads, len(done))
+        if not done:
             loaded = time.perf_counter() - loading
             epochs = max(1, min(EPOCHS, int(_LOADING_SHARE * seconds / loaded)))
             once = float(np.median([_run(sessions["a"]) for _ in range(3)]))
             runs = max(1, int(seconds * (1 - _LOADING_SHARE) / (8 * once * ROUNDS)))
-        epoch += 1
-        deadline = start + seconds * epoch / epochs
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            while True:
-                for pair in rng.permutation(["effect", "control"]):
-                    second = sessions["b" if pair == "effect" else "again"]
-                    first_times, second_times = _block(sessions["a"], second, runs, bool(rng.integers(2)))
-                    ratio = math.log(float(np.median(second_times)) / float(np.median(first_times)))
-                    (effects if pair == "effect" else controls).append(ratio)
-                    if pair == "effect":
-                        times["a"].extend(first_times)
-                        times["b"].extend(second_times)
-                if time.perf_counter() >= deadline:
-                    break
-        finally:
-            if collecting:
-                gc.enable()
-        del sessions
+        done.append(_epoch(sessions, runs, start + seconds * (len(done) + 1) / epochs, rng))
+        del sessions  # before the next ones are made: three models in memory, not six
     return Measurement(
-        tuple(effects),
-        tuple(controls),
-        float(np.median(times["a"])),
-        float(np.median(times["b"])),
-        2 * runs,
-        epochs,
-        actual,
-        threads,
+        log_ratios=tuple(ratio for epoch in done for ratio in epoch.log_ratios),
+        control=tuple(ratio for epoch in done for ratio in epoch.control),
+        latency_a=float(np.median([t for epoch in done for t in epoch.times_a])),
+        latency_b=float(np.median([t for epoch in done for t in epoch.times_b])),
+        runs_per_block=2 * runs,
+        epochs=epochs,
+        provider=done[0].provider,
+        threads=threads,
     )
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The blocks of one set of sessions, and the seconds of every run of A and of B in them."""
+
+    log_ratios: list[float]
+    control: list[float]
+    times_a: list[float]
+    times_b: list[float]
+    provider: str
+
+
+def _epoch(sessions: dict[str, Bound], runs: int, deadline: float, rng: np.random.Generator) -> _Epoch:
+    """Rounds of one block each, in an order by lot, until the deadline."""
+    import numpy as np
+
+    epoch = _Epoch([], [], [], [], sessions["a"].provider)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        while len(epoch.control) < FEWEST_ROUNDS or time.perf_counter() < deadline:
+            for pair in rng.permutation(["b", "again"]):
+                first, second = _block(sessions["a"], sessions[pair], runs, swap=bool(rng.integers(2)))
+                ratio = math.log(float(np.median(second)) / float(np.median(first)))
+                if pair == "again":
+                    epoch.control.append(ratio)
+                else:
+                    epoch.log_ratios.append(ratio)
+                    epoch.times_a.extend(first)
+                    epoch.times_b.extend(second)
+    finally:
+        if collecting:
+            gc.enable()
+    return epoch
 
 
 @dataclass(frozen=True)
@@ -179,13 +199,12 @@ def open_session(path: Path, provider: str, threads: int | None) -> Any:
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    settings: dict[str, str] = {}
-    if provider != "CPUExecutionProvider":
-        options.log_severity_level = 4  # a provider that does not load is reported below, once
-        if provider == "CUDAExecutionProvider":
-            settings = {"use_tf32": "0"}
+    settings = {"use_tf32": "0"} if provider == "CUDAExecutionProvider" else {}
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])
+        with _muffled() if provider != "CPUExecutionProvider" else contextlib.nullcontext():
+            if provider == "CUDAExecutionProvider":
+                onnxruntime.preload_dlls()
+            session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])
     except Exception as error:  # its exceptions share no base class of their own
         raise Unsupported("ONNX Runtime does not load this graph", where=path, found=error) from error
     actual = session.get_providers()[0]
@@ -198,6 +217,19 @@ def open_session(path: Path, provider: str, threads: int | None) -> Any:
             then="install what that provider needs (for CUDA: its libraries and a GPU), or ask for another",
         )
     return session
+
+
+@contextlib.contextmanager
+def _muffled() -> Iterator[None]:
+    """Keeps ONNX Runtime from printing why a provider does not load, on stdout of all places: that becomes an error."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(4)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        onnxruntime.set_default_logger_severity(2)  # what it starts with
 
 
 def bind(session: Any, feeds: Feeds, path: Path) -> Bound:
