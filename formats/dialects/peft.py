@@ -251,6 +251,10 @@ class Extracted:
 def lora_config(extracted: Extracted) -> dict[str, Any]:
     """The adapter_config.json for which peft rebuilds exactly these modules."""
     targets = sorted(extracted.ranks)
+    if extracted.tied and not any(target.rpartition(".")[2] in ("embed_tokens", "lm_head") for target in targets):
+        # peft ties a head to its embedding's factors only if one of the targets has one of these two names, whatever
+        # the model's own are called; it then finds the tied modules by itself.
+        targets.append("lm_head")
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None,

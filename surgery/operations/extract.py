@@ -7,6 +7,7 @@ config is written last. Knows no file's bytes and no printing.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -318,8 +319,8 @@ def _describe(
 
 
 def _is_tied(module: str, tuned: Checkpoint, config: Mapping[str, Any]) -> bool:
-    """Whether an embedding is also the model's head: the config says so, or no head's weight is there."""
+    """Whether an embedding is also a language model's head: the config ties them and no other weight has its shape."""
     shape = tuned.specs[f"{module}.weight"].shape
     alone = not any(spec.shape == shape for name, spec in tuned.specs.items() if owner(name) != module)
-    architectures = " ".join(map(str, config.get("architectures") or ()))
-    return alone and config.get("tie_word_embeddings", "LM" in architectures) is True
+    generates = re.search("LM|ConditionalGeneration", " ".join(map(str, config.get("architectures") or ())))
+    return alone and generates is not None and config.get("tie_word_embeddings", True) is True
