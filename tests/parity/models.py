@@ -10,7 +10,7 @@ import transformers
 CLASSES = ("bert", "gpt2", "llama")
 
 
-def build(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
+def build(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: object) -> torch.nn.Module:
     """A BERT classifier (biases everywhere), a GPT-2 (Conv1D, tied head) or a Llama (no biases, untied head)."""
     torch.manual_seed(seed)
     if kind == "bert":
@@ -28,7 +28,7 @@ def build(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch
         model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
                 vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                intermediate_size=48, max_position_embeddings=24,
+                intermediate_size=48, max_position_embeddings=24, **settings,
             )
         )  # fmt: skip
     with torch.no_grad():

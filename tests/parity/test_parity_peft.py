@@ -114,6 +114,24 @@ def test_an_adapter_of_the_full_model_merges_into_a_base_without_its_prefix(tmp_
     assert bare.ledger["merged"] > 0
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_tied_factors_are_merged_once(tmp_path: Path) -> None:
+    """peft stores a tied embedding's factors twice and merges them twice; the model it trained has them once."""
+    model = models.build("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    adapted = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_embedding" in name:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert "base_model.model.lm_head.lora_A.weight" in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    surgery.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    ours = models.logits(models.load("llama", tmp_path / "merged"))
+    torch.testing.assert_close(models.logits(adapted), ours, atol=1e-5, rtol=0)
+
+
 def made_by_peft(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **settings: object) -> peft.PeftModel:
     """Saves a base and a LoRA that peft made for it; every factor is random."""
     model = models.build(kind, dtype)
