@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from surgery.cli import main
+torch.set_num_threads(1)  # the tests run small matrices; threads would only wait for each other
+
+from surgery.cli import main  # noqa: E402
 
 
 @pytest.fixture

@@ -17,7 +17,9 @@ from formats.tensors import bytes_from_tensor, spec_of, torch_dtype
 
 SPECS = st.lists(
     st.tuples(
-        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda n: n != "__metadata__"),
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
+            lambda n: n != "__metadata__"
+        ),
         st.sampled_from(list(DType)),
         st.lists(st.integers(0, 3), max_size=3).map(tuple),
     ),
