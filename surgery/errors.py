@@ -9,6 +9,10 @@ ReportedError
     ├── AlreadyMerged         the receipt says that this adapter is in there
     ├── NotMerged             the receipt does not know this adapter, or cannot give back what it replaced
     ├── Unsupported           sound input that this version does not handle
+    ├── UnknownArchitecture   config.json does not name a class that transformers has
+    ├── MissingTensors        a model needs tensors that the checkpoint does not have
+    ├── InputsDiffer          two graphs that cannot be fed the same inputs
+    ├── ProviderUnavailable   the execution provider asked for is not the one that would run
     ├── VerificationFailed    a check ran and said no (exit code 3)
     └── Undecided             a check ran and could not tell (exit code 4)
 """
@@ -20,13 +24,17 @@ from formats.errors import FormatError, ReportedError
 __all__ = [
     "AlreadyMerged",
     "FormatError",
+    "InputsDiffer",
+    "MissingTensors",
     "NotFinite",
     "NotMergeable",
     "NotMerged",
     "NothingToDo",
+    "ProviderUnavailable",
     "ReportedError",
     "SurgeryError",
     "Undecided",
+    "UnknownArchitecture",
     "Unsupported",
     "VerificationFailed",
 ]
@@ -58,6 +66,22 @@ class NotMerged(SurgeryError):
 
 class Unsupported(SurgeryError):
     """Sound input that this version does not handle."""
+
+
+class UnknownArchitecture(SurgeryError):
+    """config.json does not name a class that transformers has."""
+
+
+class MissingTensors(SurgeryError):
+    """A model needs tensors that the checkpoint does not have."""
+
+
+class InputsDiffer(SurgeryError):
+    """Two graphs that cannot be fed the same inputs."""
+
+
+class ProviderUnavailable(SurgeryError):
+    """The execution provider asked for is not the one that would run."""
 
 
 class VerificationFailed(SurgeryError):

@@ -1,0 +1,260 @@
+"""From a model's architecture to its ONNX graph, without a weight in it.
+
+Two exports of one architecture give the same bytes, whatever the weights, the process or the folder: while the graph
+is optimised every weight stands as a graph *input*, so that no pass can look at its value, fold it or rename it;
+afterwards it becomes an initialiser again, under the checkpoint's name. Then everything that says where and how the
+graph was made is dropped, and nodes are named after the module they come from. Reads no payload, writes no file;
+where the weights will lie is `payload`'s business.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from formats.errors import UnsupportedDType
+from formats.spec import DType, TensorSpec
+from surgery.errors import Unsupported
+from surgery.onnx.architecture import Architecture, build_module, checkpoint_specs, quiet, stored_ties
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 20  # 23 broke ONNX Runtime's RotaryEmbedding on the CPU
+IR_VERSION = 10
+AXES = ("batch", "sequence")
+_SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes which module a node comes from
+_EXAMPLE = (2, 8)  # batch and sequence while tracing; neither 0 nor 1, which torch.export would take for constants
+
+
+@dataclass(frozen=True)
+class Template:
+    """A graph whose weights are named and shaped but not there.
+
+    model: the ModelProto; each weight an initialiser with external data and no location yet.
+    weights: the tensors that the payload must hold, under the checkpoint's names, sorted.
+    ties: groups of names that the model ties and the checkpoint stores one by one; the graph uses the first.
+    """
+
+    model: onnx.ModelProto
+    weights: tuple[TensorSpec, ...]
+    ties: tuple[tuple[str, ...], ...]
+
+
+def build_template(architecture: Architecture, specs: Mapping[str, TensorSpec]) -> Template:
+    """Exports the graph once.
+
+    Args:
+        architecture: from `read_architecture`.
+        specs: the checkpoint's tensors; only names, dtypes and shapes are used.
+
+    Raises:
+        MissingTensors: the checkpoint lacks tensors that the module has.
+        UnsupportedDType: its floating-point dtype is none that ONNX Runtime's CPU provider runs, or there are several.
+        Unsupported: torch cannot trace the model, or the config contradicts the shapes.
+    """
+    probe = build_module(architecture, DType.F32)
+    dtype = _dtype(architecture, checkpoint_specs(probe, specs, architecture.folder))
+    module = probe if dtype is DType.F32 else build_module(architecture, dtype)
+    stored = checkpoint_specs(module, specs, architecture.folder)
+    with quiet():
+        model = _trace(module, architecture)
+        _optimise(model, stored)
+    proto, used = _canonical(model, stored)
+    return Template(proto, tuple(sorted(used, key=lambda spec: spec.name)), stored_ties(module, specs))
+
+
+def _dtype(architecture: Architecture, stored: Mapping[str, TensorSpec]) -> DType:
+    counts = Counter(spec.dtype for spec in stored.values() if spec.dtype.is_float)
+    if len(counts) > 1:
+        odd = {dtype: next(s.name for s in stored.values() if s.dtype is dtype) for dtype in counts}
+        raise UnsupportedDType(
+            "the checkpoint mixes floating-point dtypes, and a graph computes in one",
+            where=architecture.folder,
+            expected="one of F32, F16 throughout",
+            found=", ".join(f"{n} tensors in {dtype} ({odd[dtype]} is one)" for dtype, n in counts.items()),
+            then="convert it to one dtype first: surgery convert",
+        )
+    dtype = next(iter(counts), DType.F32)
+    if dtype not in (DType.F32, DType.F16):
+        raise UnsupportedDType(
+            f"ONNX Runtime's CPU provider does not run {dtype}",
+            where=architecture.folder,
+            expected="F32 or F16",
+            found=dtype,
+            then="convert the checkpoint first: surgery convert --dtype float32 (or float16)",
+        )
+    return dtype
+
+
+def _trace(module: Any, architecture: Architecture) -> Any:
+    """The exporter's onnx_ir model, unoptimised: every parameter under its module's name."""
+    import torch
+
+    example = torch.ones(_EXAMPLE, dtype=torch.int64)  # (batch, sequence)
+    inputs = {name: example.clone() for name in architecture.inputs}
+    dynamic = {name: dict.fromkeys(range(len(AXES)), torch.export.Dim.DYNAMIC) for name in inputs}
+    try:
+        with torch.no_grad():
+            program = torch.export.export(module, (), kwargs=inputs, dynamic_shapes=dynamic, strict=False)
+        exported = torch.onnx.export(
+            program,
+            (),
+            kwargs=inputs,
+            input_names=list(inputs),
+            output_names=_output_names(program),
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
+        )
+    except Exception as error:  # torch raises many kinds; the first line is what a user can read
+        raise Unsupported(
+            f"torch cannot export {type(module).__name__} as one graph",
+            where=architecture.folder,
+            found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+        ) from error
+    assert exported is not None
+    return exported.model
+
+
+def _output_names(program: Any) -> list[str]:
+    """`last_hidden_state`, `logits`: the field names of the model's output, in the graph's order."""
+    from torch.utils import _pytree
+
+    spec = program.call_spec.out_spec
+    output = _pytree.tree_unflatten(range(spec.num_leaves), spec)
+    names = [f"output_{index}" for index in range(spec.num_leaves)]
+    for name, leaf in output.items() if isinstance(output, Mapping) else ():
+        if isinstance(leaf, int):
+            names[leaf] = str(name)
+    return names
+
+
+def _optimise(model: Any, stored: Mapping[str, TensorSpec]) -> None:
+    """The exporter's own optimiser, blind to the weights: they stand as graph inputs, in the order of the file."""
+    import onnx_ir.passes.common as passes
+    from onnxscript import optimizer, rewriter
+
+    graph = model.graph
+    for name in [name for name in graph.initializers if name in stored]:
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)
+    passes.InlinePass()(model)
+    for _ in range(2):  # folding uncovers patterns, and rewriting them uncovers constants
+        optimizer.fold_constants(model, onnx_shape_inference=True)
+        rewriter.rewrite(model)
+        passes.RemoveUnusedNodesPass()(model)
+        passes.RemoveUnusedFunctionsPass()(model)
+        passes.RemoveUnusedOpsetsPass()(model)
+    for finish in (
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.LiftSubgraphInitializersToMainGraphPass(),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.OutputFixPass(),
+        passes.TopologicalSortPass(),
+        passes.NameFixPass(),
+    ):
+        finish(model)
+
+
+def _canonical(model: Any, stored: Mapping[str, TensorSpec]) -> tuple[onnx.ModelProto, list[TensorSpec]]:
+    """The graph and nothing about its making, and the weights it uses.
+
+    Nodes are named after their module (`encoder.layer.0.attention.self.query/MatMul`), values after their node,
+    constants by their order; axes are `batch` and `sequence`.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    graph = model.graph
+    weights = [value for value in graph.inputs if value.name in stored]
+    used = {stored[value.name].name: value for value in weights if value.uses()}  # tied weights: one initialiser
+    inputs = [value for value in graph.inputs if value.name not in stored]
+    for value in weights:
+        value.name = stored[value.name].name
+    outputs = {id(value) for value in graph.outputs}
+    between = [v for node in graph for v in node.outputs if id(v) not in outputs and v.type and v.shape]
+    _rename_axes(inputs, [*between, *graph.outputs])
+    counts: Counter[str] = Counter()
+    for node in graph.all_nodes():
+        node.name = _numbered(counts, "/".join(filter(None, (_scope(node), node.op_type))))
+        for index, value in enumerate(node.outputs):
+            if id(value) not in outputs:
+                value.name = f"{node.name}:{index}" if index else node.name
+    constants = list(graph.initializers.values())
+    for index, value in enumerate(constants):
+        value.name = value.const_value.name = f"constant_{index}"
+
+    proto = onnx.ModelProto(ir_version=IR_VERSION, producer_name="surgery")
+    for domain, version in sorted(model.opset_imports.items()):
+        proto.opset_import.add(domain=domain, version=version)
+    proto.graph.name = "model"
+    for node in graph:
+        proto.graph.node.append(_bare(ir.serde.serialize_node(node)))
+    for target, values in ((proto.graph.input, inputs), (proto.graph.output, graph.outputs)):
+        for value in values:
+            target.append(_bare(ir.serde.serialize_value(value)))
+    for value in between:  # without shapes, ONNX Runtime does not fuse Add and LayerNormalization
+        proto.graph.value_info.append(_bare(ir.serde.serialize_value(value)))
+    for value in constants:
+        proto.graph.initializer.append(_bare(ir.serde.serialize_tensor(value.const_value)))
+    for name in sorted(used):
+        proto.graph.initializer.add(
+            name=name,
+            dims=used[name].shape.numpy(),
+            data_type=int(used[name].dtype),
+            data_location=onnx.TensorProto.EXTERNAL,
+        )
+    return proto, [spec for spec in {s.name: s for s in stored.values()}.values() if spec.name in used]
+
+
+def _rename_axes(inputs: list[Any], outputs: list[Any]) -> None:
+    """torch.export's symbols (`s43`) become what they are; an axis derived from them keeps only that it varies."""
+    import onnx_ir as ir
+
+    names: dict[str, str] = {}
+    for value in inputs:
+        for axis, name in zip(value.shape, AXES, strict=True):
+            names[str(axis)] = name
+    for value in (*inputs, *outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([n if isinstance(n, int) else names.get(str(n)) for n in value.shape])
+
+
+def _scope(node: Any) -> str:
+    """The dotted path of the torch module that a node comes from; empty where the optimiser made the node."""
+    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    scope = scopes[-2] if len(scopes) > 1 else ""
+    return "" if scope.startswith("_") else scope  # the exporter's own placeholder, where it knows no module
+
+
+def _numbered(counts: Counter[str], name: str) -> str:
+    counts[name] += 1
+    return name if counts[name] == 1 else f"{name}_{counts[name] - 1}"
+
+
+def _bare(proto: Any) -> Any:
+    """Drops doc strings and metadata, subgraphs' too, and puts attributes in the order of their names."""
+    import onnx
+
+    proto.ClearField("doc_string")
+    if proto.DESCRIPTOR.fields_by_name.get("metadata_props"):
+        proto.ClearField("metadata_props")
+    if isinstance(proto, onnx.NodeProto):
+        attributes = sorted(proto.attribute, key=lambda attribute: attribute.name)
+        del proto.attribute[:]
+        proto.attribute.extend(_bare(attribute) for attribute in attributes)
+    if isinstance(proto, onnx.AttributeProto):
+        for subgraph in (*([proto.g] if proto.HasField("g") else []), *proto.graphs):
+            _bare(subgraph)
+    if isinstance(proto, onnx.GraphProto):
+        del proto.value_info[:]
+        for child in (*proto.node, *proto.initializer, *proto.input, *proto.output):
+            _bare(child)
+    return proto

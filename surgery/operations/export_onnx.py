@@ -1,0 +1,239 @@
+"""export-onnx: a Hugging Face folder → OUT.onnx, and its weights beside it.
+
+Plans the output, builds the graph without weights, writes both files without a name, has them checked against torch,
+and only then lets them appear. What the graph is made of is `surgery.onnx`'s business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from formats import Checkpoint, open_checkpoint
+from formats.errors import NotACheckpoint, OutputExists, PathNotFound
+from formats.layout import Layout
+from formats.staging import Staging, disk_errors, write_at
+from surgery.errors import Unsupported
+from surgery.onnx.architecture import read_architecture
+from surgery.onnx.payload import PAYLOAD, attach_payload, holds_payload, payload_layout, write_payload
+from surgery.onnx.template import Template, build_template
+from surgery.onnx.verify import check_structure, verify_graph
+from surgery.report import Report, Stopwatch, peak_rss
+
+_OWN_FOLDER = "give each export a folder of its own: base/model.onnx, merged/model.onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport(Report):
+    """What export-onnx did. The ledger counts tensors of the checkpoint: `exported` and `unused` by the graph.
+
+    Attributes:
+        payload: path of the weights, which the graph finds by name beside it.
+        graph_sha256: of the `.onnx` file; equal for models of one architecture, whatever their weights.
+        payload_sha256: of the weights' file.
+        nodes: nodes of the graph.
+        nodes_run: nodes that ONNX Runtime executes after its own optimisation; None if not verified.
+        max_abs_error: largest difference from torch at valid tokens; None if not verified.
+        max_rel_error: the same in relation to the largest value of its output.
+        tolerance: what max_rel_error was held against.
+        shapes: (batch, sequence) of each comparison.
+        model_class: the transformers class.
+        dtype: the checkpoint's floating-point dtype.
+        inputs, outputs: the graph's.
+        unused: names of the checkpoint's tensors that the graph does not need.
+    """
+
+    payload: str
+    graph_sha256: str
+    payload_sha256: str
+    nodes: int
+    nodes_run: int | None
+    max_abs_error: float | None
+    max_rel_error: float | None
+    tolerance: float | None
+    shapes: tuple[tuple[int, int], ...]
+    model_class: str
+    dtype: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def export_onnx(model: str | Path, out: str | Path, *, force: bool = False, verify: bool = True) -> ExportReport:
+    """Writes OUT.onnx and, beside it, `model.safetensors`.
+
+    Args:
+        model: a Hugging Face folder: config.json, and safetensors weights in one file or in shards.
+        out: the `.onnx` file. Its folder must hold no other model's `model.safetensors`.
+        force: replace what stands there; never the model itself.
+        verify: compare with torch before anything appears under its name.
+
+    Raises:
+        UnknownArchitecture, Unsupported, MissingTensors, UnsupportedDType: a model that cannot be exported, and why.
+        OutputExists: something stands at the output, or the output is the input.
+        VerificationFailed: ONNX Runtime and torch disagree.
+    """
+    watch = Stopwatch()
+    folder, target = Path(model), Path(out)
+    _check_paths(folder, target, force)
+    architecture = read_architecture(folder)
+    with open_checkpoint(folder) as checkpoint:
+        template = build_template(architecture, checkpoint.specs)
+        _check_ties(template, checkpoint)
+        where = payload_layout(template.weights)
+        graph = attach_payload(template.model, template.weights, where)
+        dtype = next(spec.dtype for spec in template.weights if spec.dtype.is_float)
+        with _staged(folder, target, graph, checkpoint, template, where, force) as payload:
+            check_structure(graph)
+            found = verify_graph(architecture, graph, payload, dtype) if verify else None
+            payload_sha256 = _file_sha256(payload)
+        unused = tuple(sorted(checkpoint.specs.keys() - {spec.name for spec in template.weights}))
+    return ExportReport(
+        operation="export-onnx",
+        output=str(target),
+        seconds=watch.seconds,
+        peak_rss_bytes=peak_rss(),
+        ledger={"exported": len(template.weights), "unused": len(unused)},
+        notes=() if verify else ("not compared with torch",),
+        payload=str(target.parent / PAYLOAD),
+        graph_sha256=hashlib.sha256(graph).hexdigest(),
+        payload_sha256=payload_sha256,
+        nodes=len(template.model.graph.node),
+        nodes_run=found.nodes_run if found else None,
+        max_abs_error=found.max_abs_error if found else None,
+        max_rel_error=found.max_rel_error if found else None,
+        tolerance=found.tolerance if found else None,
+        shapes=found.shapes if found else (),
+        model_class=architecture.model_class.__name__,
+        dtype=dtype.label,
+        inputs=architecture.inputs,
+        outputs=tuple(output.name for output in template.model.graph.output),
+        unused=unused,
+    )
+
+
+def _check_paths(folder: Path, target: Path, force: bool) -> None:
+    if not folder.exists():
+        raise PathNotFound("no such folder", where=folder)
+    if not folder.is_dir():
+        raise NotACheckpoint(
+            "the graph is built from a folder, not from a weight file alone",
+            where=folder,
+            expected="a Hugging Face folder: config.json and its weights",
+            found="a file",
+            then="pass the folder that holds it, with its config.json",
+        )
+    if target.suffix != ".onnx":
+        raise Unsupported(
+            "the output is one .onnx file",
+            where=target,
+            expected="a name that ends in .onnx",
+            then=f"say -o {target / 'model.onnx'}",
+        )
+    Staging(target, folder=False, inputs=_files(folder), force=force)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [folder, *(path for path in folder.iterdir() if path.is_file())]
+
+
+def _check_ties(template: Template, checkpoint: Checkpoint) -> None:
+    """transformers unties what the file stores with different values; the graph cannot depend on values."""
+    for first, *rest in template.ties:
+        for name in rest:
+            if checkpoint.read_bytes(first).tobytes() != checkpoint.read_bytes(name).tobytes():
+                raise Unsupported(
+                    "config.json ties two tensors which the checkpoint stores with different values",
+                    where=checkpoint.ref.path,
+                    found=f"{first} and {name}",
+                    then='set "tie_word_embeddings": false in config.json',
+                )
+
+
+@contextmanager
+def _staged(
+    folder: Path,
+    target: Path,
+    graph: bytes,
+    checkpoint: Checkpoint,
+    template: Template,
+    where: Layout,
+    force: bool,
+) -> Iterator[int]:
+    """Both files, written and nameless; yields the payload's descriptor. On a normal exit they appear.
+
+    A folder that does not exist yet appears whole. In one that does, the payload appears before the graph, and a
+    graph that is to be replaced goes first: at no time does a graph stand beside weights it was not made for.
+    """
+    beside = target.parent / PAYLOAD
+    if not target.parent.exists():
+        with Staging(target.parent, folder=True, inputs=[folder], force=force) as staging:
+            _write(staging.create(target.name, len(graph)), graph, target)
+            payload = staging.create(PAYLOAD, where.size)
+            write_payload(payload, checkpoint, template.weights, where, beside)
+            yield payload
+    elif _keeps(folder, beside, checkpoint, template, where, force):
+        with Staging(target, folder=False, inputs=_files(folder), force=force) as staging, beside.open("rb") as kept:
+            _write(staging.create("", len(graph)), graph, target)
+            yield kept.fileno()
+    else:
+        guarded = _files(folder)
+        with (
+            Staging(target, folder=False, inputs=guarded, force=force) as staging,
+            Staging(beside, folder=False, inputs=guarded, force=force) as weights,
+        ):  # left in reverse: weights first
+            _write(staging.create("", len(graph)), graph, target)
+            payload = weights.create("", where.size)
+            write_payload(payload, checkpoint, template.weights, where, beside)
+            yield payload
+            with disk_errors(target):
+                os.fsync(payload)
+                target.unlink(missing_ok=True)
+
+
+def _keeps(folder: Path, beside: Path, checkpoint: Checkpoint, template: Template, where: Layout, force: bool) -> bool:
+    """Whether the payload stands there already, to the byte. Raises OutputExists where it must not be replaced."""
+    own = beside.parent.resolve() == folder.resolve()
+    if not os.path.lexists(beside):
+        if own:
+            raise OutputExists(
+                "the export would put a second set of weights into the model's own folder",
+                where=beside.parent,
+                found="the weights under other names or in shards",
+                then=_OWN_FOLDER,
+            )
+        return False
+    linked = beside.is_symlink() or beside.stat().st_nlink > 1
+    if not linked and beside.is_file() and holds_payload(beside, checkpoint, template.weights, where):
+        return True
+    if own:
+        raise OutputExists(
+            "the weights in the model's own folder cannot serve the graph as they are, and are not ours to replace",
+            where=beside,
+            expected="a plain file, exactly the tensors the graph needs, in the canonical order and without metadata",
+            found="a link" if linked else "another order, other tensors or metadata",
+            then=_OWN_FOLDER,
+        )
+    if not force:
+        raise OutputExists(
+            "another model's weights stand where this one's would go; their name is part of the graph, so it is fixed",
+            where=beside,
+            found="a link" if linked else "a file with other bytes",
+            then=f"{_OWN_FOLDER}; or replace it with --force",
+        )
+    return False
+
+
+def _write(descriptor: int, data: bytes, target: Path) -> None:
+    with disk_errors(target):
+        write_at(descriptor, data, 0)
+
+
+def _file_sha256(descriptor: int) -> str:
+    with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as mapped:
+        return hashlib.sha256(mapped).hexdigest()
