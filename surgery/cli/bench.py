@@ -14,9 +14,7 @@ class _Shape(click.ParamType[tuple[int, int]]):
 
     name = "BxS"
 
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
         batch, _, sequence = str(value).partition("x")
@@ -56,9 +54,7 @@ def command(
     from surgery.operations.bench import bench
 
     with options.reporting("bench", as_json):
-        report = bench(
-            a, b, shape=shape, provider=provider, margin=margin, seconds=seconds, threads=threads, seed=seed
-        )
+        report = bench(a, b, shape=shape, provider=provider, margin=margin, seconds=seconds, threads=threads, seed=seed)
         if as_json:
             options.print_json(report)
         else:
@@ -69,7 +65,9 @@ def command(
             first, last = report.control_interval
             rows.add_row("control: A against A", "", "", f"{report.control_ratio:.4f}", f"{first:.4f} – {last:.4f}")
             same = "the two graphs are byte-identical" if report.same_graph else "the two graphs differ"
-            options.show(rows, f"{same}; {report.blocks} blocks of {report.runs_per_block} runs in {report.seconds:.0f} s")
+            options.show(
+                rows, f"{same}; {report.blocks} blocks of {report.runs_per_block} runs in {report.seconds:.0f} s"
+            )
             options.show(f"verdict: {report.verdict} at a margin of {margin:.1%} ({report.reason})")
     if expect is not None and report.verdict != expect:
         sys.exit(4 if report.verdict == "inconclusive" else 3)
