@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 demo: .venv/demo
 	$(BIN)/python examples/demo.py
 
@@ -17,6 +17,9 @@ lint: .venv/test
 
 bench: .venv/test
 	$(BIN)/python benchmarks/run.py
+
+docs: .venv/test
+	$(BIN)/python docs/generate.py
 
 .venv/python:
 	$(PYTHON) -c 'import sys; sys.exit("surgery needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

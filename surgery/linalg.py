@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 OVERSAMPLING = 8  # columns beyond the rank, so that the last wanted direction converges too
 EXTRA_BLOCKS = 3  # Krylov blocks after the first: worst excess seen on real deltas 8e-5 at rank 8, 1.5e-4 at rank 32
 
+CANCELLATION = 1e-3  # share of ‖ΔW‖² below which ‖ΔW‖² − Σσ², from σ in float32, is not trusted
+
 
 @dataclass(frozen=True)
 class TruncatedSVD:
@@ -94,6 +96,9 @@ def _block_krylov(matrix: torch.Tensor, width: int, seed: int) -> tuple[torch.Te
         for _ in range(2):  # once is not enough in float32
             block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
         basis = torch.cat([basis, block], dim=1)  # (rows, (1 + extra) · width)
+    # Where the matrix has a lower rank than the space has columns, the last blocks are rounding noise that no
+    # projection makes orthogonal; Householder's QR of the whole does, and without it energy would count twice.
+    basis = torch.linalg.qr(basis).Q
     core = basis.mT @ matrix  # ((1 + extra) · width, columns)
     left, values, right = torch.linalg.svd(core, full_matrices=False)
     return basis @ left, values, right
@@ -120,7 +125,8 @@ def factorise(delta: torch.Tensor, rank: int, dtype: torch.dtype, seed: int = 0)
     """B = U√Σ and A = √ΣVᵀ of the leading `rank` triplets, stored as `dtype`.
 
     ‖ΔW − B̃Ã‖² is taken as the tail ‖ΔW‖² − Σσ² plus the rounding loss ‖BA − B̃Ã‖²; their cross term vanishes to first
-    order in the rounding, because what is left out is orthogonal to U and V.
+    order in the rounding, because what is left out is orthogonal to U and V. Where that is so small that the
+    subtraction would be mostly rounding, the difference itself is formed.
 
     Args:
         delta: (rows, columns) float32, not all zero.
@@ -137,6 +143,8 @@ def factorise(delta: torch.Tensor, rank: int, dtype: torch.dtype, seed: int = 0)
     lora_a, lora_b = exact_a.to(dtype), exact_b.to(dtype)
     loss = _squared_distance(exact_b, exact_a, lora_b.to(torch.float64), lora_a.to(torch.float64))
     left_out = (svd.tail + loss) / svd.total
+    if left_out < CANCELLATION:
+        left_out = squared_norm(delta - lora_b.to(delta.dtype) @ lora_a.to(delta.dtype)) / svd.total
     return Factors(lora_a.contiguous(), lora_b.contiguous(), 1.0 - left_out, left_out**0.5)
 
 

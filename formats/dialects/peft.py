@@ -54,6 +54,8 @@ class Peft:
         where = checkpoint.ref.path
         config = _checked(config, where)
         modules, full = _split(checkpoint)
+        if config.get("ensure_weight_tying"):
+            _drop_tied_heads(checkpoint, modules, full, base)
         rename = _renaming(modules, full, base, where)
         kinds = layer_kinds(base)
         adapted = []
@@ -107,6 +109,38 @@ def _split(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, TensorRef]], dic
             role = match["role"] + (".bias" if match["tail"] == ".bias" else "")
             modules.setdefault(match["module"], {})[role] = checkpoint.tensor(key)
     return modules, full
+
+
+def _drop_tied_heads(
+    checkpoint: Checkpoint,
+    modules: dict[str, dict[str, TensorRef]],
+    full: dict[str, TensorRef],
+    base: Mapping[str, TensorSpec],
+) -> None:
+    """Takes out the second copy of a tied embedding's factors: head A = embedding Bᵀ, head B = embedding Aᵀ.
+
+    peft writes both. A base that stores the tied weight once must get the delta once.
+    """
+    embeddings = [factors for factors in modules.values() if {"lora_embedding_A", "lora_embedding_B"} <= set(factors)]
+    for module, factors in list(modules.items()):
+        stored = any(name == f"{module}.weight" or name.endswith(f".{module}.weight") for name in base)
+        if not stored and {"lora_A", "lora_B"} <= set(factors):
+            pairs = [
+                ((factors["lora_A"], embedding["lora_embedding_B"]), (factors["lora_B"], embedding["lora_embedding_A"]))
+                for embedding in embeddings
+            ]
+            if any(all(_is_transpose(checkpoint, *pair) for pair in both) for both in pairs):
+                del modules[module]
+                full.pop(f"{module}.weight", None)
+
+
+def _is_transpose(checkpoint: Checkpoint, ours: TensorRef, other: TensorRef) -> bool:
+    if ours.spec.dtype is not other.spec.dtype or ours.spec.shape != other.spec.shape[::-1]:
+        return False
+    mine, theirs = (
+        checkpoint.read_bytes(ref.name).reshape(*ref.spec.shape, ref.spec.dtype.itemsize) for ref in (ours, other)
+    )
+    return bool((mine == theirs.swapaxes(0, 1)).all())
 
 
 def _renaming(modules: Iterable[str], full: Iterable[str], base: Mapping[str, TensorSpec], where: str) -> Rename:
@@ -242,7 +276,6 @@ class Extracted:
     saved: tuple[str, ...]  # modules carried in full
     biases: bool  # whether biases are carried in full
     transposed: bool  # whether adapted layers store (in, out)
-    tied: bool  # whether an adapted embedding is also the head
     modules: frozenset[str]  # every module of the model
     rank: int
     base: str
@@ -269,8 +302,6 @@ def lora_config(extracted: Extracted) -> dict[str, Any]:
         "init_lora_weights": True,
     }
     config["alpha_pattern"] = dict(config["rank_pattern"])
-    if extracted.tied:
-        config["ensure_weight_tying"] = True
     return config
 
 

@@ -42,8 +42,11 @@ def command(
     with options.reporting("extract", as_json):
         if dry_run:
             with open_checkpoint(base) as before, open_checkpoint(tuned) as after:
+                config = operation.model_config(base)
                 options.show_plan(
-                    operation.plan_extract(before, after, rank=rank, dtype=dtype, allow_removed=allow_removed)
+                    operation.plan_extract(
+                        before, after, rank=rank, dtype=dtype, allow_removed=allow_removed, config=config
+                    )
                 )
             return
         with options.resources(jobs, memory) as resources:

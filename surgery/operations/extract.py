@@ -7,6 +7,7 @@ config is written last. Knows no file's bytes and no printing.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,13 +76,15 @@ def extract(
     watch = Stopwatch()
     target = Path(out) if out is not None else default_output(tuned, rank)
     with open_checkpoint(base) as before, open_checkpoint(tuned) as after:
-        plan = plan_extract(before, after, rank=rank, dtype=dtype, allow_removed=allow_removed, seed=seed)
+        plan = plan_extract(
+            before, after, rank=rank, dtype=dtype, allow_removed=allow_removed, seed=seed, config=model_config(base)
+        )
         destination = Destination(target, weights=ADAPTER_WEIGHTS, inputs=(Path(base), Path(tuned)), force=force)
         metadata = {"format": "pt", "surgery": f"{TOOL} extract"}
         with create_checkpoint(destination, plan.outputs, metadata) as writer:
             outcomes = engine.run(plan, writer, resources)
             _check_anything(outcomes, base, tuned)
-            extracted = _describe(plan, outcomes, before, after, rank, str(base), _model_config(base))
+            extracted = _describe(plan, outcomes, after, rank, str(base))
             config = json.dumps(lora_config(extracted), indent=2)
             if destination.is_folder:
                 writer.attach(ADAPTER_CONFIG, config.encode() + b"\n")
@@ -118,8 +121,11 @@ def plan_extract(
     dtype: str | None = None,
     allow_removed: bool = False,
     seed: int = 0,
+    config: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Pairs the tensors of both files and decides how each would be carried.
+
+    `config` is the model's config.json; it tells whether an embedding is also the head.
 
     Raises:
         SurgeryError: a rank below 1.
@@ -137,9 +143,13 @@ def plan_extract(
         modules.setdefault(owner(name), []).append(name)
     steps: list[Step] = []
     clamped = 0
+    tied: list[str] = []
     for module, names in modules.items():
         weight = f"{module}.weight"
         kind = kinds.get(module)
+        if kind is LayerKind.EMBEDDING and _is_tied(module, tuned, config or {}):
+            tied.append(module)
+            kind = None
         if kind and weight in base.specs and _is_weight(base, tuned, weight):
             steps.append(_factor_step(base, tuned, module, names, kind, rank, factor_dtype, seed))
             clamped += min(tuned.specs[weight].shape) < rank
@@ -149,7 +159,11 @@ def plan_extract(
             steps += [_whole_step(base, tuned, name, [name], together=False) for name in names]
     if removed:
         steps.append(Step("removed from tuned", (), (), LeaveBehind(removed)))
-    notes = []
+    notes = [
+        f"{module} is also the head: carried in full if it changed, since peft, which merges the factors of tied "
+        "weights twice, could not both load and merge them"
+        for module in tied
+    ]
     if clamped:
         notes.append(f"rank {rank} is larger than the smaller side of {clamped} matrices: clamped there")
     if removed:
@@ -280,7 +294,7 @@ def _check_anything(outcomes: tuple[Outcome, ...], base: str | Path, tuned: str 
         )
 
 
-def _model_config(base: str | Path) -> Mapping[str, Any]:
+def model_config(base: str | Path) -> Mapping[str, Any]:
     """The base's config.json, empty if there is none beside the weights."""
     path = Path(base) / "config.json"
     if not path.is_file():
@@ -292,11 +306,9 @@ def _model_config(base: str | Path) -> Mapping[str, Any]:
 def _describe(
     plan: Plan,
     outcomes: tuple[Outcome, ...],
-    base: Checkpoint,
     tuned: Checkpoint,
     rank: int,
     name: str,
-    config: Mapping[str, Any],
 ) -> Extracted:
     """What the adapter's config must say, from what really changed."""
     kinds = layer_kinds(tuned.specs)
@@ -310,7 +322,6 @@ def _describe(
         saved=tuple(sorted(o.figures["saved"] for o in outcomes if o.figures.get("saved"))),
         biases=any(entry.endswith(".bias") and owner(entry) in kinds for entry in full),
         transposed=LayerKind.TRANSPOSED in adapted,
-        tied=any(_is_tied(module, tuned, config) for module in ranks if kinds[module] is LayerKind.EMBEDDING),
         modules=frozenset(modules),
         rank=common,
         base=name,
@@ -318,8 +329,9 @@ def _describe(
 
 
 def _is_tied(module: str, tuned: Checkpoint, config: Mapping[str, Any]) -> bool:
-    """Whether an embedding is also the model's head: the config says so, or no head's weight is there."""
+    """Whether an embedding is also a language model's head: the config ties them and no other weight has its shape."""
     shape = tuned.specs[f"{module}.weight"].shape
     alone = not any(spec.shape == shape for name, spec in tuned.specs.items() if owner(name) != module)
-    architectures = " ".join(map(str, config.get("architectures") or ()))
-    return alone and config.get("tie_word_embeddings", "LM" in architectures) is True
+    generates = re.search("LM|ConditionalGeneration", " ".join(map(str, config.get("architectures") or ())))
+    vocabulary = config.get("vocab_size", shape[0]) == shape[0]
+    return alone and vocabulary and generates is not None and config.get("tie_word_embeddings", True) is True

@@ -1,0 +1,121 @@
+"""The rules of the house: who may import whom, and what stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "transformers", "numpy.random", "scipy")
+MODULES = sorted(path for package in ("formats", "surgery") for path in (ROOT / package).rglob("*.py"))
+
+
+def imports(path: Path, *, at_import_time: bool) -> set[str]:
+    """Modules a file imports: all of them, or only those that importing it would import."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if at_import_time and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+def reaches(found: set[str], *packages: str) -> set[str]:
+    """Those of the imports that lie in one of the packages."""
+    return {name for name in found if any(name == package or name.startswith(f"{package}.") for package in packages)}
+
+
+def rule(path: Path) -> tuple[str, ...]:
+    """What a module must not import, by where it stands."""
+    place = path.relative_to(ROOT).as_posix()
+    upper = ("surgery.operations", "surgery.cli")
+    if place == "formats/spec.py":
+        return ("torch", "numpy", "surgery", "click")
+    if place.startswith("formats/"):
+        return ("surgery", "click", "rich")
+    if place.startswith("surgery/methods/"):
+        files = ("formats.paths", "formats.safetensors_file", "formats.sharded", "formats.dialects", "formats.staging")
+        return (*upper, *files, "surgery.engine", "surgery.plan", "click", "pathlib")
+    if place == "surgery/plan.py":
+        return (*upper, "formats.paths", "formats.dialects", "surgery.engine", "surgery.methods", "click", "pathlib")
+    if place in ("surgery/linalg.py", "surgery/rounding.py"):
+        return (*upper, "formats.paths", "surgery.engine", "surgery.plan", "surgery.methods", "click", "pathlib")
+    if place.startswith("surgery/cli/"):
+        return ("torch", "onnx", "onnxruntime", "transformers", "safetensors")
+    return ("surgery.cli", "click")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_who_may_import_whom(path: Path) -> None:
+    """cli → operations → {engine, plan, methods, linalg, formats}; formats knows no surgery; only cli knows click."""
+    if path.parts[-2:] != ("surgery", "__init__.py"):  # the public face names everything for type checkers
+        assert not reaches(imports(path, at_import_time=False), *rule(path))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_heavy_imports_stay_inside_functions(path: Path) -> None:
+    """torch, onnx, onnxruntime and transformers load when they are needed, never before."""
+    assert not reaches(imports(path, at_import_time=True), *HEAVY)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_modules_are_short_and_say_what_they_are(path: Path) -> None:
+    """Under 400 lines, opened by a docstring."""
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    assert ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["inspect", "FILE"], ["diff", "--help"], ["extract", "--help"], ["bench", "--help"]],
+    ids=" ".join,
+)
+def test_light_commands_load_no_torch(pair: tuple[Path, Path], arguments: list[str]) -> None:
+    """In a process of its own, so that nothing this test imported counts."""
+    program = (
+        "import sys\nfrom surgery.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit as end: assert not end.code, end.code\n"
+        f"heavy = [name for name in {HEAVY!r} if name in sys.modules]\nassert not heavy, heavy\n"
+    )
+    arguments = [str(pair[0]) if argument == "FILE" else argument for argument in arguments]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_library_is_light() -> None:
+    """`import surgery` loads nothing heavy; its names load when they are used."""
+    program = (
+        "import sys, surgery\nassert 'torch' not in sys.modules\nfor name in surgery.__all__: getattr(surgery, name)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_command_is_documented_with_an_example() -> None:
+    """Each command's help ends with an example, and the reference in docs names it."""
+    from click import Context
+
+    from surgery.cli import COMMANDS, main
+
+    reference = (ROOT / "docs" / "cli.md").read_text()
+    for name in COMMANDS:
+        command = main.get_command(Context(main), name)
+        assert command is not None
+        assert f"surgery {name} " in (command.epilog or "")
+        assert f"## surgery {name}" in reference

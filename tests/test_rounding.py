@@ -1,0 +1,105 @@
+"""Products whose bits depend on nothing but their factors, and one rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from formats.spec import DType
+from surgery import rounding
+from surgery.rounding import add_rounded, exact_product, round_once
+
+SHAPES = {DType.BF16: (8, -126, 127), DType.F16: (11, -14, 15)}  # significand bits, exponents of normal numbers
+
+
+def nearest(values: np.ndarray, dtype: DType) -> np.ndarray:
+    """Round to nearest, ties to even, by scaling to integers: independent of any conversion."""
+    bits, lowest, _ = SHAPES[dtype]
+    _, exponent = np.frexp(values)
+    unit = np.maximum(exponent - bits, lowest + 1 - bits)
+    return np.ldexp(np.rint(np.ldexp(values, -unit)), unit)
+
+
+@pytest.mark.parametrize("dtype", SHAPES)
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=30, deadline=None)
+def test_rounding_is_to_nearest_even_also_next_to_ties(dtype: DType, seed: int) -> None:
+    """Values on ties, a hair beside them, subnormal ones: never rounded twice."""
+    bits, lowest, highest = SHAPES[dtype]
+    generator = np.random.default_rng(seed)
+    exponents = generator.integers(lowest - bits, highest - 1, 2000)
+    ties = np.ldexp(generator.integers(1 << bits, 2 << bits, 2000) * generator.choice([-1, 1], 2000), exponents - bits)
+    hairs = generator.choice([0.0, 1e-13, -1e-13, 1e-9, 0.3], 2000)
+    values = ties * (1 + hairs)
+    ours = round_once(torch.from_numpy(values), dtype).double().numpy()
+    assert np.array_equal(ours, nearest(values, dtype))
+
+
+def test_torch_itself_rounds_twice() -> None:
+    """The reason for round_once: this value is nearer to the lower bfloat16, torch gives the upper."""
+    value = torch.tensor([1 + 2.0**-8 - 2.0**-40], dtype=torch.float64)
+    assert value.to(torch.bfloat16).item() == 1.0  # 1 + 2^-8 ties to even, 1.0 happens to be right
+    value = torch.tensor([1 + 3 * 2.0**-8 - 2.0**-40], dtype=torch.float64)
+    assert value.to(torch.bfloat16).item() == 1 + 2.0**-6
+    assert round_once(value, DType.BF16).item() == 1 + 2.0**-7
+
+
+def test_infinities_and_overflow_pass_through() -> None:
+    """Beyond the range is Inf, NaN stays NaN: for the caller to report."""
+    values = torch.tensor([1e300, -1e300, float("inf"), float("nan"), 0.0, -0.0], dtype=torch.float64)
+    for dtype in (DType.BF16, DType.F16, DType.F32):
+        rounded = round_once(values, dtype).double()
+        assert rounded[:3].tolist() == [float("inf"), float("-inf"), float("inf")]
+        assert rounded[3].isnan()
+        assert torch.signbit(rounded[5])
+
+
+@given(seed=st.integers(0, 10_000), terms=st.sampled_from([1, 7, 512, 513, 1100]))
+@settings(max_examples=20, deadline=None)
+def test_order_of_terms_blocks_and_threads_do_not_show(seed: int, terms: int) -> None:
+    """Permuting the terms within a chunk, other row blocks, another thread count: the same bits."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randn(33, terms, generator=generator)
+    right = torch.randn(terms, 29, generator=generator)
+    whole = exact_product(left, right, 0.3).rows(0, 33)
+    first = torch.randperm(min(terms, 512), generator=generator)
+    order = torch.cat([first, torch.arange(min(terms, 512), terms)])
+    shuffled = exact_product(left[:, order], right[order], 0.3)
+    pieces = torch.cat([shuffled.rows(begin, min(33, begin + 5)) for begin in range(0, 33, 5)])
+    assert torch.equal(pieces, whole)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(exact_product(left, right, 0.3).rows(0, 33), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_product_is_right_to_its_22_bits() -> None:
+    """Against float64: the error is bounded by the fixed point's."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(64, 16, generator=generator), torch.randn(16, 80, generator=generator)
+    exact = left.double() @ right.double()
+    error = (exact_product(left, right, 1.0).rows(0, 64) - exact).abs()
+    assert float((error / exact.abs().amax()).max()) < 16 * 2.0**-22
+
+
+def test_lines_of_zeros_and_wild_scales_stay_exact() -> None:
+    """Rows from 1e-30 to 1e30, and a row of zeros: powers of two pass through untouched."""
+    left = torch.tensor([[0.0], [2.0**-100], [2.0**100]])
+    right = torch.tensor([[1.0, 2.0**-20, 0.0]])
+    expected = left.double() @ right.double()
+    assert torch.equal(exact_product(left, right, 1.0).rows(0, 3), expected)
+
+
+def test_add_rounded_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row at a time or all at once."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(37, 23, generator=generator).to(torch.bfloat16)
+    deltas = [exact_product(torch.randn(37, 4), torch.randn(4, 23), 0.5) for _ in range(2)]
+    whole = add_rounded(weight, deltas, DType.BF16)
+    monkeypatch.setattr(rounding, "_BLOCK_ELEMENTS", 1)
+    assert torch.equal(add_rounded(weight, deltas, DType.BF16), whole)
