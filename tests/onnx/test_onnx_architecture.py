@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,15 @@ def test_unknown_class(tmp_path: Path, make_model: Make, edit_config: Make, name
     assert name in caught.value.details["found"]
     if name == "BertModle":
         assert "BertModel" in caught.value.details["found"]
+
+
+def test_without_transformers(tmp_path: Path, make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers is an extra; where it is not installed, the error says how to install it."""
+    folder = make_model(tmp_path / "m", "bert")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(Unsupported) as caught:
+        read_architecture(folder)
+    assert "model-surgery[hf]" in caught.value.details["next"]
 
 
 @pytest.mark.parametrize(

@@ -58,14 +58,6 @@ def test_report_is_plain_and_complete(twins: Callable[[str], Any]) -> None:
     assert said["latency_a"] > 0
     assert said["noise_floor"] >= 0
     assert said["margin"] == 0.02
-    assert report.exit_code in (0, 3, 4)
-
-
-@pytest.mark.parametrize(("verdict", "code"), [("equivalent", 0), ("faster", 0), ("slower", 3), ("inconclusive", 4)])
-def test_exit_codes(tmp_path: Path, verdict: str, code: int) -> None:
-    """What a script sees."""
-    model = _tiny(tmp_path / "a.onnx", TOKENS)
-    assert dataclasses.replace(bench(model, model, seconds=0.01), verdict=verdict).exit_code == code
 
 
 def test_little_time_is_inconclusive(tmp_path: Path) -> None:
@@ -96,7 +88,7 @@ def test_blocks_are_paired_and_balanced(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_different_inputs(tmp_path: Path) -> None:
-    """Graphs that take different inputs, or the same under fixed shapes, cannot be compared; axis names do not count."""
+    """Graphs of other inputs, or the same in fixed shapes, cannot be compared; axis names do not matter."""
     a = _tiny(tmp_path / "a.onnx", TOKENS)
     other = _tiny(tmp_path / "b.onnx", {"input_ids": ("batch", "sequence")})
     with pytest.raises(InputsDiffer) as caught:
