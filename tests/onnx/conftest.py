@@ -38,7 +38,7 @@ def _make_model(folder: Path, kind: str, seed: int = 0, dtype: str = "float32", 
         "intermediate_size": 64,
         "max_position_embeddings": 64,
     }
-    gpt2 = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    gpt2 = {"vocab_size": 100, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
     tokens = {"bos_token_id": 0, "eos_token_id": 0}
     if kind == "bert":
         model = transformers.BertModel(transformers.BertConfig(**{**sizes, **config}))
@@ -48,7 +48,7 @@ def _make_model(folder: Path, kind: str, seed: int = 0, dtype: str = "float32", 
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**gpt2, **tokens, **config}))
     else:
         model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**{**sizes, "num_key_value_heads": 2, **tokens, **config})
+            transformers.LlamaConfig(**{**sizes, "num_hidden_layers": 1, "num_key_value_heads": 2, **tokens, **config})
         )
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms would begin as zeros and ones in every model
