@@ -60,8 +60,15 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def _find_class(name: str, path: Path) -> Any:
-    import transformers
-
+    try:
+        import transformers
+    except ImportError as error:
+        raise Unsupported(
+            "exporting needs transformers, which knows the model's class",
+            where=path,
+            found=error,
+            then="pip install 'model-surgery[hf]'",
+        ) from error
     found = getattr(transformers, name, None)
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found

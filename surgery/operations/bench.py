@@ -23,8 +23,6 @@ from surgery.version import __version__
 if TYPE_CHECKING:
     from surgery.onnx.verdict import Estimate
 
-_EXIT_CODES = {"equivalent": 0, "faster": 0, "slower": 3, "inconclusive": 4}
-
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
@@ -87,11 +85,6 @@ class BenchReport:
     sha256: Mapping[str, str]
     versions: Mapping[str, str]
     machine: Mapping[str, str]
-
-    @property
-    def exit_code(self) -> int:
-        """0 equivalent or faster, 3 slower, 4 inconclusive."""
-        return _EXIT_CODES[self.verdict]
 
 
 def bench(

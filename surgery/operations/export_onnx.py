@@ -192,8 +192,9 @@ def _staged(
             write_payload(payload, checkpoint, template.weights, where, beside)
             yield payload
             with disk_errors(target):
-                os.fsync(payload)
-                target.unlink(missing_ok=True)
+                os.fsync(payload)  # what can fail has been tried before the old graph goes
+                if force:
+                    target.unlink(missing_ok=True)
 
 
 def _keeps(folder: Path, beside: Path, checkpoint: Checkpoint, template: Template, where: Layout, force: bool) -> bool:
