@@ -24,16 +24,19 @@ def command(model: str, out: str, no_verify: bool, force: bool, as_json: bool) -
         if as_json:
             options.print_json(report)
             return
-        rows = options.table(report.model_class, "")
-        rows.add_row("graph sha256", report.graph_sha256[:16])
         run = "" if report.nodes_run is None else f", {report.nodes_run} run after the runtime's optimisation"
-        rows.add_row("nodes", f"{report.nodes}{run}")
-        rows.add_row("inputs", ", ".join(report.inputs))
-        rows.add_row("outputs", ", ".join(report.outputs))
-        rows.add_row("weights", report.payload)
+        known = {
+            "graph sha256": report.graph_sha256[:16],
+            "nodes": f"{report.nodes}{run}",
+            "inputs": ", ".join(report.inputs),
+            "outputs": ", ".join(report.outputs),
+            "weights": report.payload,
+        }
         if report.max_rel_error is not None:
             shapes = ", ".join(f"{batch}×{sequence}" for batch, sequence in report.shapes)
-            rows.add_row("against torch", f"max error {report.max_abs_error:.2g} abs, {report.max_rel_error:.2g} rel")
-            rows.add_row("", f"tolerance {report.tolerance:.2g} rel, shapes {shapes}")
-        options.show(rows)
+            known["against torch"] = (
+                f"max error {report.max_abs_error:.2g} abs, {report.max_rel_error:.2g} rel "
+                f"(tolerance {report.tolerance:.2g} rel) at {shapes}"
+            )
+        options.show(options.facts(report.model_class, known.items()))
         options.show_ending(report)

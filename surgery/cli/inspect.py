@@ -20,18 +20,17 @@ def command(path: str, tensors: bool, as_json: bool) -> None:
         if as_json:
             options.print_json(report)
             return
-        rows = options.table(f"{report.kind}", "")
-        rows.add_row("container", report.container)
-        rows.add_row("tensors", f"{len(report.tensors)}")
-        rows.add_row("parameters", f"{report.parameters:,}")
-        rows.add_row("bytes", f"{report.nbytes:,}")
-        for dtype, count in report.dtypes.items():
-            rows.add_row(f"  {dtype}", f"{count:,}")
-        for key, text in {**(report.adapter or {}), **report.metadata}.items():
-            rows.add_row(key, str(text))
-        for digest in report.merged:
-            rows.add_row("merged adapter", digest[:16])
-        options.show(rows)
+        known = {
+            "container": report.container,
+            "tensors": f"{len(report.tensors)}",
+            "parameters": f"{report.parameters:,}",
+            "bytes": f"{report.nbytes:,}",
+            **{f"  {dtype}": f"{count:,}" for dtype, count in report.dtypes.items()},
+            **(report.adapter or {}),
+            **report.metadata,
+            **{f"merged adapter {index}": digest[:16] for index, digest in enumerate(report.merged, 1)},
+        }
+        options.show(options.facts(report.kind, ((name, str(value)) for name, value in known.items())))
         if tensors:
             listing = options.table("tensor", "dtype", "shape")
             for spec in report.tensors:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -113,14 +113,25 @@ def print_json(report: Any) -> None:
     click.echo(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False, default=str))
 
 
-def table(*columns: str, title: str | None = None) -> Table:
+def table(*columns: str) -> Table:
     """A table in the house's style: the first column is text, the others are numbers."""
     from rich import box
     from rich.table import Table
 
-    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return made
+
+
+def facts(title: str, pairs: Iterable[tuple[str, str]]) -> Table:
+    """A table of names and values."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title, "", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, value in pairs:
+        made.add_row(name, value)
     return made
 
 
