@@ -2,10 +2,10 @@
 
 All sessions live in one process with the same options and preallocated buffers. A block runs A B B A (or B A A B, by
 lot), which cancels any steady drift, and gives one log-ratio of medians. Each round holds one block of A against B
-and one of A against a second session of A: what that control shows is noise. Sessions are made anew several times,
-in changing order, since the place a session gets in memory can be worth half a per cent by itself. Threads do not spin
-while they wait: the idle session's would take the cores from the running one (on two cores, a spread of 20 % between
-blocks instead of 2 %). Says nothing about what the numbers mean; that is `verdict`.
+and one of A against a second session of A: what that control shows is noise. Sessions are made anew for every epoch,
+in changing order: the place that a session gets in memory is worth a per cent for as long as it lives. Threads do not
+spin while they wait: the idle session's would take the cores from the running one (on two cores, a spread of 20 %
+between blocks instead of 2 %). Says nothing about what the numbers mean; that is `verdict`.
 """
 
 from __future__ import annotations
@@ -27,32 +27,30 @@ if TYPE_CHECKING:
 
     from surgery.onnx.feeds import Feeds
 
-EPOCHS = 4  # times that sessions are made anew
-ROUNDS = 80  # aimed at; a fast model gets more runs a block instead of more blocks
-FEWEST_ROUNDS = 3  # an epoch, however little time there is: below that nothing can be estimated
-WARM_UP = 8  # runs of each session before the first block
-_LOADING_SHARE = 0.25  # of the time given, at most, for making sessions anew
+EPOCHS = 16  # times that sessions are made anew, if there is time
+ROUNDS = 6  # an epoch, aimed at: a fast model gets more runs a block, not more blocks
+FEWEST_ROUNDS = 3  # an epoch, however little time there is
+WARM_UP = 4  # runs of each session before the first block
+_LOADING_SHARE = 0.5  # of the time given, at most, for making sessions anew
 
 
 @dataclass(frozen=True)
 class Measurement:
     """What the clock said.
 
-    log_ratios: log(B / A), one a block, in the order measured.
+    log_ratios: for each epoch, log(B / A) of each block, in the order measured.
     control: log(A' / A), the same for two sessions of A.
     latency_a, latency_b: median seconds of one run.
     runs_per_block: runs of each session in a block.
-    epochs: how often the sessions were made anew.
     provider: the execution provider that ran.
     threads: intra-op threads asked for; None leaves the number to ONNX Runtime.
     """
 
-    log_ratios: tuple[float, ...]
-    control: tuple[float, ...]
+    log_ratios: tuple[tuple[float, ...], ...]
+    control: tuple[tuple[float, ...], ...]
     latency_a: float
     latency_b: float
     runs_per_block: int
-    epochs: int
     provider: str
     threads: int | None
 
@@ -70,25 +68,25 @@ def measure(
 
     rng = np.random.default_rng(seed)
     start = time.perf_counter()
-    epochs, runs = 1, 1  # until the first sessions have been made and timed
+    epochs, runs = 2, 1  # until the first sessions have been made and timed
     done: list[_Epoch] = []
     while len(done) < epochs:
         loading = time.perf_counter()
         sessions = _sessions(a, b, feeds, provider, threads, len(done))
         if not done:
             loaded = time.perf_counter() - loading
-            epochs = max(1, min(EPOCHS, int(_LOADING_SHARE * seconds / loaded)))
+            epochs = max(2, min(EPOCHS, int(_LOADING_SHARE * seconds / loaded)))
             once = float(np.median([_run(sessions["a"]) for _ in range(3)]))
-            runs = max(1, int(seconds * (1 - _LOADING_SHARE) / (8 * once * ROUNDS)))
+            left = seconds / epochs - loaded
+            runs = max(1, int(left / (8 * once * ROUNDS)))
         done.append(_epoch(sessions, runs, start + seconds * (len(done) + 1) / epochs, rng))
         del sessions  # before the next ones are made: three models in memory, not six
     return Measurement(
-        log_ratios=tuple(ratio for epoch in done for ratio in epoch.log_ratios),
-        control=tuple(ratio for epoch in done for ratio in epoch.control),
+        log_ratios=tuple(tuple(epoch.log_ratios) for epoch in done),
+        control=tuple(tuple(epoch.control) for epoch in done),
         latency_a=float(np.median([t for epoch in done for t in epoch.times_a])),
         latency_b=float(np.median([t for epoch in done for t in epoch.times_b])),
         runs_per_block=2 * runs,
-        epochs=epochs,
         provider=done[0].provider,
         threads=threads,
     )

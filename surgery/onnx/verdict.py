@@ -1,12 +1,14 @@
 """From paired log-ratios to a verdict. Pure functions: no clock, no model, no randomness that is not seeded.
 
-A log-ratio is log(time of B / time of A) within one block of interleaved runs. The question is always about a margin
-declared beforehand: is B within it, beyond it, or can these blocks not tell? A difference that is merely "not
-significant" is never called equivalence.
+A log-ratio is log(time of B / time of A) within one block of interleaved runs; an epoch is a set of blocks measured on
+one pair of sessions. The question is always about a margin declared beforehand: is B within it, beyond it, or can
+these blocks not tell? A difference that is merely "not significant" is never called equivalence.
 
-The mean is a 20 % trimmed one, because a neighbour on the machine spoils some blocks badly and most not at all; its
-test is Yuen's (The two-sample trimmed t for unequal population variances, Biometrika 61, 1974), in both directions at
-the margin: two one-sided tests (Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987).
+Two sessions of one model differ by a per cent or so for as long as they live, so more blocks on the same sessions do
+not make the mean more certain; more sessions do. An epoch therefore counts once, with its median block (a neighbour
+on the machine spoils some blocks badly and most not at all), and what is tested is the mean of the epochs: by
+Student's t in both directions at the margin, the two one-sided tests of Schuirmann (J. Pharmacokinet. Biopharm. 15,
+1987).
 """
 
 from __future__ import annotations
@@ -20,8 +22,7 @@ from typing import Literal
 import numpy as np
 
 ALPHA = 0.05  # of each one-sided test; so intervals hold 90 %
-TRIM = 0.2
-FEWEST_BLOCKS = 12
+FEWEST_EPOCHS = 6
 RESAMPLES = 4000
 
 Verdict = Literal["equivalent", "slower", "faster", "inconclusive"]
@@ -31,52 +32,54 @@ Verdict = Literal["equivalent", "slower", "faster", "inconclusive"]
 class Estimate:
     """A mean log-ratio and how well it is known.
 
-    mean: the trimmed mean.
+    mean: over epochs, of their median blocks.
     low, high: its 90 % bootstrap interval.
-    error: its standard error, by Yuen's winsorised variance.
-    blocks: how many blocks it rests on.
+    error: its standard error.
+    epochs: how many it rests on.
     """
 
     mean: float
     low: float
     high: float
     error: float
-    blocks: int
+    epochs: int
 
     def p_below(self, bound: float) -> float:
         """How likely so low a mean is, were the true one at `bound`."""
-        kept = self.blocks - 2 * _trimmed(self.blocks)
         if not self.error:
             return 0.0 if self.mean < bound else 1.0
-        return _student_cdf((self.mean - bound) / self.error, kept - 1)
+        return _student_cdf((self.mean - bound) / self.error, self.epochs - 1)
 
     def p_above(self, bound: float) -> float:
         """How likely so high a mean is, were the true one at `bound`."""
-        return Estimate(-self.mean, -self.high, -self.low, self.error, self.blocks).p_below(-bound)
+        return Estimate(-self.mean, -self.high, -self.low, self.error, self.epochs).p_below(-bound)
 
 
-def estimate(log_ratios: Sequence[float], *, seed: int = 0) -> Estimate:
-    """The robust mean of paired log-ratios, with a bootstrap interval over blocks.
+def estimate(epochs: Sequence[Sequence[float]], *, seed: int = 0) -> Estimate:
+    """The mean log-ratio over epochs, with a bootstrap interval over them.
+
+    The bootstrap alone makes intervals too narrow where epochs are few: by √((n − 1) / n), because a sample is narrower
+    than what it came from, and by what sets Student's quantile apart from the normal one. Both are put back.
+
+    Args:
+        epochs: for each epoch, the log-ratios of its blocks, at least one.
+        seed: of the bootstrap.
 
     Raises:
-        ValueError: fewer than three blocks, of which no spread can be said.
+        ValueError: fewer than two epochs, of which no spread can be said.
     """
-    values = np.sort(np.asarray(log_ratios, dtype=np.float64))  # (blocks,)
-    n = len(values)
-    if n < 3:
-        raise ValueError(f"an estimate needs at least 3 blocks, found {n}")
-    g = _trimmed(n)
-    winsorised = np.clip(values, values[g], values[n - g - 1])
-    kept = n - 2 * g
-    error = math.sqrt(((winsorised - winsorised.mean()) ** 2).sum() / (kept * (kept - 1)))
+    n = len(epochs)
+    if n < 2:
+        raise ValueError(f"an estimate needs at least 2 epochs, found {n}")
+    medians = np.array([np.median(blocks) for blocks in epochs])  # (epochs,)
+    mean = float(medians.mean())
     draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
-    resampled = np.sort(values[draws], axis=1)[:, g : n - g].mean(axis=1)  # (resamples,)
-    low, high = np.quantile(resampled, [ALPHA, 1 - ALPHA])
-    return Estimate(float(values[g : n - g].mean()), float(low), float(high), error, n)
+    low, high = np.quantile(medians[draws].mean(axis=1) - mean, [ALPHA, 1 - ALPHA]) * _widening(n)
+    return Estimate(mean, mean + float(low), mean + float(high), float(medians.std(ddof=1)) / math.sqrt(n), n)
 
 
 def noise_floor(control: Estimate) -> float:
-    """The smallest margin (as a ratio, 0.01 for 1 %) within which two sessions of one model are shown to be equal."""
+    """The smallest margin (as a ratio, 0.01 for 1 %) within which sessions of one model are shown to be equal."""
     return math.expm1(max(abs(control.low), abs(control.high)))
 
 
@@ -94,10 +97,12 @@ def decide(effect: Estimate, control: Estimate, margin: float) -> tuple[Verdict,
     inconclusive: neither; or the control says that this machine cannot tell such a margin now.
     """
     bound = math.log1p(margin)
-    fewest = min(effect.blocks, control.blocks)
+    fewest = min(effect.epochs, control.epochs)
     floor = noise_floor(control)
-    if fewest < FEWEST_BLOCKS:
-        return "inconclusive", f"{fewest} blocks are too few, at least {FEWEST_BLOCKS} are needed: give it more seconds"
+    if fewest < FEWEST_EPOCHS:
+        return "inconclusive", (
+            f"there was time for {fewest} sets of sessions, at least {FEWEST_EPOCHS} are needed: give it more seconds"
+        )
     if floor > margin:
         return "inconclusive", (
             f"two sessions of A itself differ by up to {floor:.1%}, more than the margin of {margin:.1%}: "
@@ -112,12 +117,13 @@ def decide(effect: Estimate, control: Estimate, margin: float) -> tuple[Verdict,
     return "inconclusive", "the interval reaches across the margin: give it more seconds, or declare another margin"
 
 
-def _trimmed(n: int) -> int:
-    """Blocks left out at each end."""
-    return int(TRIM * n)
+def _widening(n: int) -> float:
+    """What a percentile bootstrap of n means lacks; the quantile's ratio by Abramowitz & Stegun 26.7.5, first term."""
+    z = NormalDist().inv_cdf(1 - ALPHA)
+    return math.sqrt(n / (n - 1)) * (1 + (z * z + 1) / (4 * (n - 1)))
 
 
 def _student_cdf(t: float, freedom: int) -> float:
-    """Student's distribution by its normal approximation (Abramowitz & Stegun 26.7.8), good to 0.003 from 6 degrees."""
+    """Student's distribution by its normal approximation (Abramowitz & Stegun 26.7.8), good to 0.005 from 5 degrees."""
     z = t * (1 - 1 / (4 * freedom)) / math.sqrt(1 + t * t / (2 * freedom))
     return NormalDist().cdf(z)

@@ -36,7 +36,7 @@ class BenchReport:
         a, b: the two graphs.
         verdict: equivalent, slower, faster or inconclusive, always as against the margin.
         reason: why, in a sentence.
-        ratio: the robust mean of the blocks' ratios.
+        ratio: the mean over epochs of the median block's ratio.
         interval: its 90 % interval.
         margin: what was declared: 0.02 means within 2 % of A.
         p_equivalent: of the two one-sided tests at the margin; small speaks for equivalence.
@@ -47,8 +47,8 @@ class BenchReport:
         provider: the execution provider that really ran, as ONNX Runtime names it.
         threads: intra-op threads asked for; None leaves it to ONNX Runtime.
         seed: of inputs, order and bootstrap.
-        blocks, runs_per_block, epochs: how much was measured.
-        log_ratios, control_log_ratios: every block, in order.
+        blocks, runs_per_block, epochs: how much was measured; an epoch is one set of sessions.
+        log_ratios, control_log_ratios: every block of every epoch, in order.
         same_graph: whether the two `.onnx` files are byte-identical, so that only weights differ.
         sha256: of each file read.
         versions: of everything that computes.
@@ -79,8 +79,8 @@ class BenchReport:
     blocks: int
     runs_per_block: int
     epochs: int
-    log_ratios: tuple[float, ...]
-    control_log_ratios: tuple[float, ...]
+    log_ratios: tuple[tuple[float, ...], ...]
+    control_log_ratios: tuple[tuple[float, ...], ...]
     same_graph: bool
     sha256: Mapping[str, str]
     versions: Mapping[str, str]
@@ -159,9 +159,9 @@ def bench(
         provider=measured.provider,
         threads=threads,
         seed=seed,
-        blocks=len(measured.log_ratios),
+        blocks=sum(map(len, measured.log_ratios)),
         runs_per_block=measured.runs_per_block,
-        epochs=measured.epochs,
+        epochs=len(measured.log_ratios),
         log_ratios=measured.log_ratios,
         control_log_ratios=measured.control,
         same_graph=hashes[str(a)] == hashes[str(b)],
