@@ -15,6 +15,7 @@ import json
 import platform
 import sys
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -57,55 +58,55 @@ def exact_spectra(base: str, tuned: str) -> dict[str, tuple[torch.Tensor, torch.
     return spectra
 
 
-def measure(
-    base: str, tuned: str, rank: int, spectra: dict[str, tuple[torch.Tensor, torch.Tensor]]
-) -> list[dict[str, object]]:
+@dataclass(frozen=True)
+class Measured:
+    """One weight at one rank: residuals ‖ΔW − BA‖/‖ΔW‖ as formed, as reported, and the best possible."""
+
+    weight: str
+    asked: int
+    rank: int
+    residual: float
+    reported: float
+    optimum: float
+
+    @property
+    def excess(self) -> float:
+        """Above the optimum. At full rank that is zero and what is left is float32's rounding: no excess."""
+        return self.residual / self.optimum - 1 if self.optimum > 1e-6 else 0.0
+
+
+def measure(base: str, tuned: str, rank: int, spectra: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> list[Measured]:
     """One extraction, weight by weight."""
     with tempfile.TemporaryDirectory() as folder:
         report = surgery.extract(base, tuned, f"{folder}/adapter", rank=rank, dtype="float32")
         factors = load_file(f"{folder}/adapter/adapter_model.safetensors")
     with surgery.open_checkpoint(tuned) as checkpoint:
         kinds = layer_kinds(checkpoint.specs)
-    rows: list[dict[str, object]] = []
+    rows = []
     for module in report.modules:
         delta, values = spectra[module.name]
-        kind = kinds[module.name.removesuffix(".weight")]
-        a, b = (factors[key].double() for key in factor_keys(module.name.removesuffix(".weight"), kind))
-        product = b @ a if kind is LayerKind.LINEAR else (b @ a).mT
+        owner = module.name.removesuffix(".weight")
+        a, b = (factors[key].double() for key in factor_keys(owner, kinds[owner]))
+        product = b @ a if kinds[owner] is LayerKind.LINEAR else (b @ a).mT
         residual = float((delta - product).norm() / delta.norm())
         optimum = float((values[module.rank :].square().sum() / values.square().sum()).sqrt())
-        # At full rank the optimum is zero and what is left is float32's rounding: no excess to speak of.
-        excess = residual / optimum - 1 if optimum > 1e-6 else 0.0
-        rows.append(
-            {
-                "weight": module.name,
-                "rank": module.rank,
-                "asked": rank,
-                "residual": residual,
-                "reported": module.residual,
-                "optimum": optimum,
-                "excess": excess,
-            }
-        )
+        rows.append(Measured(module.name, rank, module.rank, residual, module.residual, optimum))
     return rows
 
 
-def summary(rows: list[dict[str, object]]) -> list[dict[str, float]]:
+def summary(rows: list[Measured]) -> list[dict[str, float]]:
     """The worst of each rank."""
     lines = []
-    for rank in sorted({int(str(row["asked"])) for row in rows}):
-        chosen = [row for row in rows if row["asked"] == rank]
-        errors = [abs(float(str(row["residual"])) - float(str(row["reported"]))) for row in chosen]
+    for rank in sorted({row.asked for row in rows}):
+        chosen = [row for row in rows if row.asked == rank]
         lines.append(
             {
                 "rank": rank,
                 "weights": len(chosen),
-                "least_residual": min(float(str(row["residual"])) for row in chosen),
-                "most_residual": max(float(str(row["residual"])) for row in chosen),
-                "worst_excess": max(float(str(row["excess"])) for row in chosen),
-                "worst_report_error": max(
-                    abs(float(str(row["residual"])) - float(str(row["reported"]))) for row in chosen
-                ),
+                "least_residual": min(row.residual for row in chosen),
+                "most_residual": max(row.residual for row in chosen),
+                "worst_excess": max(row.excess for row in chosen),
+                "worst_report_error": max(abs(row.residual - row.reported) for row in chosen),
             }
         )
     return lines
@@ -121,11 +122,11 @@ def show(table: list[dict[str, float]]) -> None:
     Console().print(made)
 
 
-def keep(folder: Path, rows: list[dict[str, object]], table: list[dict[str, float]]) -> None:
+def keep(folder: Path, rows: list[Measured], table: list[dict[str, float]]) -> None:
     """The raw figures, with versions."""
     versions = {"surgery": surgery.__version__, "torch": torch.__version__, "python": platform.python_version()}
     command = "python benchmarks/quality.py"
-    document = {"command": command, "versions": versions, "table": table, "weights": rows}
+    document = {"command": command, "versions": versions, "table": table, "weights": [asdict(row) for row in rows]}
     path = folder / f"{datetime.date.today():%Y-%m-%d}-quality.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
 
