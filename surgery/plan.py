@@ -27,6 +27,7 @@ class Fate(StrEnum):
     COPIED = "copied"  # taken over byte for byte
     IDENTICAL = "identical"  # the same in both inputs: nothing to carry
     REMOVED = "removed"  # belonged to the adapter, not to the base
+    UNUSED = "unused"  # in the file, but the graph does not need it
     REFUSED = "refused"  # left behind, because the user said so
 
 
@@ -103,9 +104,14 @@ class Plan:
         ]
 
 
+def no_fates() -> dict[str, int]:
+    """A ledger without an entry; every fate is listed."""
+    return {fate.value: 0 for fate in Fate}
+
+
 def ledger(outcomes: tuple[Outcome, ...]) -> dict[str, int]:
     """How many tensors met each fate; every fate is listed."""
-    counts = {fate.value: 0 for fate in Fate}
+    counts = no_fates()
     for outcome in outcomes:
         for fate in outcome.fates.values():
             counts[fate.value] += 1

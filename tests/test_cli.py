@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from conftest import perturbed, weights
+from miniature import perturbed, weights
 from safetensors.torch import save_file
 
 import surgery
@@ -69,7 +69,7 @@ def test_diff_names_what_changed_and_how(tmp_path: Path, cli_json: Callable[...,
         "layers.0.norm.bias": "removed",
     }
     assert changes["layers.0.up.weight"]["relative"] == pytest.approx(0.5, rel=1e-6)
-    assert report["identical"] == 4
+    assert report["ledger"]["identical"] == 4
     headers = cli_json("diff", tmp_path / "b.st", tmp_path / "t.st", "--headers")
     assert "layers.0.up.weight" not in {change["name"] for change in headers["changes"]}
 

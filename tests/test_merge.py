@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from conftest import perturbed, weights
+from miniature import perturbed, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -76,7 +76,7 @@ def _dtype(architecture: Architecture, stored: Mapping[str, TensorSpec]) -> DTyp
             where=architecture.folder,
             expected="one of F32, F16 throughout",
             found=", ".join(f"{n} tensors in {dtype} ({odd[dtype]} is one)" for dtype, n in counts.items()),
-            then="convert it to one dtype first: surgery convert",
+            then="save the model in one dtype first: model.float().save_pretrained(…)",
         )
     dtype = next(iter(counts), DType.F32)
     if dtype not in (DType.F32, DType.F16):
@@ -85,7 +85,7 @@ def _dtype(architecture: Architecture, stored: Mapping[str, TensorSpec]) -> DTyp
             where=architecture.folder,
             expected="F32 or F16",
             found=dtype,
-            then="convert the checkpoint first: surgery convert --dtype float32 (or float16)",
+            then="save the model in that dtype first: model.float().save_pretrained(…)",
         )
     return dtype
 

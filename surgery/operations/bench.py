@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from formats.errors import CorruptFile, PathNotFound
+from surgery.engine import cores
 from surgery.errors import Unsupported
-from surgery.report import Stopwatch, peak_rss
+from surgery.report import Report, Stopwatch, peak_rss
 from surgery.version import __version__
 
 if TYPE_CHECKING:
@@ -25,14 +25,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchReport:
-    """What bench found. Ratios are time of B / time of A.
+class BenchReport(Report):
+    """What bench found. Ratios are time of B / time of A. Nothing is written, so the ledger is empty.
 
     Attributes:
-        operation: `bench`.
-        output: None; nothing is written.
-        seconds: wall time of the whole operation.
-        peak_rss_bytes: the process's largest resident set.
         a, b: the two graphs.
         verdict: equivalent, slower, faster or inconclusive, always as against the margin.
         reason: why, in a sentence.
@@ -55,10 +51,6 @@ class BenchReport:
         machine: processor, cores and system.
     """
 
-    operation: str
-    output: str | None
-    seconds: float
-    peak_rss_bytes: int
     a: str
     b: str
     verdict: str
@@ -142,6 +134,7 @@ def bench(
         output=None,
         seconds=watch.seconds,
         peak_rss_bytes=peak_rss(),
+        ledger={},
         a=str(a),
         b=str(b),
         verdict=verdict,
@@ -223,8 +216,7 @@ def _versions() -> dict[str, str]:
 
 
 def _machine() -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": _processor(), "cores": str(cores), "system": platform.platform()}
+    return {"processor": _processor(), "cores": str(cores()), "system": platform.platform()}
 
 
 def _processor() -> str:

@@ -3,6 +3,7 @@ one pass over both files."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from formats.spec import TensorSpec
 from surgery import engine
 from surgery.engine import Resources
 from surgery.plan import Fate, Outcome, Plan, Step
-from surgery.report import Stopwatch, peak_rss
+from surgery.report import Report, Stopwatch, peak_rss
 
 if TYPE_CHECKING:
     import torch
@@ -39,15 +40,11 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffReport:
-    """What differs, and how many tensors are identical byte for byte."""
+class DiffReport(Report):
+    """What differs. The ledger counts tensors by how they differ, and those identical byte for byte."""
 
-    operation: str
     base: str
     tuned: str
-    seconds: float
-    peak_rss_bytes: int
-    identical: int
     changes: tuple[Change, ...]
 
 
@@ -92,11 +89,12 @@ def diff(
             identical += 1
     return DiffReport(
         operation="diff",
-        base=str(base),
-        tuned=str(tuned),
+        output=None,
         seconds=watch.seconds,
         peak_rss_bytes=peak_rss(),
-        identical=identical,
+        ledger={"identical": identical} | Counter(change.how for change in changes),
+        base=str(base),
+        tuned=str(tuned),
         changes=tuple(sorted(changes, key=lambda change: -(change.relative or 0.0))),
     )
 

@@ -23,6 +23,7 @@ from surgery.onnx.architecture import read_architecture
 from surgery.onnx.payload import PAYLOAD, attach_payload, holds_payload, payload_layout, write_payload
 from surgery.onnx.template import Template, build_template
 from surgery.onnx.verify import check_structure, verify_graph
+from surgery.plan import Fate, no_fates
 from surgery.report import Report, Stopwatch, peak_rss
 
 _OWN_FOLDER = "give each export a folder of its own: base/model.onnx, merged/model.onnx"
@@ -30,7 +31,7 @@ _OWN_FOLDER = "give each export a folder of its own: base/model.onnx, merged/mod
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport(Report):
-    """What export-onnx did. The ledger counts tensors of the checkpoint: `exported` and `unused` by the graph.
+    """What export-onnx did. The ledger counts the checkpoint's tensors: copied into the payload, or not needed.
 
     Attributes:
         payload: path of the weights, which the graph finds by name beside it.
@@ -98,7 +99,7 @@ def export_onnx(model: str | Path, out: str | Path, *, force: bool = False, veri
         output=str(target),
         seconds=watch.seconds,
         peak_rss_bytes=peak_rss(),
-        ledger={"exported": len(template.weights), "unused": len(unused)},
+        ledger=no_fates() | {Fate.COPIED.value: len(template.weights), Fate.UNUSED.value: len(unused)},
         notes=() if verify else ("not compared with torch",),
         payload=str(target.parent / PAYLOAD),
         graph_sha256=hashlib.sha256(graph).hexdigest(),

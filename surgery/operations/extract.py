@@ -29,7 +29,7 @@ from formats.spec import DType, TensorSpec, shape_text
 from surgery import engine
 from surgery.engine import Resources
 from surgery.errors import NothingToDo, SurgeryError
-from surgery.linalg import EXTRA_BLOCKS, OVERSAMPLING
+from surgery.linalg import workspace
 from surgery.operations.carry import Factorise, KeepWhole, LeaveBehind, ModuleReport
 from surgery.plan import Fate, Outcome, Plan, Step, ledger
 from surgery.provenance import TOOL
@@ -265,9 +265,8 @@ def _factor_step(
         for adapted in (True, False):
             outputs.append(_renamed(tuned.specs[name], full_key(name, adapted=adapted)))
     inputs = [checkpoint.tensor(name) for name in (weight, *others) for checkpoint in (base, tuned)]
-    krylov = (rank + OVERSAMPLING) * (1 + EXTRA_BLOCKS) * (out + into) * 4
     op = Factorise(weight, tuple(others), kind, rank, stored, seed)
-    return Step(module, tuple(inputs), tuple(outputs), op, workspace=2 * 4 * spec.size + 2 * krylov)
+    return Step(module, tuple(inputs), tuple(outputs), op, workspace=2 * 4 * spec.size + workspace(out, into, rank))
 
 
 def _whole_step(base: Checkpoint, tuned: Checkpoint, label: str, names: list[str], *, together: bool) -> Step:

@@ -11,12 +11,12 @@ from formats.dialects import DIALECTS, open_adapter_file
 from formats.sharded import ShardedCheckpoint
 from formats.spec import TensorSpec
 from surgery.provenance import RECEIPT, Receipt
-from surgery.report import Stopwatch
+from surgery.report import Report, Stopwatch, peak_rss
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectReport:
-    """What a path holds.
+class InspectReport(Report):
+    """What a path holds. Nothing is written, so the ledger is empty.
 
     Attributes:
         path: as given.
@@ -31,9 +31,7 @@ class InspectReport:
         tensors: every tensor, in the file's order.
     """
 
-    operation: str
     path: str
-    seconds: float
     kind: str
     container: str
     parameters: int
@@ -63,8 +61,11 @@ def inspect(path: str | Path) -> InspectReport:
         shards = len(set(checkpoint.shards.values())) if isinstance(checkpoint, ShardedCheckpoint) else 0
         return InspectReport(
             operation="inspect",
-            path=str(path),
+            output=None,
             seconds=watch.seconds,
+            peak_rss_bytes=peak_rss(),
+            ledger={},
+            path=str(path),
             kind="adapter" if dialect else "model",
             container=f"safetensors, {shards} shards" if shards else "safetensors",
             parameters=sum(spec.size for spec in specs),

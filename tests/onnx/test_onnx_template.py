@@ -130,4 +130,4 @@ def test_dtypes_that_onnxruntime_does_not_run(
     with pytest.raises(UnsupportedDType) as caught:
         build_template(read_architecture(folder), specs)
     assert found in caught.value.details["found"]
-    assert "surgery convert" in caught.value.details["next"]
+    assert "save_pretrained" in caught.value.details["next"]

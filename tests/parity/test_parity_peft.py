@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 
 import peft
 import pytest
+import tiny_models as models
 import torch
 from safetensors.torch import load_file
 
 import surgery
-
-sys.path.insert(0, str(Path(__file__).parent))
-import models
 
 
 @pytest.mark.parametrize("kind", models.CLASSES)

@@ -1,0 +1,140 @@
+"""Times `surgery extract` at rank 16 against mergekit-extract-lora, and checks both against the optimum.
+
+Linear weights only. The floor is a process that reads both files and subtracts. mergekit lives in an environment of
+its own.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import session
+from processes import Contender
+from session import HERE, PYTHON, SURGERY, Comparison, WrongAnswer
+
+if TYPE_CHECKING:
+    import torch
+
+RANK = 16
+MERGEKIT = ("torch==2.13.0", "mergekit==0.1.5")
+TOLERANCE = 1.001  # our residual against that of the exact decomposition stored in the same dtype
+_FILES = ("base/model.safetensors", "tuned/model.safetensors")
+_OURS, _THEIRS = "out/surgery-extract", "out/mergekit-extract"
+
+
+def comparison(mergekit: Path) -> Comparison:
+    """Both tools, each with its default threads and dtype (the model's, bfloat16); what does not change is left out."""
+    return Comparison(
+        name="extract",
+        title=f"extract, rank {RANK}, linear weights",
+        contenders=(
+            Contender(
+                "surgery extract",
+                (SURGERY, "extract", "--rank", str(RANK), "base", "tuned", "-o", _OURS, "--json"),
+                reads=_FILES,
+                writes=_OURS,
+            ),
+            Contender(
+                "mergekit-extract-lora",
+                # With fewer slashes mergekit takes a folder for a name at the hub, and asks there.
+                (
+                    *(str(mergekit), "--base-model", "./base/", "--model", "./tuned/", "--out-path", _THEIRS),
+                    *("--max-rank", str(RANK), "-e", "embed_tokens", "-e", "lm_head", "-e", "norm"),
+                ),
+                reads=_FILES,
+                writes=_THEIRS,
+                imports="mergekit-extract-lora --help",
+            ),
+            Contender("mergekit-extract-lora --help", (str(mergekit), "--help")),
+            Contender("floor: read and subtract", (PYTHON, str(HERE / "floor_subtract.py"), *_FILES), reads=_FILES),
+        ),
+        check=check,
+        environments={
+            "surgery": (PYTHON, ("model-surgery", "torch", "numpy", "safetensors")),
+            "mergekit": (str(mergekit.with_name("python")), ("mergekit", "torch", "transformers", "safetensors")),
+        },
+    )
+
+
+def check(folder: Path) -> list[dict[str, Any]]:
+    """The residuals ‖ΔW − BA‖/‖ΔW‖ of both tools and of the exact decomposition, for a few matrices.
+
+    Raises:
+        WrongAnswer: other modules than mergekit's, or a residual beyond TOLERANCE.
+    """
+    from safetensors.torch import load_file
+
+    ours, theirs = (load_file(folder / out / "adapter_model.safetensors") for out in (_OURS, _THEIRS))
+    if ours.keys() != theirs.keys():
+        raise WrongAnswer(f"different keys: {', '.join(sorted(ours.keys() ^ theirs.keys())[:4])} ...")
+    layers = 1 + max(int(key.split(".layers.")[1].split(".")[0]) for key in ours)
+    chosen = (
+        "model.layers.0.self_attn.q_proj",
+        f"model.layers.{layers - 1}.self_attn.v_proj",
+        f"model.layers.{layers // 2}.mlp.down_proj",
+    )
+    rows = [_compare(folder, module, ours, theirs) for module in chosen]
+    for row in rows:
+        if not row["surgery"] <= TOLERANCE * row["optimum, stored"]:
+            raise WrongAnswer(f"the residual exceeds {TOLERANCE} × the optimum: {row}")
+    return rows
+
+
+def _compare(
+    folder: Path, module: str, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    import torch
+    from safetensors import safe_open
+
+    tensors = []
+    for name in _FILES:
+        with safe_open(folder / name, framework="pt") as file:
+            tensors.append(file.get_tensor(f"{module}.weight").to(torch.float64))
+    delta = tensors[1] - tensors[0]  # (out, in)
+    left, values, right = torch.linalg.svd(delta, full_matrices=False)
+    root = values[:RANK].sqrt()
+    key = f"base_model.model.{module}.lora_"
+    stored = ours[f"{key}A.weight"].dtype
+    exact = (left[:, :RANK] * root).to(stored), (root[:, None] * right[:RANK]).to(stored)
+    return {
+        "weight": module.removeprefix("model."),
+        "shape": " × ".join(map(str, delta.shape)),
+        "optimum": float((values[RANK:].square().sum() / values.square().sum()).sqrt()),
+        "optimum, stored": _residual(delta, *exact),
+        "surgery": _residual(delta, ours[f"{key}B.weight"], ours[f"{key}A.weight"]),
+        "mergekit": _residual(delta, theirs[f"{key}B.weight"], theirs[f"{key}A.weight"]),
+        "dtype": str(stored).removeprefix("torch."),
+    }
+
+
+def _residual(delta: torch.Tensor, lora_b: torch.Tensor, lora_a: torch.Tensor) -> float:
+    """‖ΔW − BA‖/‖ΔW‖ in float64; both tools write alpha = rank."""
+    product = lora_b.to(delta.dtype) @ lora_a.to(delta.dtype)  # (out, in)
+    return float((delta - product).norm() / delta.norm())
+
+
+def mergekit_of(given: Path | None) -> Path:
+    """The executable; without one given, that of an environment beside this file, made on first use."""
+    if given is not None:
+        return given.absolute()
+    environment = HERE / ".venv-mergekit"
+    executable = environment / "bin" / "mergekit-extract-lora"
+    if not executable.exists():
+        print(f"installing {' '.join(MERGEKIT)} into {environment.name}", file=sys.stderr)
+        subprocess.run([PYTHON, "-m", "venv", environment], check=True)
+        subprocess.run([environment / "bin" / "python", "-m", "pip", "install", "-q", *MERGEKIT], check=True)
+    return executable
+
+
+def main() -> None:
+    parser = session.parser(__doc__.partition("\n")[0], rounds=5)
+    parser.add_argument("--mergekit", type=Path, help="the mergekit-extract-lora to use [installs one]")
+    options = parser.parse_args()
+    session.run(comparison(mergekit_of(options.mergekit)), options)
+
+
+if __name__ == "__main__":
+    main()

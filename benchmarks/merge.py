@@ -1,0 +1,158 @@
+"""Times `surgery merge` of a rank-16 adapter of all linear weights against PEFT, and checks every merged element.
+
+The floor is cp, and cp with the data on disk at the end: surgery puts its output there before it names it, PEFT and
+cp leave it in the page cache.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import session
+from model import ALPHA, RANK
+from processes import Contender
+from session import HERE, PYTHON, SURGERY, Comparison, WrongAnswer
+
+if TYPE_CHECKING:
+    import torch
+
+_FILES = ("base/model.safetensors", "adapter/adapter_model.safetensors")
+_OURS, _THEIRS, _COPY, _SYNCED = "out/surgery-merge", "out/peft-merge", "out/copy.safetensors", "out/synced.safetensors"
+_CP = ("cp", "--reflink=never") if sys.platform == "linux" else ("cp",)
+_ROWS = 512  # of a block
+_DISCARDED = 45  # mantissa bits of float64 that bfloat16 lacks
+
+
+def comparison() -> Comparison:
+    """Both tools with their defaults, each in a fresh process."""
+    return Comparison(
+        name="merge",
+        title=f"merge, rank {RANK}, all linear weights",
+        contenders=(
+            Contender(
+                "surgery merge",
+                (SURGERY, "merge", "base", "adapter", "-o", _OURS, "--json"),
+                reads=_FILES,
+                writes=_OURS,
+            ),
+            Contender(
+                "PEFT merge_and_unload, save_pretrained",
+                (PYTHON, str(HERE / "peft_merge.py"), "base", "adapter", _THEIRS),
+                reads=_FILES,
+                writes=_THEIRS,
+            ),
+            Contender("floor: cp", (*_CP, _FILES[0], _COPY), reads=_FILES[:1], writes=_COPY),
+            Contender(
+                "floor: cp and sync",
+                ("sh", "-c", f"{' '.join(_CP)} {_FILES[0]} {_SYNCED} && sync {_SYNCED}"),
+                reads=_FILES[:1],
+                writes=_SYNCED,
+            ),
+        ),
+        check=check,
+        environments={
+            "surgery": (PYTHON, ("model-surgery", "torch", "numpy", "safetensors")),
+            "PEFT": (PYTHON, ("peft", "torch", "transformers", "safetensors")),
+        },
+    )
+
+
+def check(folder: Path) -> list[dict[str, Any]]:
+    """Every element of both outputs against W0 + s·BA in float64, rounded once.
+
+    Raises:
+        WrongAnswer: other names than the base's, an unmerged tensor that changed, or an element of ours that is
+            further from PEFT's than one unit in the last place of the terms.
+    """
+    from safetensors import safe_open
+
+    with (
+        safe_open(folder / _FILES[0], framework="pt") as base,
+        safe_open(folder / _FILES[1], framework="pt") as adapter,
+        safe_open(folder / _OURS / "model.safetensors", framework="pt") as ours,
+        safe_open(folder / _THEIRS / "model.safetensors", framework="pt") as theirs,
+    ):
+        if not set(base.keys()) == set(ours.keys()) == set(theirs.keys()):
+            raise WrongAnswer("the outputs hold other tensors than the base")
+        total = _Counts()
+        for name in base.keys():  # noqa: SIM118 - the file is no mapping
+            prefix = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+            if f"{prefix}A.weight" in adapter.keys():  # noqa: SIM118
+                factors = adapter.get_tensor(f"{prefix}B.weight"), adapter.get_tensor(f"{prefix}A.weight")
+                total.add(name, base.get_tensor(name), *factors, ours.get_tensor(name), theirs.get_tensor(name))
+            elif not base.get_tensor(name).equal(ours.get_tensor(name)):
+                raise WrongAnswer(f"{name} changed, though the adapter has nothing for it")
+    return total.rows()
+
+
+class _Counts:
+    """Elements seen so far, and how many of each tool's are not the float64 reference rounded once."""
+
+    def __init__(self) -> None:
+        self.elements = 0
+        self.wrong = {"surgery": 0, "PEFT": 0}
+
+    def add(
+        self,
+        name: str,
+        weight: torch.Tensor,
+        lora_b: torch.Tensor,
+        lora_a: torch.Tensor,
+        ours: torch.Tensor,
+        theirs: torch.Tensor,
+    ) -> None:
+        """One merged weight; raises WrongAnswer."""
+        wide_b, wide_a = lora_b.double(), lora_a.double()  # (out, rank), (rank, in)
+        for rows in _blocks(weight.shape[0]):
+            base, delta = weight[rows].double(), wide_b[rows] @ wide_a * (ALPHA / RANK)  # (rows, in)
+            mine, peer = ours[rows].double(), theirs[rows].double()
+            exact = _nearest_bfloat16(base + delta)
+            self.elements += exact.numel()
+            self.wrong["surgery"] += int((mine != exact).sum())
+            self.wrong["PEFT"] += int((peer != exact).sum())
+            # PEFT computes in float32, so where the terms cancel its error is relative to them and not to their sum.
+            largest = base.abs().maximum(delta.abs()).maximum(mine.abs()).maximum(peer.abs())
+            if not bool(((mine - peer).abs() <= _unit_in_last_place(largest)).all()):
+                raise WrongAnswer(f"{name} is further from PEFT's than one unit in the last place")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """For the table."""
+        return [
+            {"merged by": tool, "elements": self.elements, "not the nearest bfloat16": wrong}
+            | {"share": wrong / self.elements}
+            for tool, wrong in self.wrong.items()
+        ]
+
+
+def _blocks(rows: int) -> Iterator[slice]:
+    return (slice(begin, begin + _ROWS) for begin in range(0, rows, _ROWS))
+
+
+def _nearest_bfloat16(values: torch.Tensor) -> torch.Tensor:
+    """float64 rounded to bfloat16's seven mantissa bits, ties to even, on the bits themselves and still float64: a
+    way of its own, not the one that is checked. For normal values."""
+    import torch
+
+    bits = values.view(torch.int64)
+    odd = (bits >> _DISCARDED) & 1
+    return ((bits + odd + ((1 << (_DISCARDED - 1)) - 1)) >> _DISCARDED << _DISCARDED).view(torch.float64)
+
+
+def _unit_in_last_place(values: torch.Tensor) -> torch.Tensor:
+    """Of bfloat16 at these magnitudes."""
+    import torch
+
+    _, exponent = torch.frexp(values)  # 0.5 ≤ mantissa < 1
+    return torch.ldexp(torch.ones_like(values), exponent - 8)
+
+
+def main() -> None:
+    options = session.parser(__doc__.partition("\n")[0], rounds=7).parse_args()
+    session.run(comparison(), options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""What every benchmark does: generate the model, rehearse, measure in turn, check the answers, keep the results.
+
+The rehearsal runs each command once, unrecorded, on a tiny model: it loads every tool's libraries into the page
+cache, and whatever is not installed fails before the long runs rather than after them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import report
+from model import TINY, Shape, is_generated
+from processes import CommandFailed, Contender, measure
+
+HERE = Path(__file__).parent
+PYTHON = sys.executable
+SURGERY = str(Path(sys.executable).with_name("surgery"))
+_QUICK_ROUNDS = 2
+_BUSY = 0.05  # share of the machine beyond which timings mean little
+
+
+class WrongAnswer(Exception):
+    """A command of ours gave a result that it should not."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a benchmark compares.
+
+    Attributes:
+        name: of its results.
+        title: what is done, with which settings.
+        contenders: ours first.
+        check: compares the answers that lie in a folder after the runs, row by row; raises WrongAnswer.
+        environments: the Python of each environment that takes part, by its owner, with the packages that matter.
+    """
+
+    name: str
+    title: str
+    contenders: Sequence[Contender]
+    check: Callable[[Path], list[dict[str, Any]]]
+    environments: Mapping[str, tuple[str, tuple[str, ...]]]
+
+
+def parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """The options that all benchmarks share."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--work", type=Path, help="keep models and outputs here [a temporary directory]")
+    made.add_argument("--layers", type=int, default=Shape.layers, help="of the model [%(default)s, 0.4 B parameters]")
+    made.add_argument("--rounds", type=int, default=rounds, help="times each command runs [%(default)s]")
+    made.add_argument("--quick", action="store_true", help="a tiny model, two rounds, no results kept")
+    made.add_argument("--results", type=Path, default=HERE / "results", help="folder for what was measured")
+    return made
+
+
+def run(comparison: Comparison, options: argparse.Namespace) -> None:
+    """Does it all; exits with 1 if a command fails or an answer is wrong."""
+    try:
+        with _work(options.work) as work:
+            _run(comparison, options, work)
+    except (CommandFailed, WrongAnswer) as error:
+        sys.exit(f"{comparison.name}: {error}")
+
+
+def _run(comparison: Comparison, options: argparse.Namespace, work: Path) -> None:
+    tiny = _generated(work / "tiny", TINY)
+    measure(comparison.contenders, tiny, rounds=1, label="rehearsal")
+    shape = TINY if options.quick else Shape(layers=options.layers)
+    folder = tiny if options.quick else _generated(work / f"{shape.layers}-layers", shape)
+    runs = measure(comparison.contenders, folder, _QUICK_ROUNDS if options.quick else options.rounds)
+    checks = comparison.check(folder)
+    rows = report.summarise(runs, comparison.contenders)
+    size = (folder / "base" / "model.safetensors").stat().st_size
+    conditions = _conditions(comparison)
+    cores = conditions["machine"]["cores"]
+    others = report.others_share(runs, cores)
+    remarks = [
+        f"model of {shape.layers} layers, {size / 1e6:.0f} MB, bfloat16; {conditions['machine']['cpu']}, {cores} cores",
+        f"median (least–most) of {1 + max(run.round for run in runs)} rounds; ratios are taken within a round",
+        _company(others),
+        *(
+            f"{owner}: " + ", ".join(f"{package} {version}" for package, version in versions.items())
+            for owner, versions in conditions["versions"].items()
+        ),
+    ]
+    report.show(comparison.title, rows, checks, remarks)
+    if options.quick:
+        return
+    commands = {contender.name: contender.shown for contender in comparison.contenders}
+    document = {
+        "benchmark": comparison.name,
+        "title": comparison.title,
+        **conditions,
+        "model": {**dataclasses.asdict(shape), "bytes": size},
+        "commands": commands,
+        "table": rows,
+        "answers": checks,
+        "runs": runs,
+    }
+    page = report.as_markdown(comparison.title, commands, rows, checks, remarks)
+    report.write(options.results, f"{conditions['date']}-{comparison.name}", report.as_json(document), page)
+
+
+def _company(others: float | None) -> str:
+    """How quiet the machine was. Libraries whose threads wait for each other suffer most from company."""
+    if others is None:
+        return "what other processes did meanwhile is unknown"
+    remark = f"other processes had {others:.1%} of the machine's CPU time"
+    return f"{remark}: TOO BUSY, do not quote these times" if others > _BUSY else remark
+
+
+@contextlib.contextmanager
+def _work(given: Path | None) -> Iterator[Path]:
+    if given is not None:
+        yield given.absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="surgery-benchmark-") as temporary:
+        yield Path(temporary)
+
+
+def _generated(folder: Path, shape: Shape) -> Path:
+    """The folder with the model in it: by a process of its own, because this one must stay small."""
+    if not is_generated(folder, shape):
+        print(f"generating a model of {shape.layers} layers", file=sys.stderr)
+        size = ["--tiny"] if shape == TINY else ["--layers", str(shape.layers)]
+        subprocess.run([PYTHON, HERE / "model.py", folder, *size], check=True)
+    return folder
+
+
+def _conditions(comparison: Comparison) -> dict[str, Any]:
+    """When, on what and with which versions."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "machine": {"cpu": _cpu(), "cores": _cores(), "system": f"{platform.system()} {platform.machine()}"},
+        "versions": {
+            owner: _versions(python, packages) for owner, (python, packages) in comparison.environments.items()
+        },
+    }
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _commit() -> str | None:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(
+            ["git", "describe", "--always", "--dirty"], cwd=HERE, text=True, stderr=subprocess.DEVNULL
+        ).strip()
+    return None
+
+
+def _versions(python: str, packages: Sequence[str]) -> dict[str, str]:
+    program = (
+        "import json, platform, sys; from importlib.metadata import version;"
+        "print(json.dumps({'python': platform.python_version()} | {name: version(name) for name in sys.argv[1:]}))"
+    )
+    found: dict[str, str] = json.loads(subprocess.check_output([python, "-c", program, *packages], text=True))
+    return found
