@@ -89,6 +89,7 @@ def _run(comparison: Comparison, options: argparse.Namespace, work: Path) -> Non
     cores = conditions["machine"]["cores"]
     others = report.others_share(runs, cores)
     remarks = [
+        f"{conditions['date']}, commit {conditions['commit'] or 'unknown'}",
         f"model of {shape.layers} layers, {size / 1e6:.0f} MB, bfloat16; {conditions['machine']['cpu']}, {cores} cores",
         f"median (least–most) of {1 + max(run.round for run in runs)} rounds; ratios are taken within a round",
         _company(others),
