@@ -9,14 +9,16 @@ import pytest
 
 from formats import DType
 from surgery.onnx.architecture import read_architecture
-from surgery.onnx.verify import errors, random_feeds, tolerance
+from surgery.onnx.verify import distance, random_feeds, relative, tolerance
 
 
-def test_errors_are_relative_to_the_largest_value() -> None:
+def test_differences_are_relative_to_the_largest_value() -> None:
     """An output's scale is its largest value; small entries do not blow a difference up."""
     reference = np.array([[100.0, 0.001]], np.float32)
-    assert errors(reference, reference + np.float32([[0, 0.5]])) == pytest.approx((0.5, 0.005), rel=1e-4)
-    assert errors(reference, reference) == (0.0, 0.0)
+    found = distance(reference, reference + np.float32([[0, 0.5]]))
+    assert found == pytest.approx((0.5, 100.0), rel=1e-4)
+    assert relative(*found) == pytest.approx(0.005, rel=1e-4)
+    assert distance(reference, reference)[0] == 0.0
 
 
 def test_padding_is_not_compared() -> None:
@@ -25,17 +27,18 @@ def test_padding_is_not_compared() -> None:
     reference[0, :2] = 1
     output = reference.copy()
     output[0, 2] = 77
-    assert errors(reference, output, np.array([[True, True, False]])) == (0.0, 0.0)
-    assert errors(reference, output)[1] == 77
+    assert distance(reference, output, np.array([[True, True, False]])) == (0.0, 1.0)
+    assert distance(reference, output) == (77.0, 1.0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_never_agrees(bad: float) -> None:
-    """NaN equals nothing, and an infinity on both sides proves nothing."""
+    """NaN equals nothing, and an infinity on both sides proves nothing; nor do other shapes, or zeros."""
     array = np.array([[1.0, bad]])
-    assert errors(array, array) == (math.inf, math.inf)
-    assert errors(np.ones((1, 2)), np.ones((2, 1))) == (math.inf, math.inf)
-    assert errors(np.zeros(2), np.ones(2))[1] == math.inf
+    assert relative(*distance(array, array)) == math.inf
+    assert relative(*distance(np.ones((1, 2)), np.ones((2, 1)))) == math.inf
+    assert relative(*distance(np.zeros(2), np.ones(2))) == math.inf
+    assert relative(0.0, 0.0) == 0.0
 
 
 def test_tolerance_follows_dtype_and_depth() -> None:

@@ -1,0 +1,166 @@
+"""The main job, end to end, on a real model: `make demo`.
+
+Fine-tunes MiniLM for at most a minute, then does everything else through the command line, as a pipeline would:
+extract at several ranks, merge, unmerge, export base and merged, bench. Everything it prints was measured in this run;
+demo-out/results.json has it all.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import finetune
+import torch
+import transformers
+from corpus import Pair, pairs
+from rich.console import Console
+from rich.table import Table
+
+OUT = Path("demo-out")
+MARKER = OUT / ".made-by-surgery-demo"
+RANKS = (2, 8, 32, 128)
+SHOWN = 8  # the rank that is unmerged, exported and timed
+BENCH_SECONDS = 60
+console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+
+
+def main() -> None:
+    """Does it all."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    start = time.perf_counter()
+    prepare()
+    train, test = pairs(limit_train=8000, limit_test=1000)
+    console.print(
+        f"Task: does this docstring describe this function? {len(train)} pairs to train on, {len(test)} held out "
+        "from other files."
+    )
+    steps, seconds = finetune.make_pair(train, OUT / "base", OUT / "tuned")
+    console.print(f"Fine-tuned MiniLM for {steps} steps in {seconds:.0f} s.\n")
+    results: dict[str, Any] = {"steps": steps, "training_seconds": seconds, "ranks": {}}
+    for rank in RANKS:
+        adapter, merged = OUT / f"lora-r{rank}", OUT / f"merged-r{rank}"
+        extracted = surgery("extract", "--rank", rank, OUT / "base", OUT / "tuned", "-o", adapter)
+        surgery("merge", OUT / "base", adapter, "-o", merged)
+        results["ranks"][rank] = {"energy": extracted["energy"], "bytes": size(adapter)}
+    merged = OUT / f"merged-r{SHOWN}"
+    results["unmerge"] = surgery("unmerge", merged, OUT / f"lora-r{SHOWN}", "-o", OUT / "base-again")
+    graphs = [OUT / "base-onnx" / "model.onnx", OUT / "merged-onnx" / "model.onnx"]
+    results["exports"] = [
+        surgery("export-onnx", model, "-o", graph) for model, graph in zip((OUT / "base", merged), graphs, strict=True)
+    ]
+    results["same_graph"] = compare(*graphs)
+    results["bench"] = surgery("bench", *graphs, "--seconds", BENCH_SECONDS)
+    score(results, test)
+    results["seconds"] = time.perf_counter() - start
+    (OUT / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    report(results)
+
+
+def prepare() -> None:
+    """An empty output folder; one that this demo did not make is left alone."""
+    if OUT.exists() and not MARKER.exists():
+        raise SystemExit(f"{OUT}/ is there and was not made by this demo: move it away")
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir()
+    MARKER.touch()
+
+
+def surgery(*arguments: object) -> Any:
+    """Runs one command as a transcript shows it, and returns its --json document."""
+    words = [str(argument) for argument in arguments]
+    console.print(f"$ surgery {shlex.join(words)}", style="bold")
+    program = Path(sys.executable).with_name("surgery")
+    done = subprocess.run([program, *words, "--json"], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stderr}surgery {words[0]} ended with exit code {done.returncode}")
+    document = json.loads(done.stdout)
+    console.print(f"  {said(document)}  ({document['seconds']:.1f} s)\n")
+    return document
+
+
+def said(document: dict[str, Any]) -> str:
+    """A command's result in a line."""
+    ledger = ", ".join(f"{count} {fate.replace('_', '-')}" for fate, count in document["ledger"].items() if count)
+    if document["operation"] == "extract":
+        return f"{document['energy']:.1%} of the difference's energy kept; {ledger}"
+    if document["operation"] == "merge":
+        return f"digest {document['digest'][:16]}; {ledger}"
+    if document["operation"] == "unmerge":
+        verdict = (
+            "the base came back bit for bit"
+            if document["bit_exact"]
+            else (f"{len(document['differing'])} tensors differ from the base by rounding")
+        )
+        return f"{verdict}; {ledger}"
+    if document["operation"] == "export-onnx":
+        error = document["max_rel_error"]
+        return f"graph {document['graph_sha256'][:16]}, {document['nodes']} nodes; torch agrees to {error:.1e}"
+    low, high = document["interval"]
+    return f"B/A {document['ratio']:.4f} ({low:.4f} – {high:.4f}): {document['verdict']} at {document['margin']:.0%}"
+
+
+def compare(a: Path, b: Path) -> bool:
+    """cmp, in the transcript."""
+    same = filecmp.cmp(a, b, shallow=False)
+    console.print(f"$ cmp {a} {b}", style="bold")
+    console.print(f"  {'the same bytes: the merged model is the base’s program' if same else 'they differ'}\n")
+    return same
+
+
+def score(results: dict[str, Any], test: list[Pair]) -> None:
+    """Held-out accuracy of every model, and how often it agrees with the tuned one."""
+    labels = torch.tensor([pair.label for pair in test])
+    models = {"base": OUT / "base", "tuned": OUT / "tuned", **{rank: OUT / f"merged-r{rank}" for rank in RANKS}}
+    said_by = {name: finetune.predictions(*finetune.load(folder), test) for name, folder in models.items()}
+    for name, given in said_by.items():
+        row = results["ranks"][name] if name in RANKS else results.setdefault(str(name), {})
+        row["accuracy"] = float((given == labels).float().mean())
+        row["agreement"] = float((given == said_by["tuned"]).float().mean())
+
+
+def report(results: dict[str, Any]) -> None:
+    """The one table."""
+    model = size(OUT / "tuned")
+    table = Table("model", "adapter", "of the model", "energy kept", "agrees with tuned", "held-out accuracy")
+    rows = [("base", None), *((f"merged, rank {rank}", results["ranks"][rank]) for rank in RANKS), ("tuned", None)]
+    for name, found in rows:
+        row = found or results[name]
+        share = ("", "", "")
+        if found:
+            share = (f"{row['bytes'] / 1e6:.2f} MB", f"{row['bytes'] / model:.1%}", f"{row['energy']:.1%}")
+        )
+        table.add_row(name, *share, f"{row['agreement']:.1%}", f"{row['accuracy']:.1%}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+    bench = results["bench"]
+    low, high = bench["interval"]
+    graphs = "the same bytes" if results["same_graph"] else "DIFFERENT"
+    console.print(f"ONNX graphs of base and merged: {graphs}")
+    console.print(
+        f"latency merged/base at 1×128 on {bench['provider']}: {bench['ratio']:.4f} ({low:.4f} – {high:.4f}), "
+        f"{bench['verdict']} at a margin of {bench['margin']:.0%}"
+    )
+    console.print(f"{results['seconds']:.0f} s in all; every figure is in {OUT / 'results.json'}")
+
+
+def size(folder: Path) -> int:
+    """Bytes of the weights in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+if __name__ == "__main__":
+    main()
