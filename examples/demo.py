@@ -141,7 +141,6 @@ def report(results: dict[str, Any]) -> None:
         share = ("", "", "")
         if found:
             share = (f"{row['bytes'] / 1e6:.2f} MB", f"{row['bytes'] / model:.1%}", f"{row['energy']:.1%}")
-        )
         table.add_row(name, *share, f"{row['agreement']:.1%}", f"{row['accuracy']:.1%}")
     for column in table.columns[1:]:
         column.justify = "right"
