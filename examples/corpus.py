@@ -1,7 +1,7 @@
 """A task that every Python machine carries: does this docstring describe this function?
 
-Pairs of a function's signature and a docstring's first paragraph, from the standard library and the installed torch and
-transformers, read as text and never imported. Half of the pairs are the function's own docstring, half that of a
+Pairs of a function's signature and a docstring's first paragraph, from the standard library and the installed torch,
+read as text and never imported. Half of the pairs are the function's own docstring, half that of a
 neighbour in the same file. Train and held-out pairs come from different files.
 """
 
@@ -48,10 +48,9 @@ def pairs(limit_train: int, limit_test: int, seed: int = 0) -> tuple[list[Pair],
 
 def _files() -> list[tuple[str, Path]]:
     roots = {"stdlib": Path(sysconfig.get_path("stdlib"))}
-    for package in ("torch", "transformers"):
-        spec = find_spec(package)
-        if spec is not None and spec.origin is not None:
-            roots[package] = Path(spec.origin).parent
+    torch = find_spec("torch")
+    if torch is not None and torch.origin is not None:
+        roots["torch"] = Path(torch.origin).parent
     return [
         (f"{label}/{path.relative_to(root).as_posix()}", path)
         for label, root in roots.items()

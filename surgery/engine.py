@@ -7,7 +7,6 @@ Knows nothing of what a step computes.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -19,6 +18,7 @@ from formats.errors import ReportedError
 from formats.paths import open_checkpoint
 from formats.spec import CheckpointRef, TensorRef
 from surgery.plan import Outcome, Plan, Step
+from surgery.threads import cores, torch_threads
 
 if TYPE_CHECKING:
     import torch
@@ -46,11 +46,6 @@ class Resources:
         return self.jobs or cores()
 
 
-def cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run(plan: Plan, writer: CheckpointWriter | None, resources: Resources | None = None) -> tuple[Outcome, ...]:
     """Runs every step; the outcomes come in the plan's order, without their tensors.
 
@@ -66,7 +61,7 @@ def run(plan: Plan, writer: CheckpointWriter | None, resources: Resources | None
     intra_op = max(1, cores() // workers)
     budget = _Budget(resources.memory)
     stop = threading.Event()
-    with _Readers() as readers, _torch_threads():
+    with _Readers() as readers, torch_threads():
         # Largest first: the last step to finish is then a small one.
         order = sorted(range(len(plan.steps)), key=lambda index: -plan.steps[index].nbytes)
         pool = ThreadPoolExecutor(workers, "surgery", initializer=torch.set_num_threads, initargs=(intra_op,))
@@ -157,15 +152,3 @@ class _Readers:
     def __exit__(self, *exc: object) -> None:
         for checkpoint in self._open.values():
             checkpoint.close()
-
-
-@contextlib.contextmanager
-def _torch_threads() -> Iterator[None]:
-    """Gives the caller its own number of torch threads back."""
-    import torch
-
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -42,11 +42,14 @@ class TruncatedSVD:
 
 
 def squared_norm(matrix: torch.Tensor) -> float:
-    """‖matrix‖², summed in float64."""
+    """‖matrix‖²: each row in float32, which is good to 1e-8, their sum in float64; all in float64 where a row's square
+    would under- or overflow. NaN or Inf anywhere makes it NaN or Inf."""
     import torch
 
-    rows = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float64)
-    return float(rows.square().sum())
+    total = float(torch.linalg.vector_norm(matrix, dim=1).to(torch.float64).square().sum())
+    if 1e-30 < total < 1e30:
+        return total
+    return float(torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float64).square().sum())
 
 
 def workspace(rows: int, columns: int, rank: int) -> int:
@@ -61,7 +64,7 @@ def _is_dense(small: int, rank: int) -> bool:
     return (1 + EXTRA_BLOCKS) * (rank + OVERSAMPLING) >= DENSE_SHARE * small
 
 
-def truncated_svd(delta: torch.Tensor, rank: int, seed: int = 0) -> TruncatedSVD:
+def truncated_svd(delta: torch.Tensor, rank: int, seed: int = 0, total: float | None = None) -> TruncatedSVD:
     """The `rank` leading singular triplets.
 
     Dense and exact where the Krylov space would be most of the whole space anyway.
@@ -150,7 +153,7 @@ class Factors:
     residual: float
 
 
-def factorise(delta: torch.Tensor, rank: int, dtype: torch.dtype, seed: int = 0) -> Factors:
+def factorise(delta: torch.Tensor, rank: int, dtype: torch.dtype, seed: int = 0, total: float | None = None) -> Factors:
     """B = U√Σ and A = √ΣVᵀ of the leading `rank` triplets, stored as `dtype`.
 
     ‖ΔW − B̃Ã‖² is taken as the tail ‖ΔW‖² − Σσ² plus the rounding loss ‖BA − B̃Ã‖²; their cross term vanishes to first
@@ -162,10 +165,11 @@ def factorise(delta: torch.Tensor, rank: int, dtype: torch.dtype, seed: int = 0)
         rank: 1 ≤ rank ≤ min(rows, columns).
         dtype: of the factors.
         seed: of the random start.
+        total: ‖delta‖² where it is known already.
     """
     import torch
 
-    svd = truncated_svd(delta, rank, seed)
+    svd = truncated_svd(delta, rank, seed, total)
     root = svd.singular_values.sqrt()
     exact_a = root[:, None] * svd.right.to(torch.float64)  # (rank, columns)
     exact_b = svd.left.to(torch.float64) * root  # (rows, rank)

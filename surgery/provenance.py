@@ -22,6 +22,7 @@ from formats.paths import open_checkpoint
 from formats.spec import DType, TensorSpec
 from formats.tensors import bytes_from_tensor, tensor_from_bytes
 from surgery.checks import check_finite
+from surgery.threads import torch_threads
 from surgery.version import __version__
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def fingerprint(adapter: Adapter) -> tuple[str, dict[str, str]]:
     adapter's payload. Raises NotFinite.
     """
     hashes: dict[str, str] = {}
-    with open_checkpoint(adapter.ref.path) as checkpoint:
+    with open_checkpoint(adapter.ref.path) as checkpoint, torch_threads(1):
         for ref in adapter.tensors:
             tensor = checkpoint.read(ref.name)
             if tensor.is_floating_point():

@@ -1,16 +1,20 @@
 """A product whose bits depend on nothing but its factors, and rounding once.
 
 Floating-point sums depend on their order, and the order on threads, block sizes and libraries. Here the factors are
-first brought to fixed point: 22 bits against the maximum of each row of the left and each column of the right one.
-A product then has at most 44 bits, and a sum of 512 of them fits float64's 53: every partial sum is exact, so order
-cannot matter. Longer sums are taken in chunks of 512, added in a fixed order.
+first brought to fixed point against the maximum of each row of the left and each column of the right one: to as many
+bits b as let a sum of products fit float64's 53, which is 2 b + log2(terms): 24 bits up to 32 terms, 22 up to 512.
+Every partial sum is then exact, so order cannot matter. Longer sums are taken in chunks of 512, added in a fixed
+order.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from formats.spec import DType
 from formats.tensors import torch_dtype
@@ -18,8 +22,7 @@ from formats.tensors import torch_dtype
 if TYPE_CHECKING:
     import torch
 
-FIXED_POINT_BITS = 22
-EXACT_TERMS = 1 << (53 - 2 * FIXED_POINT_BITS)  # 512
+EXACT_TERMS = 512  # of one exact sum
 # Low bits of a float32 that are zero wherever it lies on a tie of the narrower type (and where it is representable).
 _TIE_BITS = {DType.BF16: 0x7FFF, DType.F16: 0x0FFF}
 _BLOCK_ELEMENTS = 1 << 17  # float64 elements of one block: 1 MiB, so that it stays in cache
@@ -30,7 +33,7 @@ class ExactProduct:
     """scale · left @ right, by blocks of rows, with bits that no order of summation can change.
 
     Attributes:
-        left: (rows, terms) float64; a row's values are integers of at most 22 bits times one power of two.
+        left: (rows, terms) float64; a row's values are integers of few bits times one power of two.
         right: (terms, columns) float64; likewise for each column.
         scale: the factor applied to the sum, in float64.
     """
@@ -57,18 +60,24 @@ def exact_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> Exac
         right: (terms, columns), any floating dtype.
         scale: float64 factor of the whole product.
     """
-    return ExactProduct(_fixed_point(left, dim=1), _fixed_point(right, dim=0), scale)
+    bits = fixed_point_bits(left.shape[1])
+    return ExactProduct(_fixed_point(left, 1, bits), _fixed_point(right, 0, bits), scale)
 
 
-def _fixed_point(factor: torch.Tensor, dim: int) -> torch.Tensor:
-    """The factor with every line along `dim` rounded to 22 bits against the line's maximum.  # float64"""
+def fixed_point_bits(terms: int) -> int:
+    """The most bits that two factors may have so that a sum of this many products is exact in float64."""
+    return (53 - math.ceil(math.log2(min(max(terms, 1), EXACT_TERMS)))) // 2
+
+
+def _fixed_point(factor: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
+    """The factor with every line along `dim` rounded to `bits` bits against the line's maximum.  # float64"""
     import torch
 
     factor = factor.to(torch.float64)
     largest = factor.abs().amax(dim=dim, keepdim=True)
     _, exponent = torch.frexp(largest)  # largest = m · 2^exponent, 0.5 ≤ m < 1; 0 for a line of zeros
-    integers = torch.ldexp(factor, FIXED_POINT_BITS - exponent).round_()
-    return torch.ldexp(integers, exponent - FIXED_POINT_BITS)
+    integers = torch.ldexp(factor, bits - exponent).round_()
+    return torch.ldexp(integers, exponent - bits)
 
 
 def add_rounded(weight: torch.Tensor, deltas: Sequence[ExactProduct], dtype: DType) -> torch.Tensor:
@@ -107,13 +116,14 @@ def round_once(values: torch.Tensor, dtype: DType) -> torch.Tensor:
     """
     import torch
 
-    nearest = values.to(torch.float32) if dtype in _TIE_BITS else values.to(torch_dtype(dtype))
-    if dtype in _TIE_BITS:
-        bits = nearest.view(torch.int32)
-        ties = ((bits & _TIE_BITS[dtype]) == 0).nonzero(as_tuple=True)
-        error = values[ties] - nearest[ties]  # float64; its sign tells on which side of the value `nearest` lies
-        away = ((error < 0) == (nearest[ties] > 0)).to(torch.int32)  # 1 where rounded away from zero
-        odd = (bits[ties] - away) | 1
-        bits[ties] = torch.where((error != 0) & torch.isfinite(error), odd, bits[ties])
-        nearest = nearest.to(torch_dtype(dtype))
-    return nearest
+    if dtype not in _TIE_BITS:
+        return values.to(torch_dtype(dtype))
+    nearest = values.to(torch.float32)
+    bits = nearest.numpy().view(np.int32)
+    ties = np.nonzero((bits & _TIE_BITS[dtype]) == 0)  # numpy finds them five times as fast as torch
+    at = nearest.numpy()[ties]
+    with np.errstate(invalid="ignore"):
+        error = values.numpy()[ties] - at  # float64; its sign tells on which side of the value `nearest` lies
+    away = ((error < 0) == (at > 0)).astype(np.int32)  # 1 where rounded away from zero
+    bits[ties] = np.where((error != 0) & np.isfinite(error), (bits[ties] - away) | 1, bits[ties])
+    return nearest.to(torch_dtype(dtype))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from formats.spec import DType
 from surgery import rounding
-from surgery.rounding import add_rounded, exact_product, round_once
+from surgery.rounding import add_rounded, exact_product, fixed_point_bits, round_once
 
 SHAPES = {DType.BF16: (8, -126, 127), DType.F16: (11, -14, 15)}  # significand bits, exponents of normal numbers
 
@@ -78,13 +80,20 @@ def test_order_of_terms_blocks_and_threads_do_not_show(seed: int, terms: int) ->
         torch.set_num_threads(before)
 
 
-def test_the_product_is_right_to_its_22_bits() -> None:
+@pytest.mark.parametrize(("terms", "bits"), [(1, 26), (2, 26), (16, 24), (32, 24), (33, 23), (512, 22), (9000, 22)])
+def test_a_sum_of_products_fits_float64(terms: int, bits: int) -> None:
+    """As many bits as possible, and not one more: 2 bits + log2(terms) is at most 53."""
+    assert fixed_point_bits(terms) == bits
+    assert 2 * bits + math.log2(min(terms, 512)) <= 53
+
+
+def test_the_product_is_right_to_its_bits() -> None:
     """Against float64: the error is bounded by the fixed point's."""
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(64, 16, generator=generator), torch.randn(16, 80, generator=generator)
     exact = left.double() @ right.double()
     error = (exact_product(left, right, 1.0).rows(0, 64) - exact).abs()
-    assert float((error / exact.abs().amax()).max()) < 16 * 2.0**-22
+    assert float((error / exact.abs().amax()).max()) < 16 * 2.0**-24
 
 
 def test_lines_of_zeros_and_wild_scales_stay_exact() -> None:

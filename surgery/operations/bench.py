@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from formats.errors import CorruptFile, PathNotFound
-from surgery.engine import cores
 from surgery.errors import Unsupported
 from surgery.report import Report, Stopwatch, peak_rss
+from surgery.threads import cores
 from surgery.version import __version__
 
 if TYPE_CHECKING:

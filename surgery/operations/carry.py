@@ -5,6 +5,7 @@ The ops of extract. Each gets tensors of base and tuned and says what became of 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,13 @@ from formats.spec import DType
 from formats.tensors import torch_dtype
 from surgery.checks import check_finite
 from surgery.errors import NotFinite
-from surgery.linalg import factorise
+from surgery.linalg import factorise, squared_norm
 from surgery.plan import Fate, Outcome
 
 if TYPE_CHECKING:
     import torch
+
+_BLOCK_ELEMENTS = 1 << 17  # of one block of a difference: it stays in the cache
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,14 @@ class Factorise:
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
         """Factors the difference; identical weights give nothing."""
-        delta = _difference(inputs[0], inputs[1], self.weight)  # as stored, float32
+        difference = _difference(inputs[0], inputs[1], self.weight)
         tensors: list[torch.Tensor | None] = [None, None]
         fates = {self.weight: Fate.IDENTICAL}
         figures: dict[str, Any] = {}
-        if delta is not None:
+        if difference is not None:
+            delta, total = difference  # as stored, float32
             oriented = delta if self.kind is LayerKind.LINEAR else delta.mT  # (out, in)
-            factors = factorise(oriented, self.rank, torch_dtype(self.dtype), self.seed)
+            factors = factorise(oriented, self.rank, torch_dtype(self.dtype), self.seed, total)
             check_finite(
                 factors.lora_A, f"lora_A of {self.weight}", "the factors overflow their dtype: --dtype float32"
             )
@@ -79,14 +83,15 @@ class Factorise:
                 self.rank,
                 factors.energy,
                 factors.residual,
-                float(delta.norm().double()),
+                math.sqrt(total),
             )
             figures["rank"] = self.rank
         for index, name in enumerate(self.others):
             before, after = inputs[2 + 2 * index : 4 + 2 * index]
             changed = _changed(before, after, name)
             fates[name] = Fate.FULL if changed else Fate.IDENTICAL
-            tensors += [after if changed and delta is not None else None, after if changed and delta is None else None]
+            kept = after if changed else None
+            tensors += [kept, None] if difference is not None else [None, kept]
         figures["full"] = [name for name in self.others if fates[name] is Fate.FULL]
         return Outcome(tuple(tensors), fates, figures)
 
@@ -136,18 +141,22 @@ class LeaveBehind:
         return Outcome((), dict.fromkeys(self.names, Fate.REFUSED))
 
 
-def _difference(before: torch.Tensor, after: torch.Tensor, name: str) -> torch.Tensor | None:
-    """tuned − base in float32, None if it is zero everywhere. Raises NotFinite."""
+def _difference(before: torch.Tensor, after: torch.Tensor, name: str) -> tuple[torch.Tensor, float] | None:
+    """tuned − base in float32 and its squared norm, None if it is zero everywhere. Raises NotFinite."""
     import torch
 
     wide = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
-    delta = after.to(wide).sub(before.to(wide)).to(torch.float32)
-    largest = float(delta.abs().amax()) if delta.numel() else 0.0
-    if not largest < float("inf"):
+    delta = torch.empty(after.shape, dtype=torch.float32)
+    step = max(1, _BLOCK_ELEMENTS // after.shape[1])
+    for begin in range(0, after.shape[0], step):  # in the cache, and without a second copy of the whole
+        rows = slice(begin, begin + step)
+        delta[rows] = after[rows].to(wide).sub(before[rows].to(wide))
+    total = squared_norm(delta)
+    if not math.isfinite(total):
         check_finite(before, f"{name} of base")
         check_finite(after, f"{name} of tuned")
         raise NotFinite("the difference overflows float32", where=name)
-    return delta if largest > 0 else None
+    return (delta, total) if total > 0 else None
 
 
 def _changed(before: torch.Tensor, after: torch.Tensor, name: str) -> bool:

@@ -61,7 +61,7 @@ def diff(
     Raises:
         FormatError: see formats.errors.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(loading="torch")
     with open_checkpoint(base) as before, open_checkpoint(tuned) as after:
         changes = [
             Change(name, "removed", _text(spec), None) for name, spec in before.specs.items() if name not in after.specs

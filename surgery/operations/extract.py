@@ -73,7 +73,7 @@ def extract(
     Raises:
         SurgeryError, FormatError: see their trees; everything the headers tell is refused before any payload is read.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(loading="torch")
     target = Path(out) if out is not None else default_output(tuned, rank)
     with open_checkpoint(base) as before, open_checkpoint(tuned) as after:
         plan = plan_extract(

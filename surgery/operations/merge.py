@@ -18,7 +18,7 @@ from formats.paths import create_checkpoint, destination_like, open_checkpoint
 from formats.spec import DType, TensorRef, TensorSpec
 from formats.tensors import torch_dtype
 from surgery import engine
-from surgery.checks import check_finite
+from surgery.checks import check_finite, is_finite
 from surgery.engine import Resources
 from surgery.errors import AlreadyMerged, NotFinite, NothingToDo
 from surgery.methods import method_of
@@ -79,7 +79,7 @@ def merge(
         SurgeryError, FormatError: see their trees; whatever the headers and the adapter tell is refused before any
             of the base's payload is read.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(loading="torch")
     with open_checkpoint(base) as w0:
         delta = open_adapter(adapter, w0.specs)
         plan, receipt = plan_merge(w0, delta, weight=weight)
@@ -292,10 +292,8 @@ def _as_stored(tensor: torch.Tensor, dtype: DType) -> torch.Tensor:
 
 
 def _check_result(result: torch.Tensor, start: torch.Tensor, name: str) -> None:
-    import torch
-
-    if result.is_floating_point() and not bool(torch.isfinite(result).all()):
-        check_finite(start, f"{name}")
+    if result.is_floating_point() and not is_finite(result):
+        check_finite(start, name)
         raise NotFinite(
             "the merged weight exceeds the range of its stored dtype",
             where=name,

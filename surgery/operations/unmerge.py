@@ -66,7 +66,7 @@ def unmerge(
         NotMerged: the receipt names another adapter, or the adapter replaced tensors that nothing can restore.
         SurgeryError, FormatError: see their trees.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(loading="torch")
     with open_checkpoint(merged) as w:
         receipt = Receipt.read(w.metadata, merged)
         delta = open_adapter(adapter, w.specs)
