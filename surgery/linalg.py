@@ -19,6 +19,7 @@ OVERSAMPLING = 8  # columns beyond the rank, so that the last wanted direction c
 # with 3), at ranks 8 to 64; on real deltas it is an order of magnitude less.
 EXTRA_BLOCKS = 4
 DENSE_SHARE = 0.8  # of the smaller side: beyond it a Krylov space has no advantage
+NOT_ORTHOGONAL = 1e-5  # overlap of two basis vectors beyond what float32's rounding explains
 CANCELLATION = 1e-3  # share of ‖ΔW‖² below which ‖ΔW‖² − Σσ², from σ in float32, is not trusted
 
 
@@ -122,18 +123,22 @@ def _block_krylov(matrix: torch.Tensor, width: int, seed: int) -> tuple[torch.Te
     generator = torch.Generator(device="cpu").manual_seed(seed)
     start = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype)
     block = torch.linalg.qr(matrix @ start).Q  # (rows, width)
-    basis = block
+    basis, images = block, []
     for _ in range(EXTRA_BLOCKS):
-        block = matrix @ (matrix.mT @ block)  # (rows, width)
+        images.append(block.mT @ matrix)  # (width, columns)
+        block = matrix @ images[-1].mT  # (rows, width)
         for _ in range(2):  # once is not enough in float32
             block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
         basis = torch.cat([basis, block], dim=1)  # (rows, (1 + extra) · width)
-    # Where the matrix has a lower rank than the space has columns, the last blocks are rounding noise that no
-    # projection makes orthogonal; Householder's QR of the whole does, and without it energy would count twice.
-    basis = torch.linalg.qr(basis).Q
-    core = basis.mT @ matrix  # ((1 + extra) · width, columns)
-    left, values, right = torch.linalg.svd(core, full_matrices=False)
-    return basis @ left, values.to(torch.float64), right
+    core = torch.cat([*images, block.mT @ matrix])  # ((1 + extra) · width, columns)
+    overlap = basis.mT @ basis - torch.eye(basis.shape[1], dtype=basis.dtype)
+    if float(overlap.abs().max()) > NOT_ORTHOGONAL:
+        # Where the matrix has a lower rank than the space has columns, the last blocks are rounding noise that no
+        # projection makes orthogonal; Householder's QR of the whole does, and without it energy would count twice.
+        basis = torch.linalg.qr(basis).Q
+        core = basis.mT @ matrix
+    left, values, right = _dense(core)
+    return basis @ left.to(basis.dtype), values, right.to(basis.dtype)
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,8 @@ def _difference(before: torch.Tensor, after: torch.Tensor, name: str) -> tuple[t
     """tuned − base in float32 and its squared norm, None if it is zero everywhere. Raises NotFinite."""
     import torch
 
+    if before.dtype == after.dtype and torch.equal(before, after):  # NaN equals nothing, so it is still found below
+        return None
     wide = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
     delta = torch.empty(after.shape, dtype=torch.float32)
     step = max(1, _BLOCK_ELEMENTS // after.shape[1])

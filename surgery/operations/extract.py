@@ -266,7 +266,7 @@ def _factor_step(
             outputs.append(_renamed(tuned.specs[name], full_key(name, adapted=adapted)))
     inputs = [checkpoint.tensor(name) for name in (weight, *others) for checkpoint in (base, tuned)]
     op = Factorise(weight, tuple(others), kind, rank, stored, seed)
-    return Step(module, tuple(inputs), tuple(outputs), op, workspace=2 * 4 * spec.size + workspace(out, into, rank))
+    return Step(module, tuple(inputs), tuple(outputs), op, workspace=4 * spec.size + workspace(out, into, rank))
 
 
 def _whole_step(base: Checkpoint, tuned: Checkpoint, label: str, names: list[str], *, together: bool) -> Step:
