@@ -99,15 +99,18 @@ def test_a_full_disk_is_one_clear_error(big_pair: tuple[Path, Path], tmp_path: P
     assert digests(tmp_path / "in") == before
 
 
-def test_ctrl_c_leaves_nothing(big_pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     """An interrupt ends the run without output and without a traceback."""
-    out = tmp_path / "out"
+    base, tuned, out = tmp_path / "base.st", tmp_path / "tuned.st", tmp_path / "out"
     out.mkdir()
-    arguments = ["extract", "--rank", "200", *map(str, big_pair), "-o", str(out / "result.st"), "--jobs", "1"]
-    process = subprocess.Popen([*SURGERY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wide = {f"layers.{index}.up.weight": torch.randn(1536, 1536) for index in range(6)}  # seconds each, at this rank
+    save_file(wide, base)
+    save_file({name: tensor + torch.randn_like(tensor) for name, tensor in wide.items()}, tuned)
+    arguments = ["extract", "--rank", "1000", str(base), str(tuned), "-o", str(out / "result.st"), "--jobs", "1"]
+    process = subprocess.Popen([*SURGERY, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     _wait_until_writing(process, out)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode != 0, errors
     assert "Traceback" not in errors
     assert list(out.iterdir()) == []
