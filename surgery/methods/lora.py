@@ -29,16 +29,8 @@ class Lora:
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
-        _check_dtype(weight)
         a, b = (module.factors[role].spec.shape for role in ("lora_A", "lora_B"))
-        shape = (b[0], a[1]) if module.kind is LayerKind.LINEAR else (a[1], b[0])
-        if weight.shape != shape:
-            raise ShapeMismatch(
-                "the factors do not fit the weight",
-                where=weight.name,
-                expected=shape_text(weight.shape),
-                found=shape_text(shape),
-            )
+        _check(weight, (b[0], a[1]) if module.kind is LayerKind.LINEAR else (a[1], b[0]))
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> ExactProduct:
         """weight · s · B A, or (B A)ᵀ = Aᵀ Bᵀ where the base stores the transpose."""
@@ -57,15 +49,7 @@ class LoraBias:
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a bias that is not stored as a plain float, ShapeMismatch for one of other shape."""
-        _check_dtype(weight)
-        found = module.factors["lora_B.bias"].spec.shape
-        if weight.shape != found:
-            raise ShapeMismatch(
-                "the adapter's bias does not fit the base's",
-                where=weight.name,
-                expected=shape_text(weight.shape),
-                found=shape_text(found),
-            )
+        _check(weight, module.factors["lora_B.bias"].spec.shape)
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> ExactProduct:
         """weight · s · bias as one column."""
@@ -73,7 +57,8 @@ class LoraBias:
         return exact_product(column, column.new_ones(1, 1), weight * module.scaling)
 
 
-def _check_dtype(weight: TensorSpec) -> None:
+def _check(weight: TensorSpec, delta: tuple[int, ...]) -> None:
+    """Refuses a weight that the delta cannot be added to."""
     if not weight.dtype.is_weight:
         raise NotMergeable(
             "the base stores this weight in a form that nothing can be added to",
@@ -81,4 +66,11 @@ def _check_dtype(weight: TensorSpec) -> None:
             expected="F16, BF16, F32 or F64",
             found=weight.dtype,
             then="merge into the unquantised base, then quantise the result",
+        )
+    if weight.shape != delta:
+        raise ShapeMismatch(
+            "the factors do not fit the weight",
+            where=weight.name,
+            expected=shape_text(weight.shape),
+            found=shape_text(delta),
         )

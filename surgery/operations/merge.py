@@ -164,11 +164,17 @@ def plan_merge(base: Checkpoint, adapter: Adapter, *, weight: float = 1.0) -> tu
     return Plan("merge", tuple(steps), receipt.metadata(), tuple(notes)), receipt
 
 
-def output_digest(plan: Plan, outcomes: tuple[Outcome, ...]) -> str:
-    """The content address of what a plan wrote, from the hashes its steps took."""
+def output_hashes(outcomes: tuple[Outcome, ...]) -> dict[str, str]:
+    """SHA-256 of every tensor that was written, as its step took it."""
     hashes: dict[str, str] = {}
     for outcome in outcomes:
         hashes |= outcome.figures.get("hashes", {})
+    return hashes
+
+
+def output_digest(plan: Plan, outcomes: tuple[Outcome, ...]) -> str:
+    """The content address of what a plan wrote."""
+    hashes = output_hashes(outcomes)
     return content_digest((spec, hashes[spec.name]) for spec in plan.outputs)
 
 

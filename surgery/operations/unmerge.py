@@ -19,7 +19,7 @@ from surgery.checks import check_finite
 from surgery.engine import Resources
 from surgery.errors import NotMerged
 from surgery.methods import method_of
-from surgery.operations.merge import Copy, apply_modules, output_digest
+from surgery.operations.merge import Copy, apply_modules, output_digest, output_hashes
 from surgery.plan import Fate, Outcome, Plan, Step, ledger
 from surgery.provenance import Original, Receipt, fingerprint, tensor_hash
 from surgery.report import Report, Stopwatch, peak_rss
@@ -74,9 +74,7 @@ def unmerge(
         destination = destination_like(merged, out, plan.outputs, inputs=(merged, adapter), force=force)
         with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
             outcomes = engine.run(plan, writer, resources)
-    hashes: dict[str, str] = {}
-    for outcome in outcomes:
-        hashes |= outcome.figures.get("hashes", {})
+    hashes = output_hashes(outcomes)
     expected = receipt.base_tensors if receipt else {}
     differing = tuple(name for name, known in expected.items() if hashes.get(name) != known)
     return UnmergeReport(
