@@ -107,7 +107,10 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     save_file(wide, base)
     save_file({name: tensor + torch.randn_like(tensor) for name, tensor in wide.items()}, tuned)
     arguments = ["extract", "--rank", "1000", str(base), str(tuned), "-o", str(out / "result.st"), "--jobs", "1"]
-    process = subprocess.Popen([*SURGERY, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    # Whoever runs the tests in the background has SIGINT ignored, and children inherit that.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    command = [sys.executable, "-c", listen + SURGERY[-1], *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     _wait_until_writing(process, out)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
