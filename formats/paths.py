@@ -112,10 +112,6 @@ class Destination:
         """Whether the output is a folder."""
         return not names_file(self.path)
 
-    def check(self) -> None:
-        """Refuses, before any work, an output that could not be committed. Raises OutputExists."""
-        Staging(self.path, folder=self.is_folder, inputs=self.inputs, force=self.force)
-
 
 def destination_like(
     source: str | Path,

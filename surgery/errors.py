@@ -13,8 +13,7 @@ ReportedError
     ├── MissingTensors        a model needs tensors that the checkpoint does not have
     ├── InputsDiffer          two graphs that cannot be fed the same inputs
     ├── ProviderUnavailable   the execution provider asked for is not the one that would run
-    ├── VerificationFailed    a check ran and said no (exit code 3)
-    └── Undecided             a check ran and could not tell (exit code 4)
+    └── VerificationFailed    a check ran and said no (exit code 3)
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ __all__ = [
     "ProviderUnavailable",
     "ReportedError",
     "SurgeryError",
-    "Undecided",
     "UnknownArchitecture",
     "Unsupported",
     "VerificationFailed",
@@ -88,9 +86,3 @@ class VerificationFailed(SurgeryError):
     """A check ran and said no."""
 
     exit_code = 3
-
-
-class Undecided(SurgeryError):
-    """A check ran and could not tell."""
-
-    exit_code = 4
