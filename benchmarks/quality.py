@@ -24,7 +24,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 import surgery
-from formats.dialects.peft import factor_keys
+from formats.dialects.peft_writing import factor_keys
 from formats.layers import LayerKind, layer_kinds
 
 HERE = Path(__file__).parent

@@ -21,6 +21,8 @@ class LayerKind(StrEnum):
     LINEAR = "linear"  # (out, in)
     TRANSPOSED = "transposed"  # (in, out)
     EMBEDDING = "embedding"  # (vocabulary, width)
+    CONV = "conv"  # (out, in / groups, *kernel)
+    PARAMETER = "parameter"  # no layer's: (rows, columns), or (experts, rows, columns)
 
 
 def owner(tensor: str) -> str:

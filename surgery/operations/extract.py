@@ -15,7 +15,7 @@ from typing import Any
 
 from formats.checkpoint import Checkpoint
 from formats.dialects import CONFIG_KEY
-from formats.dialects.peft import Extracted, factor_keys, full_key, lora_config
+from formats.dialects.peft_writing import Extracted, factor_keys, full_key, lora_config
 from formats.errors import ShapeMismatch, UnsupportedDType
 from formats.layers import LayerKind, layer_kinds, owner
 from formats.paths import (
