@@ -1,0 +1,200 @@
+"""How many singular triplets of each weight to keep, so that all factors together fit a size and capture the most.
+
+Pure: spectra and bytes in, ranks out. Knows no tensor, no file and no way to compute a spectrum; it says which spectra
+were not known far enough.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A size for a whole adapter.
+
+    Attributes:
+        nbytes: of its weights' file.
+        minimum, maximum: ranks that every weight must and may get.
+
+    Raises:
+        SurgeryError: a size below 1, or bounds between which no rank lies.
+    """
+
+    nbytes: int
+    minimum: int = 1
+    maximum: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.nbytes < 1:
+            raise SurgeryError("no such size", expected="a number of bytes", found=self.nbytes, then="--budget 20MB")
+        if self.minimum < 1 or (self.maximum is not None and self.maximum < self.minimum):
+            raise SurgeryError(
+                "no rank lies within these bounds", expected="1 or more", found=f"{self.minimum} to {self.maximum}"
+            )
+
+    def __str__(self) -> str:
+        return f"the best ranks for {self.nbytes:,} bytes"
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """What one weight would do with a share of a budget.
+
+    Attributes:
+        name: of the weight; it breaks ties.
+        energies: (k,) its leading squared singular values, float64, descending.
+        size: the number of all its singular values.
+        bytes_per_rank: what a column of lora_B and a row of lora_A take together.
+        minimum, maximum: ranks that it must and may get; clamped to its size.
+    """
+
+    name: str
+    energies: np.ndarray
+    size: int
+    bytes_per_rank: int
+    minimum: int = 1
+    maximum: int | None = None
+
+    @property
+    def least(self) -> int:
+        """The rank it gets at least."""
+        return min(self.minimum, self.size)
+
+    @property
+    def most(self) -> int:
+        """The rank it gets at most, had one all its values."""
+        return self.size if self.maximum is None else min(self.size, self.maximum)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How a budget was spent.
+
+    Attributes:
+        ranks: by name, in the order of the claims.
+        nbytes: the factors' bytes and the fixed ones.
+        saturated: weights that took all their known values and might have taken more. Unless it is empty the ranks
+            are not final: compute more of these spectra and allocate again.
+    """
+
+    ranks: dict[str, int]
+    nbytes: int
+    saturated: tuple[str, ...]
+
+
+def allocate(claims: Sequence[Claim], budget: int, fixed: int = 0) -> Allocation:
+    """Ranks that capture the most energy Σσ² with factors of at most `budget` bytes in all.
+
+    Columns are taken in the order of their energy per byte. Within a weight that order is the only possible one, since
+    its energies descend at equal cost. Nothing of the same size captures more: whatever another choice holds that this
+    one does not comes later in the order and yields less per byte than anything it would have to give up in exchange
+    for it. Only at the end is that no proof: the next column in order may not fit. What is left over then is smaller
+    than that column, and goes to the columns after it that do fit: the result is less than one column's energy below
+    the optimum. Where columns are few and coarse a uniform rank may be above it all the same; then it is taken.
+
+    Args:
+        claims: the weights.
+        budget: bytes of the whole output.
+        fixed: bytes of it that no rank changes: header, full tensors.
+
+    Raises:
+        SurgeryError: the minimum ranks do not fit.
+    """
+    ranks = {claim.name: claim.least for claim in claims}
+    spent = fixed + sum(claim.least * claim.bytes_per_rank for claim in claims)
+    if spent > budget:
+        raise SurgeryError(
+            "the budget is too small for the least ranks",
+            expected=f"at least {spent:,} bytes, {fixed:,} of them whatever the ranks",
+            found=f"{budget:,} bytes",
+            then="a larger --budget, or a smaller --min-rank",
+        )
+    ordered = sorted(claims, key=lambda claim: claim.name)
+    spent += _take_in_bulk(ordered, ranks, budget - spent)
+    spent += _take_what_fits(ordered, ranks, budget - spent)
+    even = _uniform(claims, budget - fixed)
+    if even is not None and captured(claims, even) > captured(claims, ranks):
+        ranks, spent = even, fixed + sum(claim.bytes_per_rank * even[claim.name] for claim in claims)
+    saturated = [claim.name for claim in claims if len(claim.energies) <= ranks[claim.name] < claim.most]
+    return Allocation(ranks, spent, tuple(saturated))
+
+
+def _uniform(claims: Sequence[Claim], room: int) -> dict[str, int] | None:
+    """The largest uniform rank, clamped to each weight's bounds, whose factors fit; None where it is not known what
+    that holds."""
+
+    def at(rank: int) -> dict[str, int]:
+        return {claim.name: min(max(rank, claim.least), claim.most) for claim in claims}
+
+    def fits(rank: int) -> bool:
+        ranks = at(rank)
+        return sum(claim.bytes_per_rank * ranks[claim.name] for claim in claims) <= room
+
+    low, high = 1, max((claim.most for claim in claims), default=1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    ranks = at(low)
+    known = all(ranks[claim.name] <= len(claim.energies) for claim in claims)
+    return ranks if known and fits(low) else None
+
+
+def _take_in_bulk(claims: Sequence[Claim], ranks: dict[str, int], room: int) -> int:
+    """Raises ranks by the longest run of the order that fits; returns its bytes. A sort, since there may be millions
+    of columns."""
+    import numpy as np
+
+    offered = [_offered(claim) for claim in claims]
+    if not any(map(len, offered)):
+        return 0
+    owners = np.repeat(np.arange(len(claims)), [len(yields) for yields in offered])
+    order = np.argsort(-np.concatenate(offered), kind="stable")  # ties: by name, then by index
+    costs = np.array([claim.bytes_per_rank for claim in claims], dtype=np.int64)[owners[order]]
+    running = np.cumsum(costs)
+    taken = int(np.searchsorted(running, room, side="right"))
+    for claim, count in zip(claims, np.bincount(owners[order[:taken]], minlength=len(claims)), strict=True):
+        ranks[claim.name] += int(count)
+    return int(running[taken - 1]) if taken else 0
+
+
+def _take_what_fits(claims: Sequence[Claim], ranks: dict[str, int], room: int) -> int:
+    """Spends what is left on columns in order, past those that do not fit; returns their bytes."""
+    yields = {claim.name: _offered(claim) for claim in claims}
+    heap = []
+    for index, claim in enumerate(claims):
+        position = ranks[claim.name] - claim.least
+        if position < len(yields[claim.name]):
+            heap.append((-float(yields[claim.name][position]), index, position))
+    heapq.heapify(heap)
+    spent = 0
+    while heap:
+        _, index, position = heapq.heappop(heap)
+        claim = claims[index]
+        if claim.bytes_per_rank > room - spent:
+            continue  # nor will any later column of this weight fit
+        spent += claim.bytes_per_rank
+        ranks[claim.name] += 1
+        if position + 1 < len(yields[claim.name]):
+            heapq.heappush(heap, (-float(yields[claim.name][position + 1]), index, position + 1))
+    return spent
+
+
+def _offered(claim: Claim) -> np.ndarray:
+    """(columns,) energy per byte of the columns above the minimum, descending even where rounding says otherwise."""
+    import numpy as np
+
+    return np.minimum.accumulate(claim.energies)[claim.least : claim.most] / claim.bytes_per_rank
+
+
+def captured(claims: Iterable[Claim], ranks: dict[str, int]) -> float:
+    """Σσ² that these ranks hold."""
+    return sum(float(claim.energies[: ranks[claim.name]].sum()) for claim in claims)
