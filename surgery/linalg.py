@@ -1,26 +1,26 @@
-"""Truncated singular value decomposition of a difference of weights.
+"""Truncated singular value decomposition of a difference of weights, and the factors of LoRA from it.
 
-Block Krylov iteration (Musco and Musco, arXiv 1504.05477): fine-tuning deltas have slowly decaying spectra, on which
-the usual randomised SVD with a few power iterations is off by per cents. Deterministic: the start is seeded, the
-signs are fixed. Knows tensors only.
+A Krylov space for large matrices, a dense decomposition for small ones; the signs are fixed. Knows tensors only.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery import krylov
+from surgery.delta import Delta
+from surgery.krylov import RankRule
 
 if TYPE_CHECKING:
     import torch
 
-OVERSAMPLING = 8  # columns beyond the rank, so that the last wanted direction converges too
-# Krylov blocks after the first. The worst excess over the exact SVD, which a flat spectrum gives, is 7e-4 with 4 (2e-3
-# with 3), at ranks 8 to 64; on real deltas it is an order of magnitude less.
-EXTRA_BLOCKS = 4
-DENSE_SHARE = 0.8  # of the smaller side: beyond it a Krylov space has no advantage
-NOT_ORTHOGONAL = 1e-5  # overlap of two basis vectors beyond what float32's rounding explains
-CANCELLATION = 1e-3  # share of ‖ΔW‖² below which ‖ΔW‖² − Σσ², from σ in float32, is not trusted
+__all__ = ["Delta", "Factors", "RankRule", "TruncatedSVD", "factorise", "leading_values", "truncated_svd", "workspace"]
+
+_CANCELLATION = 1e-3  # share of ‖ΔW‖² below which ‖ΔW‖² − Σσ², from σ in float32, is not trusted
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class TruncatedSVD:
         left: (rows, rank) orthonormal columns U.
         singular_values: (rank,) float64, descending.
         right: (rank, columns) orthonormal rows Vᵀ.
-        total: ‖D‖², summed in float64.
-        tail: squared Frobenius norm of what is left out: the other σ² where all are known, else ‖D‖² − Σσ².
+        total: ‖ΔW‖², summed in float64.
+        tail: squared Frobenius norm of what is left out: the other σ² where all are known, else ‖ΔW‖² − Σσ².
+        spectrum: (k,) all converged leading singular values, k ≥ rank.
     """
 
     left: torch.Tensor
@@ -40,105 +41,85 @@ class TruncatedSVD:
     right: torch.Tensor
     total: float
     tail: float
+    spectrum: NDArray[np.float64]
 
 
-def squared_norm(matrix: torch.Tensor) -> float:
-    """‖matrix‖²: each row in float32, which is good to 1e-8, their sum in float64; all in float64 where a row's square
-    would under- or overflow. NaN or Inf anywhere makes it NaN or Inf."""
-    import torch
+def workspace(rows: int, columns: int, rank: int | None) -> int:
+    """Bytes that Delta and factorise need beside the stored tensors; without a rank, whatever a rule may ask for.
 
-    total = float(torch.linalg.vector_norm(matrix, dim=1).to(torch.float64).square().sum())
-    if 1e-30 < total < 1e30:
-        return total
-    return float(torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float64).square().sum())
-
-
-def workspace(rows: int, columns: int, rank: int) -> int:
-    """Bytes that factorise needs beside the float32 matrix it is given."""
+    Not counted: the dense decomposition of a matrix whose Krylov space did not converge.
+    """
     small = min(rows, columns)
-    if _is_dense(small, rank):
-        return 8 * (3 * rows * columns + 3 * small * small)
-    return 2 * 4 * (rank + OVERSAMPLING) * (1 + EXTRA_BLOCKS) * (rows + columns)
+    copy = 4 * rows * columns  # of Delta; half of it where bfloat16 serves, which only torch could tell
+    dense = 8 * (3 * rows * columns + 3 * small * small)
+    if rank is None or krylov.is_dense(small, rank):
+        return copy + dense
+    # The basis and the images of a space of usual size, each once more while they are put together.
+    return copy + 2 * 4 * krylov.width_of(rank) * krylov.USUAL_BLOCKS * (rows + columns)
 
 
-def _is_dense(small: int, rank: int) -> bool:
-    return (1 + EXTRA_BLOCKS) * (rank + OVERSAMPLING) >= DENSE_SHARE * small
+def truncated_svd(delta: Delta, rank: int | RankRule, seed: int = 0, *, exact: bool = False) -> TruncatedSVD:
+    """The leading singular triplets, computed where ΔW is, on the CPU in the end.
 
-
-def truncated_svd(delta: torch.Tensor, rank: int, seed: int = 0, total: float | None = None) -> TruncatedSVD:
-    """The `rank` leading singular triplets.
-
-    Dense and exact where the Krylov space would be most of the whole space anyway.
+    The residual exceeds that of the exact decomposition by about `krylov.TOLERANCE` of itself at most. Dense and exact
+    where the Krylov space would be most of the whole space anyway.
 
     Args:
-        delta: (rows, columns) float32.
-        rank: 1 ≤ rank ≤ min(rows, columns).
+        delta: (rows, columns), finite.
+        rank: 1 ≤ rank ≤ min(rows, columns), or the rule that decides it.
         seed: of the random start.
+        exact: decompose densely, whatever it costs.
     """
-    total = squared_norm(delta)
-    small = min(delta.shape)
-    width = rank + OVERSAMPLING
-    exact = _is_dense(small, rank)
-    solve = _dense if exact else functools.partial(_block_krylov, width=width, seed=seed)
-    if delta.shape[0] <= delta.shape[1]:
-        left, values, right = solve(delta)
-    else:
-        right, values, left = solve(delta.mT)
-        left, right = left.mT, right.mT
-    known = float(values[:rank].square().sum())
-    tail = float(values[rank:].square().sum()) if exact else max(0.0, total - known)
-    return _oriented(left[:, :rank], values[:rank], right[:rank], total, tail)
+    found = None if exact else krylov.leading(delta, rank, seed)
+    whole = found is None
+    left, values, right = _dense(delta) if found is None else (found.left, found.values, found.right.mT)
+    spectrum: NDArray[np.float64] = values.numpy()
+    chosen = rank if isinstance(rank, int) else rank(spectrum, delta.total, min(delta.shape))
+    if chosen is None:
+        raise ValueError("a rank rule must decide once it has seen all singular values")
+    tail = float(values[chosen:].square().sum()) if whole else delta.total - float(values[:chosen].square().sum())
+    left, right = left[:, :chosen].cpu(), right[:chosen].cpu()
+    return _oriented(left, values[:chosen], right, delta.total, max(0.0, tail), spectrum)
 
 
-def _oriented(left: torch.Tensor, values: torch.Tensor, right: torch.Tensor, total: float, tail: float) -> TruncatedSVD:
+def leading_values(delta: Delta, count: int, seed: int = 0, *, exact: bool = False) -> NDArray[np.float64]:
+    """At least the `count` leading singular values, descending; as good as those of truncated_svd."""
+    return truncated_svd(delta, min(count, *delta.shape), seed, exact=exact).spectrum
+
+
+def _oriented(
+    left: torch.Tensor,
+    values: torch.Tensor,
+    right: torch.Tensor,
+    total: float,
+    tail: float,
+    spectrum: NDArray[np.float64],
+) -> TruncatedSVD:
     """The triplets with signs such that the largest entry of each left vector is positive."""
     import torch
 
     largest = left.gather(0, left.abs().argmax(dim=0, keepdim=True))[0]  # (rank,)
     sign = torch.where(largest < 0, -1.0, 1.0).to(left.dtype)
-    return TruncatedSVD(left * sign, values, right * sign[:, None], total, tail)
+    return TruncatedSVD(left * sign, values, right * sign[:, None], total, tail, spectrum)
 
 
-def _dense(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U, σ, Vᵀ of a wide matrix (rows ≤ columns), by the eigenvectors of its Gram matrix in float64.
+def _dense(delta: Delta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, σ (on the CPU), Vᵀ, by the eigenvectors of the smaller Gram matrix in float64.
 
     LAPACK's SVD in float32 is off by a dozen units in the last place of the largest entry. Here U is orthogonal to
     float64's precision whatever the gaps in the spectrum, so U (Uᵀ M) gives M back.
     """
     import torch
 
-    wide = matrix.to(torch.float64)
-    left = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(1)  # (rows, rows), descending
-    scaled = left.mT @ wide  # (rows, columns), rows of length σ
+    matrix = delta.matrix().to(torch.float64)
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT  # (small, large)
+    left = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(1)  # (small, small), descending
+    scaled = left.mT @ wide  # (small, large), rows of length σ
     values = torch.linalg.vector_norm(scaled, dim=1)
     order = values.argsort(descending=True, stable=True)  # the Gram matrix cannot tell the smallest apart
     left, scaled, values = left[:, order], scaled[order], values[order]
-    return left, values, scaled / values.clamp_min(1e-12 * float(values[0]))[:, None]
-
-
-def _block_krylov(matrix: torch.Tensor, width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U, σ, Vᵀ of the projection onto the Krylov space of a wide matrix (rows ≤ columns)."""
-    import torch
-
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    start = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype)
-    block = torch.linalg.qr(matrix @ start).Q  # (rows, width)
-    basis, images = block, []
-    for _ in range(EXTRA_BLOCKS):
-        images.append(block.mT @ matrix)  # (width, columns)
-        block = matrix @ images[-1].mT  # (rows, width)
-        for _ in range(2):  # once is not enough in float32
-            block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
-        basis = torch.cat([basis, block], dim=1)  # (rows, (1 + extra) · width)
-    core = torch.cat([*images, block.mT @ matrix])  # ((1 + extra) · width, columns)
-    overlap = basis.mT @ basis - torch.eye(basis.shape[1], dtype=basis.dtype)
-    if float(overlap.abs().max()) > NOT_ORTHOGONAL:
-        # Where the matrix has a lower rank than the space has columns, the last blocks are rounding noise that no
-        # projection makes orthogonal; Householder's QR of the whole does, and without it energy would count twice.
-        basis = torch.linalg.qr(basis).Q
-        core = basis.mT @ matrix
-    left, values, right = _dense(core)
-    return basis @ left.to(basis.dtype), values, right.to(basis.dtype)
+    right = scaled / values.clamp_min(1e-12 * float(values[0]))[:, None]
+    return (left, values.cpu(), right) if wide is matrix else (right.mT, values.cpu(), left.mT)
 
 
 @dataclass(frozen=True)
@@ -148,42 +129,53 @@ class Factors:
     Attributes:
         lora_A: (rank, columns).
         lora_B: (rows, rank).
+        rank: of both.
         energy: share of ‖ΔW‖² that BA holds.
         residual: ‖ΔW − BA‖ / ‖ΔW‖, rounding of the factors included.
+        singular_values: all converged leading singular values, as many as the rank or more.
     """
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
+    rank: int
     energy: float
     residual: float
+    singular_values: NDArray[np.float64]
 
 
-def factorise(delta: torch.Tensor, rank: int, dtype: torch.dtype, seed: int = 0, total: float | None = None) -> Factors:
-    """B = U√Σ and A = √ΣVᵀ of the leading `rank` triplets, stored as `dtype`.
+def factorise(
+    delta: Delta,
+    rank: int | RankRule,
+    dtype: torch.dtype,
+    seed: int = 0,
+    *,
+    exact: bool = False,
+) -> Factors:
+    """B = U√Σ and A = √ΣVᵀ of the leading triplets, stored as `dtype`, on the CPU.
 
     ‖ΔW − B̃Ã‖² is taken as the tail ‖ΔW‖² − Σσ² plus the rounding loss ‖BA − B̃Ã‖²; their cross term vanishes to first
     order in the rounding, because what is left out is orthogonal to U and V. Where that is so small that the
     subtraction would be mostly rounding, the difference itself is formed.
 
     Args:
-        delta: (rows, columns) float32, not all zero.
-        rank: 1 ≤ rank ≤ min(rows, columns).
+        delta: (rows, columns), finite.
+        rank: 1 ≤ rank ≤ min(rows, columns), or the rule that decides it.
         dtype: of the factors.
         seed: of the random start.
-        total: ‖delta‖² where it is known already.
+        exact: decompose densely, whatever it costs.
     """
     import torch
 
-    svd = truncated_svd(delta, rank, seed, total)
-    root = svd.singular_values.sqrt()
-    exact_a = root[:, None] * svd.right.to(torch.float64)  # (rank, columns)
-    exact_b = svd.left.to(torch.float64) * root  # (rows, rank)
-    lora_a, lora_b = exact_a.to(dtype), exact_b.to(dtype)
-    loss = _squared_distance(exact_b, exact_a, lora_b.to(torch.float64), lora_a.to(torch.float64))
+    svd = truncated_svd(delta, rank, seed, exact=exact)
+    root = svd.singular_values.sqrt().to(svd.left.dtype)
+    exact_a, exact_b = root[:, None] * svd.right, svd.left * root  # (rank, columns), (rows, rank)
+    lora_a, lora_b = exact_a.to(dtype).contiguous(), exact_b.to(dtype).contiguous()
+    loss = _squared_distance(exact_b, exact_a, lora_b.to(exact_b.dtype), lora_a.to(exact_a.dtype))
     left_out = (svd.tail + loss) / svd.total
-    if left_out < CANCELLATION:
-        left_out = squared_norm(delta - lora_b.to(delta.dtype) @ lora_a.to(delta.dtype)) / svd.total
-    return Factors(lora_a.contiguous(), lora_b.contiguous(), 1.0 - left_out, left_out**0.5)
+    if left_out < _CANCELLATION:
+        thin = (factor.to(delta.device, torch.float32) for factor in (lora_b, lora_a))
+        left_out = delta.squared_distance(*thin) / svd.total
+    return Factors(lora_a, lora_b, len(root), 1.0 - left_out, left_out**0.5, svd.spectrum)
 
 
 def _squared_distance(b: torch.Tensor, a: torch.Tensor, other_b: torch.Tensor, other_a: torch.Tensor) -> float:
