@@ -39,6 +39,9 @@ class Checkpoint(Protocol):
     def read_bytes(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The tensor's payload as stored, as a flat array of bytes."""
 
+    def read_into(self, name: str, begin: int, buffer: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Fills a buffer with the payload from byte `begin` on."""
+
     def close(self) -> None:
         """Releases the files; reading afterwards is an error."""
 
@@ -54,8 +57,9 @@ class CheckpointWriter(Protocol):
     leaving its context normally makes the output appear whole; leaving it by an exception leaves nothing.
     """
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes one tensor. Its dtype and shape must be those declared."""
+    def write(self, name: str, tensor: torch.Tensor, *, smaller: bool = False) -> None:
+        """Writes one tensor. Its dtype and shape must be those declared; if it may be `smaller`, its bytes at most as
+        many: the output is then laid out again."""
 
     def write_bytes(self, name: str, payload: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Writes one tensor's payload as it is."""

@@ -112,6 +112,10 @@ class Destination:
         """Whether the output is a folder."""
         return not names_file(self.path)
 
+    def check(self) -> None:
+        """Refuses what `create_checkpoint` would refuse, before long work. Raises OutputExists."""
+        Staging(self.path, folder=self.is_folder, inputs=self.inputs, force=self.force)
+
 
 def destination_like(
     source: str | Path,
@@ -150,17 +154,21 @@ def destination_like(
 class _Output:
     """A CheckpointWriter over one staged destination: passes tensors to the container, adds the files beside it."""
 
-    def __init__(self, destination: Destination, specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, destination: Destination, specs: Iterable[TensorSpec], metadata: Mapping[str, str], reserve: bool
+    ) -> None:
         self._staging = Staging(
             destination.path, folder=destination.is_folder, inputs=destination.inputs, force=destination.force
         )
         self._container: SafetensorsWriter | ShardedWriter
         try:
             if destination.shards is not None:
-                self._container = ShardedWriter(self._staging, destination.weights, destination.shards, specs, metadata)
+                self._container = ShardedWriter(
+                    self._staging, destination.weights, destination.shards, specs, metadata, reserve=reserve
+                )
             else:
                 filename = destination.weights if destination.is_folder else ""
-                self._container = SafetensorsWriter(self._staging, filename, specs, metadata)
+                self._container = SafetensorsWriter(self._staging, filename, specs, metadata, reserve=reserve)
             if destination.is_folder:
                 for companion in destination.companions:
                     self._staging.copy(companion.name, companion)
@@ -188,9 +196,15 @@ class _Output:
 
 @contextlib.contextmanager
 def create_checkpoint(
-    destination: Destination | str | Path, specs: Iterable[TensorSpec], metadata: Mapping[str, str]
+    destination: Destination | str | Path,
+    specs: Iterable[TensorSpec],
+    metadata: Mapping[str, str],
+    *,
+    reserve: bool = True,
 ) -> Iterator[CheckpointWriter]:
     """Opens an output for writing. It appears whole when the context is left normally, and not at all otherwise.
+
+    `reserve` takes the disk space of all the specs at once; without it they are upper bounds.
 
     Raises:
         OutputExists: the output is there already, or is an input.
@@ -199,7 +213,7 @@ def create_checkpoint(
     """
     if not isinstance(destination, Destination):
         destination = Destination(Path(destination))
-    output = _Output(destination, specs, metadata)
+    output = _Output(destination, specs, metadata, reserve)
     try:
         yield output
         output.finish()

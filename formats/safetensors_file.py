@@ -63,11 +63,15 @@ class SafetensorsFile:
 
     def read_bytes(self, name: str) -> Bytes:
         """The tensor's payload as stored."""
-        spec = self._spec(name)
-        payload = np.empty(spec.nbytes, dtype=np.uint8)
-        done = 0
-        while done < spec.nbytes:
-            got = os.preadv(self._descriptor, [payload.data[done : done + _CHUNK]], self._offsets[name] + done)
+        payload = np.empty(self._spec(name).nbytes, dtype=np.uint8)
+        self.read_into(name, 0, payload)
+        return payload
+
+    def read_into(self, name: str, begin: int, buffer: Bytes) -> None:
+        """Fills a buffer with the payload from byte `begin` on."""
+        offset, done = self._offsets[self._spec(name).name] + begin, 0
+        while done < buffer.nbytes:
+            got = os.preadv(self._descriptor, [buffer.data[done : done + _CHUNK]], offset + done)
             if not got:
                 raise CorruptFile(
                     "the file became shorter while it was read",
@@ -75,7 +79,6 @@ class SafetensorsFile:
                     then="copy it again",
                 )
             done += got
-        return payload
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor on the CPU, in its stored dtype and shape."""
@@ -187,18 +190,25 @@ class SafetensorsWriter:
     """Fills one safetensors file of a staged output, from any thread, in any order.
 
     Positions come from the declared specs and metadata. Where the file is closed with other metadata of another
-    length, or without some of the tensors, it is laid out again and the payload copied inside the kernel.
+    length, without some of the tensors or with smaller ones, it is laid out again and the payload copied inside the
+    kernel. Space is reserved at once, unless what is declared is an upper bound only.
     """
 
     def __init__(
-        self, staging: Staging, filename: str, specs: Iterable[TensorSpec], metadata: Mapping[str, str]
+        self,
+        staging: Staging,
+        filename: str,
+        specs: Iterable[TensorSpec],
+        metadata: Mapping[str, str],
+        *,
+        reserve: bool = True,
     ) -> None:
         self._staging = staging
         self._filename = filename
         self._metadata = dict(metadata)
         self._specs = {spec.name: spec for spec in specs}
         self._layout = layout(self._specs.values(), metadata)
-        self._descriptor = staging.create(filename, self._layout.size)
+        self._descriptor = staging.create(filename, self._layout.size if reserve else 0)
         self._pending = set(self._specs)
         self._omitted: set[str] = set()
         self._lock = threading.Lock()
@@ -208,16 +218,18 @@ class SafetensorsWriter:
         """Payload bytes of what was not omitted."""
         return sum(spec.nbytes for name, spec in self._specs.items() if name not in self._omitted)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
+    def write(self, name: str, tensor: torch.Tensor, *, smaller: bool = False) -> None:
         """Writes one tensor."""
-        spec = self._specs.get(name)
-        if spec is not None and spec_of(name, tensor) != spec:
-            raise IncompleteOutput(
-                "a tensor differs from its declaration",
-                where=name,
-                expected=spec,
-                found=spec_of(name, tensor),
-            )
+        declared, found = self._specs.get(name), spec_of(name, tensor)
+        if declared is not None and found != declared:
+            if not smaller or found.dtype is not declared.dtype or found.nbytes > declared.nbytes:
+                raise IncompleteOutput(
+                    "a tensor differs from its declaration",
+                    where=name,
+                    expected=declared,
+                    found=found,
+                )
+            self._specs[name] = found
         self.write_bytes(name, bytes_from_tensor(tensor))
 
     def write_bytes(self, name: str, payload: Bytes) -> None:
@@ -257,7 +269,7 @@ class SafetensorsWriter:
         kept = [spec for name, spec in self._specs.items() if name not in self._omitted]
         final = layout(kept, self._metadata)
         with disk_errors(self._staging.target):
-            if final.offsets != self._layout.offsets:
+            if (final.offsets, final.size) != (self._layout.offsets, self._layout.size):
                 old, self._descriptor = self._staging.replace(self._filename, final.size)
                 try:
                     for spec in kept:

@@ -87,6 +87,10 @@ class ShardedCheckpoint:
         """The tensor's payload as stored."""
         return self._file(name).read_bytes(name)
 
+    def read_into(self, name: str, begin: int, buffer: Bytes) -> None:
+        """Fills a buffer with the payload from byte `begin` on."""
+        self._file(name).read_into(name, begin, buffer)
+
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self.shards:
             raise unknown_tensor(name, self.specs, self.path)
@@ -133,6 +137,8 @@ class ShardedWriter:
         shards: Mapping[str, str],
         specs: Iterable[TensorSpec],
         metadata: Mapping[str, str],
+        *,
+        reserve: bool = True,
     ) -> None:
         self._staging = staging
         self._index = index
@@ -143,13 +149,13 @@ class ShardedWriter:
         for spec in specs:
             grouped.setdefault(self._shards[spec.name], []).append(spec)
         self._writers = {
-            filename: SafetensorsWriter(staging, filename, group, {"format": "pt"})
+            filename: SafetensorsWriter(staging, filename, group, {"format": "pt"}, reserve=reserve)
             for filename, group in sorted(grouped.items())
         }
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
+    def write(self, name: str, tensor: torch.Tensor, *, smaller: bool = False) -> None:
         """Writes one tensor."""
-        self._writers[self._shards[name]].write(name, tensor)
+        self._writers[self._shards[name]].write(name, tensor, smaller=smaller)
 
     def write_bytes(self, name: str, payload: Bytes) -> None:
         """Writes one tensor's payload as it is."""

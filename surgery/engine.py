@@ -11,18 +11,23 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from formats.checkpoint import Checkpoint, CheckpointWriter
 from formats.errors import ReportedError
 from formats.paths import open_checkpoint
 from formats.spec import CheckpointRef, TensorRef
-from surgery.plan import Outcome, Plan, Step
+from formats.tensors import Bytes
+from surgery.errors import Unsupported
+from surgery.plan import Compares, Outcome, Plan, Step
 from surgery.threads import cores, torch_threads
 
 if TYPE_CHECKING:
     import torch
 
+_CHUNK = 1 << 19  # bytes of each of two tensors that are compared: both stay in the cache
 DEFAULT_MEMORY = 512 << 20  # bytes that steps may hold at once; a larger step runs alone
 
 
@@ -33,11 +38,13 @@ class Resources:
     Attributes:
         jobs: worker threads; 0 means one for each core this process may run on.
         memory: bytes that running steps may hold together.
+        device: where steps compute: tensors are read on the CPU, moved there, and come back to be written.
         progress: called after each step with its number, the total and the step's name.
     """
 
     jobs: int = 0
     memory: int = DEFAULT_MEMORY
+    device: str = "cpu"
     progress: Callable[[int, int, str], None] | None = None
 
     @property
@@ -57,6 +64,7 @@ def run(plan: Plan, writer: CheckpointWriter | None, resources: Resources | None
     import torch
 
     resources = resources or Resources()
+    device = _device(resources.device)
     workers = max(1, min(resources.workers, len(plan.steps)))
     intra_op = max(1, cores() // workers)
     budget = _Budget(resources.memory)
@@ -68,7 +76,7 @@ def run(plan: Plan, writer: CheckpointWriter | None, resources: Resources | None
         futures: dict[int, Future[Outcome]] = {}
         try:
             for index in order:
-                futures[index] = pool.submit(_run_step, plan.steps[index], readers, writer, budget, stop)
+                futures[index] = pool.submit(_run_step, plan.steps[index], readers, writer, budget, device, stop)
             _follow(plan, futures, resources)
         finally:
             stop.set()
@@ -76,25 +84,55 @@ def run(plan: Plan, writer: CheckpointWriter | None, resources: Resources | None
         return tuple(futures[index].result() for index in range(len(plan.steps)))
 
 
+def _device(name: str) -> torch.device:
+    """The device of a name. Raises Unsupported where this machine, or this torch, has none such."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises for each depends on its build
+        raise Unsupported(
+            "torch cannot compute on this device", expected="cpu, cuda or cuda:1, say", found=f"{name}: {error}"
+        ) from error
+    return device
+
+
 def _run_step(
-    step: Step, readers: _Readers, writer: CheckpointWriter | None, budget: _Budget, stop: threading.Event
+    step: Step,
+    readers: _Readers,
+    writer: CheckpointWriter | None,
+    budget: _Budget,
+    device: torch.device,
+    stop: threading.Event,
 ) -> Outcome:
-    with budget.hold(step.nbytes):
-        if stop.is_set():
-            return Outcome((), {})
-        try:
-            outcome = step.op(*(readers.read(ref) for ref in step.inputs))
+    try:
+        outcome = _unchanged(step, readers)
+        with budget.hold(step.nbytes if outcome is None else 0):
+            if stop.is_set():
+                return Outcome((), {})
+            if outcome is None:
+                outcome = step.op(*(readers.read(ref).to(device) for ref in step.inputs))
             for spec, tensor in zip(step.outputs, outcome.tensors, strict=True):
                 if writer is not None and tensor is not None:
-                    writer.write(spec.name, tensor)
+                    writer.write(spec.name, tensor, smaller=step.shrinks)
                 elif writer is not None:
                     writer.omit(spec.name)
-        except Exception as error:
-            stop.set()
-            if not isinstance(error, ReportedError):
-                error.add_note(f"while running the step {step.name}")
-            raise
-        return Outcome((), outcome.fates, outcome.figures)
+    except Exception as error:
+        stop.set()
+        if not isinstance(error, ReportedError):
+            error.add_note(f"while running the step {step.name}")
+        raise
+    return Outcome((), outcome.fates, outcome.figures)
+
+
+def _unchanged(step: Step, readers: _Readers) -> Outcome | None:
+    """What a comparing op says of pairs that are equal bit for bit; None if one is not, or the op does not compare."""
+    outcome = step.op.unchanged() if isinstance(step.op, Compares) else None
+    if outcome is None:
+        return None
+    pairs = zip(step.inputs[::2], step.inputs[1::2], strict=True)
+    return outcome if all(readers.equal(before, after) for before, after in pairs) else None
 
 
 def _follow(plan: Plan, futures: dict[int, Future[Outcome]], resources: Resources) -> None:
@@ -140,11 +178,27 @@ class _Readers:
         self._lock = threading.Lock()
 
     def read(self, ref: TensorRef) -> torch.Tensor:
+        return self._checkpoint(ref).read(ref.name)
+
+    def equal(self, before: TensorRef, after: TensorRef) -> bool:
+        """Whether two tensors are equal bit for bit, chunk by chunk up to the first difference."""
+        nbytes = after.spec.nbytes
+        if (before.spec.dtype, before.spec.nbytes) != (after.spec.dtype, nbytes):
+            return False
+        buffers = [np.empty(min(_CHUNK, nbytes), np.uint8) for _ in range(2)]
+        for begin in range(0, nbytes, _CHUNK):
+            old, new = (buffer[: nbytes - begin] for buffer in buffers)
+            self._checkpoint(before).read_into(before.name, begin, old)
+            self._checkpoint(after).read_into(after.name, begin, new)
+            if not np.array_equal(_words(old), _words(new)):
+                return False
+        return True
+
+    def _checkpoint(self, ref: TensorRef) -> Checkpoint:
         with self._lock:
             if ref.checkpoint not in self._open:
                 self._open[ref.checkpoint] = open_checkpoint(ref.checkpoint.path)
-            checkpoint = self._open[ref.checkpoint]
-        return checkpoint.read(ref.name)
+            return self._open[ref.checkpoint]
 
     def __enter__(self) -> _Readers:
         return self
@@ -152,3 +206,8 @@ class _Readers:
     def __exit__(self, *exc: object) -> None:
         for checkpoint in self._open.values():
             checkpoint.close()
+
+
+def _words(payload: Bytes) -> np.ndarray[Any, Any]:
+    """The same memory in the longest words it divides into; they compare faster."""
+    return payload.view(np.uint64) if payload.nbytes % 8 == 0 else payload

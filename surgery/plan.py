@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from formats.spec import TensorRef, TensorSpec, shape_text
 
@@ -53,6 +53,14 @@ class Op(Protocol):
         """Runs on the CPU tensors of the step's inputs, which it may overwrite."""
 
 
+@runtime_checkable
+class Compares(Protocol):
+    """An Op whose inputs come in pairs, and that has little to say where each pair is equal: they are not loaded."""
+
+    def unchanged(self) -> Outcome | None:
+        """The outcome for equal pairs; None if the inputs do not all come in pairs."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One unit of work.
@@ -63,6 +71,7 @@ class Step:
         outputs: tensors it may write, in the order the op returns them.
         op: the work.
         workspace: bytes needed beside inputs and outputs.
+        shrinks: whether outputs may come out smaller than declared, their bytes at most as many.
     """
 
     name: str
@@ -70,6 +79,7 @@ class Step:
     outputs: tuple[TensorSpec, ...]
     op: Op
     workspace: int = 0
+    shrinks: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -90,6 +100,11 @@ class Plan:
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Every tensor that may be written."""
         return tuple(spec for step in self.steps for spec in step.outputs)
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether anything may come out smaller than declared."""
+        return any(step.shrinks for step in self.steps)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """The plan for people: op, step, inputs and outputs, a row a step."""
