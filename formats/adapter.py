@@ -16,6 +16,15 @@ from formats.spec import CheckpointRef, TensorRef, TensorSpec
 
 
 @dataclass(frozen=True)
+class ExpertPart:
+    """Which piece of a stack of experts a tensor of the base is: of one expert's outputs, `first` up to `last`."""
+
+    expert: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
 class AdapterModule:
     """One adapted weight.
 
@@ -23,9 +32,13 @@ class AdapterModule:
         target: the base tensor it changes.
         method: whose mathematics, e.g. "lora".
         kind: how the base stores the weight.
-        factors: the method's tensors by their role. For LoRA lora_A (rank, in) and lora_B (out, rank).
+        factors: the method's tensors by their role. For LoRA lora_A (rank, in) and lora_B (out, rank), with the
+            kernel behind for a convolution; for experts lora_A (experts · rank, in), the rows expert by expert, and
+            lora_B (out, rank · experts), the columns rank by rank. DoRA adds lora_magnitude_vector.
         rank, alpha: as configured for this very module.
         rslora: whether the scaling is alpha/√rank instead of alpha/rank (arXiv 2312.03732).
+        transposed: for experts, whether the base stores (experts, in, out) instead of (experts, out, in).
+        part: for a stack of experts that the base stores in pieces, (out, in) each, which of them the target is.
     """
 
     target: str
@@ -35,6 +48,8 @@ class AdapterModule:
     rank: int
     alpha: float
     rslora: bool = False
+    transposed: bool = False
+    part: ExpertPart | None = None
 
     @property
     def scaling(self) -> float:
@@ -44,11 +59,16 @@ class AdapterModule:
 
 @dataclass(frozen=True)
 class Replacement:
-    """A tensor that the adapter carries in full: it replaces the base's `target`, or is added to the base."""
+    """A tensor that the adapter carries in full: it replaces the base's `target`, or is added to the base.
+
+    With `rows` it replaces only these rows of the target, in this order. A replacement may have more rows than the
+    target: a vocabulary that has grown.
+    """
 
     target: str
     source: TensorRef
     added: bool
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,8 +96,14 @@ class Dialect(Protocol):
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
         """Whether these names and this config (None if there is none) are of this dialect."""
 
-    def read(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None, base: Mapping[str, TensorSpec]) -> Adapter:
-        """The adapter, resolved against the base's tensors.
+    def read(
+        self,
+        checkpoint: Checkpoint,
+        config: Mapping[str, Any] | None,
+        base: Mapping[str, TensorSpec],
+        names: Mapping[str, str],
+    ) -> Adapter:
+        """The adapter, resolved against the base's tensors, some of which the model may call by other `names`.
 
         Raises:
             AdapterFormatError: keys and config contradict each other, or need what we cannot do.

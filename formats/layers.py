@@ -1,7 +1,8 @@
-"""What kind of layer owns a two-dimensional weight, learned from names and shapes alone.
+"""What kind of layer owns a weight, learned from names and shapes alone.
 
-A linear layer stores (out, in), GPT-2's Conv1D stores (in, out), an embedding stores (vocabulary, width); their
-adapters differ in layout. No list of architectures: the evidence is the length of the bias, then the neighbours.
+A linear layer stores (out, in), GPT-2's Conv1D stores (in, out), an embedding stores (vocabulary, width), a convolution
+(out, in / groups, *kernel); their adapters differ in layout. No list of architectures: the evidence is the number of
+dimensions, then the length of the bias, then the neighbours.
 """
 
 from __future__ import annotations
@@ -31,17 +32,35 @@ def owner(tensor: str) -> str:
 
 
 def layer_kinds(specs: Mapping[str, TensorSpec]) -> dict[str, LayerKind]:
-    """The kind of every module with a two-dimensional `.weight`, by module name.
+    """The kind of every module with a `.weight` of two to five dimensions, by module name.
 
-    A bias tells by its length which side is the output. Square weights follow their nearest neighbours: a layer
-    with a square weight and a bias is taken to be stored like the layers beside it whose bias did tell. Without any
-    evidence a layer is linear.
+    More than two dimensions are a convolution's (names alone do not tell a stack of experts called `weight`). A bias
+    tells by its length which side is the output. Square weights follow their nearest neighbours: a layer with a
+    square weight and a bias is taken to be stored like the layers beside it whose bias did tell. Without any evidence
+    a layer is linear.
     """
+    told, square = _evidence(specs)
+    votes = _votes(told, specs)
+    return told | {module: _nearest_vote(module, votes) or LayerKind.LINEAR for module in square}
+
+
+def untold(specs: Mapping[str, TensorSpec]) -> frozenset[str]:
+    """Modules whose square weight might as well be stored the other way round: no neighbour tells either."""
+    told, square = _evidence(specs)
+    votes = _votes(told, specs)
+    return frozenset(module for module in square if _nearest_vote(module, votes) is None)
+
+
+def _evidence(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, LayerKind], list[str]]:
+    """The modules whose own tensors tell their kind, and those with a square weight and a bias, which do not."""
     told: dict[str, LayerKind] = {}
     square: list[str] = []
     for name, spec in specs.items():
         module, _, last = name.rpartition(".")
-        if last != "weight" or len(spec.shape) != 2:
+        if last != "weight" or not 2 <= len(spec.shape) <= 5:
+            continue
+        if len(spec.shape) > 2:
+            told[module] = LayerKind.CONV
             continue
         bias = specs.get(f"{module}.bias")
         if bias is None and _EMBEDDING.search(module.rpartition(".")[2]):
@@ -52,14 +71,15 @@ def layer_kinds(specs: Mapping[str, TensorSpec]) -> dict[str, LayerKind]:
             told[module] = LayerKind.TRANSPOSED
         else:
             told[module] = LayerKind.LINEAR
-    votes = _votes({module: kind for module, kind in told.items() if f"{module}.bias" in specs})
-    return told | {module: _nearest_vote(module, votes) for module in square}
+    return told, square
 
 
-def _votes(told: Mapping[str, LayerKind]) -> dict[str, int]:
-    """For every scope, transposed layers minus linear ones below it."""
+def _votes(told: Mapping[str, LayerKind], specs: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """For every scope, transposed layers minus linear ones below it, as far as a bias told."""
     votes: dict[str, int] = {}
     for module, kind in told.items():
+        if kind not in (LayerKind.LINEAR, LayerKind.TRANSPOSED) or f"{module}.bias" not in specs:
+            continue
         scope = module
         while scope:
             scope = owner(scope)
@@ -67,10 +87,10 @@ def _votes(told: Mapping[str, LayerKind]) -> dict[str, int]:
     return votes
 
 
-def _nearest_vote(module: str, votes: Mapping[str, int]) -> LayerKind:
+def _nearest_vote(module: str, votes: Mapping[str, int]) -> LayerKind | None:
     scope = module
     while scope:
         scope = owner(scope)
         if votes.get(scope):
             return LayerKind.TRANSPOSED if votes[scope] > 0 else LayerKind.LINEAR
-    return LayerKind.LINEAR
+    return None

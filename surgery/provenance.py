@@ -58,12 +58,12 @@ def fingerprint(adapter: Adapter) -> tuple[str, dict[str, str]]:
             if tensor.is_floating_point():
                 check_finite(tensor, f"{ref.name} of {adapter.ref.path}")
             hashes[ref.name] = tensor_hash(tensor)
-    parts = [
-        [module.target, module.method, module.kind.value, module.scaling, role, hashes[ref.name]]
+    parts: list[list[Any]] = [
+        [module.target, module.method, module.kind.value, module.scaling, role, hashes[ref.name], module.transposed]
         for module in adapter.modules
         for role, ref in sorted(module.factors.items())
     ]
-    parts += [[full.target, "full", "", 1.0, "", hashes[full.source.name]] for full in adapter.replacements]
+    parts += [[full.target, "full", list(full.rows), hashes[full.source.name]] for full in adapter.replacements]
     lines = sorted(json.dumps(part) for part in parts)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest(), hashes
 

@@ -10,9 +10,9 @@ order.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -26,6 +26,17 @@ EXACT_TERMS = 512  # of one exact sum
 # Low bits of a float32 that are zero wherever it lies on a tie of the narrower type (and where it is representable).
 _TIE_BITS = {DType.BF16: 0x7FFF, DType.F16: 0x0FFF}
 _BLOCK_ELEMENTS = 1 << 17  # float64 elements of one block: 1 MiB, so that it stays in cache
+
+
+class Delta(Protocol):
+    """What is added to a weight seen as a matrix: float64, by blocks of rows, the same whatever the blocks."""
+
+    @property
+    def columns(self) -> int:
+        """Columns of the matrix; they tell how a weight of more dimensions is to be seen as one."""
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """Rows begin to end.  # (end - begin, columns) float64, the caller's to overwrite"""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,11 @@ class ExactProduct:
     right: torch.Tensor
     scale: float
 
+    @property
+    def columns(self) -> int:
+        """Columns of the product."""
+        return self.right.shape[1]
+
     def rows(self, begin: int, end: int) -> torch.Tensor:
         """Rows begin to end of the product.  # (end - begin, columns) float64"""
         terms = self.left.shape[1]
@@ -50,6 +66,29 @@ class ExactProduct:
             chunk = slice(first, first + EXACT_TERMS)
             total += self.left[begin:end, chunk] @ self.right[chunk]
         return total if self.scale == 1.0 else total.mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class StackedProducts:
+    """Products of one shape, each below the last: the experts of one tensor."""
+
+    products: tuple[ExactProduct, ...]
+
+    @property
+    def columns(self) -> int:
+        """Columns of every product."""
+        return self.products[0].columns
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """Rows begin to end of the stack.  # (end - begin, columns) float64"""
+        import torch
+
+        height = self.products[0].left.shape[0]
+        parts = [
+            self.products[index].rows(max(begin - index * height, 0), min(end - index * height, height))
+            for index in range(begin // height, (end - 1) // height + 1)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def exact_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> ExactProduct:
@@ -80,12 +119,12 @@ def _fixed_point(factor: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
     return torch.ldexp(integers, exponent - bits)
 
 
-def add_rounded(weight: torch.Tensor, deltas: Sequence[ExactProduct], dtype: DType) -> torch.Tensor:
+def add_rounded(weight: torch.Tensor, deltas: Sequence[Delta], dtype: DType) -> torch.Tensor:
     """weight + Σ deltas, summed in float64 in the order given, rounded once to `dtype`.
 
     Args:
-        weight: (rows, columns), any floating dtype.
-        deltas: products of the weight's shape.
+        weight: any shape and floating dtype; seen as a matrix of the deltas' columns.
+        deltas: of the weight's size.
         dtype: of the result.
 
     Returns:
@@ -93,17 +132,58 @@ def add_rounded(weight: torch.Tensor, deltas: Sequence[ExactProduct], dtype: DTy
     """
     import torch
 
-    rows, columns = weight.shape
-    result = torch.empty(rows, columns, dtype=torch_dtype(dtype))
+    matrix = weight.reshape(-1, deltas[0].columns)
+    result = torch.empty(matrix.shape, dtype=torch_dtype(dtype))
+    for begin, end in _blocks(matrix):
+        result[begin:end] = round_once(_sum(matrix, deltas, begin, end), dtype)
+    return result.reshape(weight.shape)
+
+
+def lengthen(matrix: torch.Tensor, delta: Delta, lengths: torch.Tensor, result: torch.Tensor, dtype: DType) -> None:
+    """The rows of matrix + delta brought to the lengths given, in float64, rounded once to `dtype`.
+
+    Args:
+        matrix: (rows, columns), any floating dtype and strides.
+        delta: of the same size.
+        lengths: (rows,), any floating dtype.
+        result: (rows, columns), any strides, written to; NaN in rows without a direction.
+        dtype: of the result.
+    """
+    for begin, end in _blocks(matrix):
+        block = _sum(matrix, [delta], begin, end)
+        block *= (lengths[begin:end].to(block.dtype) / _row_norms(block))[:, None]
+        result[begin:end] = round_once(block, dtype)
+
+
+def _blocks(matrix: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that stay in cache."""
+    rows, columns = matrix.shape
     step = max(1, _BLOCK_ELEMENTS // max(1, columns))
     for begin in range(0, rows, step):
-        end = min(rows, begin + step)
-        block = deltas[0].rows(begin, end)  # (end - begin, columns) float64
-        for delta in deltas[1:]:
-            block += delta.rows(begin, end)
-        block += weight[begin:end].to(torch.float64)  # twice as fast as adding across dtypes
-        result[begin:end] = round_once(block, dtype)
-    return result
+        yield begin, min(rows, begin + step)
+
+
+def _sum(matrix: torch.Tensor, deltas: Sequence[Delta], begin: int, end: int) -> torch.Tensor:
+    """matrix + Σ deltas between two rows.  # (end - begin, columns) float64"""
+    import torch
+
+    block = deltas[0].rows(begin, end)
+    for delta in deltas[1:]:
+        block += delta.rows(begin, end)
+    block += matrix[begin:end].to(torch.float64)  # twice as fast as adding across dtypes
+    return block
+
+
+def _row_norms(block: torch.Tensor) -> torch.Tensor:
+    """‖row‖ of each row, the squares added in pairs of a fixed order, element by element: torch's own sums choose
+    theirs by shape, threads and the machine's vectors.  # (rows,) float64"""
+    squares = block.square()  # (rows, columns)
+    count = squares.shape[1]
+    while count > 1:
+        half = (count + 1) // 2
+        squares[:, : count - half] += squares[:, half:count]
+        count = half
+    return squares[:, 0].sqrt()
 
 
 def round_once(values: torch.Tensor, dtype: DType) -> torch.Tensor:

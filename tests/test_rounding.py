@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from formats.spec import DType
 from surgery import rounding
-from surgery.rounding import add_rounded, exact_product, fixed_point_bits, round_once
+from surgery.rounding import StackedProducts, add_rounded, exact_product, fixed_point_bits, round_once
 
 SHAPES = {DType.BF16: (8, -126, 127), DType.F16: (11, -14, 15)}  # significand bits, exponents of normal numbers
 
@@ -112,3 +112,16 @@ def test_add_rounded_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None
     whole = add_rounded(weight, deltas, DType.BF16)
     monkeypatch.setattr(rounding, "_BLOCK_ELEMENTS", 1)
     assert torch.equal(add_rounded(weight, deltas, DType.BF16), whole)
+
+
+@given(heights=st.integers(1, 5), stack=st.integers(1, 4), data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_stacked_products_are_the_same_by_any_blocks(heights: int, stack: int, data: st.DataObject) -> None:
+    """Rows across the border of two experts are those of one and of the other."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(heights, 2, generator=generator), torch.randn(2, 3, generator=generator))] * stack
+    stacked = StackedProducts(tuple(exact_product(left, right, 0.5) for left, right in pairs))
+    whole = torch.cat([product.rows(0, heights) for product in stacked.products])
+    begin = data.draw(st.integers(0, heights * stack - 1))
+    end = data.draw(st.integers(begin + 1, heights * stack))
+    assert torch.equal(stacked.rows(begin, end), whole[begin:end])

@@ -21,12 +21,13 @@ DIALECTS: tuple[Dialect, ...] = (Peft(),)
 CONFIG_KEY = "adapter_config"  # where a single-file adapter keeps its config, in the header's metadata
 
 
-def open_adapter(path: str | Path, base: Mapping[str, TensorSpec]) -> Adapter:
+def open_adapter(path: str | Path, base: Mapping[str, TensorSpec], names: Mapping[str, str] | None = None) -> Adapter:
     """Reads an adapter's headers and config, resolved against its base's tensors.
 
     Args:
         path: an adapter's folder, or a single safetensors file with its config in the metadata.
         base: the base's tensors.
+        names: what the model calls tensors that the base's file calls otherwise, by their names in the file.
 
     Raises:
         PathNotFound, NotACheckpoint, CorruptFile: the file itself.
@@ -35,7 +36,7 @@ def open_adapter(path: str | Path, base: Mapping[str, TensorSpec]) -> Adapter:
     """
     checkpoint, config = open_adapter_file(path)
     with checkpoint:
-        return _dialect_of(checkpoint, config, path).read(checkpoint, config, base)
+        return _dialect_of(checkpoint, config, path).read(checkpoint, config, base, names or {})
 
 
 def open_adapter_file(path: str | Path) -> tuple[Checkpoint, Mapping[str, Any] | None]:

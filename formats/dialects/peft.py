@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from formats.adapter import Adapter, AdapterModule, Replacement
 from formats.checkpoint import Checkpoint
+from formats.dialects.peft_factors import Context, Factors, layer_modules
+from formats.dialects.peft_full import ROWS, grown, plain_name, replacements, row_replacements
+from formats.dialects.peft_parameters import parameter_modules, take_parameters, unwrapped
 from formats.dialects.resolve import Rename, resolver, unmatched_keys
-from formats.errors import AdapterFormatError, ShapeMismatch
-from formats.layers import LayerKind, layer_kinds, owner
-from formats.spec import TensorRef, TensorSpec, shape_text
+from formats.dialects.stored import held, in_the_file, whole_in_the_file
+from formats.errors import AdapterFormatError
+from formats.layers import LayerKind, owner
+from formats.spec import TensorRef, TensorSpec
 
 PREFIX = "base_model.model."
 _FACTOR = re.compile(
@@ -23,7 +28,6 @@ _FACTOR = re.compile(
 )
 # Settings that change the mathematics and that we do not carry out, each with the reason a user needs.
 _REFUSED = {
-    "use_dora": "DoRA rescales W0 + ΔW by its norm",
     "use_qalora": "QALoRA pools its input",
     "alora_invocation_tokens": "aLoRA acts on some positions only, which no weight can express",
     "arrow_config": "Arrow routes between adapters by the input, which no weight can express",
@@ -32,8 +36,6 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA samples its factors",
     "velora_config": "VeLoRA changes the base layer",
     "layer_replication": "layer replication changes the base's depth",
-    "target_parameters": "LoRA on expert parameters has another layout",
-    "trainable_token_indices": "trainable tokens replace single rows",
 }
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -47,20 +49,37 @@ class Peft:
         """A config with a `peft_type`, or keys that start as peft's do."""
         return (config is not None and "peft_type" in config) or any(key.startswith(PREFIX) for key in checkpoint.specs)
 
-    def read(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None, base: Mapping[str, TensorSpec]) -> Adapter:
+    def read(
+        self,
+        checkpoint: Checkpoint,
+        config: Mapping[str, Any] | None,
+        base: Mapping[str, TensorSpec],
+        names: Mapping[str, str],
+    ) -> Adapter:
         """The adapter, resolved against the base's tensors."""
         where = checkpoint.ref.path
         config = _checked(config, where)
-        modules, full = _split(checkpoint)
+        modules, full, rows = _split(checkpoint)
+        stored = held(base, names)
+        base = {**base, **{name: tensor.spec for name, tensor in stored.items()}}
+        parameters = take_parameters(modules, config, base)
         if config.get("ensure_weight_tying"):
             _drop_tied_heads(checkpoint, modules, full, base)
-        rename = _renaming(modules, full, base, where)
-        kinds = layer_kinds(base)
+        weights = [f"{module}.weight" for module in (*modules, *rows)]
+        weights += [target for stack in parameters for target in stack.targets]
+        context = Context.of(config, _renaming(weights, full, base, where), base, where)
+        _drop_tied_copies(checkpoint, full, context)
+        replaced = replacements(full, context)
+        context = replace(context, base={**base, **grown(replaced, base)})
         adapted = []
         for module, factors in sorted(modules.items()):
-            adapted += _lora(module, factors, config, rename, base, kinds, where)
-        replaced = [_replacement(key, ref, config, rename, base, where) for key, ref in sorted(full.items())]
-        return Adapter(checkpoint.ref, self.name, config, tuple(adapted), tuple(replaced))
+            adapted += layer_modules(module, factors, context)
+        for stack in parameters:
+            adapted += parameter_modules(stack, context)
+        replaced += row_replacements(rows, context)
+        _check_rows_alone(adapted, replaced, where)
+        modules_in_file, replaced_in_file = in_the_file(adapted, stored), whole_in_the_file(replaced, stored)
+        return Adapter(checkpoint.ref, self.name, config, tuple(modules_in_file), tuple(replaced_in_file))
 
 
 def _checked(config: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
@@ -90,28 +109,39 @@ def _checked(config: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
     return config
 
 
-def _split(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
-    """LoRA factors by module and role, and the tensors carried in full by their plain name."""
-    modules: dict[str, dict[str, TensorRef]] = {}
+def _split(checkpoint: Checkpoint) -> tuple[dict[str, Factors], dict[str, TensorRef], dict[str, TensorRef]]:
+    """LoRA factors by module and role, the tensors carried in full by their plain name, and the single rows of
+    embeddings by module."""
+    modules: dict[str, Factors] = {}
     full: dict[str, TensorRef] = {}
+    rows: dict[str, TensorRef] = {}
+    present = frozenset(unwrapped(key.removeprefix(PREFIX))[0] for key in checkpoint.specs)
     for key in checkpoint.specs:
-        plain = key.removeprefix(PREFIX)
-        match = _FACTOR.match(plain)
-        if match is None:
-            full[plain.replace(".base_layer.", ".")] = checkpoint.tensor(key)
-        elif match["role"] == "lora_magnitude_vector":
-            raise AdapterFormatError(
-                _REFUSED["use_dora"] + ": not supported yet", where=f"{checkpoint.ref.path}: {key}"
-            )
-        else:
+        path = key.removeprefix(PREFIX)
+        match = _FACTOR.match(path)
+        if match is not None:
             role = match["role"] + (".bias" if match["tail"] == ".bias" else "")
             modules.setdefault(match["module"], {})[role] = checkpoint.tensor(key)
-    return modules, full
+        elif path.endswith(ROWS):
+            rows[unwrapped(path.removesuffix(ROWS))[0]] = checkpoint.tensor(key)
+        elif name := plain_name(unwrapped(path)[0], present):
+            full[name] = checkpoint.tensor(key)
+    return modules, full, rows
+
+
+def _check_rows_alone(adapted: list[AdapterModule], replaced: list[Replacement], where: str) -> None:
+    """Refuses factors on an embedding of which single rows are replaced: which come first is nowhere said."""
+    for one in replaced:
+        if one.rows and any(module.target == one.target for module in adapted):
+            raise AdapterFormatError(
+                "factors and replaced rows on one embedding, which peft does not allow either",
+                where=f"{where}: {one.target}",
+            )
 
 
 def _drop_tied_heads(
     checkpoint: Checkpoint,
-    modules: dict[str, dict[str, TensorRef]],
+    modules: dict[str, Factors],
     full: dict[str, TensorRef],
     base: Mapping[str, TensorSpec],
 ) -> None:
@@ -128,8 +158,26 @@ def _drop_tied_heads(
                 for embedding in embeddings
             ]
             if any(all(_is_transpose(checkpoint, *pair) for pair in both) for both in pairs):
+                if "lora_magnitude_vector" in factors:
+                    raise AdapterFormatError(
+                        "DoRA on a tied embedding: its columns have lengths as an embedding and its rows "
+                        "as a head, and the base stores it once",
+                        where=f"{checkpoint.ref.path}: {module}",
+                    )
                 del modules[module]
                 full.pop(f"{module}.weight", None)
+
+
+def _drop_tied_copies(checkpoint: Checkpoint, full: dict[str, TensorRef], context: Context) -> None:
+    """Takes out the second copy of an embedding carried in full: a base that ties its head stores both once."""
+    stored = {name for name in full if {name, context.rename(name)} & context.base.keys()}
+    embeddings = [
+        full[name] for name in stored if context.kinds.get(owner(context.rename(name))) is LayerKind.EMBEDDING
+    ]
+    for name in full.keys() - stored:
+        alike = [ref for ref in embeddings if replace(full[name].spec, name=ref.name) == ref.spec]
+        if any((checkpoint.read_bytes(ref.name) == checkpoint.read_bytes(full[name].name)).all() for ref in alike):
+            del full[name]
 
 
 def _is_transpose(checkpoint: Checkpoint, ours: TensorRef, other: TensorRef) -> bool:
@@ -141,112 +189,11 @@ def _is_transpose(checkpoint: Checkpoint, ours: TensorRef, other: TensorRef) -> 
     return bool((mine == theirs.swapaxes(0, 1)).all())
 
 
-def _renaming(modules: Iterable[str], full: Iterable[str], base: Mapping[str, TensorSpec], where: str) -> Rename:
+def _renaming(weights: list[str], full: Iterable[str], base: Mapping[str, TensorSpec], where: str) -> Rename:
     """The renaming that explains every adapted weight; with none, the one that explains most full tensors."""
-    weights = [f"{module}.weight" for module in modules]
     if weights:
         return resolver(weights, base, where)
     known = [name for name in full if any(owner(name).endswith(owner(other)) for other in base if owner(other))]
     if not known:
         raise unmatched_keys(list(full), len(list(full)), base, where)
     return resolver(known, base, where)
-
-
-def _lora(
-    module: str,
-    factors: dict[str, TensorRef],
-    config: Mapping[str, Any],
-    rename: Rename,
-    base: Mapping[str, TensorSpec],
-    kinds: Mapping[str, LayerKind],
-    where: str,
-) -> list[AdapterModule]:
-    """The module's weight and, with `lora_bias`, its bias."""
-    embedding = "lora_embedding_A" in factors or "lora_embedding_B" in factors
-    roles = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-    for role in roles:
-        if role not in factors:
-            raise AdapterFormatError(
-                "half of a pair is missing",
-                where=f"{where}: {module}",
-                expected=" and ".join(roles),
-                found=list(factors),
-            )
-    a, b = (factors[role] for role in roles)
-    rank = int(first_match(config.get("rank_pattern"), module, config.get("r", 8)))
-    alpha = float(first_match(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
-    target = rename(f"{module}.weight")
-    shapes = f"lora_A {shape_text(a.spec.shape)}, lora_B {shape_text(b.spec.shape)}"
-    if len(a.spec.shape) != 2 or len(b.spec.shape) != 2:
-        raise AdapterFormatError("LoRA on convolutions is not supported yet", where=f"{where}: {module}", found=shapes)
-    if not a.spec.shape[0] == b.spec.shape[1] == rank:
-        raise AdapterFormatError(
-            "the factors' rank contradicts the config", where=f"{where}: {module}", expected=f"r = {rank}", found=shapes
-        )
-    kind = _kind(embedding, (b.spec.shape[0], a.spec.shape[1]), base[target], config, kinds)
-    if kind is None:
-        raise ShapeMismatch(
-            "the adapter does not fit the base's weight",
-            where=f"{where}: {target}",
-            expected=f"the base's {shape_text(base[target].shape)}",
-            found=shapes,
-            then="check that the adapter was made for this base",
-        )
-    rslora = bool(config.get("use_rslora"))
-    found = [AdapterModule(target, "lora", kind, {"lora_A": a, "lora_B": b}, rank, alpha, rslora)]
-    if "lora_B.bias" in factors:
-        target = rename(f"{module}.bias")
-        if target not in base:
-            raise unmatched_keys([target], 1, base, where)
-        found.append(
-            AdapterModule(target, "lora_bias", kind, {"lora_B.bias": factors["lora_B.bias"]}, rank, alpha, rslora)
-        )
-    return found
-
-
-def _kind(
-    embedding: bool,
-    shape: tuple[int, int],
-    weight: TensorSpec,
-    config: Mapping[str, Any],
-    kinds: Mapping[str, LayerKind],
-) -> LayerKind | None:
-    """How the base stores the weight that a BA of `shape` (out, in) belongs to; None if neither way fits."""
-    if embedding:
-        return LayerKind.EMBEDDING if weight.shape == shape[::-1] else None
-    fits, fits_transposed = weight.shape == shape, weight.shape == shape[::-1]
-    if fits and fits_transposed:  # square: the config speaks for all layers at once, the neighbours for this one
-        neighbours = kinds.get(owner(weight.name), LayerKind.LINEAR)
-        told = any(kind is LayerKind.TRANSPOSED for kind in kinds.values())
-        fits_transposed = neighbours is LayerKind.TRANSPOSED if told else bool(config.get("fan_in_fan_out"))
-        return LayerKind.TRANSPOSED if fits_transposed else LayerKind.LINEAR
-    return LayerKind.LINEAR if fits else LayerKind.TRANSPOSED if fits_transposed else None
-
-
-def first_match(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The first pattern that matches the module's name or a tail of it, as peft resolves them."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _replacement(
-    name: str, ref: TensorRef, config: Mapping[str, Any], rename: Rename, base: Mapping[str, TensorSpec], where: str
-) -> Replacement:
-    target = rename(name) if rename(name) in base else name
-    if target in base:
-        if base[target].shape != ref.spec.shape:
-            raise ShapeMismatch(
-                "a tensor that the adapter carries in full has another shape than the base's",
-                where=f"{where}: {target}",
-                expected=f"the base's {shape_text(base[target].shape)}",
-                found=f"the adapter's {shape_text(ref.spec.shape)}",
-            )
-        return Replacement(target, ref, added=False)
-    module = owner(name)
-    listed = any(module == entry or module.endswith(f".{entry}") for entry in config.get("modules_to_save") or ())
-    beside = any(owner(other) in (module, owner(rename(name))) for other in base)
-    if not listed or beside:
-        raise unmatched_keys([name], 1, base, where)
-    return Replacement(name, ref, added=True)

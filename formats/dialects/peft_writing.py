@@ -7,26 +7,65 @@ Knows no mathematics.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from formats.dialects.peft import PREFIX, first_match
+from formats.dialects.peft import PREFIX
+from formats.dialects.peft_factors import first_match
+from formats.dialects.peft_parameters import WRAPPED
 from formats.layers import LayerKind
 
 
 def factor_keys(module: str, kind: LayerKind) -> tuple[str, str]:
-    """The keys of a module's lora_A and lora_B."""
+    """The keys of a layer's lora_A and lora_B. For a parameter see `parameter_keys`."""
     a, b = (
         ("lora_embedding_A", "lora_embedding_B") if kind is LayerKind.EMBEDDING else ("lora_A.weight", "lora_B.weight")
     )
     return f"{PREFIX}{module}.{a}", f"{PREFIX}{module}.{b}"
 
 
-def full_key(tensor: str, *, adapted: bool) -> str:
-    """The key of a tensor carried in full; `adapted` if its module's weight has factors of its own."""
+def parameter_keys(module: str, parameters: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The keys of the factors of a module's adapted parameters (`target_parameters`), by parameter.
+
+    Args:
+        module: its path.
+        parameters: the adapted ones in the order in which the module registers them, which peft nests them by.
+    """
+    depths = range(len(parameters) - 1, -1, -1)
+    return {
+        name: factor_keys(module + depth * f".{WRAPPED}", LayerKind.PARAMETER)
+        for name, depth in zip(parameters, depths, strict=True)
+    }
+
+
+def bias_key(module: str) -> str:
+    """The key of the change of a layer's bias, with which peft's `lora_bias` adds to it as B does to the weight."""
+    return f"{PREFIX}{module}.lora_B.bias"
+
+
+def magnitude_key(module: str) -> str:
+    """The key of a layer's magnitudes (`use_dora`)."""
+    return f"{PREFIX}{module}.lora_magnitude_vector"
+
+
+def magnitude_shape(kind: LayerKind, weight: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which peft stores the magnitudes of a weight of this shape: one for each output."""
+    if kind is LayerKind.CONV:
+        return (1, weight[0], *(1,) * (len(weight) - 2))
+    return weight[:1] if kind is LayerKind.LINEAR else weight[1:]
+
+
+def full_key(tensor: str, *, wrappers: int) -> str:
+    """The key of a tensor carried in full.
+
+    Args:
+        tensor: its name in the model.
+        wrappers: how many times peft wraps the module that holds it: once where it adapts the layer, once for each
+            parameter that it adapts.
+    """
     module, _, last = tensor.rpartition(".")
-    return f"{PREFIX}{module}.base_layer.{last}" if adapted else f"{PREFIX}{tensor}"
+    return f"{PREFIX}{module}{wrappers * f'.{WRAPPED}'}.{last}" if module else f"{PREFIX}{last}"
 
 
 @dataclass(frozen=True)
@@ -40,6 +79,9 @@ class Extracted:
     modules: frozenset[str]  # every module of the model
     rank: int
     base: str
+    parameters: Mapping[str, int] = field(default_factory=dict)  # adapted parameters by full name, with their ranks
+    lora_bias: bool = False  # whether every adapted layer comes with the change of its bias
+    dora: bool = False  # whether every adapted layer comes with a magnitude
 
 
 def lora_config(extracted: Extracted) -> dict[str, Any]:
@@ -54,10 +96,12 @@ def lora_config(extracted: Extracted) -> dict[str, Any]:
         "lora_alpha": extracted.rank,
         "lora_dropout": 0.0,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": extracted.dora,
+        "lora_bias": extracted.lora_bias,
         "fan_in_fan_out": extracted.transposed,
         "bias": "all" if extracted.biases else "none",
-        "target_modules": _targets(targets, extracted.modules),
+        "target_modules": [] if extracted.parameters and not targets else _targets(targets, extracted.modules),
+        "target_parameters": sorted(extracted.parameters) or None,
         "modules_to_save": list(extracted.saved) or None,
         "rank_pattern": _rank_pattern(extracted),
         "init_lora_weights": True,
@@ -86,12 +130,13 @@ def caught_by_tail(names: Iterable[str], modules: Iterable[str]) -> set[str]:
 
 
 def _rank_pattern(extracted: Extracted) -> dict[str, int]:
-    """Modules whose rank is not the common one, longest name first: peft takes the first pattern that matches a
-    tail, so whoever would be caught by another's pattern gets one of its own before it."""
-    pattern = {module: rank for module, rank in extracted.ranks.items() if rank != extracted.rank}
+    """Modules and parameters whose rank is not the common one, longest name first: peft takes the first pattern that
+    matches a tail, so whoever would be caught by another's pattern gets one of its own before it."""
+    ranks = {**extracted.ranks, **extracted.parameters}
+    pattern = {module: rank for module, rank in ranks.items() if rank != extracted.rank}
     caught = {
         module: rank
-        for module, rank in extracted.ranks.items()
+        for module, rank in ranks.items()
         if module not in pattern and first_match(pattern, module, rank) != rank
     }
     ordered = sorted((pattern | caught).items(), key=lambda item: (-len(item[0]), item[0]))

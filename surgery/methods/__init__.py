@@ -1,20 +1,57 @@
-"""The methods, one file each. A new method is a file here and one line in `METHODS`."""
+"""The methods, one file each. A new method is a file here and its name in one of the two tuples."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from formats.adapter import AdapterModule
+from formats.spec import TensorSpec
 from surgery.errors import NotMergeable
-from surgery.methods.base import AdapterMethod
+from surgery.methods.base import AdditiveMethod, TransformingMethod
+from surgery.methods.dora import Dora
 from surgery.methods.lora import Lora, LoraBias
 
-METHODS: tuple[AdapterMethod, ...] = (Lora(), LoraBias())
+ADDITIVE: tuple[AdditiveMethod, ...] = (Lora(), LoraBias())
+TRANSFORMING: tuple[TransformingMethod, ...] = (Dora(),)
 
 
-def method_of(module: AdapterModule) -> AdapterMethod:
-    """The method of an adapted module. Raises NotMergeable for one we do not know."""
-    for method in METHODS:
-        if method.name == module.method:
-            return method
-    raise NotMergeable(
-        "no such method here", where=module.target, expected=", ".join(m.name for m in METHODS), found=module.method
-    )
+def additive(module: AdapterModule) -> AdditiveMethod | None:
+    """The method of an adapted module, if it adds to the weight."""
+    return next((method for method in ADDITIVE if method.name == module.method), None)
+
+
+def transforming(module: AdapterModule) -> TransformingMethod | None:
+    """The method of an adapted module, if it makes another weight of it."""
+    return next((method for method in TRANSFORMING if method.name == module.method), None)
+
+
+def check_modules(modules: Sequence[AdapterModule], weight: TensorSpec, strength: float = 1.0) -> None:
+    """Refuses, while planning, what cannot be done to one weight.
+
+    Args:
+        modules: all that adapt it.
+        weight: as the base stores it.
+        strength: the factor of the whole delta.
+
+    Raises:
+        NotMergeable, ShapeMismatch: with the reason.
+    """
+    for module in modules:
+        method = additive(module) or transforming(module)
+        if method is None:
+            known = ", ".join([*(each.name for each in ADDITIVE), *(each.name for each in TRANSFORMING)])
+            raise NotMergeable("no such method here", where=weight.name, expected=known, found=module.method)
+        method.check(module, weight)
+        if transforming(module) and strength != 1:
+            raise NotMergeable(
+                f"{module.method} is no delta: it cannot be applied more strongly or weakly",
+                where=weight.name,
+                expected="a weight of 1",
+                found=strength,
+            )
+        if transforming(module) and len(modules) > 1:
+            raise NotMergeable(
+                f"{module.method} is no delta: nothing can be added beside it",
+                where=weight.name,
+                found=", ".join(other.method for other in modules),
+            )

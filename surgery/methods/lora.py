@@ -1,6 +1,7 @@
 """LoRA (Hu et al., arXiv 2106.09685, equation 3): h = W0 x + (alpha/r) B A x, so W = W0 + (alpha/r) B A.
 
-With rsLoRA (Kalajdzievski, arXiv 2312.03732) the factor is alpha/√r.
+With rsLoRA (Kalajdzievski, arXiv 2312.03732) the factor is alpha/√r. A convolution's B is one of kernel 1 behind A's,
+so its weight is BA too, with the kernel among A's columns.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from formats.errors import ShapeMismatch
 from formats.layers import LayerKind
 from formats.spec import TensorSpec, shape_text
 from surgery.errors import NotMergeable
-from surgery.rounding import ExactProduct, exact_product
+from surgery.rounding import Delta, StackedProducts, exact_product
 
 if TYPE_CHECKING:
     import torch
@@ -22,21 +23,31 @@ if TYPE_CHECKING:
 class Lora:
     """ΔW = s · B A for a linear weight (out, in); its transpose for a Conv1D (in, out) or an embedding.
 
-    Factors: lora_A (rank, in), lora_B (out, rank).
+    Factors: lora_A (rank, in), lora_B (out, rank); for a convolution lora_A (rank, in, *kernel), lora_B (out, rank,
+    1, …); for experts as `AdapterModule` has them.
     """
 
     name = "lora"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
-        a, b = (module.factors[role].spec.shape for role in ("lora_A", "lora_B"))
-        _check(weight, (b[0], a[1]) if module.kind is LayerKind.LINEAR else (a[1], b[0]))
+        check_weight(weight, delta_shape(module, len(weight.shape)))
 
-    def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> ExactProduct:
-        """weight · s · B A, or (B A)ᵀ = Aᵀ Bᵀ where the base stores the transpose."""
+    def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
+        """weight · s · B A, or (B A)ᵀ = Aᵀ Bᵀ where the base stores the transpose; expert below expert."""
+        scale = weight * module.scaling
         a, b = factors["lora_A"], factors["lora_B"]  # (rank, in), (out, rank)
-        left, right = (b, a) if module.kind is LayerKind.LINEAR else (a.mT, b.mT)
-        return exact_product(left, right, weight * module.scaling)
+        if module.part is not None:
+            part = module.part
+            experts_a, experts_b = unpack_experts(a, b, module.rank)
+            return exact_product(experts_b[part.expert, part.first : part.last], experts_a[part.expert], scale)
+        if module.kind is LayerKind.PARAMETER:
+            pairs = zip(*unpack_experts(a, b, module.rank), strict=True)  # (rank, in), (out, rank) each
+            return StackedProducts(
+                tuple(exact_product(*((a.mT, b.mT) if module.transposed else (b, a)), scale) for a, b in pairs)
+            )
+        left, right = outward(module.kind, a, b)
+        return exact_product(left, right, scale)
 
 
 class LoraBias:
@@ -49,15 +60,54 @@ class LoraBias:
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a bias that is not stored as a plain float, ShapeMismatch for one of other shape."""
-        _check(weight, module.factors["lora_B.bias"].spec.shape)
+        check_weight(weight, module.factors["lora_B.bias"].spec.shape)
 
-    def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> ExactProduct:
+    def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
         """weight · s · bias as one column."""
         column = factors["lora_B.bias"][:, None]  # (out, 1)
         return exact_product(column, column.new_ones(1, 1), weight * module.scaling)
 
 
-def _check(weight: TensorSpec, delta: tuple[int, ...]) -> None:
+def outward(kind: LayerKind, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two matrices whose product is ΔW as the base stores it, a convolution's as (out, in · kernel)."""
+    if kind is LayerKind.CONV:
+        return b.flatten(1), a.flatten(1)  # (out, rank), (rank, in · kernel)
+    return (b, a) if kind is LayerKind.LINEAR else (a.mT, b.mT)
+
+
+def pack_experts(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two tensors that hold all experts' factors: rows of A expert by expert, columns of B rank by rank.
+
+    Args:
+        a: (experts, rank, in).
+        b: (experts, out, rank).
+
+    Returns:
+        lora_A (experts · rank, in) and lora_B (out, rank · experts), as peft's lora.layer.ParamWrapper has them.
+    """
+    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+
+
+def unpack_experts(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The way back: (experts, rank, in) and (experts, out, rank)."""
+    experts = a.shape[0] // rank
+    return a.reshape(experts, rank, -1), b.reshape(-1, rank, experts).permute(2, 0, 1)
+
+
+def delta_shape(module: AdapterModule, dims: int) -> tuple[int, ...]:
+    """The shape of ΔW as the base stores it, in a tensor of `dims` dimensions."""
+    a, b = (module.factors[role].spec.shape for role in ("lora_A", "lora_B"))
+    out, into = b[0], a[1]
+    if module.part is not None:
+        return (module.part.last - module.part.first, into)
+    if module.kind is LayerKind.CONV:
+        return (out, *a[1:])
+    if module.kind is LayerKind.PARAMETER and dims == 3:
+        return (a[0] // module.rank, *((into, out) if module.transposed else (out, into)))
+    return (out, into) if module.kind in (LayerKind.LINEAR, LayerKind.PARAMETER) else (into, out)
+
+
+def check_weight(weight: TensorSpec, delta: tuple[int, ...]) -> None:
     """Refuses a weight that the delta cannot be added to."""
     if not weight.dtype.is_weight:
         raise NotMergeable(

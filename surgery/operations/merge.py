@@ -6,22 +6,24 @@ will say. Knows no dialect and no method's mathematics.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from formats.adapter import Adapter, AdapterModule
+from formats.adapter import Adapter, AdapterModule, Replacement
 from formats.checkpoint import Checkpoint
-from formats.dialects import open_adapter
 from formats.errors import AdapterFormatError
 from formats.paths import create_checkpoint, destination_like, open_checkpoint
-from formats.spec import DType, TensorRef, TensorSpec
+from formats.spec import DType, TensorSpec
 from formats.tensors import torch_dtype
 from surgery import engine
 from surgery.checks import check_finite, is_finite
 from surgery.engine import Resources
 from surgery.errors import AlreadyMerged, NotFinite, NothingToDo
-from surgery.methods import method_of
+from surgery.methods import additive, check_modules, transforming
+from surgery.operations.model_names import open_adapter_of
+from surgery.operations.vocabulary import CONFIG, growth, resized_config, without_companion
 from surgery.plan import Fate, Outcome, Plan, Step, ledger
 from surgery.provenance import (
     ORIGINALS_LIMIT,
@@ -81,10 +83,15 @@ def merge(
     """
     watch = Stopwatch(loading="torch")
     with open_checkpoint(base) as w0:
-        delta = open_adapter(adapter, w0.specs)
+        delta = open_adapter_of(base, adapter, w0.specs)
         plan, receipt = plan_merge(w0, delta, weight=weight)
         destination = destination_like(base, out, plan.outputs, inputs=(base, adapter), force=force)
+        config = resized_config(destination, growth(w0.specs.values(), plan.outputs))
+        if config is not None:
+            destination = without_companion(destination, CONFIG)
         with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
+            if config is not None:
+                writer.attach(CONFIG, config)
             outcomes = engine.run(plan, writer, resources)
             if not any(outcome.figures.get("changed") for outcome in outcomes):
                 raise NothingToDo("the merge changes nothing: every delta rounds to zero", where=adapter)
@@ -128,15 +135,21 @@ def plan_merge(base: Checkpoint, adapter: Adapter, *, weight: float = 1.0) -> tu
         )
     by_target: dict[str, list[AdapterModule]] = {}
     for module in adapter.modules:
-        method_of(module).check(module, base.specs[module.target])
         by_target.setdefault(module.target, []).append(module)
-    replaced = {full.target: full.source for full in adapter.replacements if not full.added}
+    replaced: dict[str, list[Replacement]] = {}
+    for full in sorted(adapter.replacements, key=lambda full: bool(full.rows)):  # whole tensors before rows of them
+        if not full.added:
+            replaced.setdefault(full.target, []).append(full)
+    outputs = {name: _replaced_spec(spec, replaced.get(name, ())) for name, spec in base.specs.items()}
+    for target, modules in by_target.items():
+        check_modules(modules, outputs[target], weight)
     # A tensor with both a replacement and factors is a saved embedding, as a rule equal to the base's.
     whole = {name: base.specs[name] for name in replaced if name not in by_target}
+    grown = {name: spec for name, spec in base.specs.items() if outputs[name] != spec}
     too_large = sum(spec.nbytes for spec in whole.values()) > ORIGINALS_LIMIT
-    kept = {} if too_large else whole
+    kept = {} if too_large or grown else whole
     steps = [
-        _base_step(base, spec, tuple(by_target.get(name, ())), replaced.get(name), name in kept, weight)
+        _base_step(base, spec, tuple(by_target.get(name, ())), tuple(replaced.get(name, ())), name in kept, weight)
         for name, spec in base.specs.items()
     ]
     added = tuple(full for full in adapter.replacements if full.added)
@@ -153,12 +166,17 @@ def plan_merge(base: Checkpoint, adapter: Adapter, *, weight: float = 1.0) -> tu
         base_tensors=dict.fromkeys(base.specs, UNKNOWN),
         added=tuple(full.target for full in added),
         originals={name: Original.unknown(spec) for name, spec in kept.items()},
-        lost=tuple(whole) if too_large else (),
+        lost=tuple(whole | grown) if too_large or grown else (),
         base_metadata=dict(base.metadata),
     )
     notes = []
     if too_large:
         notes.append(f"{len(whole)} tensors are replaced and too large for the receipt: unmerge will refuse this file")
+    for old, new in growth(base.specs.values(), outputs.values()):
+        notes.append(
+            f"the vocabulary grows from {old} to {new} in {', '.join(grown)}: put the adapter's tokenizer beside the "
+            "output; unmerge will refuse it"
+        )
     if added:
         notes.append(f"{len(added)} tensors are new to the base")
     return Plan("merge", tuple(steps), receipt.metadata(), tuple(notes)), receipt
@@ -182,28 +200,35 @@ def _base_step(
     base: Checkpoint,
     spec: TensorSpec,
     modules: tuple[AdapterModule, ...],
-    replacement: TensorRef | None,
+    replacements: tuple[Replacement, ...],
     keep: bool,
     weight: float,
 ) -> Step:
-    inputs = [base.tensor(spec.name)]
-    if replacement is not None:
-        inputs.append(replacement)
-        if not spec.dtype.is_weight and replacement.spec.dtype is not spec.dtype:
+    inputs = [base.tensor(spec.name), *(full.source for full in replacements)]
+    for full in replacements:
+        if not spec.dtype.is_weight and full.source.spec.dtype is not spec.dtype:
             raise AdapterFormatError(
                 "a replacement has another dtype than the base's tensor",
                 where=spec.name,
                 expected=spec.dtype,
-                found=replacement.spec.dtype,
+                found=full.source.spec.dtype,
             )
-    if not modules and replacement is None:
+    if not modules and not replacements:
         return Step(spec.name, tuple(inputs), (spec,), Copy(spec.name))
     factors, workspace = [], 0
     for module in modules:
         factors += [ref for _, ref in sorted(module.factors.items())]
         workspace += sum(8 * ref.spec.size for ref in module.factors.values())
-    op = Merge(spec.name, spec.dtype, modules, replacement is not None, keep, weight)
-    return Step(spec.name, (*inputs, *factors), (spec,), op, workspace + (4 << 20))
+    op = Merge(spec.name, spec.dtype, modules, tuple(full.rows for full in replacements), keep, weight)
+    return Step(spec.name, (*inputs, *factors), (_replaced_spec(spec, replacements),), op, workspace + (4 << 20))
+
+
+def _replaced_spec(spec: TensorSpec, replacements: Iterable[Replacement]) -> TensorSpec:
+    """The base's tensor once replaced: it keeps its dtype and, unless the vocabulary has grown, its shape."""
+    for full in replacements:
+        if not full.rows:
+            spec = replace(spec, shape=full.source.spec.shape)
+    return spec
 
 
 @dataclass(frozen=True)
@@ -235,23 +260,25 @@ class Add:
 class Merge:
     """W0, or what replaces it, plus the deltas of its modules; `keep` puts the base's tensor into the receipt.
 
-    Inputs: the base's tensor, its replacement if `replaced`, then each module's factors in order of their roles.
-    Output: the tensor in the base's dtype.
+    Inputs: the base's tensor, then what replaces it or, where `replaced` has any, these rows of it, then each module's
+    factors in order of their roles. Output: the tensor in the base's dtype.
     """
 
     name: str
     dtype: DType
     modules: tuple[AdapterModule, ...]
-    replaced: bool
+    replaced: tuple[tuple[int, ...], ...]
     keep: bool
     weight: float
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
         """Adds, rounds once, hashes both ends."""
         base = inputs[0]
-        start = inputs[1] if self.replaced else base
+        start = base
+        for rows, source in zip(self.replaced, inputs[1:], strict=False):  # the factors come after
+            start = _with_rows(start, rows, source, self.dtype) if rows else source
         if self.modules:
-            result = apply_modules(start, self.modules, inputs[1 + self.replaced :], self.weight, self.dtype)
+            result = apply_modules(start, self.modules, inputs[1 + len(self.replaced) :], self.weight, self.dtype)
         else:
             result = start if start.dtype == base.dtype else _as_stored(start, self.dtype)
         _check_result(result, start, self.name)
@@ -273,11 +300,12 @@ def apply_modules(
     weight: float,
     dtype: DType,
 ) -> torch.Tensor:
-    """start + weight · ΣΔW, rounded once to `dtype`; a negative weight takes the deltas off.
+    """start + weight · ΣΔW, or what a method makes of start, rounded once to `dtype`; a negative weight takes the
+    deltas off.
 
     Args:
         start: the stored weight.
-        modules: what adapts it.
+        modules: what adapts it; deltas, or one that is none.
         factors: each module's factors in order of their roles.
         weight: of all deltas.
         dtype: of the result.
@@ -286,9 +314,18 @@ def apply_modules(
     deltas = []
     for module in modules:
         named = {role: remaining.pop(0) for role in sorted(module.factors)}
-        deltas.append(method_of(module).delta(module, named, weight))
-    matrix = start if start.dim() == 2 else start.reshape(-1, 1)
-    return add_rounded(matrix, deltas, dtype).reshape(start.shape)
+        if method := transforming(module):
+            return method.transform(module, start, named, dtype)
+        if adding := additive(module):
+            deltas.append(adding.delta(module, named, weight))
+    return add_rounded(start, deltas, dtype)
+
+
+def _with_rows(tensor: torch.Tensor, rows: tuple[int, ...], source: torch.Tensor, dtype: DType) -> torch.Tensor:
+    """A copy of the tensor in `dtype` with some rows replaced by those of source."""
+    tensor = _as_stored(tensor, dtype).clone()
+    tensor[list(rows)] = _as_stored(source, dtype)
+    return tensor
 
 
 def _as_stored(tensor: torch.Tensor, dtype: DType) -> torch.Tensor:

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 from formats.adapter import Adapter, AdapterModule
 from formats.checkpoint import Checkpoint
-from formats.dialects import open_adapter
 from formats.paths import create_checkpoint, destination_like, open_checkpoint
 from formats.spec import DType, TensorSpec
 from surgery import engine
 from surgery.checks import check_finite
 from surgery.engine import Resources
 from surgery.errors import NotMerged
-from surgery.methods import method_of
+from surgery.methods import check_modules, transforming
 from surgery.operations.merge import Copy, apply_modules, output_digest, output_hashes
+from surgery.operations.model_names import open_adapter_of
 from surgery.plan import Fate, Outcome, Plan, Step, ledger
 from surgery.provenance import Original, Receipt, fingerprint, tensor_hash
 from surgery.report import Report, Stopwatch, peak_rss
@@ -69,7 +69,7 @@ def unmerge(
     watch = Stopwatch(loading="torch")
     with open_checkpoint(merged) as w:
         receipt = Receipt.read(w.metadata, merged)
-        delta = open_adapter(adapter, w.specs)
+        delta = open_adapter_of(merged, adapter, w.specs)
         plan = plan_unmerge(w, delta, receipt, weight=weight)
         destination = destination_like(merged, out, plan.outputs, inputs=(merged, adapter), force=force)
         with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
@@ -110,8 +110,15 @@ def plan_unmerge(merged: Checkpoint, adapter: Adapter, receipt: Receipt | None, 
     factor = receipt.weight if receipt else 1.0 if weight is None else weight
     by_target: dict[str, list[AdapterModule]] = {}
     for module in adapter.modules:
-        method_of(module).check(module, merged.specs[module.target])
+        if method := transforming(module):
+            raise NotMerged(
+                f"{module.method} cannot be taken off: {method.forgets}",
+                where=module.target,
+                then="go back to the base itself",
+            )
         by_target.setdefault(module.target, []).append(module)
+    for target, modules in by_target.items():
+        check_modules(modules, merged.specs[target])
     originals = receipt.originals if receipt else {}
     replaced = {full.target for full in adapter.replacements if full.target not in by_target}
     added = set(receipt.added) if receipt else set()

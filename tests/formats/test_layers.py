@@ -41,3 +41,13 @@ def test_embeddings_are_known_by_name_and_have_no_bias() -> None:
     assert found["patch_embed"] is LayerKind.LINEAR
     assert found["lm_head"] is LayerKind.LINEAR
     assert "norm" not in found
+
+
+def test_more_dimensions_are_a_convolution() -> None:
+    """Of one, two or three dimensions; their biases do not vote on what the square weights beside them are."""
+    found = kinds(
+        a__one__weight=(4, 12, 3), a__one__bias=(4,), a__two__weight=(6, 4, 3, 3), a__three__weight=(6, 4, 3, 3, 3),
+        a__square__weight=(4, 4), a__square__bias=(4,), a__up__weight=(4, 8), a__up__bias=(8,),
+    )  # fmt: skip
+    assert [found[f"a.{name}"] for name in ("one", "two", "three")] == [LayerKind.CONV] * 3
+    assert found["a.square"] is LayerKind.TRANSPOSED

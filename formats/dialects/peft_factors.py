@@ -1,0 +1,151 @@
+"""From the factors of one module in a peft file to adapted weights, with the rank and alpha of the config.
+
+Layers whose weight peft knows by its layer's class; parameters that a config names are `peft_parameters`' business.
+Knows no mathematics.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from formats.adapter import AdapterModule
+from formats.dialects.resolve import Rename, unmatched_keys
+from formats.errors import AdapterFormatError, ShapeMismatch
+from formats.layers import LayerKind, layer_kinds, owner
+from formats.spec import TensorRef, TensorSpec, shape_text
+
+Factors = dict[str, TensorRef]  # of one module, by role
+
+
+@dataclass(frozen=True)
+class Context:
+    """What reading a module needs to know: the config, the base, the way from one's names to the other's."""
+
+    config: Mapping[str, Any]
+    rename: Rename
+    base: Mapping[str, TensorSpec]
+    kinds: Mapping[str, LayerKind]
+    where: str
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], rename: Rename, base: Mapping[str, TensorSpec], where: str) -> Context:
+        """The context of one adapter and one base."""
+        return cls(config, rename, base, layer_kinds(base), where)
+
+    def rank(self, name: str) -> int:
+        """The rank of a module or parameter."""
+        return int(first_match(self.config.get("rank_pattern"), name, self.config.get("r", 8)))
+
+    def alpha(self, name: str) -> float:
+        """Its alpha."""
+        return float(first_match(self.config.get("alpha_pattern"), name, self.config.get("lora_alpha", 8)))
+
+    @property
+    def rslora(self) -> bool:
+        """Whether the scaling is alpha/√rank."""
+        return bool(self.config.get("use_rslora"))
+
+
+def first_match(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The first pattern that matches the module's name or a tail of it, as peft resolves them."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def layer_modules(module: str, factors: Factors, context: Context) -> list[AdapterModule]:
+    """The adapted weight of a layer and, with `lora_bias`, its bias."""
+    embedding = "lora_embedding_A" in factors or "lora_embedding_B" in factors
+    roles = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    a, b = pair(factors, roles, f"{context.where}: {module}")
+    rank, alpha, rslora = context.rank(module), context.alpha(module), context.rslora
+    target = context.rename(f"{module}.weight")
+    if not (len(a.spec.shape) == len(b.spec.shape) >= 2 and a.spec.shape[0] == b.spec.shape[1] == rank):
+        _check_groups(a.spec, b.spec, context.base[target], rank)
+        raise AdapterFormatError(
+            "the factors' rank contradicts the config",
+            where=f"{context.where}: {module}",
+            expected=f"r = {rank}",
+            found=_shapes(a, b),
+        )
+    kind = _kind(embedding, a.spec.shape, b.spec.shape, context.base[target], context)
+    if kind is None:
+        raise ShapeMismatch(
+            "the adapter does not fit the base's weight",
+            where=f"{context.where}: {target}",
+            expected=f"the base's {shape_text(context.base[target].shape)}",
+            found=_shapes(a, b),
+            then="check that the adapter was made for this base",
+        )
+    named = {"lora_A": a, "lora_B": b}
+    magnitude = factors.get("lora_magnitude_vector")
+    if (magnitude is not None) != bool(context.config.get("use_dora")):
+        raise AdapterFormatError(
+            "use_dora in the config and the magnitudes in the file contradict each other",
+            where=f"{context.where}: {module}",
+            expected="lora_magnitude_vector for every module with use_dora, and for none without",
+            found=f"use_dora = {context.config.get('use_dora')}, {', '.join(sorted(factors))}",
+        )
+    if magnitude is not None:
+        named["lora_magnitude_vector"] = magnitude
+    method = "dora" if magnitude is not None else "lora"
+    found = [AdapterModule(target, method, kind, named, rank, alpha, rslora)]
+    if "lora_B.bias" in factors:
+        target = context.rename(f"{module}.bias")
+        if target not in context.base:
+            raise unmatched_keys([target], 1, context.base, context.where)
+        bias = {"lora_B.bias": factors["lora_B.bias"]}
+        found.append(AdapterModule(target, "lora_bias", kind, bias, rank, alpha, rslora))
+    return found
+
+
+def pair(factors: Factors, roles: tuple[str, str], where: str) -> tuple[TensorRef, TensorRef]:
+    """Both factors. Raises AdapterFormatError if one is missing."""
+    for role in roles:
+        if role not in factors:
+            raise AdapterFormatError(
+                "half of a pair is missing", where=where, expected=" and ".join(roles), found=list(factors)
+            )
+    return factors[roles[0]], factors[roles[1]]
+
+
+def _shapes(a: TensorRef, b: TensorRef) -> str:
+    return f"lora_A {shape_text(a.spec.shape)}, lora_B {shape_text(b.spec.shape)}"
+
+
+def _check_groups(a: TensorSpec, b: TensorSpec, weight: TensorSpec, rank: int) -> None:
+    """Refuses LoRA on a grouped convolution: peft's A (rank, in, *kernel) reads every channel and its B
+    (out, rank / groups, 1, …) is grouped, so BA connects channels for which the weight has no place."""
+    dims = len(weight.shape)
+    if dims < 3 or not len(a.shape) == len(b.shape) == dims or a.shape[0] != rank:
+        return
+    groups = a.shape[1] // weight.shape[1]
+    if groups > 1 and b.shape[1] * groups == rank and a.shape[1] == weight.shape[1] * groups:
+        raise AdapterFormatError(
+            "LoRA on a grouped convolution connects channels of different groups, which the convolution's weight "
+            "cannot express; peft does not merge it either",
+            where=weight.name,
+            found=f"{groups} groups",
+        )
+
+
+def _kind(
+    embedding: bool, a: tuple[int, ...], b: tuple[int, ...], weight: TensorSpec, context: Context
+) -> LayerKind | None:
+    """How the base stores the weight that factors of these shapes belong to; None if in no way."""
+    if len(a) > 2:
+        return LayerKind.CONV if weight.shape == (b[0], *a[1:]) and set(b[2:]) == {1} else None
+    shape = (b[0], a[1])  # (out, in)
+    if embedding:
+        return LayerKind.EMBEDDING if weight.shape == shape[::-1] else None
+    fits, fits_transposed = weight.shape == shape, weight.shape == shape[::-1]
+    if fits and fits_transposed:  # square: the config speaks for all layers at once, the neighbours for this one
+        neighbours = context.kinds.get(owner(weight.name), LayerKind.LINEAR)
+        told = any(kind is LayerKind.TRANSPOSED for kind in context.kinds.values())
+        fits_transposed = neighbours is LayerKind.TRANSPOSED if told else bool(context.config.get("fan_in_fan_out"))
+        return LayerKind.TRANSPOSED if fits_transposed else LayerKind.LINEAR
+    return LayerKind.LINEAR if fits else LayerKind.TRANSPOSED if fits_transposed else None

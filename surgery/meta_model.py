@@ -1,0 +1,76 @@
+"""The model that a config names, built by transformers on the meta device: modules and shapes, no weights.
+
+What only the model knows of its own file: the kinds of its layers, the order of its parameters, and the names it gives
+to tensors that the file holds under others. Runs no code but transformers' own; all of it is empty where transformers
+is not installed or does not know the class.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def meta_model(folder: str | Path) -> Any:
+    """The model of a folder's config.json, an nn.Module of meta tensors; None where that cannot be had."""
+    try:
+        import torch
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model_class = getattr(transformers, str((config.architectures or [""])[0]), None)
+        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+            return None
+        with torch.device("meta"):
+            return model_class(config)
+    except Exception:  # a class may refuse its config, or the meta device, in any way: then it tells nothing
+        return None
+
+
+def known_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """The model's own name of every tensor of the file that it takes as it is, perhaps under another name.
+
+    A tensor that becomes a part of another one is not among them.
+    """
+    names = list(names)
+    held = model.state_dict()
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        rules = get_model_conversion_mapping(model)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        found = {name: rename_source_key(name, renamings, converters, model.base_model_prefix, held) for name in names}
+    except Exception:  # transformers before 5 renames nothing
+        found = {name: (name, None) for name in names}
+    return {name: known for name, (known, converter) in found.items() if known in held and not converter}
+
+
+def may_rename(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has rules of its own for the names of such a model. Reads its table as text: importing it
+    would cost seconds, and most models are not in it."""
+    text = _rules()
+    return any(f'"{word}"' in text for word in _identifiers(config))
+
+
+def _identifiers(config: Mapping[str, Any]) -> list[str]:
+    """The classes and the model types that a config names, those of its parts included."""
+    classes = [str(name) for name in config.get("architectures") or ()]
+    found = classes + [re.sub(r"(For[A-Z].*|Model)$", "Model", name) for name in classes]  # and the model inside
+    found += [str(config["model_type"])] if "model_type" in config else []
+    for part in config.values():
+        found += _identifiers(part) if isinstance(part, Mapping) else []
+    return found
+
+
+@functools.cache
+def _rules() -> str:
+    package = importlib.util.find_spec("transformers")
+    folders = package.submodule_search_locations if package is not None else None
+    table = Path(folders[0]) / "conversion_mapping.py" if folders else None
+    return table.read_text(encoding="utf-8") if table is not None and table.is_file() else ""

@@ -1,0 +1,64 @@
+"""DoRA (Liu et al., arXiv 2402.09353, equation 5): W = m · (W0 + s BA) / ‖W0 + s BA‖.
+
+The norm is over the inputs of each output: over the rows of a linear weight (out, in), the columns of a Conv1D's
+(in, out) and of an embedding (vocabulary, width), over all but the first dimension of a convolution's, as in peft.
+The factor s scales BA only, so a strength other than 1 would not lead from W0 to W: at 0 it gives m · W0 / ‖W0‖.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from formats.adapter import AdapterModule
+from formats.errors import ShapeMismatch
+from formats.layers import LayerKind
+from formats.spec import DType, TensorSpec, shape_text
+from formats.tensors import torch_dtype
+from surgery.checks import is_finite
+from surgery.errors import NotFinite
+from surgery.methods.lora import check_weight, delta_shape, outward
+from surgery.rounding import exact_product, lengthen
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Dora:
+    """Each output's weights get the direction of W0 + ΔW and the length m.
+
+    Factors: those of LoRA, and lora_magnitude_vector with one value for each output.
+    """
+
+    name = "dora"
+    forgets = "DoRA keeps the direction of W0 + ΔW and sets its length to m, so the length of W0 + ΔW is lost"
+
+    def check(self, module: AdapterModule, weight: TensorSpec) -> None:
+        """As LoRA's; ShapeMismatch too for magnitudes that are not one for each output."""
+        check_weight(weight, delta_shape(module, len(weight.shape)))
+        magnitude, b = (module.factors[role].spec for role in ("lora_magnitude_vector", "lora_B"))
+        if magnitude.size != b.shape[0]:
+            raise ShapeMismatch(
+                "the magnitudes are not one for each output",
+                where=weight.name,
+                expected=b.shape[0],
+                found=shape_text(magnitude.shape),
+            )
+
+    def transform(
+        self, module: AdapterModule, weight: torch.Tensor, factors: Mapping[str, torch.Tensor], dtype: DType
+    ) -> torch.Tensor:
+        """m · (W0 + s BA) / ‖W0 + s BA‖ as the base stores it. Raises NotFinite where W0 + s BA is zero."""
+        import torch
+
+        left, right = outward(module.kind, factors["lora_A"], factors["lora_B"])
+        magnitude = factors["lora_magnitude_vector"].flatten()  # (out,)
+        result = torch.empty(weight.shape, dtype=torch_dtype(dtype))
+        matrices = [tensor.view(left.shape[0], right.shape[1]) for tensor in (weight, result)]
+        if module.kind in (LayerKind.TRANSPOSED, LayerKind.EMBEDDING):
+            left, right = right.mT, left.mT
+            matrices = [matrix.mT for matrix in matrices]  # (out, in)
+        lengthen(matrices[0], exact_product(left, right, module.scaling), magnitude, matrices[1], dtype)
+        if not is_finite(result) and is_finite(weight) and result.isnan().any():
+            raise NotFinite("W0 + ΔW is zero for some output, so DoRA gives it no direction", where=module.target)
+        return result

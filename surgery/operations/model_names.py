@@ -1,0 +1,39 @@
+"""The names that a model gives to what its file holds under others, and opening an adapter that uses them.
+
+transformers renames layers of some models while it loads them (vision transformers, models of several parts); peft's
+adapters have the model's names. Only where an adapter does not match the file are the model's own rules asked, which
+takes loading transformers and building the model without weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from formats.adapter import Adapter
+from formats.dialects import open_adapter
+from formats.errors import UnmatchedKeys
+from formats.spec import TensorSpec
+from surgery.meta_model import known_names, meta_model
+
+
+def open_adapter_of(model: str | Path, adapter: str | Path, specs: Mapping[str, TensorSpec]) -> Adapter:
+    """The adapter, resolved against the model's tensors by their names in the file, or else by the model's own.
+
+    Raises:
+        FormatError: as `open_adapter`.
+    """
+    try:
+        return open_adapter(adapter, specs)
+    except UnmatchedKeys:
+        names = model_names(Path(model), specs)
+        if not names:
+            raise
+        return open_adapter(adapter, specs, names)
+
+
+def model_names(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The model's name of every tensor of the file that it renames and nothing more; empty if that cannot be told."""
+    model = meta_model(folder)
+    known = known_names(model, names) if model is not None else {}
+    return {name: new for name, new in known.items() if new != name}

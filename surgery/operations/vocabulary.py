@@ -1,0 +1,52 @@
+"""A vocabulary that grows with a merge: what its config.json must say, so that the output can be loaded.
+
+Knows no dialect: it compares the tensors of base and output.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+
+from formats.errors import CorruptFile
+from formats.paths import Destination
+from formats.spec import TensorSpec
+
+CONFIG = "config.json"
+
+
+def growth(base: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> tuple[tuple[int, int], ...]:
+    """The numbers of rows, before and after, of tensors that grow; one pair or none."""
+    after = {spec.name: spec.shape for spec in outputs}
+    return tuple(sorted({(spec.shape[0], after[spec.name][0]) for spec in base if after[spec.name] != spec.shape}))
+
+
+def resized_config(destination: Destination, sizes: tuple[tuple[int, int], ...]) -> bytes | None:
+    """The config.json that goes along to a folder, with its vocab_size grown; None if it can stay as it is.
+
+    The size may stand in the config of a part, such as `text_config`; where it is another number it is left alone.
+    Raises CorruptFile.
+    """
+    source = next((path for path in destination.companions if path.name == CONFIG), None)
+    if source is None or not sizes:
+        return None
+    try:
+        config = json.loads(source.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptFile(f"the model's config is not JSON: {error}", where=source) from error
+    if not isinstance(config, dict):
+        raise CorruptFile("the model's config is not a JSON object", where=source)
+    changed = False
+    for old, new in sizes:
+        for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+            if part.get("vocab_size") == old:
+                part["vocab_size"] = new
+                changed = True
+    return json.dumps(config, indent=2).encode() + b"\n" if changed else None
+
+
+def without_companion(destination: Destination, name: str) -> Destination:
+    """The destination without a file that would be copied along as it is."""
+    kept = tuple(path for path in destination.companions if path.name != name)
+    return replace(destination, companions=kept)

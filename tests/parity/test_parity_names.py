@@ -1,0 +1,66 @@
+"""Models whose layers have other names in memory than in their file: peft's adapters have the former."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import surgery
+from formats.errors import UnmatchedKeys
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def vit() -> transformers.PreTrainedModel:
+    """The file: vit.encoder.layer.0.attention.attention.query; in memory: vit.layers.0.attention.q_proj."""
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES, image_size=8, patch_size=4))
+
+
+def llava() -> transformers.PreTrainedModel:
+    """The file: language_model.model.layers.0; in memory: model.language_model.layers.0."""
+    text = transformers.LlamaConfig(**SIZES, vocab_size=50)
+    vision = transformers.CLIPVisionConfig(**SIZES, image_size=8, patch_size=4)
+    return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(vision_config=vision, text_config=text))
+
+
+@pytest.mark.parametrize("build", [vit, llava], ids=["vit", "llava"])
+def test_an_adapter_with_the_models_names_merges_into_the_file(tmp_path: Path, build: object) -> None:
+    """Linear layers and, for both, the convolution that makes patches; also taken off again."""
+    torch.manual_seed(0)
+    model = build()  # type: ignore[operator]
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    targets = r".*(q_proj|v_proj|patch_embedding|projection|down_proj)"
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter")
+    report = surgery.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    merged, expected = (load_file(tmp_path / folder / "model.safetensors") for folder in ("merged", "theirs"))
+    assert merged.keys() == expected.keys()
+    for name, tensor in merged.items():
+        assert (tensor - expected[name]).abs().max() <= 1e-6 * expected[name].abs().max().clamp_min(1e-30), name
+    assert report.ledger["merged"] >= 3
+    back = surgery.unmerge(tmp_path / "merged", tmp_path / "adapter", tmp_path / "back")
+    assert back.ledger["unmerged"] == report.ledger["merged"]
+
+
+def test_a_file_alone_does_not_tell_the_models_names(tmp_path: Path) -> None:
+    """Without the config.json beside it nothing can be built, and the mismatch is reported as it is."""
+    model = vit()
+    model.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "base" / "config.json").unlink()
+    for base in (tmp_path / "base", tmp_path / "base" / "model.safetensors"):
+        with pytest.raises(UnmatchedKeys, match="match nothing"):
+            surgery.merge(base, tmp_path / "adapter", tmp_path / "merged")
