@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from surgery.operations.extract import ExtractReport, extract
     from surgery.operations.inspect import InspectReport, inspect
     from surgery.operations.merge import MergeReport, merge
+    from surgery.operations.spectrum import SpectrumReport, spectrum
     from surgery.operations.unmerge import UnmergeReport, unmerge
 
 _HOMES = {
@@ -43,6 +44,8 @@ _HOMES = {
     "open_checkpoint": "formats",
     "ReportedError": "surgery.errors",
     "Resources": "surgery.engine",
+    "spectrum": "surgery.operations.spectrum",
+    "SpectrumReport": "surgery.operations.spectrum",
     "SurgeryError": "surgery.errors",
     "unmerge": "surgery.operations.unmerge",
     "UnmergeReport": "surgery.operations.unmerge",
@@ -58,6 +61,7 @@ __all__ = [
     "MergeReport",
     "ReportedError",
     "Resources",
+    "SpectrumReport",
     "SurgeryError",
     "UnmergeReport",
     "__version__",
@@ -68,6 +72,7 @@ __all__ = [
     "inspect",
     "merge",
     "open_checkpoint",
+    "spectrum",
     "unmerge",
 ]
 

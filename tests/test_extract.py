@@ -48,29 +48,41 @@ def test_the_command_as_the_manual_writes_it(
     }
 
 
-def test_full_rank_gives_tuned_back(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """extract at full rank, then merge: tuned within float32 rounding, full tensors exactly."""
-    surgery.extract(*pair, tmp_path / "adapter", rank=1000)
+def test_enough_rank_gives_tuned_back(tmp_path: Path) -> None:
+    """extract at the change's own rank, then merge: tuned within float32 rounding, full tensors exactly."""
+    start = weights()
+    tuned = perturbed(start)
+    tuned["embed.token_embeddings.weight"] = start["embed.token_embeddings.weight"] + torch.ones(50, 1) @ torch.randn(
+        1, 16
+    )
+    tuned["layers.0.up.weight"] = start["layers.0.up.weight"] + torch.randn(48, 2) @ torch.randn(2, 16)
+    base, after = save(tmp_path / "b.st", start), save(tmp_path / "t.st", tuned)
+    report = surgery.extract(base, after, tmp_path / "adapter", rank=8)
+    assert {module.name for module in report.modules if module.residual < 1e-5} == {
+        "embed.token_embeddings.weight",
+        "layers.0.up.weight",
+    }
+    surgery.merge(base, tmp_path / "adapter", tmp_path / "merged.st")
+    merged = load_file(tmp_path / "merged.st")
+    assert set(merged) == set(tuned)
+    for name in set(tuned) - {"layers.0.down.weight"}:
+        torch.testing.assert_close(merged[name], tuned[name], rtol=0, atol=1e-6 * float(tuned[name].abs().max()))
+
+
+def test_a_weight_smaller_than_its_factors_goes_in_full(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """At rank 20 the factors of a 48 × 16 weight would be larger than it: carried whole, exactly, and said so."""
+    report = surgery.extract(*pair, tmp_path / "adapter", rank=20)
+    assert not report.modules
+    assert any("smaller than their factors" in note for note in report.notes)
     surgery.merge(pair[0], tmp_path / "adapter", tmp_path / "merged.st")
     merged, tuned = load_file(tmp_path / "merged.st"), load_file(pair[1])
-    assert set(merged) == set(tuned)
-    for name, tensor in tuned.items():
-        if tensor.dim() == 2:
-            torch.testing.assert_close(merged[name], tensor, rtol=0, atol=1e-6 * float(tensor.abs().max()))
-        else:
-            assert torch.equal(merged[name], tensor), name
-
-
-def test_a_rank_beyond_the_matrix_is_clamped_and_said(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """The report, the config and the factors all know the true rank."""
-    report = surgery.extract(*pair, tmp_path / "adapter", rank=20)
-    assert {module.rank for module in report.modules} == {16}
-    assert any("clamped" in note for note in report.notes)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in tuned.items())
     mixed = weights() | {"head.weight": torch.randn(3, 16)}
-    base, tuned = save(tmp_path / "b.st", mixed), save(tmp_path / "t.st", perturbed(mixed))
-    surgery.extract(base, tuned, tmp_path / "mixed", rank=8)
+    base, after = save(tmp_path / "b.st", mixed), save(tmp_path / "t.st", perturbed(mixed))
+    surgery.extract(base, after, tmp_path / "mixed", rank=8)
     config = json.loads((tmp_path / "mixed" / "adapter_config.json").read_text())
-    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (8, {"head": 3}, {"head": 3})
+    assert (config["r"], config["rank_pattern"]) == (8, {})
+    assert "base_model.model.head.weight" in load_file(tmp_path / "mixed" / "adapter_model.safetensors")
 
 
 def test_a_single_file_carries_its_config(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -166,6 +178,17 @@ def test_identical_models_are_an_error(pair: tuple[Path, Path], tmp_path: Path, 
     assert not (tmp_path / "adapter").exists()
 
 
+def test_nan_that_is_in_both_is_no_less_wrong(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Equal bits are compared by chunks before anything is loaded; that does not hide them."""
+    paths = []
+    for path in pair:
+        tensors = load_file(path)
+        tensors["layers.0.up.weight"] = torch.full_like(tensors["layers.0.up.weight"], float("nan"))
+        paths.append(save(tmp_path / path.name, tensors))
+    with pytest.raises(NotFinite, match=r"layers\.0\.up\.weight"):
+        surgery.extract(*paths, tmp_path / "adapter", rank=4)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["layers.0.up.weight", "layers.0.norm.weight", "layers.0.up.bias"])
 def test_nan_and_inf_are_named(pair: tuple[Path, Path], tmp_path: Path, poison: float, name: str) -> None:
@@ -226,11 +249,55 @@ def test_a_full_output_folder_needs_force(pair: tuple[Path, Path], tmp_path: Pat
 
 
 def test_half_precision_factors_report_their_rounding(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """At full rank the residual is the factors' rounding, and larger in bfloat16 than in float32."""
-    fine = surgery.extract(*pair, tmp_path / "f32", rank=16, dtype="float32")
-    coarse = surgery.extract(*pair, tmp_path / "bf16", rank=16, dtype="bfloat16")
+    """Of a change of rank 1 the factors' rounding is all that is left, and larger in bfloat16 than in float32."""
+    moved = weights()
+    moved["layers.0.up.weight"] += torch.randn(48, 1) @ torch.randn(1, 16)
+    tuned = save(tmp_path / "one.st", moved)
+    fine = surgery.extract(pair[0], tuned, tmp_path / "f32", rank=4, dtype="float32")
+    coarse = surgery.extract(pair[0], tuned, tmp_path / "bf16", rank=4, dtype="bfloat16")
     assert fine.residual < 1e-5 < 1e-4 < coarse.residual
     assert (
         load_file(tmp_path / "bf16" / "adapter_model.safetensors")["base_model.model.layers.0.up.lora_A.weight"].dtype
         == torch.bfloat16
     )
+
+
+def test_shards_do_not_matter(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """The same adapter, byte for byte, whatever file a tensor lies in."""
+    folders = []
+    for path, count in ((pair[0], 2), (pair[1], 3)):
+        tensors = load_file(path)
+        folder = tmp_path / f"{path.stem}-sharded"
+        folder.mkdir()
+        shards = {name: f"model-{1 + index % count}.safetensors" for index, name in enumerate(sorted(tensors))}
+        for shard in set(shards.values()):
+            save(folder / shard, {name: tensors[name] for name in tensors if shards[name] == shard})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+        folders.append(folder)
+    surgery.extract(*pair, tmp_path / "single.st", rank=4)
+    surgery.extract(*folders, tmp_path / "sharded.st", rank=4)
+    with safe_open(tmp_path / "sharded.st", "pt") as sharded, safe_open(tmp_path / "single.st", "pt") as single:
+        assert sharded.keys() == single.keys()
+        assert all(torch.equal(sharded.get_tensor(key), single.get_tensor(key)) for key in single.keys())  # noqa: SIM118
+
+
+def test_a_device_that_is_not_there_is_refused(
+    pair: tuple[Path, Path], tmp_path: Path, cli: Callable[..., Result]
+) -> None:
+    """Before any work, with what torch says."""
+    for device in ("cuda:99", "abacus"):
+        result = cli("extract", "--rank", 4, *pair, "-o", tmp_path / "adapter", "--device", device)
+        assert result.exit_code == 1
+        assert "cannot compute on this device" in result.stderr
+        assert not (tmp_path / "adapter").exists()
+
+
+def test_a_curve_is_drawn_from_what_was_extracted(
+    pair: tuple[Path, Path], tmp_path: Path, cli: Callable[..., Result]
+) -> None:
+    """Beside the adapter; an unknown kind of picture is refused before anything is computed."""
+    assert cli("extract", "--rank", 4, *pair, "-o", tmp_path / "a", "--curve", tmp_path / "c.svg").exit_code == 0
+    assert "<svg" in (tmp_path / "c.svg").read_text()
+    result = cli("extract", "--rank", 4, *pair, "-o", tmp_path / "b", "--curve", tmp_path / "c.png")
+    assert result.exit_code == 1
+    assert not (tmp_path / "b").exists()

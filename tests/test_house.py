@@ -53,8 +53,12 @@ def rule(path: Path) -> tuple[str, ...]:
         return (*upper, *files, "surgery.engine", "surgery.plan", "click", "pathlib")
     if place == "surgery/plan.py":
         return (*upper, "formats.paths", "formats.dialects", "surgery.engine", "surgery.methods", "click", "pathlib")
-    if place in ("surgery/linalg.py", "surgery/rounding.py"):
+    if place in ("surgery/linalg.py", "surgery/krylov.py", "surgery/delta.py", "surgery/rounding.py"):
         return (*upper, "formats.paths", "surgery.engine", "surgery.plan", "surgery.methods", "click", "pathlib")
+    figures = ("budget", "charts", "curve", "page", "patterns", "picture", "ranks")
+    if place in {f"surgery/{name}.py" for name in figures}:  # pure: figures, names and texts only
+        files = ("formats.paths", "formats.checkpoint", "formats.dialects", "pathlib")
+        return (*upper, *files, "torch", "surgery.engine", "surgery.plan", "surgery.linalg", "surgery.methods", "click")
     if place.startswith("surgery/cli/"):
         return ("torch", "onnx", "onnxruntime", "transformers", "safetensors")
     return ("surgery.cli", "click")
@@ -83,7 +87,15 @@ def test_modules_are_short_and_say_what_they_are(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["inspect", "FILE"], ["diff", "--help"], ["extract", "--help"], ["bench", "--help"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["inspect", "FILE"],
+        ["diff", "--help"],
+        ["extract", "--help"],
+        ["spectrum", "--help"],
+        ["bench", "--help"],
+    ],
     ids=" ".join,
 )
 def test_light_commands_load_no_torch(pair: tuple[Path, Path], arguments: list[str]) -> None:

@@ -9,6 +9,7 @@ import click
 from surgery.version import __version__
 
 COMMANDS = {
+    "spectrum": "surgery.cli.spectrum",
     "extract": "surgery.cli.extract",
     "merge": "surgery.cli.merge",
     "unmerge": "surgery.cli.unmerge",

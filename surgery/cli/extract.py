@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from surgery.cli import options
@@ -10,56 +12,61 @@ from surgery.cli import options
 @click.command("extract", epilog="Example: surgery extract --rank 8 base.st tuned.st -o adapter/")
 @click.argument("base", type=options.PATH)
 @click.argument("tuned", type=options.PATH)
-@click.option("--rank", type=int, required=True, help="Rank of the factors; clamped to a matrix's smaller side.")
 @click.option("-o", "--output", "out", type=options.PATH, help="Folder or .safetensors file [TUNED-lora-rN/].")
+@options.rank_options
+@options.choice_options
+@click.option("--method", type=click.Choice(["lora", "dora"]), default="lora", show_default=True, help="Of adapting.")
+@click.option(
+    "--bias",
+    type=click.Choice(["full", "lora"]),
+    default="full",
+    show_default=True,
+    help="Of adapted layers: in full, or its change with the factors (peft's lora_bias).",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Of the factors; by default each tuned weight's own.",
 )
+@click.option("--exact", is_flag=True, help="Decompose in full instead of in a Krylov space: slow, for comparison.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the Krylov space's random start.")
 @click.option("--allow-removed", is_flag=True, help="Leave tensors that tuned lacks as they are in base.")
+@click.option("--curve", type=options.PATH, help="Draw error and size against rank: a file .html or .svg.")
 @click.option("--force", is_flag=True, help="Replace what stands at the output.")
 @options.dry_run_option
 @options.engine_options
+@options.device_option
 @options.json_option
 def command(
     base: str,
     tuned: str,
-    rank: int,
     out: str | None,
-    dtype: str | None,
-    allow_removed: bool,
+    curve: str | None,
     force: bool,
     dry_run: bool,
     jobs: int,
     memory: int,
+    device: str,
     as_json: bool,
+    **how: Any,
 ) -> None:
-    """Extract TUNED − BASE as a PEFT LoRA of rank N, and the rest of the difference in full."""
-    from formats.paths import open_checkpoint
-    from surgery.operations import extract as operation
+    """Extract TUNED − BASE as a PEFT adapter: LoRA factors where a weight changed, the rest of the change in full.
 
+    A pattern is a shell glob on whole names, such as '*.self_attn.*'; with a leading `re:`, a regular expression.
+    """
+    from formats.paths import open_checkpoint
+    from surgery.operations.extract import extract
+    from surgery.operations.extract_plan import Extraction, pair_for, plan_extract
+
+    how = options.chosen_tensors(options.chosen_ranks(how))
     with options.reporting("extract", as_json):
         if dry_run:
             with open_checkpoint(base) as before, open_checkpoint(tuned) as after:
-                config = operation.model_config(base)
-                options.show_plan(
-                    operation.plan_extract(
-                        before, after, rank=rank, dtype=dtype, allow_removed=allow_removed, config=config
-                    )
-                )
+                asked = Extraction(**how)
+                options.show_plan(plan_extract(before, after, asked, pair_for(before, after, asked)))
             return
-        with options.resources(jobs, memory) as resources:
-            report = operation.extract(
-                base,
-                tuned,
-                out,
-                rank=rank,
-                dtype=dtype,
-                allow_removed=allow_removed,
-                force=force,
-                resources=resources,
-            )
+        with options.resources(jobs, memory, device) as resources:
+            report = extract(base, tuned, out, curve=curve, force=force, resources=resources, **how)
         if as_json:
             options.print_json(report)
             return

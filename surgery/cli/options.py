@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from surgery.engine import Resources
     from surgery.plan import Plan
+    from surgery.ranks import RankRule
 
 PATH = click.Path(path_type=str)
 
@@ -57,6 +58,13 @@ def engine_options(function: Callable[..., None]) -> Callable[..., None]:
     )(function)
 
 
+def device_option(function: Callable[..., None]) -> Callable[..., None]:
+    """--device."""
+    return click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …")(
+        function
+    )
+
+
 def json_option(function: Callable[..., None]) -> Callable[..., None]:
     """--json."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")(
@@ -69,6 +77,90 @@ def dry_run_option(function: Callable[..., None]) -> Callable[..., None]:
     return click.option("--dry-run", is_flag=True, help="Print the plan; read headers only and write nothing.")(
         function
     )
+
+
+_RULES = (
+    ("energy", "Smallest rank that holds this share of ‖ΔW‖², weight by weight."),
+    ("residual", "Smallest rank whose relative error ‖ΔW − BA‖/‖ΔW‖ is at most this."),
+    ("sv-ratio", "Keep singular values above the largest divided by this (kohya's 10, LyCORIS's 0.1)."),
+    ("sv-threshold", "Keep singular values above this."),
+    ("sv-quantile", "Smallest rank whose singular values add up to this share of the sum of all."),
+)
+
+
+def rank_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The ways to choose a rank; `chosen_ranks` reads them."""
+    bounds = (("--max-rank", "Never more than this rank."), ("--min-rank", "Never less than this rank."))
+    for name, text in bounds:
+        function = click.option(name, type=int, help=text)(function)
+    for name, text in reversed(_RULES):
+        function = click.option(f"--{name}", type=float, help=text)(function)
+    function = click.option("--budget", type=ByteSize(), help="The best ranks for an adapter of this size: 20MB.")(
+        function
+    )
+    return click.option(
+        "--rank",
+        "ranks",
+        multiple=True,
+        metavar="N|PATTERN=N",
+        help="Rank of the factors; with a pattern, of the weights it matches, whatever rules the others.",
+    )(function)
+
+
+def chosen_ranks(how: dict[str, Any]) -> dict[str, Any]:
+    """Turns the options of `rank_options` into the library's `rank` and `overrides`; a usage error where that fails."""
+    from surgery.budget import Budget
+    from surgery.patterns import rank_override
+    from surgery.ranks import rank_rule
+
+    given = how.pop("ranks")
+    plain = [text for text in given if text.lstrip("-").isdecimal()]
+    rules = {name.replace("-", "_"): how.pop(name.replace("-", "_")) for name, _ in _RULES}
+    bounds = {"minimum": how.pop("min_rank"), "maximum": how.pop("max_rank")}
+    budget = how.pop("budget")
+    if budget is not None and (plain or any(value is not None for value in rules.values())):
+        raise click.UsageError("--budget chooses the ranks: no other rule goes with it, but for --rank PATTERN=N")
+    rank: Budget | RankRule
+    with usage_errors():
+        overrides = dict(rank_override(text) for text in given if text not in plain)
+        if budget is not None:
+            rank = Budget(budget, bounds["minimum"] or 1, bounds["maximum"])
+        else:
+            rank = rank_rule(rank=int(plain[-1]) if plain else None, **bounds, **rules)
+    return {**how, "rank": rank, "overrides": overrides}
+
+
+def choice_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Which tensors of a pair are looked at; `chosen_tensors` reads them."""
+    function = click.option(
+        "--kind", "kinds", multiple=True, metavar="PATTERN=KIND", help="What a weight is, where that is not certain."
+    )(function)
+    for name, text in (
+        ("exclude", "Leave behind the tensors it matches."),
+        ("include", "Only the tensors it matches."),
+    ):
+        function = click.option(f"--{name}", multiple=True, metavar="PATTERN", help=text)(function)
+    return function
+
+
+def chosen_tensors(how: dict[str, Any]) -> dict[str, Any]:
+    """Turns the options of `choice_options` into the library's arguments."""
+    kinds = {}
+    for text in how.pop("kinds"):
+        pattern, separator, kind = text.rpartition("=")
+        if not separator or not pattern:
+            raise click.UsageError(f"--kind takes PATTERN=KIND, not {text!r}")
+        kinds[pattern] = kind
+    return {**how, "kinds": kinds}
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turns what the library says of an argument by itself, whatever the files, into a usage error."""
+    try:
+        yield
+    except ReportedError as error:
+        raise click.UsageError(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -88,12 +180,12 @@ def reporting(operation: str, as_json: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def resources(jobs: int, memory: int) -> Iterator[Resources]:
+def resources(jobs: int, memory: int, device: str = "cpu") -> Iterator[Resources]:
     """The engine's resources, with a progress bar on stderr if that is a terminal."""
     from surgery.engine import Resources
 
     if not sys.stderr.isatty():
-        yield Resources(jobs, memory)
+        yield Resources(jobs, memory, device)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -105,7 +197,7 @@ def resources(jobs: int, memory: int) -> Iterator[Resources]:
         def advance(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total, description=name)
 
-        yield Resources(jobs, memory, advance)
+        yield Resources(jobs, memory, device, advance)
 
 
 def print_json(report: Any) -> None:
