@@ -6,12 +6,11 @@ its own.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import session
+from environments import MERGEKIT, python_of
 from processes import Contender
 from session import HERE, PYTHON, SURGERY, Comparison, WrongAnswer
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 RANK = 16
-MERGEKIT = ("torch==2.13.0", "mergekit==0.1.5")
 TOLERANCE = 1.001  # our residual against that of the exact decomposition stored in the same dtype
 _FILES = ("base/model.safetensors", "tuned/model.safetensors")
 _OURS, _THEIRS = "out/surgery-extract", "out/mergekit-extract"
@@ -118,15 +116,7 @@ def _residual(delta: torch.Tensor, lora_b: torch.Tensor, lora_a: torch.Tensor) -
 
 def mergekit_of(given: Path | None) -> Path:
     """The executable; without one given, that of an environment beside this file, made on first use."""
-    if given is not None:
-        return given.absolute()
-    environment = HERE / ".venv-mergekit"
-    executable = environment / "bin" / "mergekit-extract-lora"
-    if not executable.exists():
-        print(f"installing {' '.join(MERGEKIT)} into {environment.name}", file=sys.stderr)
-        subprocess.run([PYTHON, "-m", "venv", environment], check=True)
-        subprocess.run([environment / "bin" / "python", "-m", "pip", "install", "-q", *MERGEKIT], check=True)
-    return executable
+    return given.absolute() if given else python_of("mergekit", MERGEKIT).with_name("mergekit-extract-lora")
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
-"""How far extract is from the best that any factors of a rank can do, on a really fine-tuned model.
+"""How far extract is from the best that any factors of a rank can do, and how far its peers are.
 
     make demo && python benchmarks/quality.py          # the demo's pair, demo-out/base and demo-out/tuned
+    python benchmarks/quality.py --alone               # without the peers, whose environments take minutes to install
 
-For every adapted weight and rank: the residual ‖ΔW − BA‖/‖ΔW‖ of the factors as stored, formed in float64, against the
-exact singular values of ΔW in float64 (Eckart and Young: nothing is below their tail), and against what the report
-said. Fails if the worst excess is above a thousandth.
+On a really fine-tuned model, and on pairs whose difference has a slow, a fast and a flat spectrum and that of noise.
+For every linear weight and rank: the residual ‖ΔW − BA‖/‖ΔW‖ of the factors as stored (float32), formed in float64,
+against the exact singular values of ΔW in float64 (Eckart and Young: nothing is below their tail), and ours also
+against what the report said. Fails if our worst excess is above a thousandth.
 """
 
 from __future__ import annotations
@@ -13,22 +15,29 @@ import argparse
 import datetime
 import json
 import platform
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from environments import LYCORIS, MERGEKIT, python_of
+from rich import box
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from synthetic import SPECTRA, write_pair
 
 import surgery
 from formats.dialects.peft_writing import factor_keys
-from formats.layers import LayerKind, layer_kinds
+from formats.layers import LayerKind, layer_kinds, owner
 
 HERE = Path(__file__).parent
-LIMIT = 1e-3  # of the worst excess
+LIMIT = 1e-3  # of our worst excess
+FLOOR = 1e-4  # a residual below which float32's rounding, of the factors and on the way, shows in the fourth digit
+OURS, PEERS = "surgery", ("mergekit", "kohya", "lycoris")
 
 
 def main() -> None:
@@ -36,99 +45,220 @@ def main() -> None:
     parser.add_argument("base", nargs="?", default="demo-out/base")
     parser.add_argument("tuned", nargs="?", default="demo-out/tuned")
     parser.add_argument("--rank", type=int, action="append", help="may be given several times [8 32 128]")
+    parser.add_argument("--alone", action="store_true", help="without the peers")
+    parser.add_argument("--mergekit", type=Path, help="the mergekit-extract-lora to use [installs one]")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args()
-    spectra = exact_spectra(options.base, options.tuned)
-    rows = [row for rank in options.rank or (8, 32, 128) for row in measure(options.base, options.tuned, rank, spectra)]
-    table = summary(rows)
+    ranks = options.rank or [8, 32, 128]
+    pythons = {} if options.alone else interpreters(options.mergekit)
+    rows: list[Measured] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for pair, base, tuned in pairs(options.base, options.tuned, Path(folder)):
+            print(f"measuring {pair}", file=sys.stderr)
+            exact = exact_spectra(base, tuned)
+            rows += measure_ours(pair, base, tuned, ranks, exact)
+            for tool, python in pythons.items():
+                rows += measure_peer(pair, tool, python, ranks, exact)
+    lines = summary(rows)
+    table = as_table(lines)
     show(table)
-    keep(options.results, rows, table)
-    sys.exit(int(max(line["worst_excess"] for line in table) > LIMIT))
+    keep(options.results, pythons, rows, lines, table)
+    sys.exit(int(max(line["worst_excess"] for line in lines if line["tool"] == OURS) > LIMIT))
 
 
-def exact_spectra(base: str, tuned: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """ΔW and its exact singular values in float64, of every weight that changed."""
+def interpreters(mergekit: Path | None) -> dict[str, Path]:
+    """The peers' interpreters, in their own environments where they have packages."""
+    theirs = mergekit.absolute().with_name("python") if mergekit else python_of("mergekit", MERGEKIT)
+    return {"mergekit": theirs, "kohya": Path(sys.executable), "lycoris": python_of("lycoris", LYCORIS)}
+
+
+def pairs(base: str, tuned: str, folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Name, base and tuned: the model's, then the synthetic ones."""
+    yield "fine-tuned model", base, tuned
+    for name, (formula, _) in SPECTRA.items():
+        yield f"{name}, {formula}", *write_pair(folder, name)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """ΔW of a linear weight, (out, in) in float64, and its exact singular values."""
+
+    delta: torch.Tensor
+    values: torch.Tensor
+
+    def optimum(self, rank: int) -> float:
+        """The least residual at a rank."""
+        return float((self.values[rank:].square().sum() / self.values.square().sum()).sqrt())
+
+    def residual(self, product: torch.Tensor) -> float:
+        """‖ΔW − BA‖/‖ΔW‖."""
+        return float((self.delta - product.double()).norm() / self.delta.norm())
+
+
+def exact_spectra(base: str, tuned: str) -> dict[str, Exact]:
+    """Every linear weight that changed. (The peers' dense decompositions of an embedding would not fit in memory.)"""
     spectra = {}
     with surgery.open_checkpoint(base) as before, surgery.open_checkpoint(tuned) as after:
+        kinds = layer_kinds(after.specs)
         for name, spec in after.specs.items():
-            if name.endswith(".weight") and len(spec.shape) == 2:
+            kind = kinds.get(owner(name))
+            if name.endswith(".weight") and len(spec.shape) == 2 and kind is not LayerKind.EMBEDDING:
                 delta = (after.read(name).float() - before.read(name).float()).double()
+                delta = delta if kind is LayerKind.LINEAR else delta.mT
                 if delta.any():
-                    spectra[name] = (delta, torch.linalg.svdvals(delta))
+                    spectra[name] = Exact(delta, torch.linalg.svdvals(delta))
     return spectra
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One weight at one rank: residuals ‖ΔW − BA‖/‖ΔW‖ as formed, as reported, and the best possible."""
+    """One weight at one rank by one tool: residual ‖ΔW − BA‖/‖ΔW‖ as formed, as the tool reported it, and the best
+    possible; ‖ΔW‖; and what the tool stores for it."""
 
+    pair: str
+    tool: str
     weight: str
-    asked: int
     rank: int
     residual: float
-    reported: float
+    reported: float | None
     optimum: float
+    norm: float
+    nbytes: int
 
     @property
     def excess(self) -> float:
-        """Above the optimum. At full rank that is zero and what is left is float32's rounding: no excess."""
-        return self.residual / self.optimum - 1 if self.optimum > 1e-6 else 0.0
+        """Above the optimum; none where that is so small that rounding decides, as at full rank."""
+        return self.residual / self.optimum - 1 if self.optimum > FLOOR else 0.0
 
 
-def measure(base: str, tuned: str, rank: int, spectra: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> list[Measured]:
-    """One extraction, weight by weight."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = surgery.extract(base, tuned, f"{folder}/adapter", rank=rank, dtype="float32")
-        factors = load_file(f"{folder}/adapter/adapter_model.safetensors")
+def measure_ours(pair: str, base: str, tuned: str, ranks: list[int], exact: Mapping[str, Exact]) -> list[Measured]:
+    """One extraction for each rank, weight by weight."""
+    rows = []
     with surgery.open_checkpoint(tuned) as checkpoint:
         kinds = layer_kinds(checkpoint.specs)
-    rows = []
-    for module in report.modules:
-        delta, values = spectra[module.name]
-        owner = module.name.removesuffix(".weight")
-        a, b = (factors[key].double() for key in factor_keys(owner, kinds[owner]))
-        product = b @ a if kinds[owner] is LayerKind.LINEAR else (b @ a).mT
-        residual = float((delta - product).norm() / delta.norm())
-        optimum = float((values[module.rank :].square().sum() / values.square().sum()).sqrt())
-        rows.append(Measured(module.name, rank, module.rank, residual, module.residual, optimum))
+    for rank in ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            report = surgery.extract(base, tuned, f"{folder}/adapter", rank=rank, dtype="float32")
+            factors = load_file(f"{folder}/adapter/adapter_model.safetensors")
+        reported = {module.name: module.residual for module in report.modules}
+        for name, known in exact.items():
+            a, b = (factors[key] for key in factor_keys(owner(name), kinds[owner(name)]))
+            rows.append(_measured(pair, OURS, name, rank, known, b.double() @ a.double(), (a, b), reported[name]))
     return rows
 
 
-def summary(rows: list[Measured]) -> list[dict[str, float]]:
-    """The worst of each rank."""
+def measure_peer(pair: str, tool: str, python: Path, ranks: list[int], exact: Mapping[str, Exact]) -> list[Measured]:
+    """The peer's factors of the same matrices, made in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = f"{folder}/deltas.safetensors", f"{folder}/factors.safetensors"
+        save_file({name: known.delta.float().contiguous() for name, known in exact.items()}, source)
+        command = [python, HERE / "peer_factors.py", tool, source, target, *map(str, ranks)]
+        subprocess.run(command, check=True)
+        found = load_file(target)
+    rows = []
+    for rank in ranks:
+        for name, known in exact.items():
+            if f"{rank}|full|{name}" in found:
+                stored: tuple[torch.Tensor, ...] = (found[f"{rank}|full|{name}"],)
+                product = stored[0].double()
+            else:
+                stored = found[f"{rank}|A|{name}"], found[f"{rank}|B|{name}"]
+                product = stored[1].double() @ stored[0].double()
+            rows.append(_measured(pair, tool, name, rank, known, product, stored, None))
+    return rows
+
+
+def _measured(
+    pair: str,
+    tool: str,
+    name: str,
+    rank: int,
+    known: Exact,
+    product: torch.Tensor,
+    stored: tuple[torch.Tensor, ...],
+    reported: float | None,
+) -> Measured:
+    nbytes = sum(tensor.nbytes for tensor in stored)
+    figures = known.residual(product), reported, known.optimum(rank), float(known.delta.norm())
+    return Measured(pair, tool, name, rank, *figures, nbytes)
+
+
+def summary(rows: list[Measured]) -> list[dict[str, str | float]]:
+    """A line for each pair, rank and tool: all weights together, and the worst of them."""
     lines = []
-    for rank in sorted({row.asked for row in rows}):
-        chosen = [row for row in rows if row.asked == rank]
+    for pair, rank, tool in dict.fromkeys((row.pair, row.rank, row.tool) for row in rows):
+        chosen = [row for row in rows if (row.pair, row.rank, row.tool) == (pair, rank, tool)]
+        changed = sum(row.norm**2 for row in chosen)
         lines.append(
             {
+                "pair": pair,
                 "rank": rank,
+                "tool": tool,
                 "weights": len(chosen),
-                "least_residual": min(row.residual for row in chosen),
-                "most_residual": max(row.residual for row in chosen),
+                "nbytes": sum(row.nbytes for row in chosen),
+                "optimum": (sum((row.norm * row.optimum) ** 2 for row in chosen) / changed) ** 0.5,
+                "residual": (sum((row.norm * row.residual) ** 2 for row in chosen) / changed) ** 0.5,
                 "worst_excess": max(row.excess for row in chosen),
-                "worst_report_error": max(abs(row.residual - row.reported) for row in chosen),
+                "worst_report_error": max(
+                    (abs(row.residual - row.reported) for row in chosen if row.reported is not None), default=None
+                ),
             }
         )
     return lines
 
 
-def show(table: list[dict[str, float]]) -> None:
+def as_table(lines: list[dict[str, str | float]]) -> list[tuple[str, ...]]:
+    """Headings, then a row for each pair and rank: residuals of all weights together, and the worst excess of ours."""
+    tools = [tool for tool in (OURS, *PEERS) if any(line["tool"] == tool for line in lines)]
+    rows = [("pair", "rank", "MB", "optimum", *tools, "our worst excess", "our report's worst error")]
+    for pair, rank in dict.fromkeys((line["pair"], line["rank"]) for line in lines):
+        by_tool = {line["tool"]: line for line in lines if (line["pair"], line["rank"]) == (pair, rank)}
+        ours = by_tool[OURS]
+        cells = [_cell(by_tool[tool], ours) for tool in tools]
+        errors = (f"{ours['worst_excess']:.1e}", f"{ours['worst_report_error']:.1e}")
+        rows.append((pair, str(rank), f"{ours['nbytes'] / 1e6:.2f}", f"{ours['optimum']:.6f}", *cells, *errors))
+    return rows
+
+
+def _cell(line: dict[str, str | float], ours: dict[str, str | float]) -> str:
+    """The residual, and the size where it is not ours."""
+    size, usual = (f" ({one['nbytes'] / 1e6:.2f} MB)" for one in (line, ours))
+    return f"{line['residual']:.6f}{'' if size == usual else size}"
+
+
+def show(table: list[tuple[str, ...]]) -> None:
     """On the terminal."""
-    made = Table("rank", "weights", "residual", "worst excess over exact SVD", "worst error of the report")
-    for line in table:
-        span = f"{line['least_residual']:.3f} – {line['most_residual']:.3f}"
-        figures = (f"{line['worst_excess']:.1e}", f"{line['worst_report_error']:.1e}")
-        made.add_row(str(line["rank"]), str(line["weights"]), span, *figures)
-    Console().print(made)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, heading in enumerate(table[0]):
+        made.add_column(heading, justify="right" if index else "left")
+    for row in table[1:]:
+        made.add_row(*row)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(made)
 
 
-def keep(folder: Path, rows: list[Measured], table: list[dict[str, float]]) -> None:
-    """The raw figures, with versions."""
+def keep(
+    folder: Path,
+    pythons: Mapping[str, Path],
+    rows: list[Measured],
+    lines: list[dict[str, str | float]],
+    table: list[tuple[str, ...]],
+) -> None:
+    """The raw figures with versions, and the table for people."""
     versions = {"surgery": surgery.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    command = "python benchmarks/quality.py"
-    document = {"command": command, "versions": versions, "table": table, "weights": [asdict(row) for row in rows]}
+    packages = {"mergekit": "mergekit", "lycoris": "lycoris-lora"}
+    for tool in pythons.keys() & packages.keys():
+        ask = f"import importlib.metadata as m; print(m.version({packages[tool]!r}))"
+        said = subprocess.run([pythons[tool], "-c", ask], check=True, capture_output=True, text=True)
+        versions[tool] = said.stdout.strip()
+    command = "python benchmarks/quality.py" + ("" if pythons else " --alone")
+    document = {"command": command, "versions": versions, "table": lines, "weights": [asdict(row) for row in rows]}
     path = folder / f"{datetime.date.today():%Y-%m-%d}-quality.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    body = [table[0], ("---", *("---:" for _ in table[0][1:])), *table[1:]]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in body)
+    said = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    page = f"# residuals ‖ΔW − BA‖/‖ΔW‖ of all linear weights together\n\n{text}\n\n- {said}\n\n    {command}\n"
+    path.with_suffix(".md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
