@@ -39,8 +39,6 @@ from surgery.provenance import TOOL
 from surgery.ranks import FixedRank, RankRule
 from surgery.report import Report, Stopwatch, peak_rss
 
-_NO_FACTORS = "no weight became factors: surgery merges this adapter, but peft loads none without any"
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractReport(Report):
@@ -138,12 +136,23 @@ def extract(
         seconds=watch.seconds,
         peak_rss_bytes=peak_rss(),
         ledger=ledger(outcomes),
-        notes=plan.notes if modules else (*plan.notes, _NO_FACTORS),
+        notes=(*plan.notes, *_afterthoughts(modules, how)),
         rule=str(how.rank if isinstance(how.rank, Budget) else how.rule),
         modules=modules,
         energy=1.0 - left_out / changed if changed else 1.0,
         residual=(left_out / changed) ** 0.5 if changed else 0.0,
     )
+
+
+def _afterthoughts(modules: tuple[ModuleReport, ...], how: Extraction) -> list[str]:
+    """What the user should know that no plan could tell."""
+    notes = []
+    if not modules:
+        notes.append("no weight became factors: surgery merges this adapter, but peft loads none without any")
+    kept = sum(module.method == "lora" for module in modules) if how.method == "dora" else 0
+    if kept:
+        notes.append(f"{kept} weights keep LoRA's own product, which no magnitude improves")
+    return notes
 
 
 def default_output(tuned: str | Path, rank: int | RankRule | Budget) -> Path:
