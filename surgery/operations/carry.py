@@ -25,7 +25,7 @@ from surgery.methods.lora import pack_experts
 from surgery.operations.dora import add_magnitude
 from surgery.operations.pairing import Matrix
 from surgery.plan import Fate, Outcome
-from surgery.ranks import RankRule
+from surgery.ranks import FixedRank, RankRule
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +78,12 @@ class Decomposition:
     dora: bool = False
     lora_bias: bool = False
 
+    @property
+    def may_be_full(self) -> bool:
+        """Whether the weight may turn out to be better carried in full: a rule may want more rank than pays, and a row
+        without a direction has no magnitude."""
+        return self.dora or not isinstance(self.rule, FixedRank)
+
 
 @dataclass(frozen=True)
 class Factored:
@@ -95,9 +101,8 @@ class Factorise:
     """A layer's changed weight becomes lora_A and lora_B; whatever else it holds goes along in full if it changed.
 
     Inputs: base and tuned weight, then base and tuned of each tensor beside it.
-    Outputs: lora_A, lora_B, the magnitude if `dora`, the weight itself (for when its factors would be larger), then of
-    each tensor beside it the change if it is a bias and `lora_bias`, else the tensor under its key with the weight
-    adapted and without.
+    Outputs: lora_A, lora_B, the magnitude if `dora`, the weight itself if it `may_be_full`, then of each tensor beside
+    it the change if it is a bias and `lora_bias`, else the tensor under its key with the weight adapted and without.
     """
 
     matrix: Matrix
@@ -115,7 +120,8 @@ class Factorise:
             figures |= {"modules": [factored.report], "spectra": [factored.spectrum]}
         if self.how.dora:
             tensors.append(factored.magnitude if factored is not None else None)
-        tensors.append(inputs[1] if fate is Fate.FULL else None)
+        if self.how.may_be_full:
+            tensors.append(inputs[1] if fate is Fate.FULL else None)
         for index, other in enumerate(self.matrix.beside):
             before, after = inputs[2 + 2 * index : 4 + 2 * index]
             changed = has_changed(before, after, other)
@@ -132,7 +138,7 @@ class Factorise:
 
     def unchanged(self) -> Outcome:
         """Nothing to carry."""
-        outputs = 3 + self.how.dora + 2 * len(self.matrix.beside)
+        outputs = 2 + self.how.dora + self.how.may_be_full + 2 * len(self.matrix.beside)
         return Outcome((None,) * outputs, identical((self.matrix.spec.name, *self.matrix.beside)), {"full": []})
 
 

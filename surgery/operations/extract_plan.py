@@ -195,14 +195,15 @@ def _layer_step(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, matrix: M
     outputs = _factors(matrix, how, factor_keys(module, matrix.kind))
     if how.dora:
         outputs.append(TensorSpec(magnitude_key(module), DType.F32, magnitude_shape(matrix.kind, matrix.spec.shape)))
-    outputs.append(_full(matrix.spec, pairing, wrappers=0))
+    if how.may_be_full:
+        outputs.append(_full(matrix.spec, pairing, wrappers=0))
     for other in matrix.beside:
         spec = tuned.specs[other]
         wrapped = _full(spec, pairing, wrappers=1)
         outputs.append(TensorSpec(bias_key(module), how.dtype, spec.shape) if how.lora_bias else wrapped)
         outputs.append(_full(spec, pairing, wrappers=0))
     inputs = both(base, tuned, (name, *matrix.beside))
-    return Step(name, inputs, tuple(outputs), Factorise(matrix, how), _workspace((matrix,), (how,)), _shrinks((how,)))
+    return Step(name, inputs, tuple(outputs), Factorise(matrix, how), _workspace((matrix,), (how,)), how.may_be_full)
 
 
 def _parameters_step(
@@ -220,7 +221,7 @@ def _parameters_step(
         outputs += [_full(tuned.specs[name], pairing, wrappers=count) for count in range(len(names) + 1)]
     op = FactoriseParameters(matrices, hows)
     label = names[0] if len(names) == 1 else f"{module} ({len(names)} parameters)"
-    shrinks = len(names) > 1 or _shrinks(hows)
+    shrinks = len(names) > 1 or any(how.may_be_full for how in hows)
     return Step(label, both(base, tuned, inputs), tuple(outputs), op, _workspace(matrices, hows), shrinks)
 
 
@@ -237,10 +238,6 @@ def _workspace(matrices: Iterable[Matrix], hows: Iterable[Decomposition]) -> int
         dense = workspace(out, into, min(out, into)) if how.exact else 0
         needs.append(max(dense, workspace(out, into, how.rule.most(min(out, into))) * (2 if how.dora else 1)))
     return max(needs)
-
-
-def _shrinks(hows: Iterable[Decomposition]) -> bool:
-    return not all(isinstance(how.rule, FixedRank) for how in hows)
 
 
 def whole_step(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, whole: Whole) -> Step:
