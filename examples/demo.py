@@ -1,8 +1,8 @@
 """The main job, end to end, on a real model: `make demo`.
 
-Fine-tunes MiniLM for at most a minute, then does everything else through the command line, as a pipeline would:
-extract at several ranks, merge, unmerge, export base and merged, bench. Everything it prints was measured in this run;
-demo-out/results.json has it all.
+Fine-tunes MiniLM for at most a minute, then does everything else through the command line, as a pipeline would: look
+at the spectrum, extract at several ranks and for budgets of the same sizes, merge, unmerge, export base and merged,
+bench. Everything it prints was measured in this run; demo-out/results.json has it all.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from rich.table import Table
 
 OUT = Path("demo-out")
 MARKER = OUT / ".made-by-surgery-demo"
-RANKS = (2, 8, 32, 128)
-SHOWN = 8  # the rank that is unmerged, exported and timed
+RANKS = (2, 8, 32)
+SHOWN = 8  # the rank that is unmerged, exported and timed, and that DoRA is compared at
+PICTURE = OUT / "ranks.html"
 BENCH_SECONDS = 60
 console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 
@@ -49,13 +50,15 @@ def main() -> None:
     )
     steps, seconds = finetune.make_pair(train, OUT / "base", OUT / "tuned")
     console.print(f"Fine-tuned MiniLM for {steps} steps in {seconds:.0f} s.\n")
-    results: dict[str, Any] = {"steps": steps, "training_seconds": seconds, "ranks": {}}
+    results: dict[str, Any] = {"steps": steps, "training_seconds": seconds, "adapters": {}}
+    looked = surgery("spectrum", OUT / "base", OUT / "tuned", "--max-rank", 64, "--report", PICTURE)
+    results["spectrum"] = {key: looked[key] for key in ("uniform", "budget", "seconds")}
     for rank in RANKS:
-        adapter, merged = OUT / f"lora-r{rank}", OUT / f"merged-r{rank}"
-        extracted = surgery("extract", "--rank", rank, OUT / "base", OUT / "tuned", "-o", adapter)
-        surgery("merge", OUT / "base", adapter, "-o", merged)
-        results["ranks"][rank] = {"energy": extracted["energy"], "bytes": size(adapter)}
-    merged = OUT / f"merged-r{SHOWN}"
+        uniform = adapt(results, f"lora-r{rank}", f"rank {rank}", "--rank", rank)
+        adapt(results, f"budget-r{rank}", "the same size by --budget", "--budget", size(uniform))
+        if rank == SHOWN:
+            adapt(results, f"dora-r{rank}", f"rank {rank}, DoRA", "--rank", rank, "--method", "dora")
+    merged = merged_with(f"lora-r{SHOWN}")
     results["unmerge"] = surgery("unmerge", merged, OUT / f"lora-r{SHOWN}", "-o", OUT / "base-again")
     graphs = [OUT / "base-onnx" / "model.onnx", OUT / "merged-onnx" / "model.onnx"]
     results["exports"] = [
@@ -78,6 +81,28 @@ def prepare() -> None:
     MARKER.touch()
 
 
+def adapt(results: dict[str, Any], name: str, title: str, *how: object) -> Path:
+    """Extracts an adapter and merges it again; returns its folder."""
+    adapter = OUT / name
+    extracted = surgery("extract", *how, OUT / "base", OUT / "tuned", "-o", adapter)
+    merged = surgery("merge", OUT / "base", adapter, "-o", merged_with(name))
+    ranks = [module["rank"] for module in extracted["modules"]]
+    results["adapters"][name] = {
+        "title": title,
+        "bytes": size(adapter),
+        "least_rank": min(ranks),
+        "most_rank": max(ranks),
+        "digest": merged["digest"],
+        **{key: extracted[key] for key in ("energy", "residual", "seconds")},
+    }
+    return adapter
+
+
+def merged_with(name: str) -> Path:
+    """Where base lies with an adapter merged."""
+    return OUT / f"merged-{name}"
+
+
 def surgery(*arguments: object) -> Any:
     """Runs one command as a transcript shows it, and returns its --json document."""
     words = [str(argument) for argument in arguments]
@@ -93,6 +118,13 @@ def surgery(*arguments: object) -> Any:
 
 def said(document: dict[str, Any]) -> str:
     """A command's result in a line."""
+    if document["operation"] == "spectrum":
+        energies = {point["rank"]: point["energy"] for point in document["uniform"]}
+        best = document["budget"][list(energies).index(SHOWN)]["energy"]
+        return (
+            f"rank {SHOWN} for all {len(document['weights'])} weights holds {energies[SHOWN]:.1%} of the energy, the "
+            f"same bytes where they count {best:.1%}"
+        )
     ledger = ", ".join(f"{count} {fate.replace('_', '-')}" for fate, count in document["ledger"].items() if count)
     if document["operation"] == "extract":
         return f"{document['energy']:.1%} of the difference's energy kept; {ledger}"
@@ -123,10 +155,11 @@ def compare(a: Path, b: Path) -> bool:
 def score(results: dict[str, Any], test: list[Pair]) -> None:
     """Held-out accuracy of every model, and how often it agrees with the tuned one."""
     labels = torch.tensor([pair.label for pair in test])
-    models = {"base": OUT / "base", "tuned": OUT / "tuned", **{rank: OUT / f"merged-r{rank}" for rank in RANKS}}
+    adapters = results["adapters"]
+    models = {"base": OUT / "base", "tuned": OUT / "tuned", **{name: merged_with(name) for name in adapters}}
     said_by = {name: finetune.predictions(*finetune.load(folder), test) for name, folder in models.items()}
     for name, given in said_by.items():
-        row = results["ranks"][name] if name in RANKS else results.setdefault(str(name), {})
+        row = adapters[name] if name in adapters else results.setdefault(name, {})
         row["accuracy"] = float((given == labels).float().mean())
         row["agreement"] = float((given == said_by["tuned"]).float().mean())
 
@@ -135,13 +168,11 @@ def report(results: dict[str, Any]) -> None:
     """The one table."""
     model = size(OUT / "tuned")
     table = Table("model", "adapter", "of the model", "energy kept", "agrees with tuned", "held-out accuracy")
-    rows = [("base", None), *((f"merged, rank {rank}", results["ranks"][rank]) for rank in RANKS), ("tuned", None)]
-    for name, found in rows:
-        row = found or results[name]
-        share = ("", "", "")
-        if found:
-            share = (f"{row['bytes'] / 1e6:.2f} MB", f"{row['bytes'] / model:.1%}", f"{row['energy']:.1%}")
-        table.add_row(name, *share, f"{row['agreement']:.1%}", f"{row['accuracy']:.1%}")
+    table.add_row("base", "", "", "", *scores(results["base"]))
+    for row in results["adapters"].values():
+        share = (f"{row['bytes'] / 1e6:.2f} MB", f"{row['bytes'] / model:.1%}", f"{row['energy']:.1%}")
+        table.add_row(f"merged, {row['title']}", *share, *scores(row))
+    table.add_row("tuned", "", "", "", *scores(results["tuned"]))
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
@@ -153,7 +184,13 @@ def report(results: dict[str, Any]) -> None:
         f"latency merged/base at 1×128 on {bench['provider']}: {bench['ratio']:.4f} ({low:.4f} – {high:.4f}), "
         f"{bench['verdict']} at a margin of {bench['margin']:.0%}"
     )
+    console.print(f"error and size of every rank, weight by weight: open {PICTURE} in a browser")
     console.print(f"{results['seconds']:.0f} s in all; every figure is in {OUT / 'results.json'}")
+
+
+def scores(row: dict[str, float]) -> tuple[str, str]:
+    """The last two cells of a model's row."""
+    return f"{row['agreement']:.1%}", f"{row['accuracy']:.1%}"
 
 
 def size(folder: Path) -> int:
