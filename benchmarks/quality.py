@@ -7,6 +7,9 @@ On a really fine-tuned model, and on pairs whose difference has a slow, a fast a
 For every linear weight and rank: the residual ‖ΔW − BA‖/‖ΔW‖ of the factors as stored (float32), formed in float64,
 against the exact singular values of ΔW in float64 (Eckart and Young: nothing is below their tail), and ours also
 against what the report said. Fails if our worst excess is above a thousandth.
+
+Then, on the fine-tuned model, what `--budget` gains over a uniform rank at the same size, and DoRA over LoRA at the
+same rank (`choices`). Fails if one of them loses.
 """
 
 from __future__ import annotations
@@ -22,21 +25,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import choices
+import report
 import torch
 from environments import LYCORIS, MERGEKIT, python_of
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from report import Sheet
 from safetensors.torch import load_file, save_file
 from synthetic import SPECTRA, write_pair
 
 import surgery
-from formats.dialects.peft_writing import factor_keys
+from formats.dialects.peft_writing import factor_keys, full_key
 from formats.layers import LayerKind, layer_kinds, owner
 
 HERE = Path(__file__).parent
 LIMIT = 1e-3  # of our worst excess
 FLOOR = 1e-4  # a residual below which float32's rounding, of the factors and on the way, shows in the fourth digit
+DORA_UP_TO = 32  # beyond it factors take what a magnitude could
 OURS, PEERS = "surgery", ("mergekit", "kohya", "lycoris")
 
 
@@ -59,11 +63,17 @@ def main() -> None:
             rows += measure_ours(pair, base, tuned, ranks, exact)
             for tool, python in pythons.items():
                 rows += measure_peer(pair, tool, python, ranks, exact)
+    print("measuring budgets and DoRA", file=sys.stderr)
+    spent = choices.spend(options.base, options.tuned, ranks, DORA_UP_TO)
     lines = summary(rows)
-    table = as_table(lines)
-    show(table)
-    keep(options.results, pythons, rows, lines, table)
-    sys.exit(int(max(line["worst_excess"] for line in lines if line["tool"] == OURS) > LIMIT))
+    sheets = [as_sheet(lines), choices.as_sheet(spent)]
+    report.show(sheets, [])
+    keep(options.results, pythons, rows, lines, spent, sheets)
+    wrong = choices.failures(spent)
+    worst = max(line["worst_excess"] for line in lines if line["tool"] == OURS)
+    wrong += [f"our worst excess is {worst}, more than {LIMIT}"] if worst > LIMIT else []
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
 def interpreters(mergekit: Path | None) -> dict[str, Path]:
@@ -132,18 +142,24 @@ class Measured:
 
 
 def measure_ours(pair: str, base: str, tuned: str, ranks: list[int], exact: Mapping[str, Exact]) -> list[Measured]:
-    """One extraction for each rank, weight by weight."""
+    """One extraction for each rank, weight by weight; a weight that is smaller than its factors is carried in full."""
     rows = []
-    with surgery.open_checkpoint(tuned) as checkpoint:
-        kinds = layer_kinds(checkpoint.specs)
     for rank in ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            report = surgery.extract(base, tuned, f"{folder}/adapter", rank=rank, dtype="float32")
-            factors = load_file(f"{folder}/adapter/adapter_model.safetensors")
-        reported = {module.name: module.residual for module in report.modules}
-        for name, known in exact.items():
-            a, b = (factors[key] for key in factor_keys(owner(name), kinds[owner(name)]))
-            rows.append(_measured(pair, OURS, name, rank, known, b.double() @ a.double(), (a, b), reported[name]))
+        with tempfile.TemporaryDirectory() as folder, surgery.open_checkpoint(base) as before:
+            kinds = layer_kinds(before.specs)
+            done = surgery.extract(base, tuned, f"{folder}/adapter", rank=rank, dtype="float32")
+            stored = load_file(f"{folder}/adapter/adapter_model.safetensors")
+            reported = {module.name: module.residual for module in done.modules}
+            for name, known in exact.items():
+                kind = kinds[owner(name)]
+                if name in reported:
+                    kept = tuple(stored[key] for key in factor_keys(owner(name), kind))  # (rank, in), (out, rank)
+                    product = kept[1].double() @ kept[0].double()
+                else:
+                    kept = (stored[full_key(name, wrappers=0)],)
+                    product = kept[0].float() - before.read(name).float()
+                    product = product if kind is LayerKind.LINEAR else product.mT
+                rows.append(_measured(pair, OURS, name, rank, known, product, kept, reported.get(name)))
     return rows
 
 
@@ -207,17 +223,18 @@ def summary(rows: list[Measured]) -> list[dict[str, str | float]]:
     return lines
 
 
-def as_table(lines: list[dict[str, str | float]]) -> list[tuple[str, ...]]:
-    """Headings, then a row for each pair and rank: residuals of all weights together, and the worst excess of ours."""
+def as_sheet(lines: list[dict[str, str | float]]) -> Sheet:
+    """A row for each pair and rank: residuals of all weights together, and the worst excess of ours."""
     tools = [tool for tool in (OURS, *PEERS) if any(line["tool"] == tool for line in lines)]
-    rows = [("pair", "rank", "MB", "optimum", *tools, "our worst excess", "our report's worst error")]
+    headings = ("pair", "rank", "MB", "optimum", *tools, "our worst excess", "our report's worst error")
+    rows = []
     for pair, rank in dict.fromkeys((line["pair"], line["rank"]) for line in lines):
         by_tool = {line["tool"]: line for line in lines if (line["pair"], line["rank"]) == (pair, rank)}
         ours = by_tool[OURS]
         cells = [_cell(by_tool[tool], ours) for tool in tools]
         errors = (f"{ours['worst_excess']:.1e}", f"{ours['worst_report_error']:.1e}")
         rows.append((pair, str(rank), f"{ours['nbytes'] / 1e6:.2f}", f"{ours['optimum']:.6f}", *cells, *errors))
-    return rows
+    return Sheet("Residuals ‖ΔW − BA‖/‖ΔW‖ of all linear weights together", headings, rows)
 
 
 def _cell(line: dict[str, str | float], ours: dict[str, str | float]) -> str:
@@ -226,24 +243,15 @@ def _cell(line: dict[str, str | float], ours: dict[str, str | float]) -> str:
     return f"{line['residual']:.6f}{'' if size == usual else size}"
 
 
-def show(table: list[tuple[str, ...]]) -> None:
-    """On the terminal."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, heading in enumerate(table[0]):
-        made.add_column(heading, justify="right" if index else "left")
-    for row in table[1:]:
-        made.add_row(*row)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(made)
-
-
 def keep(
     folder: Path,
     pythons: Mapping[str, Path],
     rows: list[Measured],
     lines: list[dict[str, str | float]],
-    table: list[tuple[str, ...]],
+    spent: list[choices.Spent],
+    sheets: list[Sheet],
 ) -> None:
-    """The raw figures with versions, and the table for people."""
+    """The raw figures with versions, and the tables for people."""
     versions = {"surgery": surgery.__version__, "torch": torch.__version__, "python": platform.python_version()}
     packages = {"mergekit": "mergekit", "lycoris": "lycoris-lora"}
     for tool in pythons.keys() & packages.keys():
@@ -251,14 +259,17 @@ def keep(
         said = subprocess.run([pythons[tool], "-c", ask], check=True, capture_output=True, text=True)
         versions[tool] = said.stdout.strip()
     command = "python benchmarks/quality.py" + ("" if pythons else " --alone")
-    document = {"command": command, "versions": versions, "table": lines, "weights": [asdict(row) for row in rows]}
-    path = folder / f"{datetime.date.today():%Y-%m-%d}-quality.json"
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    body = [table[0], ("---", *("---:" for _ in table[0][1:])), *table[1:]]
-    text = "\n".join(f"| {' | '.join(row)} |" for row in body)
-    said = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-    page = f"# residuals ‖ΔW − BA‖/‖ΔW‖ of all linear weights together\n\n{text}\n\n- {said}\n\n    {command}\n"
-    path.with_suffix(".md").write_text(page, encoding="utf-8")
+    document = {
+        "command": command,
+        "versions": versions,
+        "table": lines,
+        "choices": [asdict(one) for one in spent],
+        "weights": [asdict(row) for row in rows],
+    }
+    remark = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    page = report.as_markdown(sheets, {"make demo first": command}, [remark])
+    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    report.write(folder, f"{datetime.date.today():%Y-%m-%d}-quality", text, page)
 
 
 if __name__ == "__main__":
