@@ -1,17 +1,21 @@
 """Times `surgery extract` at rank 16 against mergekit-extract-lora, and checks both against the optimum.
 
-Linear weights only. The floor is a process that reads both files and subtracts. mergekit lives in an environment of
-its own.
+Linear weights only. The floor is a process that reads both files and subtracts, on as many threads. mergekit lives in
+an environment of its own.
+
+    python benchmarks/extract.py --layers 24           # 1.2 B parameters; the results get a name of their own
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import session
 from environments import MERGEKIT, python_of
 from processes import Contender
+from report import Row, Spread
 from session import HERE, PYTHON, SURGERY, Comparison, WrongAnswer
 
 if TYPE_CHECKING:
@@ -19,8 +23,12 @@ if TYPE_CHECKING:
 
 RANK = 16
 TOLERANCE = 1.001  # our residual against that of the exact decomposition stored in the same dtype
+FASTER = {6: 25, 24: 40}  # layers → times that we mean to be faster than mergekit, as whole processes
+NEAR = 2.0  # times the floor, without imports, that we mean to take at most
 _FILES = ("base/model.safetensors", "tuned/model.safetensors")
 _OURS, _THEIRS = "out/surgery-extract", "out/mergekit-extract"
+_SURGERY, _MERGEKIT = "surgery extract", "mergekit-extract-lora"
+_READ, _MAP = "floor: read and subtract", "floor: map and subtract"
 
 
 def comparison(mergekit: Path) -> Comparison:
@@ -30,13 +38,13 @@ def comparison(mergekit: Path) -> Comparison:
         title=f"extract, rank {RANK}, linear weights",
         contenders=(
             Contender(
-                "surgery extract",
+                _SURGERY,
                 (SURGERY, "extract", "--rank", str(RANK), "base", "tuned", "-o", _OURS, "--json"),
                 reads=_FILES,
                 writes=_OURS,
             ),
             Contender(
-                "mergekit-extract-lora",
+                _MERGEKIT,
                 # With fewer slashes mergekit takes a folder for a name at the hub, and asks there.
                 (
                     *(str(mergekit), "--base-model", "./base/", "--model", "./tuned/", "--out-path", _THEIRS),
@@ -44,17 +52,39 @@ def comparison(mergekit: Path) -> Comparison:
                 ),
                 reads=_FILES,
                 writes=_THEIRS,
-                imports="mergekit-extract-lora --help",
+                imports=f"{_MERGEKIT} --help",
             ),
-            Contender("mergekit-extract-lora --help", (str(mergekit), "--help")),
-            Contender("floor: read and subtract", (PYTHON, str(HERE / "floor_subtract.py"), *_FILES), reads=_FILES),
+            Contender(f"{_MERGEKIT} --help", (str(mergekit), "--help")),
+            Contender(_READ, (PYTHON, str(HERE / "floor_subtract.py"), "read", *_FILES), reads=_FILES),
+            Contender(_MAP, (PYTHON, str(HERE / "floor_subtract.py"), "map", *_FILES), reads=_FILES),
         ),
         check=check,
         environments={
             "surgery": (PYTHON, ("model-surgery", "torch", "numpy", "safetensors")),
             "mergekit": (str(mergekit.with_name("python")), ("mergekit", "torch", "transformers", "safetensors")),
         },
+        floor=_READ,
+        targets=targets,
     )
+
+
+def targets(rows: Sequence[Row], layers: int) -> list[str]:
+    """What we aim at, and whether this run got there."""
+    by_name = {row.contender: row for row in rows}
+    said = []
+    if layers in FASTER:
+        wall = by_name[_MERGEKIT].wall_ratio
+        said.append(
+            _verdict(f"mergekit's wall time at least {FASTER[layers]} × ours", wall.median >= FASTER[layers], wall)
+        )
+    near = rows[0].floor_ratio
+    if near is not None:
+        said.append(_verdict(f"ours without imports at most {NEAR} × the floor", near.median <= NEAR, near))
+    return said
+
+
+def _verdict(target: str, met: bool, measured: Spread) -> str:
+    return f"target: {target}: {'met' if met else 'NOT MET'}, {measured} ×"
 
 
 def check(folder: Path) -> list[dict[str, Any]]:

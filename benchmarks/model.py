@@ -200,9 +200,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=Shape.layers)
-    parser.add_argument("--tiny", action="store_true", help="two small layers instead")
+    parser.add_argument("--tiny", action="store_true", help="of small layers")
     options = parser.parse_args()
-    generate(options.folder, TINY if options.tiny else Shape(layers=options.layers))
+    generate(options.folder, dataclasses.replace(TINY if options.tiny else Shape(), layers=options.layers))
 
 
 if __name__ == "__main__":

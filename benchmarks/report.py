@@ -1,4 +1,4 @@
-"""From raw runs to a table: medians, spreads, ratios; as rows, on the terminal, in Markdown and in one JSON file."""
+"""From raw runs to a table: medians, spreads, ratios; on the terminal, in Markdown and in one JSON file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-_HEADINGS = ("command", "wall, s", "÷ ours", "less imports, s", "÷ ours", "peak MB")
+_HEADINGS = ("command", "wall, s", "÷ ours", "less imports, s", "÷ ours", "÷ floor", "peak MB")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Row:
         wall_ratio: to ours in the same round.
         own_s: without start and imports; None if the process does not tell.
         own_ratio: to ours in the same round.
+        floor_ratio: of the same to the floor's in the same round; None if the process does not tell, or there is none.
         peak_rss_bytes: the largest of all rounds.
     """
 
@@ -58,17 +59,19 @@ class Row:
     wall_ratio: Spread
     own_s: Spread | None
     own_ratio: Spread | None
+    floor_ratio: Spread | None
     peak_rss_bytes: int
 
     def cells(self) -> tuple[str, ...]:
         """As in the table."""
-        figures = (self.wall_s, self.wall_ratio, self.own_s, self.own_ratio)
+        figures = (self.wall_s, self.wall_ratio, self.own_s, self.own_ratio, self.floor_ratio)
         shown = ["" if figure is None else str(figure) for figure in figures]
         return (self.contender, *shown, f"{self.peak_rss_bytes / 1e6:.0f}")
 
 
-def summarise(runs: Sequence[Run], contenders: Sequence[Contender]) -> list[Row]:
-    """A row for every contender; the first one is ours. Ratios are taken within a round, so that what slows the whole
+def summarise(runs: Sequence[Run], contenders: Sequence[Contender], floor: str) -> list[Row]:
+    """A row for every contender; the first one is ours, and `floor` the name of one that tells its own time, or "" if
+    none is. Ratios are taken within a round, so that what slows the whole
     machine for a while slows both sides of a ratio."""
     by_name = {contender.name: _rounds(runs, contender.name) for contender in contenders}
     wall = {name: [run.wall_s for run in rounds] for name, rounds in by_name.items()}
@@ -81,6 +84,7 @@ def summarise(runs: Sequence[Run], contenders: Sequence[Contender]) -> list[Row]
             wall_ratio=Spread.of(_ratios(wall[name], wall[ours])),
             own_s=Spread.of(own[name]) if own[name] else None,
             own_ratio=Spread.of(_ratios(own[name], own[ours])) if own[name] else None,
+            floor_ratio=Spread.of(_ratios(own[name], own[floor])) if floor and own[name] else None,
             peak_rss_bytes=max(run.peak_rss_bytes for run in rounds),
         )
         for name, rounds in by_name.items()
@@ -124,49 +128,56 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
-def show(title: str, rows: Sequence[Row], checks: Sequence[Mapping[str, Any]], remarks: Sequence[str]) -> None:
-    """Prints both tables."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    console.print(_table(title, _HEADINGS, [row.cells() for row in rows]))
-    console.print(_table("answers", tuple(checks[0]), [_cells(check) for check in checks]))
+@dataclasses.dataclass(frozen=True)
+class Sheet:
+    """A table: its first column is text, the others are figures."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def timings(title: str, rows: Sequence[Row]) -> Sheet:
+    """The contenders' table; without the column of the floor where there is none."""
+    cells, floor = [row.cells() for row in rows], _HEADINGS.index("÷ floor")
+    kept = [index for index in range(len(_HEADINGS)) if index != floor or any(row[floor] for row in cells)]
+    picked = [tuple(row[index] for index in kept) for row in (_HEADINGS, *cells)]
+    return Sheet(title, picked[0], picked[1:])
+
+
+def answers(title: str, lines: Sequence[Mapping[str, Any]]) -> Sheet:
+    """A table of mappings with the same keys."""
+    return Sheet(title, tuple(lines[0]), [tuple(map(_cell, line.values())) for line in lines])
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.6f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def show(sheets: Sequence[Sheet], remarks: Sequence[str]) -> None:
+    """Prints the tables."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    for sheet in sheets:
+        table = Table(title=sheet.title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+        for index, heading in enumerate(sheet.headings):
+            table.add_column(heading, justify="right" if index else "left")
+        for row in sheet.rows:
+            table.add_row(*row)
+        console.print(table)
     for remark in remarks:
         console.print(remark, style="dim")
 
 
-def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _cells(check: Mapping[str, Any]) -> tuple[str, ...]:
-    def cell(value: Any) -> str:
-        return f"{value:.6f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-    return tuple(cell(value) for value in check.values())
-
-
-def as_markdown(
-    title: str,
-    commands: Mapping[str, str],
-    rows: Sequence[Row],
-    checks: Sequence[Mapping[str, Any]],
-    remarks: Sequence[str],
-) -> str:
+def as_markdown(sheets: Sequence[Sheet], commands: Mapping[str, str], remarks: Sequence[str]) -> str:
     """The same for a file."""
-    parts = [f"# {title}", _markdown_table(_HEADINGS, [row.cells() for row in rows])]
-    parts += ["Answers:", _markdown_table(tuple(checks[0]), [_cells(check) for check in checks])]
+    parts = []
+    for number, sheet in enumerate(sheets):
+        lines = [sheet.headings, ("---", *("---:" for _ in sheet.headings[1:])), *sheet.rows]
+        parts.append(f"{sheet.title}:" if number else f"# {sheet.title}")
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     parts.append("\n".join(f"- {remark}" for remark in remarks))
     parts.append("\n".join(f"    {command}  # {name}" for name, command in commands.items()))
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines: list[Sequence[str]] = [headings, ["---", *("---:" for _ in headings[1:])], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write(folder: Path, name: str, document: str, page: str) -> None:

@@ -47,6 +47,8 @@ class Comparison:
         contenders: ours first.
         check: compares the answers that lie in a folder after the runs, row by row; raises WrongAnswer.
         environments: the Python of each environment that takes part, by its owner, with the packages that matter.
+        floor: the contender whose time without imports the others' are divided by, if it tells one.
+        targets: says of each target, given the rows and the model's layers, whether it was met; that fails nothing.
     """
 
     name: str
@@ -54,6 +56,8 @@ class Comparison:
     contenders: Sequence[Contender]
     check: Callable[[Path], list[dict[str, Any]]]
     environments: Mapping[str, tuple[str, tuple[str, ...]]]
+    floor: str = ""
+    targets: Callable[[Sequence[report.Row], int], list[str]] = lambda rows, layers: []
 
 
 def parser(description: str, rounds: int) -> argparse.ArgumentParser:
@@ -70,53 +74,65 @@ def parser(description: str, rounds: int) -> argparse.ArgumentParser:
 def run(comparison: Comparison, options: argparse.Namespace) -> None:
     """Does it all; exits with 1 if a command fails or an answer is wrong."""
     try:
-        with _work(options.work) as work:
+        with work_folder(options.work) as work:
             _run(comparison, options, work)
     except (CommandFailed, WrongAnswer) as error:
         sys.exit(f"{comparison.name}: {error}")
 
 
 def _run(comparison: Comparison, options: argparse.Namespace, work: Path) -> None:
-    tiny = _generated(work / "tiny", TINY)
+    tiny = generated(work / "tiny", TINY)
     measure(comparison.contenders, tiny, rounds=1, label="rehearsal")
     shape = TINY if options.quick else Shape(layers=options.layers)
-    folder = tiny if options.quick else _generated(work / f"{shape.layers}-layers", shape)
+    folder = tiny if options.quick else generated(work / f"{shape.layers}-layers", shape)
     runs = measure(comparison.contenders, folder, _QUICK_ROUNDS if options.quick else options.rounds)
     checks = comparison.check(folder)
-    rows = report.summarise(runs, comparison.contenders)
+    rows = report.summarise(runs, comparison.contenders, comparison.floor)
     size = (folder / "base" / "model.safetensors").stat().st_size
-    conditions = _conditions(comparison)
-    cores = conditions["machine"]["cores"]
-    others = report.others_share(runs, cores)
+    found = conditions(comparison.environments)
+    others = report.others_share(runs, found["machine"]["cores"])
     remarks = [
-        f"{conditions['date']}, commit {conditions['commit'] or 'unknown'}",
-        f"model of {shape.layers} layers, {size / 1e6:.0f} MB, bfloat16; {conditions['machine']['cpu']}, {cores} cores",
+        f"{found['date']}, commit {found['commit'] or 'unknown'}",
+        f"model of {shape.layers} layers, {size / 1e6:.0f} MB, bfloat16; {machine(found)}",
         f"median (least–most) of {1 + max(run.round for run in runs)} rounds; ratios are taken within a round",
-        _company(others),
-        *(
-            f"{owner}: " + ", ".join(f"{package} {version}" for package, version in versions.items())
-            for owner, versions in conditions["versions"].items()
-        ),
+        company(others),
+        *([] if options.quick else comparison.targets(rows, shape.layers)),
+        *installed(found),
     ]
-    report.show(comparison.title, rows, checks, remarks)
+    sheets = [report.timings(comparison.title, rows), report.answers("Answers", checks)]
+    report.show(sheets, remarks)
     if options.quick:
         return
     commands = {contender.name: contender.shown for contender in comparison.contenders}
     document = {
         "benchmark": comparison.name,
         "title": comparison.title,
-        **conditions,
+        **found,
         "model": {**dataclasses.asdict(shape), "bytes": size},
         "commands": commands,
         "table": rows,
         "answers": checks,
         "runs": runs,
     }
-    page = report.as_markdown(comparison.title, commands, rows, checks, remarks)
-    report.write(options.results, f"{conditions['date']}-{comparison.name}", report.as_json(document), page)
+    page = report.as_markdown(sheets, commands, remarks)
+    unusual = "" if shape == Shape() else f"-{shape.layers}-layers"
+    report.write(options.results, f"{found['date']}-{comparison.name}{unusual}", report.as_json(document), page)
 
 
-def _company(others: float | None) -> str:
+def machine(found: Mapping[str, Any]) -> str:
+    """Of the conditions, in words."""
+    return f"{found['machine']['cpu']}, {found['machine']['cores']} cores"
+
+
+def installed(found: Mapping[str, Any]) -> list[str]:
+    """Of the conditions, the versions, a line for each environment."""
+    return [
+        f"{owner}: " + ", ".join(f"{package} {version}" for package, version in versions.items())
+        for owner, versions in found["versions"].items()
+    ]
+
+
+def company(others: float | None) -> str:
     """How quiet the machine was. Libraries whose threads wait for each other suffer most from company."""
     if others is None:
         return "what other processes did meanwhile is unknown"
@@ -125,7 +141,7 @@ def _company(others: float | None) -> str:
 
 
 @contextlib.contextmanager
-def _work(given: Path | None) -> Iterator[Path]:
+def work_folder(given: Path | None) -> Iterator[Path]:
     if given is not None:
         yield given.absolute()
         return
@@ -133,24 +149,22 @@ def _work(given: Path | None) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def _generated(folder: Path, shape: Shape) -> Path:
+def generated(folder: Path, shape: Shape) -> Path:
     """The folder with the model in it: by a process of its own, because this one must stay small."""
     if not is_generated(folder, shape):
         print(f"generating a model of {shape.layers} layers", file=sys.stderr)
-        size = ["--tiny"] if shape == TINY else ["--layers", str(shape.layers)]
-        subprocess.run([PYTHON, HERE / "model.py", folder, *size], check=True)
+        tiny = ["--tiny"] if dataclasses.replace(shape, layers=TINY.layers) == TINY else []
+        subprocess.run([PYTHON, HERE / "model.py", folder, "--layers", str(shape.layers), *tiny], check=True)
     return folder
 
 
-def _conditions(comparison: Comparison) -> dict[str, Any]:
+def conditions(environments: Mapping[str, tuple[str, tuple[str, ...]]]) -> dict[str, Any]:
     """When, on what and with which versions."""
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "machine": {"cpu": _cpu(), "cores": _cores(), "system": f"{platform.system()} {platform.machine()}"},
-        "versions": {
-            owner: _versions(python, packages) for owner, (python, packages) in comparison.environments.items()
-        },
+        "versions": {owner: _versions(python, packages) for owner, (python, packages) in environments.items()},
     }
 
 
