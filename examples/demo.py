@@ -55,7 +55,7 @@ def main() -> None:
     results["spectrum"] = {key: looked[key] for key in ("uniform", "budget", "seconds")}
     for rank in RANKS:
         uniform = adapt(results, f"lora-r{rank}", f"rank {rank}", "--rank", rank)
-        adapt(results, f"budget-r{rank}", "the same size by --budget", "--budget", size(uniform))
+        adapt(results, f"budget-r{rank}", "same size by --budget", "--budget", size(uniform))
         if rank == SHOWN:
             adapt(results, f"dora-r{rank}", f"rank {rank}, DoRA", "--rank", rank, "--method", "dora")
     merged = merged_with(f"lora-r{SHOWN}")
