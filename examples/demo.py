@@ -34,7 +34,7 @@ RANKS = (2, 8, 32)
 SHOWN = 8  # the rank that is unmerged, exported and timed, and that DoRA is compared at
 PICTURE = OUT / "ranks.html"
 BENCH_SECONDS = 60
-console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
     results["spectrum"] = {key: looked[key] for key in ("uniform", "budget", "seconds")}
     for rank in RANKS:
         uniform = adapt(results, f"lora-r{rank}", f"rank {rank}", "--rank", rank)
-        adapt(results, f"budget-r{rank}", "same size by --budget", "--budget", size(uniform))
+        adapt(results, f"budget-r{rank}", "the same size by --budget", "--budget", size(uniform))
         if rank == SHOWN:
             adapt(results, f"dora-r{rank}", f"rank {rank}, DoRA", "--rank", rank, "--method", "dora")
     merged = merged_with(f"lora-r{SHOWN}")
