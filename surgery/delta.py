@@ -84,12 +84,12 @@ class Delta:
     def product(
         self, thin: torch.Tensor, *, adjoint: bool, precise: bool, near: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """ΔW @ thin or, as `adjoint`, ΔWᵀ @ thin, in float32.
+        """ΔW @ thin or, as `adjoint`, ΔWᵀ @ thin, in thin's dtype.
 
         Args:
-            thin: (columns, width) float32, or (rows, width) for the adjoint.
+            thin: (columns, width) float32 or float64, or (rows, width) for the adjoint.
             adjoint: multiply with the transposed.
-            precise: in float32, else in the fast dtype.
+            precise: in thin's dtype, else in the fast one.
             near: what the product is about. The fast dtype then rounds only the distance to it, so that nothing but
                 the rounding of ΔW and of `thin` is felt.
         """
@@ -110,11 +110,11 @@ class Delta:
         if plain:
             out = thin.new_empty(rows, width)
             for part, block in self._blocks():
-                torch.mm(block, thin, out=out[part])  # (part, width)
+                torch.mm(block.to(thin.dtype), thin, out=out[part])  # (part, width)
             return out
         out = thin.new_zeros(width, columns)
         for part, block in self._blocks():
-            out.addmm_(thin[part].mT, block)  # (width, columns)
+            out.addmm_(thin[part].mT, block.to(thin.dtype))  # (width, columns)
         return out.mT
 
     def matrix(self) -> torch.Tensor:

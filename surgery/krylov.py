@@ -28,7 +28,8 @@ _FEWEST_BLOCKS = 3  # two gains, for an estimate of the next
 _TILE = 32  # columns that matrix units multiply at the price of one
 _OVERSAMPLING = 8  # columns beyond the rank, at least, so that the last wanted direction converges too
 _NARROW_SHARE = 0.1  # of ‖ΔW‖² left out, below which bfloat16's rounding would show in the residual
-_FLOOR = 1e-8  # of ‖ΔW‖², below which float32 sees no gain
+_CANCELLED = 1e-6  # of ‖ΔW‖², below which what is left out is not known from a difference to it
+_FLOOR = 1e-14  # of ‖ΔW‖², below which float32 sees nothing at all
 _NOISE = 1e-6  # of a direction that is left after projection, below which it is rounding
 _NEW = 0.1  # of a direction's square that must be new to the space
 
@@ -88,7 +89,9 @@ def leading(delta: Delta, rank: int | RankRule, seed: int) -> Triplets | None:
             space = _Space(delta, precise=True)
             space.add(start)
         elif isinstance(rank, int) or rank(space.singular_values(count), delta.total, small) is not None:
-            return space.triplets(count) if space.precise else _polished(delta, space, count)
+            if not space.precise:
+                return _polished(delta, space, count)
+            return _refined(delta, space, count) if space.is_faint(count) else space.triplets(count)
         elif is_dense(small, 2 * count):
             return None
         else:
@@ -100,6 +103,23 @@ def _polished(delta: Delta, space: _Space, count: int) -> Triplets:
     last = _Space(delta, precise=False)
     last.add(space.directions(count), near=space.images(count))
     return last.triplets(count)
+
+
+def _refined(delta: Delta, space: _Space, count: int) -> Triplets:
+    """The triplets after one more step in float64, where what is left out is as small as float32's rounding.
+
+    Costs two passes of twice the price, on the few deltas that end so close to a low rank.
+    """
+    import torch
+
+    tall = delta.shape[0] >= delta.shape[1]
+    inner = space.directions(width_of(count)).to(torch.float64)  # (small, width)
+    outer = torch.linalg.qr(delta.product(inner, adjoint=not tall, precise=True)).Q  # (large, width)
+    basis, core = torch.linalg.qr(delta.product(outer, adjoint=tall, precise=True))  # (small, width), (width, width)
+    vectors, values, turned = torch.linalg.svd(core)  # ΔW on the span of `outer` = (basis core)ᵀ
+    inner, outer = basis @ vectors[:, :count], outer @ turned.mT[:, :count]
+    left, right = (outer, inner) if tall else (inner, outer)
+    return Triplets(left, values[:count].cpu() * delta.scale, right)
 
 
 class _Space:
@@ -151,6 +171,10 @@ class _Space:
         """Whether so little is left out that bfloat16's rounding would show."""
         return not self.precise and self._left_out(count) < _NARROW_SHARE * self._total
 
+    def is_faint(self, count: int) -> bool:
+        """Whether what is left out is as small as float32's rounding of what is not."""
+        return self._left_out(count) < _CANCELLED * self._total
+
     @property
     def _total(self) -> float:
         return self._delta.total / self._delta.scale**2
@@ -173,7 +197,10 @@ class _Space:
         earlier, rise = (last - before).clamp_min(0), (now - last).clamp_min(0)
         ratio = (rise / earlier.clamp_min(1e-300)).clamp_max(0.9)
         to_come = float((rise * ratio / (1 - ratio)).sum())
-        return to_come / (2 * max(self._left_out(count), _FLOOR * self._total))
+        left_out = self._left_out(count)
+        if self.is_faint(count):  # what the space itself holds beyond is less, and no difference
+            left_out = float(self._history[-1][count:].sum())
+        return to_come / (2 * max(left_out, _FLOOR * self._total))
 
     def add(self, block: torch.Tensor, near: torch.Tensor | None = None) -> None:
         """Adds the part of a (small, width) block that is new, and solves the problem in the larger space.
