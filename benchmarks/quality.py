@@ -39,7 +39,7 @@ from formats.layers import LayerKind, layer_kinds, owner
 
 HERE = Path(__file__).parent
 LIMIT = 1e-3  # of our worst excess
-FLOOR = 1e-4  # a residual below which float32's rounding, of the factors and on the way, shows in the fourth digit
+FLOOR = 1e-6  # a residual below which the rounding of factors stored as float32 shows in the fourth digit
 DORA_UP_TO = 32  # beyond it factors take what a magnitude could
 OURS, PEERS = "surgery", ("mergekit", "kohya", "lycoris")
 

@@ -16,6 +16,7 @@ from surgery.version import __version__
 
 if TYPE_CHECKING:
     from formats import open_checkpoint
+    from surgery.budget import Budget
     from surgery.engine import Resources
     from surgery.errors import FormatError, ReportedError, SurgeryError
     from surgery.operations.bench import BenchReport, bench
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
     from surgery.operations.merge import MergeReport, merge
     from surgery.operations.spectrum import SpectrumReport, spectrum
     from surgery.operations.unmerge import UnmergeReport, unmerge
+    from surgery.ranks import (
+        Bounded,
+        EnergyRule,
+        FixedRank,
+        QuantileRule,
+        RatioRule,
+        ResidualRule,
+        ThresholdRule,
+    )
 
 _HOMES = {
     "bench": "surgery.operations.bench",
@@ -49,20 +59,36 @@ _HOMES = {
     "SurgeryError": "surgery.errors",
     "unmerge": "surgery.operations.unmerge",
     "UnmergeReport": "surgery.operations.unmerge",
+    "Bounded": "surgery.ranks",
+    "EnergyRule": "surgery.ranks",
+    "FixedRank": "surgery.ranks",
+    "QuantileRule": "surgery.ranks",
+    "RatioRule": "surgery.ranks",
+    "ResidualRule": "surgery.ranks",
+    "ThresholdRule": "surgery.ranks",
+    "Budget": "surgery.budget",
 }
 
 __all__ = [
     "BenchReport",
+    "Bounded",
+    "Budget",
     "DiffReport",
+    "EnergyRule",
     "ExportReport",
     "ExtractReport",
+    "FixedRank",
     "FormatError",
     "InspectReport",
     "MergeReport",
+    "QuantileRule",
+    "RatioRule",
     "ReportedError",
+    "ResidualRule",
     "Resources",
     "SpectrumReport",
     "SurgeryError",
+    "ThresholdRule",
     "UnmergeReport",
     "__version__",
     "bench",

@@ -116,7 +116,7 @@ def allocate(claims: Sequence[Claim], budget: int, fixed: int = 0) -> Allocation
             "the budget is too small for the least ranks",
             expected=f"at least {spent:,} bytes, {fixed:,} of them whatever the ranks",
             found=f"{budget:,} bytes",
-            then="a larger --budget, or a smaller --min-rank",
+            then="a larger --budget, or --exclude for what need not be carried",
         )
     ordered = sorted(claims, key=lambda claim: claim.name)
     spent += _take_in_bulk(ordered, ranks, budget - spent)

@@ -258,7 +258,7 @@ def rank_rule(
     if len(asked) != 1:
         raise SurgeryError(
             "the rank must be chosen in exactly one way",
-            expected="one of --rank, --energy, --residual, --sv-ratio, --sv-threshold, --sv-quantile",
+            expected="one of --rank, --energy, --residual, --sv-ratio, --sv-threshold, --sv-quantile, --budget",
             found=", ".join(option for option, _ in asked) or "none",
             then="--min-rank and --max-rank go with any of them",
         )

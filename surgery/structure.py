@@ -24,6 +24,7 @@ from surgery.patterns import matching
 # What --kind accepts: a layer's kind, a matrix of no layer, how a stack of experts is stored, or to be carried in full.
 ASKED = ("linear", "transposed", "embedding", "conv", "parameter", "experts", "experts-transposed", "full")
 _ROUTER = re.compile(r"gate|router", re.IGNORECASE)
+_LIKE_EXPERTS = re.compile(r"\.(gate|w[123]|gate_proj|up_proj|down_proj)\.weight$")
 _HEAD = re.compile(r"head|decoder|output|classifier|logits|score|predict|proj", re.IGNORECASE)
 _KERNEL = 64  # the longest kernel of a Conv1d that is believed without asking; beyond it may be a stack of matrices
 
@@ -76,10 +77,14 @@ def learn_structure(specs: Mapping[str, TensorSpec], paths: Iterable[str], asked
     if model is not None:
         names = known_names(model, specs)
         learned, swapped = _of_model(model, names, specs)
+    fused = frozenset(specs.keys() - names.keys() if model is not None else ())
     for name in learned.keys() & kinds.keys():  # whatever the model says is certain; what it lacks keeps its doubt
         kind = learned[name]
         kinds = {**kinds, name: kind} if kind else {other: k for other, k in kinds.items() if other != name}
         doubtful.pop(name, None)
+    if fused:
+        # Beside experts peft takes every layer of such a name for one of theirs and loses it; as a parameter it stays.
+        kinds |= {name: LayerKind.PARAMETER for name in names if _LIKE_EXPERTS.search(name) and name in kinds}
     for name, word in told.items():
         doubtful.pop(name, None)
         kinds.pop(name, None)
@@ -91,7 +96,6 @@ def learn_structure(specs: Mapping[str, TensorSpec], paths: Iterable[str], asked
             kinds[name] = LayerKind(word)
     order = tuple(learned or told)
     doubtful |= _unordered(kinds, order)
-    fused = frozenset(specs.keys() - names.keys() if model is not None else ())
     return Structure(kinds, frozenset(swapped), doubtful, order, names, fused, config)
 
 
@@ -207,6 +211,13 @@ def _of_model(
     return kinds, swapped
 
 
+def _is_plain(convolution: Any) -> bool:
+    """Whether peft can adapt it: a product BA joins channels of different groups, for which the weight has no place,
+    and peft's own forward passes neither dilation nor the mode of padding on to it."""
+    undilated = all(step == 1 for step in convolution.dilation)
+    return bool(convolution.groups == 1 and undilated and convolution.padding_mode == "zeros")
+
+
 def _kind_of(module: Any, parameter: str, dimensions: int) -> LayerKind | None:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -222,6 +233,5 @@ def _kind_of(module: Any, parameter: str, dimensions: int) -> LayerKind | None:
         }
         for layer, kind in ours.items():
             if isinstance(module, layer):
-                # A product BA joins channels of different groups, for which the weight has no place.
-                return None if getattr(module, "groups", 1) > 1 else kind
+                return kind if kind is not LayerKind.CONV or _is_plain(module) else None
     return LayerKind.PARAMETER if dimensions in (2, 3) else None

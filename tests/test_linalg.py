@@ -118,11 +118,11 @@ def test_the_krylov_space_grows_until_the_excess_is_small(name: str) -> None:
     """Whatever the spectrum: at most a thousandth above the optimum, and never less than all of it."""
     delta = spectra()[name].double()
     values = torch.linalg.svdvals(delta)
-    for rank in (2, 8, 24):
+    for rank in (2, 8, 24, 48):
         factors = factorise(Delta.of(delta.float()), rank, torch.float32)
         best = float((values[rank:].square().sum() / values.square().sum()).sqrt())
         true = float((delta - factors.lora_B.double() @ factors.lora_A.double()).norm() / delta.norm())
-        assert best - 1e-7 <= true <= 1.001 * best + 1e-7
+        assert best * (1 - 1e-6) - 1e-7 <= true <= 1.001 * best + 6e-8  # of which a float32's rounding
         assert factors.residual == pytest.approx(true, rel=1e-4, abs=1e-6)
 
 

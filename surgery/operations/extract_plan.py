@@ -144,7 +144,11 @@ def _check_method(pairing: Pairing, how: Extraction) -> None:
     for option, given, known in (("method", how.method, ("lora", "dora")), ("bias", how.bias, ("full", "lora"))):
         if given not in known:
             raise SurgeryError(f"no such {option}", expected=" or ".join(known), found=given)
-    parameters = [matrix.spec.name for matrix in pairing.matrices if matrix.kind is LayerKind.PARAMETER]
+    parameters = [
+        matrix.spec.name
+        for matrix in pairing.matrices
+        if matrix.kind is LayerKind.PARAMETER or matrix.spec.name in pairing.structure.fused
+    ]
     unusual = "DoRA" if how.method == "dora" else "lora_bias" if how.bias == "lora" else ""
     if unusual and parameters:
         raise Unsupported(

@@ -178,7 +178,14 @@ def pair(
     notes = _notes(tied, grown, tuned, base, removed, left)
     small = len(found) - len(matrices) - len(awkward)
     if small:
-        notes.append(f"{small} weights are smaller than their factors would be: carried in full if they changed")
+        weights = "1 weight is" if small == 1 else f"{small} weights are"
+        notes.append(f"{weights} smaller than the factors would be: carried in full if changed")
+    convolutions = sum(matrix.kind is LayerKind.CONV for matrix in matrices)
+    if convolutions and not structure.names:
+        notes.append(
+            f"{convolutions} convolutions are taken to be without groups and dilation, which no file tells; peft "
+            "cannot adapt others: --kind 'PATTERN=full'"
+        )
     if awkward:
         notes.append(
             f"{', '.join(sorted(awkward))}: peft cannot adapt these parameters, carried in full if they changed"

@@ -232,15 +232,17 @@ def test_a_grown_vocabulary(tmp_path: Path) -> None:
     torch.testing.assert_close(adapted(tokens).logits, ours(tokens).logits, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["GptOss", "Qwen3Moe", "Mixtral"])
+@pytest.mark.parametrize("name", ["GptOss", "Qwen3Moe", "Mixtral", "Glm4Moe"])
 def test_mixtures_of_experts_of_transformers(tmp_path: Path, name: str) -> None:
     """Fused experts, or one by one in the file and fused in memory: orientation, order, names and routers are learned
-    from the model on the meta device."""
+    from the model on the meta device. Layers beside experts that are called like them are not lost."""
     sizes = {
         "vocab_size": 60, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24,
         "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
         "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False,
     }  # fmt: skip
+    if name == "Glm4Moe":
+        sizes |= {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_hidden_layers": 2}
     model_class = getattr(transformers, f"{name}ForCausalLM")
     torch.manual_seed(0)
     base = model_class(getattr(transformers, f"{name}Config")(**sizes)).eval()
@@ -262,6 +264,9 @@ def test_mixtures_of_experts_of_transformers(tmp_path: Path, name: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(adapted(tokens).logits, merged(tokens).logits, atol=2e-5, rtol=0)
         assert not torch.allclose(merged(tokens).logits, base(tokens).logits, atol=1e-3)
+    if report.notes and any("become parts of others" in note for note in report.notes):
+        with pytest.raises(ReportedError, match="peft has no DoRA"):
+            surgery.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "dora", rank=4, method="dora")
     assert any("experts" in module.name for module in report.modules)
 
 
