@@ -30,7 +30,7 @@ _OVERSAMPLING = 8  # columns beyond the rank, at least, so that the last wanted 
 _NARROW_SHARE = 0.1  # of ‖ΔW‖² left out, below which bfloat16's rounding would show in the residual
 _CANCELLED = 1e-6  # of ‖ΔW‖², below which what is left out is not known from a difference to it
 _FLOOR = 1e-14  # of ‖ΔW‖², below which float32 sees nothing at all
-_NOISE = 1e-6  # of a direction that is left after projection, below which it is rounding
+_NOISE = 10  # units of rounding of a block, below which what is left of a direction after projection is rounding
 _NEW = 0.1  # of a direction's square that must be new to the space
 
 RankRule = Callable[[NDArray[np.float64], float, int], int | None]
@@ -69,7 +69,8 @@ def leading(delta: Delta, rank: int | RankRule, seed: int) -> Triplets | None:
     The space grows until what further blocks would gain is negligible (`_remaining`). The products are bfloat16's
     where they are much cheaper: a direction that is rounded before it is multiplied is as good a direction as any, so
     all that is lost is the rounding of ΔW and of the images, a share of about 1e-5 of what is captured. Where so
-    little is left out that this would show, float32 goes on from the directions that were found.
+    little is left out that this would show, float32 goes on from the directions that were found; and float64 from
+    there, on the few deltas that end within float32's rounding of a low rank.
     """
     import torch
 
@@ -79,19 +80,17 @@ def leading(delta: Delta, rank: int | RankRule, seed: int) -> Triplets | None:
         return None
     generator = torch.Generator(device="cpu").manual_seed(seed)
     start = torch.randn(small, width_of(count), generator=generator).to(delta.device)
-    space = _Space(delta, precise=delta.is_precise)
+    space = _Space(delta, torch.float32 if delta.is_precise else None)
     space.add(space.inward(space.outward(start)))
     while True:
         if not space.converge(count):
             return None
         if space.needs_precision(count):
             start = space.directions(width_of(count))
-            space = _Space(delta, precise=True)
+            space = _Space(delta, torch.float64 if space.precise else torch.float32)
             space.add(start)
         elif isinstance(rank, int) or rank(space.singular_values(count), delta.total, small) is not None:
-            if not space.precise:
-                return _polished(delta, space, count)
-            return _refined(delta, space, count) if space.is_faint(count) else space.triplets(count)
+            return space.triplets(count) if space.precise else _polished(delta, space, count)
         elif is_dense(small, 2 * count):
             return None
         else:
@@ -100,26 +99,9 @@ def leading(delta: Delta, rank: int | RankRule, seed: int) -> Triplets | None:
 
 def _polished(delta: Delta, space: _Space, count: int) -> Triplets:
     """The triplets in the space of the leading directions alone, from images that are not rounded."""
-    last = _Space(delta, precise=False)
+    last = _Space(delta, None)
     last.add(space.directions(count), near=space.images(count))
     return last.triplets(count)
-
-
-def _refined(delta: Delta, space: _Space, count: int) -> Triplets:
-    """The triplets after one more step in float64, where what is left out is as small as float32's rounding.
-
-    Costs two passes of twice the price, on the few deltas that end so close to a low rank.
-    """
-    import torch
-
-    tall = delta.shape[0] >= delta.shape[1]
-    inner = space.directions(width_of(count)).to(torch.float64)  # (small, width)
-    outer = torch.linalg.qr(delta.product(inner, adjoint=not tall, precise=True)).Q  # (large, width)
-    basis, core = torch.linalg.qr(delta.product(outer, adjoint=tall, precise=True))  # (small, width), (width, width)
-    vectors, values, turned = torch.linalg.svd(core)  # ΔW on the span of `outer` = (basis core)ᵀ
-    inner, outer = basis @ vectors[:, :count], outer @ turned.mT[:, :count]
-    left, right = (outer, inner) if tall else (inner, outer)
-    return Triplets(left, values[:count].cpu() * delta.scale, right)
 
 
 class _Space:
@@ -130,15 +112,17 @@ class _Space:
     energy counts twice, whatever the rank of ΔW.
     """
 
-    def __init__(self, delta: Delta, *, precise: bool) -> None:
+    def __init__(self, delta: Delta, dtype: torch.dtype | None) -> None:
+        """`dtype` is that of the products, float32 or float64; None for the fast one."""
         import torch
 
-        self.precise = precise
+        self.precise = dtype is not None
+        self._dtype = dtype or torch.float32
         self._delta = delta
         self._tall = delta.shape[0] >= delta.shape[1]  # the smaller side is that of the columns
         small, large = sorted(delta.shape)
-        self._basis = torch.empty(small, 0, device=delta.device)
-        self._images = torch.empty(large, 0, device=delta.device)
+        self._basis = torch.empty(small, 0, dtype=self._dtype, device=delta.device)
+        self._images = torch.empty(large, 0, dtype=self._dtype, device=delta.device)
         self._width = 0  # of the last block
         self._whiten = torch.zeros(0, 0, dtype=torch.float64)  # basis @ whiten has orthonormal columns
         self._core = torch.zeros(0, 0, dtype=torch.float64)  # imagesᵀ images
@@ -168,11 +152,15 @@ class _Space:
         return True
 
     def needs_precision(self, count: int) -> bool:
-        """Whether so little is left out that bfloat16's rounding would show."""
-        return not self.precise and self._left_out(count) < _NARROW_SHARE * self._total
+        """Whether so little is left out that the rounding of the products would show."""
+        import torch
+
+        if self._dtype is torch.float64:
+            return False
+        return self.is_faint(count) if self.precise else self._left_out(count) < _NARROW_SHARE * self._total
 
     def is_faint(self, count: int) -> bool:
-        """Whether what is left out is as small as float32's rounding of what is not."""
+        """Whether what is left out is as small as float32's rounding of what is not, and of ‖ΔW‖²."""
         return self._left_out(count) < _CANCELLED * self._total
 
     @property
@@ -209,11 +197,12 @@ class _Space:
         """
         import torch
 
+        block = block.to(self._dtype)
         if len(self._core):
             whiten, size = self._whiten.to(block), float(torch.linalg.vector_norm(block))
             block = block - self._basis @ (whiten @ (whiten.mT @ (self._basis.mT @ block)))
             values, vectors = torch.linalg.eigh(self._gram(block, block))
-            kept = values > (_NOISE * size) ** 2
+            kept = values > (_NOISE * torch.finfo(self._dtype).eps * size) ** 2
             block = block @ (vectors[:, kept] * values[kept].rsqrt()).to(block)
             self._exhausted = block.shape[1] == 0
             if self._exhausted:
