@@ -19,6 +19,7 @@ from formats.spec import TensorRef, TensorSpec, shape_text
 
 TOKENS = "token_adapter"  # peft's wrapper of an embedding with trainable rows
 ROWS = f".{TOKENS}.trainable_tokens_delta"  # the rows themselves, in spite of the name
+_WRAPPERS = (TOKENS, "ln_tuning_layers")  # of a module that peft trains whole
 _COPIES = ("original_module", "modules_to_save")  # of a saved module, which peft writes beside the module itself
 
 
@@ -32,7 +33,7 @@ def plain_name(path: str, present: frozenset[str]) -> str | None:
     parts = path.split(".")
     if len(parts) > 2 and parts[-2] in _COPIES and ".".join([*parts[:-2], parts[-1]]) in present:
         return None
-    return ".".join(part for part in parts if part != TOKENS)
+    return ".".join(part for part in parts if part not in _WRAPPERS)
 
 
 def grown(replacements: list[Replacement], base: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:

@@ -7,12 +7,37 @@ from collections.abc import Sequence
 from formats.adapter import AdapterModule
 from formats.spec import TensorSpec
 from surgery.errors import NotMergeable
+from surgery.methods.adalora import AdaLora
 from surgery.methods.base import AdditiveMethod, TransformingMethod
+from surgery.methods.boft import Boft
+from surgery.methods.c3a import C3a
+from surgery.methods.delora import DeLora
 from surgery.methods.dora import Dora
+from surgery.methods.fourierft import FourierFt
+from surgery.methods.hira import Hira
+from surgery.methods.hra import Hra
+from surgery.methods.ia3 import Ia3
+from surgery.methods.loha import LoHa
+from surgery.methods.lokr import LoKr
 from surgery.methods.lora import Lora, LoraBias
+from surgery.methods.miss import Miss, MissBat
+from surgery.methods.oft import Oft
+from surgery.methods.vera import PVera, Vera
 
-ADDITIVE: tuple[AdditiveMethod, ...] = (Lora(), LoraBias())
-TRANSFORMING: tuple[TransformingMethod, ...] = (Dora(),)
+ADDITIVE: tuple[AdditiveMethod, ...] = (
+    Lora(),
+    LoraBias(),
+    AdaLora(),
+    C3a(),
+    DeLora(),
+    FourierFt(),
+    LoHa(),
+    LoKr(),
+    Miss(),
+    PVera(),
+    Vera(),
+)
+TRANSFORMING: tuple[TransformingMethod, ...] = (Dora(), Boft(), Hira(), Hra(), Ia3(), MissBat(), Oft())
 
 
 def additive(module: AdapterModule) -> AdditiveMethod | None:
