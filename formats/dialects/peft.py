@@ -13,8 +13,8 @@ from typing import Any
 from formats.adapter import Adapter, AdapterModule, Replacement
 from formats.checkpoint import Checkpoint
 from formats.dialects.peft_factors import Context, Factors, layer_modules
-from formats.dialects.peft_full import ROWS, grown, plain_name, replacements, row_replacements
-from formats.dialects.peft_methods import Scheme, factor_pattern, scheme_modules, scheme_of, shared_tensors
+from formats.dialects.peft_full import ROWS, grown, plain_name, replacements, row_replacements, rows_module
+from formats.dialects.peft_methods import Scheme, factor_pattern, no_factors, scheme_modules, scheme_of, shared_tensors
 from formats.dialects.peft_parameters import parameter_modules, take_parameters, unwrapped
 from formats.dialects.resolve import Rename, resolver, unmatched_keys
 from formats.dialects.stored import held, in_the_file, whole_in_the_file
@@ -62,6 +62,8 @@ class Peft:
         config = _checked(config, where)
         scheme = scheme_of(config, where)
         modules, full, rows = _split(checkpoint, scheme)
+        if scheme and not modules:
+            raise no_factors(scheme, where)
         stored = held(base, names)
         base = {**base, **{name: tensor.spec for name, tensor in stored.items()}}
         parameters = [] if scheme else take_parameters(modules, config, base)
@@ -132,7 +134,7 @@ def _split(
             role = match["role"] + (".bias" if match["tail"] == ".bias" else "")
             modules.setdefault(match["module"], {})[role] = checkpoint.tensor(key)
         elif path.endswith(ROWS):
-            rows[unwrapped(path.removesuffix(ROWS))[0]] = checkpoint.tensor(key)
+            rows[unwrapped(rows_module(path))[0]] = checkpoint.tensor(key)
         elif name := plain_name(unwrapped(path)[0], present):
             full[name] = checkpoint.tensor(key)
     return modules, full, rows

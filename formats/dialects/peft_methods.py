@@ -46,14 +46,25 @@ class Scheme:
     alone: bool = False
 
 
+_DEEPEST = 16  # of PEANuT's inner layers
 _SEED = {"projection_prng_key": 0}
 SCHEMES: Mapping[str, Scheme] = {
     "ADALORA": Scheme("adalora", ("lora_A", "lora_B", "lora_E"), alpha="lora_alpha", settings={"init_r": 12}),
+    "BEFT": Scheme("beft", ("beft_bias",), bias=("beft_bias",), alone=True),
     "BOFT": Scheme("boft", ("boft_R", "boft_s")),
     "C3A": Scheme("c3a", ("c3a_kernel",)),
+    "DEFT": Scheme(
+        "deft", ("deft_P",), ("deft_R",), settings={"alpha": None, "para": False, "decomposition_method": "relu"}
+    ),
     "DELORA": Scheme("delora", ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")),
     "FOURIERFT": Scheme(
         "fourierft", ("fourierft_spectrum",), settings={"scaling": 150.0, "random_loc_seed": 777}, sizes=True
+    ),
+    "GRALORA": Scheme(
+        "gralora",
+        ("gralora_A", "gralora_B"),
+        ("gralora_A_general.weight", "gralora_B_general.weight"),
+        settings={"alpha": 64, "hybrid_r": 0},
     ),
     "HIRA": Scheme("hira", (), ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")),
     "HRA": Scheme("hra", ("hra_u",), settings={"apply_GS": False}),
@@ -77,6 +88,12 @@ SCHEMES: Mapping[str, Scheme] = {
             "num_cayley_neumann_terms": 5,
         },
     ),
+    "PEANUT": Scheme(
+        "peanut",
+        ("peanut_A.weight", "peanut_B.weight"),
+        tuple(f"peanut_{side}.{number}.weight" for side in ("encoders", "decoders") for number in range(_DEEPEST)),
+        settings={"scaling": 1.0, "depth": 0, "act_fn": "relu"},
+    ),
     "PVERA": Scheme(
         "pvera",
         ("pvera_lambda_b", "pvera_lambda_d"),
@@ -84,8 +101,50 @@ SCHEMES: Mapping[str, Scheme] = {
         settings={**_SEED, "sample_at_inference": False},
         sizes=True,
     ),
+    "RANDLORA": Scheme(
+        "randlora",
+        ("randlora_lambda", "randlora_gamma"),
+        ("randlora_A", "randlora_B"),  # peft writes the shared bases once more for each module
+        shared=("randlora_A", "randlora_B"),
+        settings={"randlora_alpha": 640},
+        sizes=True,
+    ),
+    "ROAD": Scheme(
+        "road",
+        ("road_theta", "road_alpha"),
+        settings={"variant": "road_1", "group_size": 64},
+        bias=("road_theta", "road_alpha"),
+    ),
+    "SHIRA": Scheme("shira", ("shira_weight", "shira_indices"), sizes=True),
+    "SUPERTUNING": Scheme(
+        "supertuning",
+        ("supertuning_values", "supertuning_indices"),
+        ("supertuning_lora_A.weight", "supertuning_lora_B.weight"),
+        settings={"lora_alpha": 8},
+        sizes=True,
+    ),
+    "UNILORA": Scheme(
+        "unilora",
+        ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B"),
+        shared=("unilora_theta_d",),
+    ),
+    "VBLORA": Scheme(
+        "vblora",
+        (),
+        tuple(f"vblora_logits_{side}{what}" for side in "AB" for what in ("", "_topk_indices", "_topk_weights")),
+        shared=("vblora_vector_bank",),
+        settings={"topk": 2},
+    ),
     "VERA": Scheme("vera", ("vera_lambda_b", "vera_lambda_d"), shared=("vera_A", "vera_B"), settings=_SEED, sizes=True),
+    "WAVEFT": Scheme(
+        "waveft",
+        ("waveft_spectrum",),
+        settings={"scaling": 25.0, "random_loc_seed": 777, "use_idwt": True, "wavelet_family": "db1"},
+        sizes=True,
+    ),
 }
+# Settings that make other mathematics of a method: type, setting, its value, the mathematics.
+VARIANTS = (("MISS", "init_weights", "bat", "miss_bat"),)
 # Methods whose files hold nothing but tensors that replace the base's: no factors, no mathematics.
 REPLACING = ("LN_TUNING", "TRAINABLE_TOKENS")
 _PREFIX = "it puts learned vectors before the input, and the attention to them depends on the input"
@@ -95,14 +154,20 @@ REFUSED: Mapping[str, str] = {
     "ADAPTION_PROMPT": "it adds an attention to learned vectors behind a gate, which depends on the input",
     "CARTRIDGE": "it is a learned cache of keys and values, and the attention to it depends on the input",
     "CPT": _PREFIX,
+    "FROD": "its left factor is solved from the base when peft loads it, and is not in the file",
+    "GLORA": "the change of its biases is a product with the whole weight, and only a weight's own tensor is at hand",
     "LILY": _GATE,
     "MULTITASK_PROMPT_TUNING": _PREFIX,
+    "OSF": "it replaces the base's lower singular directions, which peft computes anew from the base, and where "
+    "singular values lie close any routine finds others",
     "POLY": "it mixes adapters by weights that depend on the task, which is part of the input",
     "PREFIX_TUNING": _PREFIX,
     "PROMPT_TUNING": _PREFIX,
     "PSOFT": "it turns singular vectors of the base, which are not in the file and have any routine's choice of signs",
     "P_TUNING": _PREFIX,
     "SHADOW": "it runs a network beside the base and adds its hidden states, which are no function of one weight",
+    "TINYLORA": "which of its vectors belongs to which layer follows from the order of the model's layers, which is "
+    "in no file",
     "XLORA": _GATE,
 }
 
@@ -136,6 +201,17 @@ def factor_pattern(scheme: Scheme) -> re.Pattern[str]:
     """What the path of a factor looks like: groups `module` and `role`."""
     roles = "|".join(sorted((re.escape(role) for role in (*scheme.factors, *scheme.optional)), key=len, reverse=True))
     return re.compile(rf"^(?P<module>.+)\.(?P<role>{roles})$")
+
+
+def no_factors(scheme: Scheme, where: str) -> AdapterFormatError:
+    """The error for a file without any, such as Uni-LoRA's without its indices, which peft draws layer by layer in the
+    order of the model."""
+    return AdapterFormatError(
+        "the file has no factors of any layer",
+        where=where,
+        expected=", ".join(scheme.factors or scheme.optional),
+        then="save the adapter with everything it draws at random (save_indices, save_projection)",
+    )
 
 
 def shared_tensors(scheme: Scheme, checkpoint: Checkpoint) -> dict[str, TensorRef]:
@@ -173,15 +249,16 @@ def scheme_modules(
                 expected=", ".join(scheme.factors),
                 found=", ".join(factors),
             )
-        target, settings = context.rename(f"{module}.weight"), _settings(scheme, module, context)
-        kind, method = _kind(target, factors, context), _variant(scheme.method, settings)
+        settings = _settings(scheme, module, context)
+        method = _mathematics(scheme, settings)
         settings |= sizes.get(module, {}) | largest
         rank, alpha = (_rank(module, context), _alpha(scheme, module, context)) if scheme.alpha else (1, 1.0)
+        target, bias = (context.rename(f"{module}.{last}") for last in ("weight", "bias"))
         if not scheme.alone:
+            kind = _kind(target, factors, context)
             found.append(AdapterModule(target, method, kind, {**shared, **factors}, rank, alpha, settings=settings))
-        bias = context.rename(f"{module}.bias")
         if scheme.bias and bias in context.base and not settings.get("feedforward"):
-            ours = {role: factors[role] for role in scheme.bias if role in factors}
+            ours = {role: factors[role] for role in scheme.bias}
             found.append(AdapterModule(bias, method, LayerKind.LINEAR, ours, rank, alpha, settings=settings))
     return found
 
@@ -198,9 +275,13 @@ def _settings(scheme: Scheme, module: str, context: Context) -> dict[str, Any]:
     return settings
 
 
-def _variant(method: str, settings: Mapping[str, Any]) -> str:
-    """The mathematics that a setting chooses."""
-    return "miss_bat" if method == "miss" and settings["init_weights"] == "bat" else method
+def _mathematics(scheme: Scheme, settings: Mapping[str, Any]) -> str:
+    chosen = [
+        method
+        for peft_type, setting, value, method in VARIANTS
+        if SCHEMES[peft_type] is scheme and settings[setting] == value
+    ]
+    return chosen[0] if chosen else scheme.method
 
 
 def _rank(module: str, context: Context) -> int:

@@ -1,4 +1,4 @@
-"""BOFT (Liu et al., arXiv 2311.06243, equation 5): W = s ∘ (W0 Rᵀ), R a product of butterfly factors.
+"""BOFT (Liu et al., arXiv 2311.06243): W = s ∘ (W0 Rᵀ), R a product of butterfly factors.
 
 Each factor is a block-diagonal rotation, the Cayley transform of a skew matrix, between a permutation and its inverse.
 """

@@ -1,4 +1,4 @@
-"""C3A (Chen et al., arXiv 2407.19342, equation 4): ΔW is made of circulant blocks, each given by its first row."""
+"""C3A (Chen et al., arXiv 2407.19342): ΔW is made of circulant blocks, each given by its first row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeLoRA (Bini et al., arXiv 2503.18225, equation 8): ΔW = λ/r · B Ξ A ∘ ‖W0‖, Ξ the inverse lengths of B's columns and
+"""DeLoRA (Bini et al., arXiv 2503.18225): ΔW = λ/r · B Ξ A ∘ ‖W0‖, Ξ the inverse lengths of B's columns and
 A's rows. The lengths of W0's columns are those it had in training and come with the adapter."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""HiRA (Huang et al., ICLR 2025, openreview TwJrTz9cRS, equation 5): W = W0 ∘ (1 + B A)."""
+"""HiRA (Huang et al., ICLR 2025, openreview TwJrTz9cRS): W = W0 ∘ (1 + B A)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HRA (Yuan et al., arXiv 2405.17484, equation 5): W = W0 Π (I − 2 uᵢ uᵢᵀ), a chain of Householder reflections.
+"""HRA (Yuan et al., arXiv 2405.17484): W = W0 Π (I − 2 uᵢ uᵢᵀ), a chain of Householder reflections.
 
 With `apply_GS` the vectors are first made orthonormal by Gram and Schmidt, so that the reflections commute.
 """

@@ -1,4 +1,4 @@
-"""LoKr (KronA, Edalati et al., arXiv 2212.10650, section 3; LyCORIS, Yeh et al., arXiv 2309.14859): ΔW = s · w1 ⊗ w2,
+"""LoKr (KronA, Edalati et al., arXiv 2212.10650; LyCORIS, Yeh et al., arXiv 2309.14859): ΔW = s · w1 ⊗ w2,
 either of them a product of two factors or itself."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""MiSS (Kang et al., arXiv 2409.15371, equation 4): ΔW repeats one block D (rank, out) along the inputs.
+"""MiSS (Kang et al., arXiv 2409.15371): ΔW repeats one block D (rank, out) along the inputs.
 
 `mini` repeats a narrower block along the outputs too. `bat`, the paper's first form (Bone), multiplies: each square
 block of W becomes W + W D + D, with one D for each block of outputs.

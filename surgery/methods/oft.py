@@ -1,7 +1,7 @@
-"""OFT (Qiu et al., arXiv 2306.07280, equation 4; OFTv2, arXiv 2506.19847): W = W0 Rᵀ, R orthogonal by blocks.
+"""OFT (Qiu et al., arXiv 2306.07280; OFTv2, arXiv 2506.19847): W = W0 Rᵀ, R orthogonal by blocks.
 
 R is the Cayley transform (I − Q)(I + Q)⁻¹ of a skew Q, or the first terms of its Neumann series, which are not quite
-orthogonal. A constrained Q (COFT, equation 7) is first brought into a ball.
+orthogonal. A constrained Q (COFT) is first brought into a ball.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import surgery
-from formats.dialects.peft_methods import REFUSED
+from formats.dialects.peft_methods import REFUSED, REPLACING, SCHEMES
 from formats.errors import AdapterFormatError
 from surgery.errors import NotMergeable, NotMerged
 
@@ -108,13 +108,20 @@ BY_ROTATION = {"build": Pictures, "targets": ("one",)}
 CASES = {
     "adalora": Case(peft.AdaLoraConfig, {"init_r": 4, "target_r": 3, "total_step": 9, "lora_alpha": 5}),
     "adalora conv1d": Case(peft.AdaLoraConfig, {"init_r": 4, "target_r": 3, "total_step": 9}, **TURNED),
+    "beft": Case(peft.BeftConfig, targets=("up", "square")),
     "boft": Case(peft.BOFTConfig, {"boft_block_size": 4, "boft_n_butterfly_factor": 1}),
     "boft blocks": Case(peft.BOFTConfig, {"boft_block_size": 0, "boft_block_num": 2, "boft_n_butterfly_factor": 0}),
     "boft conv": Case(peft.BOFTConfig, {"boft_block_size": 6, "boft_n_butterfly_factor": 1}, **BY_ROTATION),
     "c3a": Case(peft.C3AConfig, {"block_size": 4}, targets=("up", "down", "square")),
+    "deft": Case(peft.DeftConfig, {"r": 2, "alpha": 5}, unmerges=False),
+    "deft para": Case(peft.DeftConfig, {"r": 2, "para": True}, unmerges=False),
+    "deft conv1d": Case(peft.DeftConfig, {"r": 2, "fan_in_fan_out": True}, unmerges=False, **TURNED),
     "delora": Case(peft.DeloraConfig, {"r": 3, "delora_lambda": 7}),
     "fourierft": Case(peft.FourierFTConfig, {"n_frequency": 20, "scaling": 40.0}),
     "fourierft conv1d": Case(peft.FourierFTConfig, {"n_frequency": 20, "fan_in_fan_out": True}, **TURNED),
+    "gralora": Case(peft.GraloraConfig, {"r": 4, "gralora_k": 2, "alpha": 6}),
+    "gralora hybrid": Case(peft.GraloraConfig, {"r": 4, "gralora_k": 4, "hybrid_r": 3}),
+    "gralora conv1d": Case(peft.GraloraConfig, {"r": 4, "gralora_k": 2, "fan_in_fan_out": True}, **TURNED),
     "hira": Case(peft.HiraConfig, {"r": 3, "rank_pattern": {"up": 2}}),
     "hira conv": Case(peft.HiraConfig, {"r": 3}, **PICTURES),
     "hira conv1d": Case(peft.HiraConfig, {"r": 3, "fan_in_fan_out": True}, **TURNED),
@@ -125,6 +132,7 @@ CASES = {
     "ia3": Case(peft.IA3Config, {"feedforward_modules": ["down"]}),
     "ia3 conv": Case(peft.IA3Config, {"feedforward_modules": ["point"]}, **PICTURES),
     "ia3 conv1d": Case(peft.IA3Config, {"feedforward_modules": ["square"], "fan_in_fan_out": True}, **TURNED),
+    "ln_tuning": Case(peft.LNTuningConfig, targets=("norm",)),
     "loha": Case(peft.LoHaConfig, {"r": 3, "alpha": 5, "rank_pattern": {"up": 2}, "alpha_pattern": {"down": 7}}),
     "loha conv": Case(peft.LoHaConfig, {"r": 3, "alpha": 5}, **PICTURES),
     "loha effective": Case(peft.LoHaConfig, {"r": 3, "alpha": 5, "use_effective_conv2d": True}, **PICTURES),
@@ -147,10 +155,34 @@ CASES = {
     "oft three terms": Case(peft.OFTConfig, {"r": 0, "oft_block_size": 4, "num_cayley_neumann_terms": 3}),
     "oft six terms": Case(peft.OFTConfig, {"r": 0, "oft_block_size": 4, "num_cayley_neumann_terms": 6}),
     "oft point": Case(peft.OFTConfig, {"r": 0, "oft_block_size": 3}, Pictures, ("point",)),
+    "peanut": Case(peft.PeanutConfig, {"r": 3, "scaling": 0.7}, unmerges=False),
+    "peanut deep": Case(peft.PeanutConfig, {"r": 3, "depth": 2, "act_fn": "tanh"}, unmerges=False),
     "pvera": Case(peft.PveraConfig, {"r": 3}),
+    "randlora": Case(peft.RandLoraConfig, {"r": 3, "randlora_alpha": 6}),
+    "randlora conv1d": Case(peft.RandLoraConfig, {"r": 3, "randlora_alpha": 6, "fan_in_fan_out": True}, **TURNED),
+    "randlora sparse": Case(peft.RandLoraConfig, {"r": 3, "randlora_alpha": 6, "sparse": True}),
+    "road 1": Case(peft.RoadConfig, {"group_size": 4}),
+    "road 2": Case(peft.RoadConfig, {"group_size": 4, "variant": "road_2"}),
+    "road 4": Case(peft.RoadConfig, {"group_size": 2, "variant": "road_4"}),
+    "shira": Case(peft.ShiraConfig, {"r": 2}),
+    "supertuning": Case(peft.SupertuningConfig, {"sparsity": 0.8}),
+    "supertuning with lora": Case(peft.SupertuningConfig, {"sparsity": 0.8, "r": 2, "lora_alpha": 5}),
+    "trainable_tokens": Case(peft.TrainableTokensConfig, {"token_indices": [5, 0]}, Words, ("emb",)),
+    "unilora": Case(peft.UniLoraConfig, {"r": 2, "theta_d_length": 30, "save_indices": True}),
+    "vblora": Case(peft.VBLoRAConfig, {"r": 2, "num_vectors": 6, "vector_length": 4}),
+    "vblora best only": Case(
+        peft.VBLoRAConfig, {"r": 2, "num_vectors": 6, "vector_length": 4, "topk": 3, "save_only_topk_weights": True}
+    ),
+    "vblora conv1d": Case(
+        peft.VBLoRAConfig, {"r": 2, "num_vectors": 6, "vector_length": 4, "fan_in_fan_out": True}, **TURNED
+    ),
     "vera": Case(peft.VeraConfig, {"r": 4}),
     "vera conv1d": Case(peft.VeraConfig, {"r": 4, "fan_in_fan_out": True}, **TURNED),
     "vera from its seed": Case(peft.VeraConfig, {"r": 4, "save_projection": False, "projection_prng_key": 5}),
+    "waveft": Case(peft.WaveFTConfig, {"n_frequency": 60, "scaling": 3.0}, targets=("up", "down", "square")),
+    "waveft sparse": Case(peft.WaveFTConfig, {"n_frequency": 20, "use_idwt": False}),
+    "waveft conv1d": Case(peft.WaveFTConfig, {"n_frequency": 60, "fan_in_fan_out": True}, **TURNED),
+    "waveft odd": Case(peft.WaveFTConfig, {"n_frequency": 20}, Words, ("linear",)),
 }
 
 
@@ -207,6 +239,7 @@ def test_methods_are_taken_off_again_or_say_why_not(tmp_path: Path, name: str) -
         return
     surgery.unmerge(tmp_path / "merged.st", tmp_path / "adapter", tmp_path / "back.st")
     base, back = load_file(tmp_path / "base.st"), load_file(tmp_path / "back.st")
+    assert back.keys() == base.keys()
     for tensor in base:
         torch.testing.assert_close(back[tensor], base[tensor], atol=1e-5, rtol=1e-5)
 
@@ -222,6 +255,53 @@ def test_threads_and_blocks_do_not_show(tmp_path: Path, name: str, monkeypatch: 
         surgery.merge(tmp_path / "base.st", tmp_path / "adapter", merged, resources=surgery.Resources(jobs, 1 << 30))
         outputs.add(merged.read_bytes())
     assert len(outputs) == 1
+
+
+UNSAVED = {
+    "randlora": (Case(peft.RandLoraConfig, {"r": 3, "save_projection": False}), NotMergeable, "bfloat16 or float16"),
+    "supertuning": (
+        Case(peft.SupertuningConfig, {"sparsity": 0.8, "save_precomputed_indices": False}),
+        AdapterFormatError,
+        "lacks some of its factors",
+    ),
+    "unilora": (Case(peft.UniLoraConfig, {"r": 2}), AdapterFormatError, "save_indices"),
+    "pvera": (Case(peft.PveraConfig, {"r": 2, "sample_at_inference": True}), NotMergeable, "for each input"),
+    "deft": (Case(peft.DeftConfig, {"r": 2, "decomposition_method": "qr"}), NotMergeable, "signs"),
+    "waveft": (Case(peft.WaveFTConfig, {"n_frequency": 9, "wavelet_family": "db3"}), NotMergeable, "only Haar"),
+}
+
+
+@pytest.mark.parametrize("name", UNSAVED)
+def test_what_the_file_does_not_determine_is_refused(tmp_path: Path, name: str) -> None:
+    """Bases that no seed gives back, places that are not in the file, latents drawn for each input."""
+    case, error, reason = UNSAVED[name]
+    made_by_peft(tmp_path, case)
+    with pytest.raises(error, match=reason):
+        surgery.merge(tmp_path / "base.st", tmp_path / "adapter", tmp_path / "merged.st")
+
+
+def test_what_has_become_zero_cannot_be_divided_again(tmp_path: Path) -> None:
+    """(IA)³ merges a factor of zero; the way back is refused, and nothing is written."""
+    made_by_peft(tmp_path, CASES["ia3"])
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.up.ia3_l"][3] = 0
+    save_file(tensors, file)
+    surgery.merge(tmp_path / "base.st", tmp_path / "adapter", tmp_path / "merged.st")
+    with pytest.raises(NotMerged, match="nothing is left to divide"):
+        surgery.unmerge(tmp_path / "merged.st", tmp_path / "adapter", tmp_path / "back.st")
+    assert not (tmp_path / "back.st").exists()
+
+
+def test_every_method_of_the_installed_peft_is_merged_or_refused() -> None:
+    """A new version of peft with a new method fails here."""
+    ours = {"LORA", *SCHEMES, *REPLACING, *REFUSED}
+    assert {member.value for member in peft.PeftType} <= ours
+    assert not set(REFUSED) & {"LORA", *SCHEMES, *REPLACING}
+    tested = {
+        case.config(target_modules=list(case.targets), **case.settings).peft_type.value for case in CASES.values()
+    }
+    assert tested == {*SCHEMES, *REPLACING}
 
 
 def test_oft_on_a_convolution_of_many_points_is_refused(tmp_path: Path) -> None:
