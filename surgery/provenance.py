@@ -59,7 +59,10 @@ def fingerprint(adapter: Adapter) -> tuple[str, dict[str, str]]:
                 check_finite(tensor, f"{ref.name} of {adapter.ref.path}")
             hashes[ref.name] = tensor_hash(tensor)
     parts: list[list[Any]] = [
-        [module.target, module.method, module.kind.value, module.scaling, role, hashes[ref.name], module.transposed]
+        [
+            *(module.target, module.method, module.kind.value, module.scaling, role, hashes[ref.name]),
+            *(module.transposed, *sorted(module.settings.items())),
+        ]
         for module in adapter.modules
         for role, ref in sorted(module.factors.items())
     ]

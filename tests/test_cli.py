@@ -27,6 +27,7 @@ def test_the_reference_is_what_help_says() -> None:
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
     assert generate.TARGET.read_text(encoding="utf-8") == generate.reference()
+    assert generate.METHODS.read_text(encoding="utf-8") == generate.methods()
 
 
 def test_inspect_tells_a_model_from_an_adapter(

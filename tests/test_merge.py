@@ -198,7 +198,7 @@ CONTRADICTIONS = {
     "wrong width": (up(into=17), {}, ShapeMismatch, "48 × 16"),
     "dora": (up(), {"use_dora": True}, AdapterFormatError, "use_dora"),
     "pissa": (up(), {"init_lora_weights": "pissa_niter_4"}, AdapterFormatError, "initialisation"),
-    "another method": (up(), {"peft_type": "LOHA"}, AdapterFormatError, "LOHA"),
+    "another method": (up(), {"peft_type": "XLORA"}, AdapterFormatError, "depend on the input"),
     "full tensor of another shape": (
         up() | {"layers.0.norm.weight": torch.zeros(17)}, {"modules_to_save": ["layers.0.norm"]}, ShapeMismatch, "17",
     ),

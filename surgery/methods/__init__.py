@@ -7,12 +7,64 @@ from collections.abc import Sequence
 from formats.adapter import AdapterModule
 from formats.spec import TensorSpec
 from surgery.errors import NotMergeable
+from surgery.methods.adalora import AdaLora
 from surgery.methods.base import AdditiveMethod, TransformingMethod
+from surgery.methods.beft import Beft
+from surgery.methods.boft import Boft
+from surgery.methods.c3a import C3a
+from surgery.methods.deft import Deft
+from surgery.methods.delora import DeLora
 from surgery.methods.dora import Dora
+from surgery.methods.fourierft import FourierFt
+from surgery.methods.gralora import GraLora
+from surgery.methods.hira import Hira
+from surgery.methods.hra import Hra
+from surgery.methods.ia3 import Ia3
+from surgery.methods.loha import LoHa
+from surgery.methods.lokr import LoKr
 from surgery.methods.lora import Lora, LoraBias
+from surgery.methods.miss import Miss, MissBat
+from surgery.methods.oft import Oft
+from surgery.methods.peanut import Peanut
+from surgery.methods.randlora import RandLora
+from surgery.methods.road import Road
+from surgery.methods.sparse import Shira, Supertuning, WaveFt
+from surgery.methods.vblora import UniLora, VbLora
+from surgery.methods.vera import PVera, Vera
 
-ADDITIVE: tuple[AdditiveMethod, ...] = (Lora(), LoraBias())
-TRANSFORMING: tuple[TransformingMethod, ...] = (Dora(),)
+ADDITIVE: tuple[AdditiveMethod, ...] = (
+    Lora(),
+    LoraBias(),
+    AdaLora(),
+    Beft(),
+    C3a(),
+    DeLora(),
+    FourierFt(),
+    GraLora(),
+    LoHa(),
+    LoKr(),
+    Miss(),
+    PVera(),
+    RandLora(),
+    Shira(),
+    Supertuning(),
+    UniLora(),
+    VbLora(),
+    Vera(),
+    WaveFt(),
+)
+TRANSFORMING: tuple[TransformingMethod, ...] = (
+    Dora(),
+    Boft(),
+    Deft(),
+    Hira(),
+    Hra(),
+    Ia3(),
+    MissBat(),
+    Oft(),
+    Peanut(),
+    Road(),
+)
 
 
 def additive(module: AdapterModule) -> AdditiveMethod | None:

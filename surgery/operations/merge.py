@@ -305,7 +305,7 @@ def apply_modules(
 
     Args:
         start: the stored weight.
-        modules: what adapts it; deltas, or one that is none.
+        modules: what adapts it; deltas, or one that is none and that a negative weight undoes.
         factors: each module's factors in order of their roles.
         weight: of all deltas.
         dtype: of the result.
@@ -315,7 +315,7 @@ def apply_modules(
     for module in modules:
         named = {role: remaining.pop(0) for role in sorted(module.factors)}
         if method := transforming(module):
-            return method.transform(module, start, named, dtype)
+            return method.transform(module, start, named, dtype, back=weight < 0)
         if adding := additive(module):
             deltas.append(adding.delta(module, named, weight))
     return add_rounded(start, deltas, dtype)

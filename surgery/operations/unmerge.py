@@ -110,7 +110,7 @@ def plan_unmerge(merged: Checkpoint, adapter: Adapter, receipt: Receipt | None, 
     factor = receipt.weight if receipt else 1.0 if weight is None else weight
     by_target: dict[str, list[AdapterModule]] = {}
     for module in adapter.modules:
-        if method := transforming(module):
+        if (method := transforming(module)) and method.forgets:
             raise NotMerged(
                 f"{module.method} cannot be taken off: {method.forgets}",
                 where=module.target,
@@ -118,7 +118,7 @@ def plan_unmerge(merged: Checkpoint, adapter: Adapter, receipt: Receipt | None, 
             )
         by_target.setdefault(module.target, []).append(module)
     for target, modules in by_target.items():
-        check_modules(modules, merged.specs[target])
+        check_modules(modules, merged.specs[target], factor)
     originals = receipt.originals if receipt else {}
     replaced = {full.target for full in adapter.replacements if full.target not in by_target}
     added = set(receipt.added) if receipt else set()
