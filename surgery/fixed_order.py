@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.rounding import EXACT_TERMS, fixed_point, fixed_point_bits
+from surgery.rounding import EXACT_TERMS, RowsOf, fixed_point, fixed_point_bits
 
 if TYPE_CHECKING:
     import torch
@@ -26,14 +26,31 @@ def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         (…, rows, columns) float64.
     """
     bits = fixed_point_bits(left.shape[-1])
-    left_high, left_low = _halves(left, -1, bits)
-    right_high, right_low = _halves(right, -2, bits)
+    return _product(_halves(left, -1, bits), _halves(right, -2, bits))
+
+
+def fine_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> RowsOf:
+    """scale · left @ right as a delta, for long sums: `exact_product` has the fewer bits the more terms there are.
+
+    Args:
+        left: (rows, terms), any floating dtype.
+        right: (terms, columns), any floating dtype.
+        scale: float64 factor of the whole product.
+    """
+    bits = fixed_point_bits(left.shape[-1])
+    (high, low), ours = _halves(left, -1, bits), _halves(right, -2, bits)
+    return RowsOf(right.shape[-1], lambda begin, end: _product((high[begin:end], low[begin:end]), ours).mul_(scale))
+
+
+def _product(left: tuple[torch.Tensor, torch.Tensor], right: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The product of two factors in halves, without that of both low ones."""
     total: torch.Tensor | None = None
-    for first in range(0, left.shape[-1], EXACT_TERMS):
-        ours, theirs = (..., slice(first, first + EXACT_TERMS)), (..., slice(first, first + EXACT_TERMS), slice(None))
-        small = left_high[ours] @ right_low[theirs] + left_low[ours] @ right_high[theirs]
-        chunk = small + left_high[ours] @ right_high[theirs]
-        total = chunk if total is None else total + chunk
+    for first in range(0, left[0].shape[-1], EXACT_TERMS):
+        chunk = slice(first, first + EXACT_TERMS)
+        high, low = (half[..., chunk] for half in left)
+        right_high, right_low = (half[..., chunk, :] for half in right)
+        part = (high @ right_low + low @ right_high) + high @ right_high
+        total = part if total is None else total + part
     assert total is not None
     return total
 

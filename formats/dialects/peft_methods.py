@@ -47,7 +47,7 @@ class Scheme:
 
 
 _DEEPEST = 16  # of PEANuT's inner layers
-_SEED = {"projection_prng_key": 0}
+_DRAWN = {"r": 256, "projection_prng_key": 0}
 SCHEMES: Mapping[str, Scheme] = {
     "ADALORA": Scheme("adalora", ("lora_A", "lora_B", "lora_E"), alpha="lora_alpha", settings={"init_r": 12}),
     "BEFT": Scheme("beft", ("beft_bias",), bias=("beft_bias",), alone=True),
@@ -98,7 +98,7 @@ SCHEMES: Mapping[str, Scheme] = {
         "pvera",
         ("pvera_lambda_b", "pvera_lambda_d"),
         shared=("pvera_A", "pvera_B"),
-        settings={**_SEED, "sample_at_inference": False},
+        settings={**_DRAWN, "sample_at_inference": False},
         sizes=True,
     ),
     "RANDLORA": Scheme(
@@ -135,7 +135,9 @@ SCHEMES: Mapping[str, Scheme] = {
         shared=("vblora_vector_bank",),
         settings={"topk": 2},
     ),
-    "VERA": Scheme("vera", ("vera_lambda_b", "vera_lambda_d"), shared=("vera_A", "vera_B"), settings=_SEED, sizes=True),
+    "VERA": Scheme(
+        "vera", ("vera_lambda_b", "vera_lambda_d"), shared=("vera_A", "vera_B"), settings=_DRAWN, sizes=True
+    ),
     "WAVEFT": Scheme(
         "waveft",
         ("waveft_spectrum",),

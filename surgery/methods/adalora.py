@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.spec import TensorSpec
 from surgery.methods.lora import outward
-from surgery.methods.shapes import check_factor, check_matrix
+from surgery.methods.shapes import check_factor, check_matrix, factor_shape
 from surgery.rounding import Delta, exact_product
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class AdaLora:
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
-        (rank, into), out = module.factors["lora_A"].spec.shape, module.factors["lora_B"].spec.shape[0]
+        (rank, into), (out, _) = factor_shape(module, "lora_A", 2), factor_shape(module, "lora_B", 2)
         check_factor(module, "lora_B", out, rank)
         check_factor(module, "lora_E", rank, 1)
         check_matrix(module, weight, out, into)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.layers import LayerKind
 from formats.spec import TensorSpec
-from surgery.methods.shapes import check_matrix
+from surgery.methods.shapes import check_matrix, factor_shape
 from surgery.rounding import Delta, RowsOf
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class C3a:
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
-        down, along, size = module.factors["c3a_kernel"].spec.shape
+        down, along, size = factor_shape(module, "c3a_kernel", 3)
         check_matrix(module, weight, down * size, along * size, (LayerKind.LINEAR,))
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:

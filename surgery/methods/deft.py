@@ -9,7 +9,7 @@ from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotMergeable
 from surgery.fixed_order import matmul
-from surgery.methods.shapes import change_outputs, check_factor, check_matrix, matrix_shape
+from surgery.methods.shapes import change_outputs, check_factor, check_matrix, factor_shape, matrix_shape
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ class Deft:
                 expected="decomposition_method = relu",
                 found=module.settings["decomposition_method"],
             )
-        out, rank = module.factors["deft_P"].spec.shape
+        out, rank = factor_shape(module, "deft_P", 2)
         into = matrix_shape(module, weight)[1]
         if not module.settings["para"]:
             check_factor(module, "deft_R", rank, into)

@@ -10,7 +10,7 @@ from formats.adapter import AdapterModule
 from formats.layers import LayerKind
 from formats.spec import TensorSpec
 from surgery.fixed_order import norms
-from surgery.methods.shapes import check_factor, check_matrix
+from surgery.methods.shapes import check_factor, check_matrix, factor_shape
 from surgery.rounding import Delta, exact_product
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class DeLora:
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
-        (rank, into), out = module.factors["delora_A"].spec.shape, module.factors["delora_B"].spec.shape[0]
+        (rank, into), (out, _) = factor_shape(module, "delora_A", 2), factor_shape(module, "delora_B", 2)
         check_factor(module, "delora_B", out, rank)
         check_factor(module, "delora_lambda", 1)
         check_factor(module, "delora_w_norm", into)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.spec import TensorSpec
 from surgery.errors import NotMergeable
+from surgery.fixed_order import fine_product
 from surgery.methods.lora import outward
-from surgery.methods.shapes import check_matrix, matrix_shape
-from surgery.rounding import Delta, exact_product
+from surgery.methods.shapes import check_matrix, factor_shape, matrix_shape
+from surgery.rounding import Delta
 
 if TYPE_CHECKING:
     import torch
@@ -48,12 +49,12 @@ class FourierFt:
         left = torch.cat([down.cos() * spectrum, -down.sin() * spectrum], 1)  # (out, 2 n)
         right = torch.cat([along.cos(), along.sin()])  # (2 n, in)
         scale = weight * float(module.settings["scaling"]) / (out * into)
-        return exact_product(*outward(module.kind, right, left), scale)
+        return fine_product(*outward(module.kind, right, left), scale)
 
 
 def check_places(module: AdapterModule, weight: TensorSpec, role: str) -> None:
     """Refuses more numbers than the weight has elements."""
-    size = module.factors[role].spec.size
+    (size,) = factor_shape(module, role, 1)
     if size > weight.size:
         raise NotMergeable("more numbers than places", where=weight.name, expected=weight.size, found=size)
 

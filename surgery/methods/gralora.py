@@ -12,7 +12,7 @@ from formats.adapter import AdapterModule
 from formats.errors import ShapeMismatch
 from formats.spec import TensorSpec
 from surgery.methods.lora import outward
-from surgery.methods.shapes import check_factor, check_matrix
+from surgery.methods.shapes import check_factor, check_matrix, factor_shape
 from surgery.rounding import Delta, exact_product
 
 if TYPE_CHECKING:
@@ -33,10 +33,7 @@ class GraLora:
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
-        (blocks, width, rank), height = (
-            module.factors["gralora_A"].spec.shape,
-            module.factors["gralora_B"].spec.shape[2],
-        )
+        (blocks, width, rank), (_, _, height) = (factor_shape(module, f"gralora_{side}", 3) for side in "AB")
         if rank % blocks:
             raise ShapeMismatch("the rank is not divided by the blocks", where=weight.name, expected=blocks, found=rank)
         check_factor(module, "gralora_B", blocks, rank, height)

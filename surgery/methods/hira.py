@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from formats.adapter import AdapterModule
+from formats.errors import AdapterFormatError
 from formats.layers import LayerKind
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotMerged
-from surgery.methods.shapes import TRANSPOSED, change_outputs, check_matrix
+from surgery.methods.shapes import TRANSPOSED, change_outputs, check_factor, check_matrix, factor_shape
 from surgery.rounding import exact_product
 
 if TYPE_CHECKING:
@@ -28,9 +30,15 @@ class Hira:
     forgets = ""
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
-        a, b = (module.factors[role].spec for role in _roles(module))
-        check_matrix(module, weight, b.shape[0], a.size // a.shape[0])
+        """Raises NotMergeable for a weight not stored as a plain float, AdapterFormatError for half of the factors,
+        ShapeMismatch for ones that do not fit."""
+        missing = [role for role in _roles(module) if role not in module.factors]
+        if missing:
+            raise AdapterFormatError("a factor is missing", where=weight.name, expected=", ".join(missing))
+        dims = 2 if module.kind is not LayerKind.CONV else len(weight.shape)
+        a, b = (factor_shape(module, role, dims) for role in _roles(module))
+        check_factor(module, _roles(module)[1], b[0], a[0], *(1,) * (dims - 2))
+        check_matrix(module, weight, b[0], math.prod(a[1:]))
 
     def transform(
         self,

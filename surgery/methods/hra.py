@@ -12,7 +12,7 @@ from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotFinite
 from surgery.fixed_order import matmul, norms
-from surgery.methods.shapes import PLAIN, change_outputs, check_matrix, matrix_shape
+from surgery.methods.shapes import PLAIN, change_outputs, check_matrix, factor_shape, matrix_shape
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ class Hra:
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
-        into = module.factors["hra_u"].spec.shape[0]
+        into = factor_shape(module, "hra_u", 2)[0]
         check_matrix(module, weight, matrix_shape(module, weight)[0], into, PLAIN)
 
     def transform(

@@ -12,7 +12,7 @@ from formats.adapter import AdapterModule
 from formats.errors import AdapterFormatError
 from formats.spec import TensorSpec
 from surgery.fixed_order import matmul
-from surgery.methods.shapes import PLAIN, check_factor, check_matrix
+from surgery.methods.shapes import PLAIN, check_factor, check_matrix, factor_shape
 from surgery.rounding import Delta, ExactProduct, RowsOf, exact_product
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class LoHa:
         cores = [role in module.factors for role in ("hada_t1", "hada_t2")]
         if cores[0] is not cores[1]:
             raise AdapterFormatError("one of two cores is missing", where=weight.name, expected="hada_t1 and hada_t2")
-        a, b = (module.factors[f"hada_w1_{side}"].spec.shape for side in "ab")
+        a, b = (factor_shape(module, f"hada_w1_{side}", 2) for side in "ab")
         kernel = 1
         if cores[0]:
             a, core = a[::-1], module.factors["hada_t1"].spec.shape

@@ -12,7 +12,7 @@ from formats.errors import AdapterFormatError
 from formats.spec import TensorSpec
 from surgery.fixed_order import matmul
 from surgery.methods.loha import cored
-from surgery.methods.shapes import PLAIN, check_matrix
+from surgery.methods.shapes import PLAIN, check_matrix, factor_shape
 from surgery.rounding import Delta, RowsOf
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ class LoKr:
         """Raises AdapterFormatError for factors that are not complete, ShapeMismatch and NotMergeable as
         check_matrix."""
         shapes = {role.removeprefix("lokr_"): ref.spec.shape for role, ref in module.factors.items()}
+        for role, ref in module.factors.items():
+            several = len(ref.spec.shape) > 2 and role in ("lokr_w2", "lokr_t2")
+            factor_shape(module, role, len(ref.spec.shape) if several else 2)
         sides = []
         for number in (1, 2):
             whole, pair = f"w{number}" in shapes, f"w{number}_a" in shapes and f"w{number}_b" in shapes

@@ -14,7 +14,7 @@ from formats.errors import ShapeMismatch
 from formats.layers import LayerKind
 from formats.spec import DType, TensorSpec
 from surgery.fixed_order import matmul
-from surgery.methods.shapes import change_outputs, check_matrix, matrix_shape
+from surgery.methods.shapes import change_outputs, check_factor, check_matrix, factor_shape, matrix_shape
 from surgery.rounding import Delta, RowsOf
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Miss:
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
-        width = module.factors["miss_block"].spec.shape[1]
+        width = factor_shape(module, "miss_block", 2)[1]
         out, into = matrix_shape(module, weight)
         narrow = module.settings["init_weights"] == "mini" and width == module.settings["mini_r"] and out % width == 0
         check_matrix(module, weight, out if narrow else width, into, (LayerKind.LINEAR,))
@@ -60,7 +60,8 @@ class MissBat:
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
-        blocks, rank, _ = module.factors["miss_block"].spec.shape
+        blocks, rank, _ = factor_shape(module, "miss_block", 3)
+        check_factor(module, "miss_block", blocks, rank, rank)
         into = matrix_shape(module, weight)[1]
         if into % rank:
             raise ShapeMismatch("the blocks do not fill the inputs", where=weight.name, expected=rank, found=into)

@@ -15,7 +15,7 @@ from formats.errors import ShapeMismatch
 from formats.spec import DType, TensorSpec, shape_text
 from surgery.errors import NotMergeable
 from surgery.fixed_order import definite_inverse, inverse, matmul, norms
-from surgery.methods.shapes import PLAIN, change_outputs, check_matrix, matrix_shape
+from surgery.methods.shapes import PLAIN, change_outputs, check_matrix, factor_shape, matrix_shape
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ class Oft:
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises ShapeMismatch for blocks that do not fill the weight's inputs, NotMergeable as check_matrix and for a
         convolution of more than one point."""
-        blocks, elements = module.factors["oft_R.weight"].spec.shape
+        blocks, elements = factor_shape(module, "oft_R.weight", 2)
         size = _size(elements)
         out, into = matrix_shape(module, weight)
         shared = bool(module.settings["block_share"]) and blocks == 1 and into % size == 0

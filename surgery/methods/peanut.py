@@ -11,7 +11,7 @@ from formats.layers import LayerKind
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotMergeable
 from surgery.fixed_order import matmul
-from surgery.methods.shapes import change_outputs, check_factor, check_matrix, matrix_shape
+from surgery.methods.shapes import change_outputs, check_factor, check_matrix, factor_shape, matrix_shape
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ class Peanut:
                 expected="relu, tanh, sigmoid or silu",
                 found=module.settings["act_fn"],
             )
-        rank, out = module.factors["peanut_A.weight"].spec.shape
+        rank, out = factor_shape(module, "peanut_A.weight", 2)
         check_factor(module, "peanut_B.weight", out, rank)
         for number in range(int(module.settings["depth"])):
             for side in ("encoders", "decoders"):

@@ -12,9 +12,10 @@ from formats.adapter import AdapterModule
 from formats.errors import ShapeMismatch
 from formats.spec import TensorSpec
 from surgery.errors import NotMergeable
+from surgery.fixed_order import fine_product
 from surgery.methods.lora import outward
-from surgery.methods.shapes import check_factor, check_matrix, matrix_shape
-from surgery.rounding import Delta, exact_product
+from surgery.methods.shapes import check_factor, check_matrix, factor_shape, matrix_shape
+from surgery.rounding import Delta
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ class RandLora:
         ShapeMismatch for factors that do not fit."""
         out, into = matrix_shape(module, weight)
         short, long = sorted((out, into))
-        rank, bases = module.factors["randlora_lambda"].spec.shape
+        rank, bases = factor_shape(module, "randlora_lambda", 2)
         check_matrix(module, weight, out, into)
         check_factor(module, "randlora_gamma", bases, short)
         a, b = (module.factors.get(role) for role in ("randlora_A", "randlora_B"))
@@ -46,7 +47,7 @@ class RandLora:
                 where=weight.name,
                 then="save the adapter with save_projection=True",
             )
-        found_a, found_b = a.spec.shape, b.spec.shape
+        found_a, found_b = (factor_shape(module, role, 3) for role in ("randlora_A", "randlora_B"))
         fits = found_a[:2] == (rank, 1) and found_a[2] >= short
         if not (fits and found_b[0] >= long and found_b[1] >= bases and found_b[2] == rank):
             raise ShapeMismatch(
@@ -63,4 +64,4 @@ class RandLora:
         long = b[: max(out, into), :bases].double().flatten(1)  # (long, bases · rank): peft pairs them in this order
         left, right = (long, short) if into <= out else (short.mT, long.mT)
         scaling = float(module.settings["randlora_alpha"]) / rank
-        return exact_product(*outward(module.kind, right, left), weight * scaling)
+        return fine_product(*outward(module.kind, right, left), weight * scaling)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.errors import ShapeMismatch
 from formats.layers import LayerKind
-from formats.spec import DType, TensorSpec
+from formats.spec import DType, TensorSpec, shape_text
 from formats.tensors import torch_dtype
 from surgery.errors import NotMergeable
 from surgery.methods.lora import check_weight
@@ -52,12 +52,28 @@ def check_matrix(
         )
 
 
+def factor_shape(module: AdapterModule, role: str, dims: int) -> tuple[int, ...]:
+    """The shape of a factor of so many dimensions. Raises ShapeMismatch for one of another number."""
+    found = module.factors[role].spec
+    if len(found.shape) != dims or not found.size:
+        raise ShapeMismatch(
+            "a factor is empty or has another number of dimensions",
+            where=found.name,
+            expected=f"{dims} dimensions",
+            found=shape_text(found.shape),
+        )
+    return found.shape
+
+
 def check_factor(module: AdapterModule, role: str, *shape: int) -> None:
     """Refuses a factor of another shape. Raises ShapeMismatch."""
     found = module.factors[role].spec
     if found.shape != shape:
         raise ShapeMismatch(
-            "a factor does not fit the weight or the other factors", where=found.name, expected=shape, found=found.shape
+            "a factor does not fit the weight or the other factors",
+            where=found.name,
+            expected=shape_text(shape),
+            found=shape_text(found.shape),
         )
 
 

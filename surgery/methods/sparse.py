@@ -17,7 +17,7 @@ from formats.layers import LayerKind
 from formats.spec import TensorSpec
 from surgery.errors import NotMergeable
 from surgery.methods.fourierft import check_places, drawn_places
-from surgery.methods.shapes import TRANSPOSED, check_factor, check_matrix, matrix_shape
+from surgery.methods.shapes import TRANSPOSED, check_factor, check_matrix, factor_shape, matrix_shape
 from surgery.rounding import Delta, RowsOf, exact_product
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Supertuning:
         out, into = matrix_shape(module, weight)
         check_factor(module, "supertuning_indices", module.factors["supertuning_values"].spec.size)
         if _LORA[0] in module.factors:
-            rank = module.factors[_LORA[0]].spec.shape[0]
+            rank = factor_shape(module, _LORA[0], 2)[0]
             check_factor(module, _LORA[0], rank, into)
             check_factor(module, _LORA[1], out, rank)
         check_matrix(module, weight, out, into, (LayerKind.LINEAR,))

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from formats.adapter import AdapterModule
-from formats.errors import AdapterFormatError
+from formats.errors import AdapterFormatError, ShapeMismatch
 from formats.spec import TensorSpec
 from surgery.methods.lora import outward
-from surgery.methods.shapes import check_factor, check_matrix
+from surgery.methods.shapes import check_factor, check_matrix, factor_shape
 from surgery.rounding import Delta, exact_product
 
 if TYPE_CHECKING:
@@ -45,8 +45,11 @@ class VbLora:
                     expected=f"{role}, or {role}_topk_indices and {role}_topk_weights",
                     found=", ".join(module.factors),
                 )
-            sides.append(module.factors.get(role, module.factors.get(f"{role}_topk_indices")).spec.shape)  # type: ignore[union-attr]
-        length = module.factors["vblora_vector_bank"].spec.shape[1]
+            if role not in module.factors:
+                height, width, count = factor_shape(module, f"{role}_topk_indices", 3)
+                check_factor(module, f"{role}_topk_weights", height, width, count - 1)
+            sides.append(factor_shape(module, role if role in module.factors else f"{role}_topk_indices", 3))
+        length = factor_shape(module, "vblora_vector_bank", 2)[1]
         check_matrix(module, weight, sides[1][0] * length, sides[0][1] * length)
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
@@ -69,7 +72,8 @@ class UniLora:
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
-        a, b = (module.factors[f"unilora_indices_{side}"].spec.shape for side in "AB")
+        a, b = (factor_shape(module, f"unilora_indices_{side}", 2) for side in "AB")
+        factor_shape(module, "unilora_theta_d", 1)
         check_factor(module, "unilora_indices_B", b[0], a[0])
         check_factor(module, "unilora_scales_A", *a)
         check_factor(module, "unilora_scales_B", *b)
@@ -78,6 +82,14 @@ class UniLora:
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
         """weight · B A."""
         theta = factors["unilora_theta_d"].double()
+        highest = max(int(factors[f"unilora_indices_{side}"].max()) for side in "AB")
+        if highest >= len(theta):
+            raise ShapeMismatch(
+                "an index lies outside the shared vector",
+                where=module.target,
+                expected=f"below {len(theta)}",
+                found=highest,
+            )
         a, b = (
             theta[factors[f"unilora_indices_{side}"].long()] * factors[f"unilora_scales_{side}"].double()
             for side in "AB"

@@ -16,7 +16,7 @@ from formats.errors import ShapeMismatch
 from formats.spec import TensorSpec, shape_text
 from surgery.errors import NotMergeable
 from surgery.methods.lora import outward
-from surgery.methods.shapes import check_matrix, matrix_shape
+from surgery.methods.shapes import check_factor, check_matrix, factor_shape, matrix_shape
 from surgery.rounding import Delta, exact_product
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Vera:
     """ΔW = (λ_b ∘ B) (λ_d ∘ A).
 
     Factors: vera_lambda_b (out,), vera_lambda_d (rank,), and if they were saved vera_A (rank, ≥ in), vera_B
-    (≥ out, rank). Settings: projection_prng_key, and largest_out and largest_in of all adapted layers.
+    (≥ out, rank). Settings: r, projection_prng_key, and largest_out and largest_in of all adapted layers.
     """
 
     name = "vera"
@@ -67,22 +67,20 @@ class PVera:
 
 
 def _check(module: AdapterModule, weight: TensorSpec, prefix: str, halves: int) -> None:
-    (out,), (width,) = (module.factors[f"{prefix}_lambda_{side}"].spec.shape for side in "bd")
+    (out,), (width,) = (factor_shape(module, f"{prefix}_lambda_{side}", 1) for side in "bd")
     into = matrix_shape(module, weight)[1]
+    check_factor(module, f"{prefix}_lambda_d", int(module.settings["r"]) * halves)
     check_matrix(module, weight, out, into)
-    a, b = (module.factors.get(f"{prefix}_{side}") for side in "AB")
-    if a is None or b is None:
+    if f"{prefix}_A" not in module.factors or f"{prefix}_B" not in module.factors:
         return
-    if a.spec.shape[0] != width or a.spec.shape[1] < into:
+    a, b = (factor_shape(module, f"{prefix}_{side}", 2) for side in "AB")
+    if a[0] != width or a[1] < into or b[0] < out or b[1] * halves != width:
         raise ShapeMismatch(
-            "the shared A does not fit", where=weight.name, expected=f"{width} × at least {into}",
-            found=shape_text(a.spec.shape),
-        )  # fmt: skip
-    if b.spec.shape[0] < out or b.spec.shape[1] * halves != width:
-        raise ShapeMismatch(
-            "the shared B does not fit", where=weight.name, expected=f"at least {out} × {width // halves}",
-            found=shape_text(b.spec.shape),
-        )  # fmt: skip
+            "the shared matrices do not fit",
+            where=weight.name,
+            expected=f"{width} × at least {into}, at least {out} × {width // halves}",
+            found=f"{shape_text(a)}, {shape_text(b)}",
+        )
 
 
 def _delta(
@@ -94,7 +92,7 @@ def _delta(
     width = lambda_d.shape[0]
     rank = width // halves
     settings = module.settings
-    if f"{prefix}_A" in factors:
+    if f"{prefix}_A" in factors and f"{prefix}_B" in factors:
         a, b = factors[f"{prefix}_A"], factors[f"{prefix}_B"]
     else:
         generator = torch.Generator(device="cpu").manual_seed(int(settings["projection_prng_key"]))

@@ -71,7 +71,7 @@ def merge(
     Args:
         base: a safetensors file or a folder; the output has its shape: a file, or a folder with the same shards,
             config, tokenizer and the rest.
-        adapter: a PEFT LoRA, as a folder or a single file.
+        adapter: a PEFT adapter, as a folder or a single file.
         out: a folder, or a `.safetensors`/`.st` file.
         weight: a factor of the whole delta.
         force: replace what stands at `out`.

@@ -16,9 +16,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import surgery
+from formats.adapter import AdapterModule
 from formats.dialects.peft_methods import REFUSED, REPLACING, SCHEMES
-from formats.errors import AdapterFormatError
+from formats.errors import AdapterFormatError, ReportedError
+from formats.layers import LayerKind
+from formats.spec import DType
 from surgery.errors import NotMergeable, NotMerged
+from surgery.methods.boft import Boft
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -255,6 +259,43 @@ def test_threads_and_blocks_do_not_show(tmp_path: Path, name: str, monkeypatch: 
         surgery.merge(tmp_path / "base.st", tmp_path / "adapter", merged, resources=surgery.Resources(jobs, 1 << 30))
         outputs.add(merged.read_bytes())
     assert len(outputs) == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_factor_of_another_shape_is_refused_while_planning(tmp_path: Path, name: str) -> None:
+    """Each factor in turn, with too few dimensions and too many."""
+    made_by_peft(tmp_path, CASES[name])
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    for key, tensor in tensors.items():
+        if key.endswith(("spectrum", "randlora_A", "randlora_B")):  # of any length; in several copies
+            continue
+        for wrong in (torch.ones(3), torch.ones(2, 1, 1, 1, 5)):
+            save_file(tensors | {key: wrong.to(tensor.dtype)}, file)
+            with pytest.raises(ReportedError):
+                surgery.merge(tmp_path / "base.st", tmp_path / "adapter", tmp_path / "merged.st")
+            assert not (tmp_path / "merged.st").exists()
+
+
+def test_butterflies_of_several_levels_are_the_product_that_peft_describes() -> None:
+    """peft multiplies them on a GPU only, so its permutations and its rotations are put together here."""
+    layer, blocks, size, levels = peft.tuners.boft.layer.BOFTLayer, 8, 4, 3
+    width = blocks * size
+    torch.manual_seed(0)
+    rotations, scale = 0.3 * torch.randn(levels, blocks, size, size).double(), 2 + torch.rand(6, 1).double()
+    weight = torch.randn(6, width)
+    whole = torch.eye(width).double()
+    for level in range(levels):
+        order = layer.block_butterfly_perm(None, width, blocks >> level, size // 2, levels - 1)
+        place = layer.perm2mat(None, order).double()
+        turned = torch.block_diag(*layer.cayley_batch(None, rotations[level]))
+        whole = place @ turned @ place.T @ whole
+    module = AdapterModule("weight", "boft", LayerKind.LINEAR, {}, 1, 1.0)
+    factors = {"boft_R": rotations, "boft_s": scale}
+    ours = Boft().transform(module, weight, factors, DType.F64)
+    torch.testing.assert_close(ours, (weight.double() @ whole.T) * scale, atol=1e-12, rtol=0)
+    back = Boft().transform(module, ours, factors, DType.F64, back=True)
+    torch.testing.assert_close(back, weight.double(), atol=1e-12, rtol=0)
 
 
 UNSAVED = {
