@@ -105,7 +105,7 @@ def test_the_receipt_names_every_input(pair: tuple[Path, Path], adapter: Path, t
     assert receipt["operation"] == "merge"
     assert receipt["tool"].startswith("surgery ")
     assert set(receipt["base_tensors"]) == set(weights())
-    assert set(receipt["adapter_tensors"]) == set(load_file(adapter / "adapter_model.safetensors"))
+    assert set(receipt["adapters"][0]["tensors"]) == set(load_file(adapter / "adapter_model.safetensors"))
     assert all(len(text) == 64 and set(text) != {"0"} for text in receipt["base_tensors"].values())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -42,10 +43,33 @@ class ByteSize(click.ParamType[int]):
         return int(float(match[1]) * _UNITS[match[2]])
 
 
+class WeighedPath(click.ParamType[tuple[str, float | None]]):
+    """`PATH` or `PATH:WEIGHT`; a path that is there by its whole name is taken as it is."""
+
+    name = "path[:weight]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float | None]:
+        """Splits off the weight, if the last part is a number."""
+        if isinstance(value, tuple):
+            return value
+        path, colon, weight = str(value).rpartition(":")
+        if not colon or os.path.exists(value):
+            return str(value), None
+        try:
+            return path, float(weight)
+        except ValueError:
+            return str(value), None
+
+
 def output_options(function: Callable[..., None]) -> Callable[..., None]:
     """-o and --force."""
     function = click.option("--force", is_flag=True, help="Replace what stands at the output.")(function)
     return click.option("-o", "--output", "out", type=PATH, required=True, help="Where to write.")(function)
+
+
+def undo_option(text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """--undo, which merge writes and unmerge reads."""
+    return click.option("--undo", type=PATH, metavar="FILE", help=text)
 
 
 def engine_options(function: Callable[..., None]) -> Callable[..., None]:

@@ -9,16 +9,20 @@ from surgery.cli import options
 
 @click.command("unmerge", epilog="Example: surgery unmerge merged/ adapter/ -o base-again/")
 @click.argument("merged", type=options.PATH)
-@click.argument("adapter", type=options.PATH)
-@click.option("--weight", type=float, help="The factor it was merged with [the receipt's, or 1].")
+@click.argument("adapters", type=options.WeighedPath(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
+@click.option("--weight", type=float, help="A factor of every weight [the receipt's, or 1].")
+@click.option(
+    "--undo", type=options.PATH, metavar="FILE", help="What merge --undo wrote: gives the base back bit for bit."
+)
 @options.output_options
 @options.dry_run_option
 @options.engine_options
 @options.json_option
 def command(
     merged: str,
-    adapter: str,
+    adapters: tuple[tuple[str, float | None], ...],
     weight: float | None,
+    undo: str | None,
     out: str,
     force: bool,
     dry_run: bool,
@@ -26,21 +30,24 @@ def command(
     memory: int,
     as_json: bool,
 ) -> None:
-    """Take ADAPTER off MERGED again: W0 = W − ΔW."""
-    from formats.dialects import open_adapter
+    """Take the adapters of its last merge off MERGED again: W0 = W − ΣΔW."""
     from formats.paths import open_checkpoint
     from surgery.operations import unmerge as operation
+    from surgery.operations.adapters import open_adapters
     from surgery.provenance import Receipt
+    from surgery.undo import open_undo
 
     with options.reporting("unmerge", as_json):
         if dry_run:
-            with open_checkpoint(merged) as w:
+            with open_checkpoint(merged) as w, open_undo(undo) as corrections:
                 receipt = Receipt.read(w.metadata, merged)
-                delta = open_adapter(adapter, w.specs)
-                options.show_plan(operation.plan_unmerge(w, delta, receipt, weight=weight))
+                opened = open_adapters(merged, adapters, w.specs, weight)
+                options.show_plan(operation.plan_unmerge(w, opened, receipt, corrections))
             return
         with options.resources(jobs, memory) as resources:
-            report = operation.unmerge(merged, adapter, out, weight=weight, force=force, resources=resources)
+            report = operation.unmerge(
+                merged, adapters, out, weight=weight, undo=undo, force=force, resources=resources
+            )
         if as_json:
             options.print_json(report)
             return
