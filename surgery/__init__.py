@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from surgery.operations.merge import MergeReport, merge
     from surgery.operations.spectrum import SpectrumReport, spectrum
     from surgery.operations.unmerge import UnmergeReport, unmerge
+    from surgery.operations.verify import VerifyReport, verify
 
 _HOMES = {
     "bench": "surgery.operations.bench",
@@ -49,6 +50,8 @@ _HOMES = {
     "SurgeryError": "surgery.errors",
     "unmerge": "surgery.operations.unmerge",
     "UnmergeReport": "surgery.operations.unmerge",
+    "verify": "surgery.operations.verify",
+    "VerifyReport": "surgery.operations.verify",
 }
 
 __all__ = [
@@ -64,6 +67,7 @@ __all__ = [
     "SpectrumReport",
     "SurgeryError",
     "UnmergeReport",
+    "VerifyReport",
     "__version__",
     "bench",
     "diff",
@@ -74,6 +78,7 @@ __all__ = [
     "open_checkpoint",
     "spectrum",
     "unmerge",
+    "verify",
 ]
 
 
