@@ -67,11 +67,6 @@ def output_options(function: Callable[..., None]) -> Callable[..., None]:
     return click.option("-o", "--output", "out", type=PATH, required=True, help="Where to write.")(function)
 
 
-def undo_option(text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """--undo, which merge writes and unmerge reads."""
-    return click.option("--undo", type=PATH, metavar="FILE", help=text)
-
-
 def engine_options(function: Callable[..., None]) -> Callable[..., None]:
     """--jobs and --memory."""
     function = click.option(
@@ -101,6 +96,20 @@ def dry_run_option(function: Callable[..., None]) -> Callable[..., None]:
     return click.option("--dry-run", is_flag=True, help="Print the plan; read headers only and write nothing.")(
         function
     )
+
+
+def merging_options(undo: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What merge and unmerge share: the adapters, --undo (with its help), and the options of every verb that writes."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        for each in (json_option, engine_options, dry_run_option, output_options):
+            function = each(function)
+        function = click.option("--undo", type=PATH, metavar="FILE", help=undo)(function)
+        return click.argument("adapters", type=WeighedPath(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")(
+            function
+        )
+
+    return decorate
 
 
 _RULES = (

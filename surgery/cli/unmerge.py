@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from surgery.cli import options
@@ -9,26 +11,17 @@ from surgery.cli import options
 
 @click.command("unmerge", epilog="Example: surgery unmerge merged/ adapter/ -o base-again/")
 @click.argument("merged", type=options.PATH)
-@click.argument("adapters", type=options.WeighedPath(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
+@options.merging_options(undo="What merge --undo wrote: gives the base back bit for bit.")
 @click.option("--weight", type=float, help="A factor of every weight [the receipt's, or 1].")
-@click.option(
-    "--undo", type=options.PATH, metavar="FILE", help="What merge --undo wrote: gives the base back bit for bit."
-)
-@options.output_options
-@options.dry_run_option
-@options.engine_options
-@options.json_option
 def command(
     merged: str,
     adapters: tuple[tuple[str, float | None], ...],
-    weight: float | None,
-    undo: str | None,
     out: str,
-    force: bool,
     dry_run: bool,
     jobs: int,
     memory: int,
     as_json: bool,
+    **how: Any,
 ) -> None:
     """Take the adapters of its last merge off MERGED again: W0 = W − ΣΔW."""
     from formats.paths import open_checkpoint
@@ -39,15 +32,13 @@ def command(
 
     with options.reporting("unmerge", as_json):
         if dry_run:
-            with open_checkpoint(merged) as w, open_undo(undo) as corrections:
+            with open_checkpoint(merged) as w, open_undo(how["undo"]) as corrections:
                 receipt = Receipt.read(w.metadata, merged)
-                opened = open_adapters(merged, adapters, w.specs, weight)
+                opened = open_adapters(merged, adapters, w.specs, how["weight"])
                 options.show_plan(operation.plan_unmerge(w, opened, receipt, corrections))
             return
         with options.resources(jobs, memory) as resources:
-            report = operation.unmerge(
-                merged, adapters, out, weight=weight, undo=undo, force=force, resources=resources
-            )
+            report = operation.unmerge(merged, adapters, out, **how, resources=resources)
         if as_json:
             options.print_json(report)
             return

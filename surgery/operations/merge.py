@@ -69,6 +69,7 @@ def merge(
     *,
     weight: float = 1.0,
     undo: str | Path | None = None,
+    max_shard_size: int | None = None,
     force: bool = False,
     resources: Resources | None = None,
 ) -> MergeReport:
@@ -82,6 +83,7 @@ def merge(
         out: a folder, or a `.safetensors`/`.st` file.
         weight: a factor of every delta.
         undo: a `.safetensors`/`.st` file to write what unmerge needs to give the base back bit for bit.
+        max_shard_size: bytes of each shard of an output folder, instead of the base's shards.
         force: replace what stands at `out` and at `undo`.
         resources: threads and memory.
 
@@ -93,7 +95,7 @@ def merge(
     with open_checkpoint(base) as w0:
         plan, receipt = plan_merge(w0, open_adapters(base, adapters, w0.specs, weight), undo=undo is not None)
         inputs = (base, *(path for path, _ in adapter_paths(adapters)))
-        destination = destination_like(base, out, plan.outputs, inputs=inputs, force=force)
+        destination = destination_like(base, out, plan.outputs, inputs=inputs, force=force, max_shard=max_shard_size)
         config = resized_config(destination, growth(w0.specs.values(), plan.outputs))
         if config is not None:
             destination = without_companion(destination, CONFIG)
