@@ -9,9 +9,11 @@ A correction is one Zstandard frame. For every chunk of 2¹⁹ elements, the las
     differences      (bits of the tensor − bits of the prediction) as integers of the element's width, zigzag (0, −1,
                      1, −2 … as 0, 1, 2, 3 …), all lowest bytes first, then all second ones, and so on
 
-everything little-endian. Neighbours in the last place differ by ±1 in their bits, so but for the positions almost
-nothing is left to store; and where everything differs the gaps are all alike and cost nothing. Each part ends a block,
-since every block has its own code.
+everything little-endian. Where the prediction is a merged weight with its delta subtracted again, the elements whose
+exponent is larger in the merged weight than in the prediction come first: those are the ones that rounding coarsened,
+about every other one is wrong, and hardly any elsewhere. Neighbours in the last place differ by ±1 in their bits, so
+but for positions little is left to store; and where everything differs the gaps are all alike and cost nothing. Each
+part ends a block, since every block has its own code.
 
 Knows bytes only: no file, no dtype, no method.
 """
@@ -19,6 +21,7 @@ Knows bytes only: no file, no dtype, no method.
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +38,15 @@ _LEVEL = 3  # higher ones gain nothing on gaps, which have no repetitions to fin
 Words = np.ndarray[Any, Any]
 
 
+@dataclass(frozen=True)
+class Coarsened:
+    """What tells where a prediction is likely to be wrong: the payload of the merged weight, of the tensor's own size,
+    and the number of fraction bits of its floats."""
+
+    merged: Bytes
+    fraction: int
+
+
 def correction_limit(elements: int, itemsize: int) -> int:
     """The most bytes that a correction of so many elements takes."""
     plain = elements * (itemsize + 1) + (elements // _CHUNK + 1) * (_HEAD.size + 64)
@@ -43,21 +55,25 @@ def correction_limit(elements: int, itemsize: int) -> int:
 
 def correction_workspace(itemsize: int) -> int:
     """Bytes of memory that one chunk takes on its way, beside the tensors."""
-    return _CHUNK * (24 + 6 * itemsize)
+    return _CHUNK * (48 + 8 * itemsize)
 
 
-def correct_from(actual: Bytes, predicted: Bytes, itemsize: int) -> bytes | None:
+def correct_from(actual: Bytes, predicted: Bytes, itemsize: int, coarsened: Coarsened | None = None) -> bytes | None:
     """What leads from a prediction to the tensor; None where they are equal.
 
     Args:
         actual: the tensor's payload.
         predicted: the prediction's; read only as far as it goes, zeros after that.
         itemsize: bytes of an element: 1, 2, 4 or 8.
+        coarsened: where the prediction is likely to be wrong, if anything tells.
     """
     stream = zstandard.ZstdCompressor(level=_LEVEL).compressobj()
     parts: list[bytes] = []
     differs = False
-    for truth, guess in _chunks(actual, predicted, itemsize):
+    truths, guesses = (_words(payload, actual.nbytes, itemsize) for payload in (actual, predicted))
+    for begin in range(0, len(truths), _CHUNK):
+        order = _order(guesses[begin : begin + _CHUNK], begin, coarsened)
+        truth, guess = truths[begin : begin + _CHUNK][order], guesses[begin : begin + _CHUNK][order]
         positions = np.flatnonzero(truth != guess)
         differs = differs or bool(len(positions))
         difference = truth[positions] - guess[positions]  # modulo 2^bits
@@ -69,15 +85,14 @@ def correct_from(actual: Bytes, predicted: Bytes, itemsize: int) -> bytes | None
     return b"".join([*parts, stream.flush()]) if differs else None
 
 
-def corrected(predicted: Bytes, correction: Bytes, nbytes: int, itemsize: int, where: str) -> Bytes:
-    """The tensor's payload of `nbytes`, out of its prediction and the correction.
+def corrected(
+    predicted: Bytes, correction: Bytes, nbytes: int, itemsize: int, where: str, coarsened: Coarsened | None = None
+) -> Bytes:
+    """The tensor's payload of `nbytes`, out of its prediction and the correction; `coarsened` as it was given there.
 
     Raises CorruptFile, naming `where`, for bytes that are no correction of so many elements.
     """
-    actual = np.zeros(nbytes, np.uint8)
-    size = min(nbytes, predicted.nbytes)
-    actual[:size] = predicted[:size]
-    words = actual.view(f"<u{itemsize}")
+    words = _words(predicted, nbytes, itemsize).copy()
     try:
         with zstandard.ZstdDecompressor().stream_reader(correction.data) as stream:
             for begin in range(0, len(words), _CHUNK):
@@ -90,24 +105,34 @@ def corrected(predicted: Bytes, correction: Bytes, nbytes: int, itemsize: int, w
                     raise ValueError("positions beyond the tensor")
                 planes = np.frombuffer(_exactly(stream, count * itemsize), np.uint8).reshape(itemsize, count)
                 codes = np.ascontiguousarray(planes.T).view(f"<u{itemsize}").reshape(-1)
-                chunk[positions] += _unzigzag(codes)
+                chunk[_order(chunk, begin, coarsened)[positions]] += _unzigzag(codes)
             if stream.read(1):
                 raise ValueError("more than the tensor's elements")
     except (ValueError, zstandard.ZstdError) as error:
         raise CorruptFile(
             "a correction is damaged", where=where, found=str(error), then="copy the undo file again"
         ) from error
-    return actual
+    return words.view(np.uint8)
 
 
-def _chunks(actual: Bytes, predicted: Bytes, itemsize: int) -> list[tuple[Words, Words]]:
-    if predicted.nbytes != actual.nbytes:
-        fitted = np.zeros(actual.nbytes, np.uint8)
-        size = min(actual.nbytes, predicted.nbytes)
-        fitted[:size] = predicted[:size]
-        predicted = fitted
-    truth, guess = (payload.view(f"<u{itemsize}") for payload in (actual, predicted))
-    return [(truth[begin : begin + _CHUNK], guess[begin : begin + _CHUNK]) for begin in range(0, len(truth), _CHUNK)]
+def _words(payload: Bytes, nbytes: int, itemsize: int) -> Words:
+    """A payload as integers, cut or filled up with zeros to `nbytes`."""
+    if payload.nbytes < nbytes:
+        payload = np.concatenate([payload, np.zeros(nbytes - payload.nbytes, np.uint8)])
+    return payload[:nbytes].view(f"<u{itemsize}")
+
+
+def _order(guess: Words, begin: int, coarsened: Coarsened | None) -> Words:
+    """The order in which a chunk's elements are stored: those first that are likely to be wrong."""
+    if coarsened is None:
+        return np.arange(len(guess))
+    merged = coarsened.merged.view(guess.dtype)[begin : begin + len(guess)]
+    likely = _exponents(merged, coarsened.fraction) > _exponents(guess, coarsened.fraction)
+    return np.concatenate([np.flatnonzero(likely), np.flatnonzero(~likely)])
+
+
+def _exponents(words: Words, fraction: int) -> Words:
+    return (words << 1) >> (fraction + 1)  # the sign falls off at the top
 
 
 def _gaps(positions: Words) -> Bytes:

@@ -13,7 +13,7 @@ from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
 from formats.tensors import bytes_from_tensor, torch_dtype
 from surgery.checks import check_finite, is_finite
-from surgery.correction import correct_from
+from surgery.correction import Coarsened, correct_from
 from surgery.errors import NotFinite
 from surgery.methods import additive, transforming
 from surgery.plan import Fate, Outcome
@@ -22,6 +22,8 @@ from surgery.rounding import add_rounded, round_once
 
 if TYPE_CHECKING:
     import torch
+
+_FRACTION_BITS = {DType.BF16: 7, DType.F16: 10, DType.F32: 23, DType.F64: 52}
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ class Merge:
         if not self.undo:
             return Outcome((result,), {self.name: fate}, figures)
         guess = prediction(result, self.modules, factors, TensorSpec(self.name, self.dtype, tuple(base.shape)))
-        correction = correct_from(bytes_from_tensor(base), bytes_from_tensor(guess), self.dtype.itemsize)
+        payloads = bytes_from_tensor(base), bytes_from_tensor(guess)
+        correction = correct_from(*payloads, self.dtype.itemsize, coarsened(result, guess, self.dtype))
         aside = None if correction is None else torch.frombuffer(bytearray(correction), dtype=torch.uint8)
         return Outcome((result,), {self.name: fate}, figures, (aside,))
 
@@ -153,6 +156,11 @@ def prediction(
     if modules and all(additive(module) for module, _ in modules) and tuple(merged.shape) == base.shape:
         return subtract(merged, modules, factors, base.dtype)
     return merged
+
+
+def coarsened(merged: torch.Tensor, guess: torch.Tensor, dtype: DType) -> Coarsened | None:
+    """What tells where a prediction is likely to be wrong; nothing does where it is the merged tensor itself."""
+    return None if guess is merged else Coarsened(bytes_from_tensor(merged), _FRACTION_BITS[dtype])
 
 
 def _with_rows(tensor: torch.Tensor, rows: tuple[int, ...], source: torch.Tensor, dtype: DType) -> torch.Tensor:

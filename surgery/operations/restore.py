@@ -18,7 +18,7 @@ from formats.tensors import bytes_from_tensor, tensor_from_bytes
 from surgery.correction import corrected, correction_workspace
 from surgery.errors import UndoMismatch
 from surgery.operations.adapters import WeighedAdapter, check_receipt, weighed_modules
-from surgery.operations.merge_ops import Copy, Drop, prediction
+from surgery.operations.merge_ops import Copy, Drop, coarsened, prediction
 from surgery.plan import Fate, Outcome, Plan, Step
 from surgery.provenance import Receipt, tensor_hash
 from surgery.undo import Change, UndoFile
@@ -118,10 +118,12 @@ class Correct:
         if tensor_hash(inputs[0]) != self.change.merged:
             raise changed_since(name)
         factors = inputs[1:-1] if self.stored else inputs[1:]
-        guess = bytes_from_tensor(prediction(inputs[0], self.modules, factors, self.spec))
-        correction = bytes_from_tensor(inputs[-1]) if self.stored else None
-        if correction is not None:
-            guess = corrected(guess, correction, self.spec.nbytes, self.spec.dtype.itemsize, self.where)
+        predicted = prediction(inputs[0], self.modules, factors, self.spec)
+        guess = bytes_from_tensor(predicted)
+        if self.stored:
+            hints = coarsened(inputs[0], predicted, self.spec.dtype)
+            stored = bytes_from_tensor(inputs[-1])
+            guess = corrected(guess, stored, self.spec.nbytes, self.spec.dtype.itemsize, self.where, hints)
         digest = ""
         if guess.nbytes == self.spec.nbytes:
             result = tensor_from_bytes(guess, self.spec)

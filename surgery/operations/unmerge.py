@@ -101,7 +101,8 @@ def unmerge(
             hashes, digest = output_hashes(outcomes), output_digest(plan, outcomes)
             if corrections and digest != corrections.record.base_digest:
                 # Corrected tensors have been checked one by one: it is one that was only copied.
-                raise changed_since(next(name for name, known in expected.items() if hashes.get(name) != known))
+                wrong = (name for name, known in expected.items() if hashes.get(name) != known)
+                raise changed_since(next(wrong, str(merged)))  # the file itself where only a dtype or shape is another
     differing = tuple(name for name, known in expected.items() if hashes.get(name) != known)
     return UnmergeReport(
         operation="unmerge",
