@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from formats.adapter import AdapterModule
+from formats.layers import LayerKind
 from formats.spec import TensorSpec
 from surgery.errors import NotMergeable
 from surgery.methods.adalora import AdaLora
@@ -77,18 +78,17 @@ def transforming(module: AdapterModule) -> TransformingMethod | None:
     return next((method for method in TRANSFORMING if method.name == module.method), None)
 
 
-def check_modules(modules: Sequence[AdapterModule], weight: TensorSpec, strength: float = 1.0) -> None:
+def check_modules(modules: Sequence[tuple[AdapterModule, float]], weight: TensorSpec) -> None:
     """Refuses, while planning, what cannot be done to one weight.
 
     Args:
-        modules: all that adapt it.
+        modules: all that adapt it, each with the factor of its delta.
         weight: as the base stores it.
-        strength: the factor of the whole delta.
 
     Raises:
         NotMergeable, ShapeMismatch: with the reason.
     """
-    for module in modules:
+    for module, strength in modules:
         method = additive(module) or transforming(module)
         if method is None:
             known = ", ".join([*(each.name for each in ADDITIVE), *(each.name for each in TRANSFORMING)])
@@ -105,5 +105,8 @@ def check_modules(modules: Sequence[AdapterModule], weight: TensorSpec, strength
             raise NotMergeable(
                 f"{module.method} is no delta: nothing can be added beside it",
                 where=weight.name,
-                found=", ".join(other.method for other in modules),
+                found=", ".join(other.method for other, _ in modules),
             )
+    # A stack of matrices and a convolution are flattened differently, so their blocks of rows would not match.
+    if len(weight.shape) > 2 and len({module.kind is LayerKind.CONV for module, _ in modules}) > 1:
+        raise NotMergeable("one adapter takes this weight for a convolution, another for a stack", where=weight.name)
