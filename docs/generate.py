@@ -1,4 +1,5 @@
-"""Writes docs/cli.md from the commands' own help. A test fails where the two differ: `make docs` mends it."""
+"""Writes docs/cli.md from the commands' own help, and docs/methods.md from the tables of methods. A test fails where a
+file and its source differ: `make docs` mends it."""
 
 from __future__ import annotations
 
@@ -6,9 +7,12 @@ from pathlib import Path
 
 import click
 
+from formats.dialects.peft_methods import REFUSED, REPLACING, SCHEMES, VARIANTS
 from surgery.cli import COMMANDS, main
+from surgery.methods import ADDITIVE, TRANSFORMING
 
 TARGET = Path(__file__).parent / "cli.md"
+METHODS = Path(__file__).parent / "methods.md"
 
 
 def reference() -> str:
@@ -27,5 +31,40 @@ def _section(path: str, command: click.Command) -> str:
     return f"## {path}\n\n```text\n{command.get_help(context)}\n```\n"
 
 
+def methods() -> str:
+    """The methods of peft, merged and refused, as Markdown."""
+    known = {method.name: method for method in (*ADDITIVE, *TRANSFORMING)}
+    rows = [("LORA", "lora", ""), ("LORA", "dora", "use_dora")]
+    rows += [(peft_type, scheme.method, "") for peft_type, scheme in SCHEMES.items()]
+    rows += [(peft_type, method, f"{setting}={value}") for peft_type, setting, value, method in VARIANTS]
+    merged = []
+    for peft_type, name, setting in sorted(rows):
+        forgets = getattr(known[name], "forgets", "")
+        away = f"no: {forgets}" if forgets else "yes" if known[name] in ADDITIVE else "yes, by its inverse"
+        merged.append(f"| `{peft_type}`{f', `{setting}`' if setting else ''} | {known[name].paper} | {away} |")
+    merged += [f"| `{each}` | replaces tensors of the base | yes, from the receipt |" for each in REPLACING]
+    refused = [f"| `{peft_type}` | {reason} |" for peft_type, reason in sorted(REFUSED.items())]
+    return "\n".join([_METHODS, *merged, _REFUSED, *refused, ""])
+
+
+_METHODS = """# The methods of PEFT
+
+Generated from the tables in formats/dialects/peft_methods.py and surgery/methods by `make docs`; do not edit.
+
+## Merged
+
+Each gives what `merge_and_unload` of the installed peft gives, within 1e-6 of the largest weight in float32
+(tests/parity/test_parity_methods.py), rounded once. Settings that a method cannot be merged with are refused while
+planning, with the reason.
+
+| method | mathematics | can be taken off |
+|---|---|---|"""
+_REFUSED = """
+## Refused
+
+| method | why |
+|---|---|"""
+
 if __name__ == "__main__":
     TARGET.write_text(reference(), encoding="utf-8")
+    METHODS.write_text(methods(), encoding="utf-8")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from formats.checkpoint import Checkpoint
@@ -39,6 +39,7 @@ class AdapterModule:
         rslora: whether the scaling is alpha/√rank instead of alpha/rank (arXiv 2312.03732).
         transposed: for experts, whether the base stores (experts, in, out) instead of (experts, out, in).
         part: for a stack of experts that the base stores in pieces, (out, in) each, which of them the target is.
+        settings: what else the method must know, as its own file says; empty for LoRA.
     """
 
     target: str
@@ -50,6 +51,7 @@ class AdapterModule:
     rslora: bool = False
     transposed: bool = False
     part: ExpertPart | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def scaling(self) -> float:

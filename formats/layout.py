@@ -55,3 +55,23 @@ def layout(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> Layout:
     start = 8 + len(text)
     offsets = {name: start + offset for name, offset in relative.items()}
     return Layout(len(text).to_bytes(8, "little") + text, offsets, start + begin)
+
+
+def shards_by_size(specs: Iterable[TensorSpec], limit: int) -> dict[str, str]:
+    """Which shard each tensor goes to: filled in the order given, none beyond `limit` bytes of payload but for a tensor
+    that is larger by itself. Named as transformers names them; no shards where everything fits in one file."""
+    groups: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in specs:
+        if groups[-1] and filled + spec.nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(spec)
+        filled += spec.nbytes
+    if len(groups) == 1:
+        return {}
+    return {
+        spec.name: f"model-{number:05}-of-{len(groups):05}.safetensors"
+        for number, group in enumerate(groups, 1)
+        for spec in group
+    }

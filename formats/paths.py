@@ -12,6 +12,7 @@ from pathlib import Path
 
 from formats.checkpoint import Checkpoint, CheckpointWriter
 from formats.errors import FormatError, NotACheckpoint, PathNotFound
+from formats.layout import shards_by_size
 from formats.safetensors_file import SafetensorsFile, SafetensorsWriter
 from formats.sharded import ShardedCheckpoint, ShardedWriter
 from formats.spec import TensorSpec
@@ -124,31 +125,44 @@ def destination_like(
     *,
     inputs: Iterable[str | Path],
     force: bool,
+    max_shard: int | None = None,
 ) -> Destination:
     """An output shaped like its source: a file for a file, a folder with the same shards and companions for a folder.
 
-    Tensors of `specs` that the source's shards do not know go into its last shard.
+    Tensors of `specs` that the source's shards do not know go into its last shard. With `max_shard` the folder gets
+    shards of at most so many bytes instead of the source's. Raises FormatError for shards of a single file.
     """
     source, out = Path(source), Path(out)
+    specs = tuple(specs)
     guarded = tuple(Path(path) for path in inputs)
+    if names_file(out) and max_shard is not None:
+        raise FormatError(
+            "a single file has no shards",
+            where=out,
+            expected="a folder",
+            then="name a folder with -o, or leave it whole",
+        )
     if names_file(out):
         return Destination(out, inputs=guarded, force=force)
     folder = source if source.is_dir() else source.parent if source.name.endswith(INDEX_SUFFIX) else None
+    companions = () if folder is None else _companions(folder)
+    if max_shard is not None:
+        own = shards_by_size(specs, max_shard)
+        return Destination(out, f"{WEIGHTS}.index.json" if own else WEIGHTS, own or None, companions, guarded, force)
     if folder is None:
         return Destination(out, inputs=guarded, force=force)
-    companions = tuple(
-        sorted(
-            file
-            for file in folder.iterdir()
-            if file.is_file() and not any(file.match(pattern) for pattern in _WEIGHT_PATTERNS)
-        )
-    )
     with open_checkpoint(source) as checkpoint:
         if not isinstance(checkpoint, ShardedCheckpoint):
             return Destination(out, companions=companions, inputs=guarded, force=force)
         last = max(checkpoint.shards.values())
         shards = {spec.name: checkpoint.shards.get(spec.name, last) for spec in specs}
         return Destination(out, checkpoint.path.name, shards, companions, guarded, force)
+
+
+def _companions(folder: Path) -> tuple[Path, ...]:
+    """A model folder's files that hold no weights."""
+    files = [file for file in folder.iterdir() if file.is_file()]
+    return tuple(sorted(file for file in files if not any(file.match(pattern) for pattern in _WEIGHT_PATTERNS)))
 
 
 class _Output:

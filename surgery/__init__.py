@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from surgery.operations.merge import MergeReport, merge
     from surgery.operations.spectrum import SpectrumReport, spectrum
     from surgery.operations.unmerge import UnmergeReport, unmerge
+    from surgery.operations.verify import VerifyReport, verify
     from surgery.ranks import (
         Bounded,
         EnergyRule,
@@ -67,6 +68,8 @@ _HOMES = {
     "ResidualRule": "surgery.ranks",
     "ThresholdRule": "surgery.ranks",
     "Budget": "surgery.budget",
+    "verify": "surgery.operations.verify",
+    "VerifyReport": "surgery.operations.verify",
 }
 
 __all__ = [
@@ -90,6 +93,7 @@ __all__ = [
     "SurgeryError",
     "ThresholdRule",
     "UnmergeReport",
+    "VerifyReport",
     "__version__",
     "bench",
     "diff",
@@ -100,6 +104,7 @@ __all__ = [
     "open_checkpoint",
     "spectrum",
     "unmerge",
+    "verify",
 ]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from formats.checkpoint import Checkpoint, CheckpointWriter
 from formats.errors import ReportedError
 from formats.paths import open_checkpoint
-from formats.spec import CheckpointRef, TensorRef
+from formats.spec import CheckpointRef, TensorRef, TensorSpec
 from formats.tensors import Bytes
 from surgery.errors import Unsupported
 from surgery.plan import Compares, Outcome, Plan, Step
@@ -53,8 +53,15 @@ class Resources:
         return self.jobs or cores()
 
 
-def run(plan: Plan, writer: CheckpointWriter | None, resources: Resources | None = None) -> tuple[Outcome, ...]:
+def run(
+    plan: Plan,
+    writer: CheckpointWriter | None,
+    resources: Resources | None = None,
+    aside: CheckpointWriter | None = None,
+) -> tuple[Outcome, ...]:
     """Runs every step; the outcomes come in the plan's order, without their tensors.
+
+    `aside` takes what steps declare for a second output.
 
     The first error stops the run and is raised once the steps under way have ended.
 
@@ -69,6 +76,7 @@ def run(plan: Plan, writer: CheckpointWriter | None, resources: Resources | None
     intra_op = max(1, cores() // workers)
     budget = _Budget(resources.memory)
     stop = threading.Event()
+    writers = (writer, aside)
     with _Readers() as readers, torch_threads():
         # Largest first: the last step to finish is then a small one.
         order = sorted(range(len(plan.steps)), key=lambda index: -plan.steps[index].nbytes)
@@ -76,7 +84,7 @@ def run(plan: Plan, writer: CheckpointWriter | None, resources: Resources | None
         futures: dict[int, Future[Outcome]] = {}
         try:
             for index in order:
-                futures[index] = pool.submit(_run_step, plan.steps[index], readers, writer, budget, device, stop)
+                futures[index] = pool.submit(_run_step, plan.steps[index], readers, writers, budget, device, stop)
             _follow(plan, futures, resources)
         finally:
             stop.set()
@@ -101,7 +109,7 @@ def _device(name: str) -> torch.device:
 def _run_step(
     step: Step,
     readers: _Readers,
-    writer: CheckpointWriter | None,
+    writers: tuple[CheckpointWriter | None, CheckpointWriter | None],
     budget: _Budget,
     device: torch.device,
     stop: threading.Event,
@@ -113,17 +121,27 @@ def _run_step(
                 return Outcome((), {})
             if outcome is None:
                 outcome = step.op(*(readers.read(ref).to(device) for ref in step.inputs))
-            for spec, tensor in zip(step.outputs, outcome.tensors, strict=True):
-                if writer is not None and tensor is not None:
-                    writer.write(spec.name, tensor, smaller=step.shrinks)
-                elif writer is not None:
-                    writer.omit(spec.name)
+            _write(writers[0], step.outputs, outcome.tensors, step.shrinks)
+            _write(writers[1], step.asides, outcome.asides, True)
     except Exception as error:
         stop.set()
         if not isinstance(error, ReportedError):
             error.add_note(f"while running the step {step.name}")
         raise
     return Outcome((), outcome.fates, outcome.figures)
+
+
+def _write(
+    writer: CheckpointWriter | None,
+    specs: tuple[TensorSpec, ...],
+    tensors: tuple[torch.Tensor | None, ...],
+    smaller: bool,
+) -> None:
+    for spec, tensor in zip(specs, tensors, strict=True):
+        if writer is not None and tensor is not None:
+            writer.write(spec.name, tensor, smaller=smaller)
+        elif writer is not None:
+            writer.omit(spec.name)
 
 
 def _unchanged(step: Step, readers: _Readers) -> Outcome | None:

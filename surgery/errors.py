@@ -8,6 +8,7 @@ ReportedError
     ├── NotMergeable          a method that no weight can express, with the mathematical reason
     ├── AlreadyMerged         the receipt says that this adapter is in there
     ├── NotMerged             the receipt does not know this adapter, or cannot give back what it replaced
+    ├── UndoMismatch          the undo file, the merged file and the adapters are not of one merge
     ├── Unsupported           sound input that this version does not handle
     ├── UnknownArchitecture   config.json does not name a class that transformers has
     ├── MissingTensors        a model needs tensors that the checkpoint does not have
@@ -32,6 +33,7 @@ __all__ = [
     "ProviderUnavailable",
     "ReportedError",
     "SurgeryError",
+    "UndoMismatch",
     "UnknownArchitecture",
     "Unsupported",
     "VerificationFailed",
@@ -60,6 +62,10 @@ class AlreadyMerged(SurgeryError):
 
 class NotMerged(SurgeryError):
     """The receipt does not know this adapter, or cannot give back what it replaced."""
+
+
+class UndoMismatch(SurgeryError):
+    """The undo file, the merged file and the adapters are not of one merge."""
 
 
 class Unsupported(SurgeryError):

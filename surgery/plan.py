@@ -39,11 +39,13 @@ class Outcome:
         tensors: one for each declared output of the step, in order; None leaves that output out.
         fates: the ledger's entries, by tensor name.
         figures: what was measured on the way, by the operation's own keys.
+        asides: one for each tensor that the step declares aside, likewise.
     """
 
     tensors: tuple[torch.Tensor | None, ...]
     fates: Mapping[str, Fate]
     figures: Mapping[str, Any] = field(default_factory=dict)
+    asides: tuple[torch.Tensor | None, ...] = ()
 
 
 class Op(Protocol):
@@ -72,6 +74,7 @@ class Step:
         op: the work.
         workspace: bytes needed beside inputs and outputs.
         shrinks: whether outputs may come out smaller than declared, their bytes at most as many.
+        asides: tensors it may write to a second output, always upper bounds; their memory counts as workspace.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Step:
     op: Op
     workspace: int = 0
     shrinks: bool = False
+    asides: tuple[TensorSpec, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +104,11 @@ class Plan:
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Every tensor that may be written."""
         return tuple(spec for step in self.steps for spec in step.outputs)
+
+    @property
+    def asides(self) -> tuple[TensorSpec, ...]:
+        """Every tensor that may be written to the second output."""
+        return tuple(spec for step in self.steps for spec in step.asides)
 
     @property
     def shrinks(self) -> bool:

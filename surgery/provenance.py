@@ -59,7 +59,10 @@ def fingerprint(adapter: Adapter) -> tuple[str, dict[str, str]]:
                 check_finite(tensor, f"{ref.name} of {adapter.ref.path}")
             hashes[ref.name] = tensor_hash(tensor)
     parts: list[list[Any]] = [
-        [module.target, module.method, module.kind.value, module.scaling, role, hashes[ref.name], module.transposed]
+        [
+            *(module.target, module.method, module.kind.value, module.scaling, role, hashes[ref.name]),
+            *(module.transposed, *sorted(module.settings.items())),
+        ]
         for module in adapter.modules
         for role, ref in sorted(module.factors.items())
     ]
@@ -98,15 +101,24 @@ class Original:
 
 
 @dataclass(frozen=True)
+class MergedAdapter:
+    """One adapter of a merge: its content digest, scalings included; the factor it was merged with; the SHA-256 of
+    every tensor of it that took part, by name."""
+
+    digest: str
+    weight: float
+    tensors: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Receipt:
     """The record of one merge.
 
     Attributes:
         operation: "merge".
         tool: name and version of the program that did it.
-        adapter: content digest of the adapter, its scalings included.
-        weight: the factor the adapter was merged with.
-        adapter_tensors, base_tensors: SHA-256 of every input tensor's payload, by name.
+        adapters: all that were merged at once, in the order of their digests.
+        base_tensors: SHA-256 of every tensor's payload of the base, by name.
         added: tensors the base did not have.
         originals: base tensors that were replaced, kept whole.
         lost: base tensors that were replaced and too large to keep.
@@ -115,9 +127,7 @@ class Receipt:
 
     operation: str
     tool: str
-    adapter: str
-    weight: float
-    adapter_tensors: Mapping[str, str]
+    adapters: tuple[MergedAdapter, ...]
     base_tensors: Mapping[str, str]
     added: tuple[str, ...] = ()
     originals: Mapping[str, Original] = field(default_factory=dict)
@@ -126,16 +136,32 @@ class Receipt:
 
     def metadata(self) -> dict[str, str]:
         """The output's metadata: the base's own with this receipt."""
-        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
-        return {**self.base_metadata, RECEIPT: text}
+        return {**self.base_metadata, RECEIPT: self.text}
+
+    @property
+    def text(self) -> str:
+        """The receipt as it is written."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The content digests of the adapters."""
+        return tuple(merged.digest for merged in self.adapters)
 
     @classmethod
     def read(cls, metadata: Mapping[str, str], where: object) -> Receipt | None:
         """The receipt in a file's metadata; None if there is none. Raises CorruptFile if it cannot be read."""
-        if RECEIPT not in metadata:
-            return None
+        return cls.parse(metadata[RECEIPT], where) if RECEIPT in metadata else None
+
+    @classmethod
+    def parse(cls, text: str, where: object) -> Receipt:
+        """A receipt out of its text. Raises CorruptFile if it cannot be read."""
         try:
-            document: dict[str, Any] = json.loads(metadata[RECEIPT])
+            document: dict[str, Any] = json.loads(text)
+            if "adapter" in document:  # receipts of one adapter, as they were before there could be several
+                parts = (document.pop("adapter"), document.pop("weight"), document.pop("adapter_tensors"))
+                document["adapters"] = [dict(zip(("digest", "weight", "tensors"), parts, strict=True))]
+            document["adapters"] = tuple(MergedAdapter(**merged) for merged in document["adapters"])
             document["originals"] = {name: Original(**kept) for name, kept in document["originals"].items()}
             document["added"], document["lost"] = tuple(document["added"]), tuple(document["lost"])
             return cls(**document)

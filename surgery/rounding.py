@@ -10,7 +10,7 @@ order.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -91,6 +91,18 @@ class StackedProducts:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+@dataclass(frozen=True)
+class RowsOf:
+    """A delta given by a function of begin and end that computes its rows element by element, in no order."""
+
+    columns: int
+    of: Callable[[int, int], torch.Tensor]
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """Rows begin to end.  # (end - begin, columns) float64"""
+        return self.of(begin, end)
+
+
 def exact_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> ExactProduct:
     """Prepares scale · left @ right.
 
@@ -100,7 +112,7 @@ def exact_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> Exac
         scale: float64 factor of the whole product.
     """
     bits = fixed_point_bits(left.shape[1])
-    return ExactProduct(_fixed_point(left, 1, bits), _fixed_point(right, 0, bits), scale)
+    return ExactProduct(fixed_point(left, 1, bits), fixed_point(right, 0, bits), scale)
 
 
 def fixed_point_bits(terms: int) -> int:
@@ -108,7 +120,7 @@ def fixed_point_bits(terms: int) -> int:
     return (53 - math.ceil(math.log2(min(max(terms, 1), EXACT_TERMS)))) // 2
 
 
-def _fixed_point(factor: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
+def fixed_point(factor: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
     """The factor with every line along `dim` rounded to `bits` bits against the line's maximum.  # float64"""
     import torch
 
@@ -153,6 +165,26 @@ def lengthen(matrix: torch.Tensor, delta: Delta, lengths: torch.Tensor, result: 
         block = _sum(matrix, [delta], begin, end)
         block *= (lengths[begin:end].to(block.dtype) / _row_norms(block))[:, None]
         result[begin:end] = round_once(block, dtype)
+
+
+def change_rows(
+    matrix: torch.Tensor,
+    result: torch.Tensor,
+    change: Callable[[torch.Tensor, int, int], torch.Tensor],
+    dtype: DType,
+) -> None:
+    """Every row of the matrix put through `change`, rounded once to `dtype`.
+
+    Args:
+        matrix: (rows, columns), any floating dtype and strides.
+        result: of the same size, any strides, written to.
+        change: from rows begin to end in float64 to what they become; each row by itself.
+        dtype: of the result.
+    """
+    import torch
+
+    for begin, end in _blocks(matrix):
+        result[begin:end] = round_once(change(matrix[begin:end].to(torch.float64), begin, end).contiguous(), dtype)
 
 
 def _blocks(matrix: torch.Tensor) -> Iterator[tuple[int, int]]:

@@ -27,6 +27,7 @@ def test_the_reference_is_what_help_says() -> None:
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
     assert generate.TARGET.read_text(encoding="utf-8") == generate.reference()
+    assert generate.METHODS.read_text(encoding="utf-8") == generate.methods()
 
 
 def test_inspect_tells_a_model_from_an_adapter(
@@ -42,10 +43,10 @@ def test_inspect_tells_a_model_from_an_adapter(
     assert report["kind"] == "adapter"
     assert (report["adapter"]["rank"], report["adapter"]["dialect"]) == (4, "peft")
     merged = surgery.merge(pair[0], tmp_path / "adapter", tmp_path / "m.st")
-    assert cli_json("inspect", tmp_path / "m.st")["merged"] == [merged.adapter]
+    assert cli_json("inspect", tmp_path / "m.st")["merged"] == list(merged.adapters)
     result = cli("inspect", tmp_path / "m.st", "--tensors")
     assert "layers.0.down.weight" in result.stdout
-    assert merged.adapter[:16] in result.stdout
+    assert merged.adapters[0][:16] in result.stdout
 
 
 def test_diff_names_what_changed_and_how(tmp_path: Path, cli_json: Callable[..., Any]) -> None:

@@ -53,7 +53,13 @@ def rule(path: Path) -> tuple[str, ...]:
         return (*upper, *files, "surgery.engine", "surgery.plan", "click", "pathlib")
     if place == "surgery/plan.py":
         return (*upper, "formats.paths", "formats.dialects", "surgery.engine", "surgery.methods", "click", "pathlib")
-    if place in ("surgery/linalg.py", "surgery/krylov.py", "surgery/delta.py", "surgery/rounding.py"):
+    if place in (
+        "surgery/linalg.py",
+        "surgery/krylov.py",
+        "surgery/delta.py",
+        "surgery/rounding.py",
+        "surgery/fixed_order.py",
+    ):
         return (*upper, "formats.paths", "surgery.engine", "surgery.plan", "surgery.methods", "click", "pathlib")
     figures = ("budget", "charts", "curve", "page", "patterns", "picture", "ranks")
     if place in {f"surgery/{name}.py" for name in figures}:  # pure: figures, names and texts only

@@ -105,7 +105,7 @@ def test_the_receipt_names_every_input(pair: tuple[Path, Path], adapter: Path, t
     assert receipt["operation"] == "merge"
     assert receipt["tool"].startswith("surgery ")
     assert set(receipt["base_tensors"]) == set(weights())
-    assert set(receipt["adapter_tensors"]) == set(load_file(adapter / "adapter_model.safetensors"))
+    assert set(receipt["adapters"][0]["tensors"]) == set(load_file(adapter / "adapter_model.safetensors"))
     assert all(len(text) == 64 and set(text) != {"0"} for text in receipt["base_tensors"].values())
 
 
@@ -198,7 +198,7 @@ CONTRADICTIONS = {
     "wrong width": (up(into=17), {}, ShapeMismatch, "48 × 16"),
     "dora": (up(), {"use_dora": True}, AdapterFormatError, "use_dora"),
     "pissa": (up(), {"init_lora_weights": "pissa_niter_4"}, AdapterFormatError, "initialisation"),
-    "another method": (up(), {"peft_type": "LOHA"}, AdapterFormatError, "LOHA"),
+    "another method": (up(), {"peft_type": "XLORA"}, AdapterFormatError, "depend on the input"),
     "full tensor of another shape": (
         up() | {"layers.0.norm.weight": torch.zeros(17)}, {"modules_to_save": ["layers.0.norm"]}, ShapeMismatch, "17",
     ),
@@ -268,6 +268,27 @@ def test_a_folder_comes_out_loadable(tmp_path: Path, pair: tuple[Path, Path], ad
     surgery.merge(base, adapter, tmp_path / "merged")
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert names == {"model.safetensors", "config.json", "tokenizer.json", "merges.txt"}
+
+
+def test_shards_of_the_size_asked_for(
+    pair: tuple[Path, Path], adapter: Path, tmp_path: Path, cli_json: Callable[..., Any]
+) -> None:
+    """None larger but for a tensor that is so by itself; an index with the bytes of all; the digest is the same."""
+    one = surgery.merge(pair[0], adapter, tmp_path / "one.st")
+    report = cli_json("merge", pair[0], adapter, "-o", tmp_path / "many", "--max-shard-size", "3kB")
+    assert report["digest"] == one.digest
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    merged = load_file(tmp_path / "one.st")
+    assert set(index["weight_map"]) == set(merged)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in merged.values())
+    for name in set(index["weight_map"].values()):
+        tensors = load_file(tmp_path / "many" / name)
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 3000
+    assert surgery.unmerge(tmp_path / "many", adapter, tmp_path / "back").bit_exact is not None
+    surgery.merge(pair[0], adapter, tmp_path / "fits", max_shard_size=1 << 20)
+    assert [path.name for path in (tmp_path / "fits").iterdir()] == ["model.safetensors"]
+    with pytest.raises(surgery.FormatError, match="no shards"):
+        surgery.merge(pair[0], adapter, tmp_path / "m.st", max_shard_size=1 << 20)
 
 
 def test_errors_are_documents_too(tmp_path: Path, pair: tuple[Path, Path], cli: Callable[..., Result]) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 from formats.adapter import Adapter, AdapterModule, Replacement
 from formats.checkpoint import Checkpoint
 from formats.dialects.peft_factors import Context, Factors, layer_modules
-from formats.dialects.peft_full import ROWS, grown, plain_name, replacements, row_replacements
+from formats.dialects.peft_full import ROWS, grown, plain_name, replacements, row_replacements, rows_module
+from formats.dialects.peft_methods import Scheme, factor_pattern, no_factors, scheme_modules, scheme_of, shared_tensors
 from formats.dialects.peft_parameters import parameter_modules, take_parameters, unwrapped
 from formats.dialects.resolve import Rename, resolver, unmatched_keys
 from formats.dialects.stored import held, in_the_file, whole_in_the_file
@@ -41,7 +42,7 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Peft:
-    """The dialect of Hugging Face's peft (LoRA)."""
+    """The dialect of Hugging Face's peft."""
 
     name = "peft"
 
@@ -59,19 +60,25 @@ class Peft:
         """The adapter, resolved against the base's tensors."""
         where = checkpoint.ref.path
         config = _checked(config, where)
-        modules, full, rows = _split(checkpoint)
+        scheme = scheme_of(config, where)
+        modules, full, rows = _split(checkpoint, scheme)
+        if scheme and not modules:
+            raise no_factors(scheme, where)
         stored = held(base, names)
         base = {**base, **{name: tensor.spec for name, tensor in stored.items()}}
-        parameters = take_parameters(modules, config, base)
+        parameters = [] if scheme else take_parameters(modules, config, base)
         if config.get("ensure_weight_tying"):
             _drop_tied_heads(checkpoint, modules, full, base)
-        weights = [f"{module}.weight" for module in (*modules, *rows)]
+        weights = [f"{module}.{'bias' if scheme and scheme.alone else 'weight'}" for module in (*modules, *rows)]
         weights += [target for stack in parameters for target in stack.targets]
         context = Context.of(config, _renaming(weights, full, base, where), base, where)
         _drop_tied_copies(checkpoint, full, context)
         replaced = replacements(full, context)
         context = replace(context, base={**base, **grown(replaced, base)})
         adapted = []
+        if scheme:
+            adapted += scheme_modules(scheme, modules, shared_tensors(scheme, checkpoint), context)
+            modules = {}
         for module, factors in sorted(modules.items()):
             adapted += layer_modules(module, factors, context)
         for stack in parameters:
@@ -89,10 +96,6 @@ def _checked(config: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
             where=where,
             expected="adapter_config.json beside the weights, or the config in the file's metadata",
         )
-    if config.get("peft_type") != "LORA":
-        raise AdapterFormatError(
-            "this PEFT method is not supported yet", where=where, expected="LORA", found=config.get("peft_type")
-        )
     for setting, reason in _REFUSED.items():
         if config.get(setting):
             raise AdapterFormatError(
@@ -109,21 +112,29 @@ def _checked(config: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
     return config
 
 
-def _split(checkpoint: Checkpoint) -> tuple[dict[str, Factors], dict[str, TensorRef], dict[str, TensorRef]]:
-    """LoRA factors by module and role, the tensors carried in full by their plain name, and the single rows of
+def _split(
+    checkpoint: Checkpoint, scheme: Scheme | None
+) -> tuple[dict[str, Factors], dict[str, TensorRef], dict[str, TensorRef]]:
+    """Factors by module and role, the tensors carried in full by their plain name, and the single rows of
     embeddings by module."""
     modules: dict[str, Factors] = {}
     full: dict[str, TensorRef] = {}
     rows: dict[str, TensorRef] = {}
     present = frozenset(unwrapped(key.removeprefix(PREFIX))[0] for key in checkpoint.specs)
+    pattern = factor_pattern(scheme) if scheme else _FACTOR
+    shared = {f"base_model.{role}" for role in scheme.shared} if scheme else set()
     for key in checkpoint.specs:
+        if key in shared:
+            continue
         path = key.removeprefix(PREFIX)
-        match = _FACTOR.match(path)
-        if match is not None:
+        match = pattern.match(path)
+        if match is not None and scheme:
+            modules.setdefault(unwrapped(match["module"])[0], {})[match["role"]] = checkpoint.tensor(key)
+        elif match is not None:
             role = match["role"] + (".bias" if match["tail"] == ".bias" else "")
             modules.setdefault(match["module"], {})[role] = checkpoint.tensor(key)
         elif path.endswith(ROWS):
-            rows[unwrapped(path.removesuffix(ROWS))[0]] = checkpoint.tensor(key)
+            rows[unwrapped(rows_module(path))[0]] = checkpoint.tensor(key)
         elif name := plain_name(unwrapped(path)[0], present):
             full[name] = checkpoint.tensor(key)
     return modules, full, rows

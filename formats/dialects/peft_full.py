@@ -18,7 +18,8 @@ from formats.layers import LayerKind, owner
 from formats.spec import TensorRef, TensorSpec, shape_text
 
 TOKENS = "token_adapter"  # peft's wrapper of an embedding with trainable rows
-ROWS = f".{TOKENS}.trainable_tokens_delta"  # the rows themselves, in spite of the name
+ROWS = ".trainable_tokens_delta"  # the rows themselves, in spite of the name
+_WRAPPERS = (TOKENS, "ln_tuning_layers")  # of a module that peft trains whole
 _COPIES = ("original_module", "modules_to_save")  # of a saved module, which peft writes beside the module itself
 
 
@@ -32,7 +33,7 @@ def plain_name(path: str, present: frozenset[str]) -> str | None:
     parts = path.split(".")
     if len(parts) > 2 and parts[-2] in _COPIES and ".".join([*parts[:-2], parts[-1]]) in present:
         return None
-    return ".".join(part for part in parts if part != TOKENS)
+    return ".".join(part for part in parts if part not in _WRAPPERS)
 
 
 def grown(replacements: list[Replacement], base: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -98,7 +99,7 @@ def row_replacements(rows: Mapping[str, TensorRef], context: Context) -> list[Re
     found = []
     for module, ref in sorted(rows.items()):
         target = context.rename(f"{module}.weight")
-        indices = _indices(module, context.config.get("trainable_token_indices"))
+        indices = _indices(module, _configured(context.config))
         height, width = context.base[target].shape
         fits = ref.spec.shape == (len(indices), width) and len(set(indices)) == len(indices)
         if not fits or not all(0 <= index < height for index in indices):
@@ -110,6 +111,16 @@ def row_replacements(rows: Mapping[str, TensorRef], context: Context) -> list[Re
             )
         found.append(Replacement(target, ref, added=False, rows=indices))
     return found
+
+
+def rows_module(path: str) -> str:
+    """The embedding that a key of rows belongs to."""
+    return path.removesuffix(ROWS).removesuffix(f".{TOKENS}")
+
+
+def _configured(config: Mapping[str, Any]) -> Any:
+    """The rows' indices: an option of LoRA, or all that a TRAINABLE_TOKENS adapter has."""
+    return config.get("token_indices" if config.get("peft_type") == "TRAINABLE_TOKENS" else "trainable_token_indices")
 
 
 def _indices(module: str, configured: Any) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ COMMANDS = {
     "extract": "surgery.cli.extract",
     "merge": "surgery.cli.merge",
     "unmerge": "surgery.cli.unmerge",
+    "verify": "surgery.cli.verify",
     "export-onnx": "surgery.cli.export_onnx",
     "bench": "surgery.cli.bench",
     "inspect": "surgery.cli.inspect",

@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from surgery.cli import options
 
 
-@click.command("merge", epilog="Example: surgery merge base/ adapter/ -o merged/")
+@click.command("merge", epilog="Example: surgery merge base/ adapter/ style/:0.5 -o merged/")
 @click.argument("base", type=options.PATH)
-@click.argument("adapter", type=options.PATH)
-@click.option("--weight", type=float, default=1.0, show_default=True, help="A factor of the whole delta.")
-@options.output_options
-@options.dry_run_option
-@options.engine_options
-@options.json_option
+@options.merging_options(undo="Also write what unmerge needs to give BASE back bit for bit.")
+@click.option("--weight", type=float, default=1.0, show_default=True, help="A factor of every delta.")
+@click.option(
+    "--max-shard-size", type=options.ByteSize(), metavar="SIZE", help="Shards of this size: 2GB [the base's shards]."
+)
 def command(
     base: str,
-    adapter: str,
-    weight: float,
+    adapters: tuple[tuple[str, float | None], ...],
     out: str,
-    force: bool,
     dry_run: bool,
     jobs: int,
     memory: int,
     as_json: bool,
+    **how: Any,
 ) -> None:
-    """Merge ADAPTER into BASE: W = W0 + ΔW, each weight rounded once."""
-    from formats.dialects import open_adapter
+    """Merge adapters into BASE: W = W0 + ΣΔW, each weight rounded once, whatever their order."""
     from formats.paths import open_checkpoint
     from surgery.operations import merge as operation
+    from surgery.operations.adapters import open_adapters
 
     with options.reporting("merge", as_json):
         if dry_run:
             with open_checkpoint(base) as w0:
-                options.show_plan(operation.plan_merge(w0, open_adapter(adapter, w0.specs), weight=weight)[0])
+                opened = open_adapters(base, adapters, w0.specs, how["weight"])
+                options.show_plan(operation.plan_merge(w0, opened, undo=how["undo"] is not None)[0])
             return
         with options.resources(jobs, memory) as resources:
-            report = operation.merge(base, adapter, out, weight=weight, force=force, resources=resources)
+            report = operation.merge(base, adapters, out, **how, resources=resources)
         if as_json:
             options.print_json(report)
             return
-        options.show(f"digest {report.digest}  (base {report.base_digest[:16]}, adapter {report.adapter[:16]})")
+        parts = ["base " + report.base_digest[:16], *(f"adapter {digest[:16]}" for digest in report.adapters)]
+        options.show(f"digest {report.digest}  ({', '.join(parts)})")
+        if report.undo is not None:
+            share = f"{report.undo.share:.2%} of the tensors that changed"
+            options.show(f"undo file {report.undo.path}: {report.undo.nbytes:,} bytes, {share}")
         options.show_ending(report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -42,6 +43,24 @@ class ByteSize(click.ParamType[int]):
         return int(float(match[1]) * _UNITS[match[2]])
 
 
+class WeighedPath(click.ParamType[tuple[str, float | None]]):
+    """`PATH` or `PATH:WEIGHT`; a path that is there by its whole name is taken as it is."""
+
+    name = "path[:weight]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float | None]:
+        """Splits off the weight, if the last part is a number."""
+        if isinstance(value, tuple):
+            return value
+        path, colon, weight = str(value).rpartition(":")
+        if not colon or os.path.exists(value):
+            return str(value), None
+        try:
+            return path, float(weight)
+        except ValueError:
+            return str(value), None
+
+
 def output_options(function: Callable[..., None]) -> Callable[..., None]:
     """-o and --force."""
     function = click.option("--force", is_flag=True, help="Replace what stands at the output.")(function)
@@ -77,6 +96,20 @@ def dry_run_option(function: Callable[..., None]) -> Callable[..., None]:
     return click.option("--dry-run", is_flag=True, help="Print the plan; read headers only and write nothing.")(
         function
     )
+
+
+def merging_options(undo: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What merge and unmerge share: the adapters, --undo (with its help), and the options of every verb that writes."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        for each in (json_option, engine_options, dry_run_option, output_options):
+            function = each(function)
+        function = click.option("--undo", type=PATH, metavar="FILE", help=undo)(function)
+        return click.argument("adapters", type=WeighedPath(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")(
+            function
+        )
+
+    return decorate
 
 
 _RULES = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from surgery.cli import options
@@ -9,38 +11,34 @@ from surgery.cli import options
 
 @click.command("unmerge", epilog="Example: surgery unmerge merged/ adapter/ -o base-again/")
 @click.argument("merged", type=options.PATH)
-@click.argument("adapter", type=options.PATH)
-@click.option("--weight", type=float, help="The factor it was merged with [the receipt's, or 1].")
-@options.output_options
-@options.dry_run_option
-@options.engine_options
-@options.json_option
+@options.merging_options(undo="What merge --undo wrote: gives the base back bit for bit.")
+@click.option("--weight", type=float, help="A factor of every weight [the receipt's, or 1].")
 def command(
     merged: str,
-    adapter: str,
-    weight: float | None,
+    adapters: tuple[tuple[str, float | None], ...],
     out: str,
-    force: bool,
     dry_run: bool,
     jobs: int,
     memory: int,
     as_json: bool,
+    **how: Any,
 ) -> None:
-    """Take ADAPTER off MERGED again: W0 = W − ΔW."""
-    from formats.dialects import open_adapter
+    """Take the adapters of its last merge off MERGED again: W0 = W − ΣΔW."""
     from formats.paths import open_checkpoint
     from surgery.operations import unmerge as operation
+    from surgery.operations.adapters import open_adapters
     from surgery.provenance import Receipt
+    from surgery.undo import open_undo
 
     with options.reporting("unmerge", as_json):
         if dry_run:
-            with open_checkpoint(merged) as w:
+            with open_checkpoint(merged) as w, open_undo(how["undo"]) as corrections:
                 receipt = Receipt.read(w.metadata, merged)
-                delta = open_adapter(adapter, w.specs)
-                options.show_plan(operation.plan_unmerge(w, delta, receipt, weight=weight))
+                opened = open_adapters(merged, adapters, w.specs, how["weight"])
+                options.show_plan(operation.plan_unmerge(w, opened, receipt, corrections))
             return
         with options.resources(jobs, memory) as resources:
-            report = operation.unmerge(merged, adapter, out, weight=weight, force=force, resources=resources)
+            report = operation.unmerge(merged, adapters, out, **how, resources=resources)
         if as_json:
             options.print_json(report)
             return

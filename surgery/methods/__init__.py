@@ -5,14 +5,67 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from formats.adapter import AdapterModule
+from formats.layers import LayerKind
 from formats.spec import TensorSpec
 from surgery.errors import NotMergeable
+from surgery.methods.adalora import AdaLora
 from surgery.methods.base import AdditiveMethod, TransformingMethod
+from surgery.methods.beft import Beft
+from surgery.methods.boft import Boft
+from surgery.methods.c3a import C3a
+from surgery.methods.deft import Deft
+from surgery.methods.delora import DeLora
 from surgery.methods.dora import Dora
+from surgery.methods.fourierft import FourierFt
+from surgery.methods.gralora import GraLora
+from surgery.methods.hira import Hira
+from surgery.methods.hra import Hra
+from surgery.methods.ia3 import Ia3
+from surgery.methods.loha import LoHa
+from surgery.methods.lokr import LoKr
 from surgery.methods.lora import Lora, LoraBias
+from surgery.methods.miss import Miss, MissBat
+from surgery.methods.oft import Oft
+from surgery.methods.peanut import Peanut
+from surgery.methods.randlora import RandLora
+from surgery.methods.road import Road
+from surgery.methods.sparse import Shira, Supertuning, WaveFt
+from surgery.methods.vblora import UniLora, VbLora
+from surgery.methods.vera import PVera, Vera
 
-ADDITIVE: tuple[AdditiveMethod, ...] = (Lora(), LoraBias())
-TRANSFORMING: tuple[TransformingMethod, ...] = (Dora(),)
+ADDITIVE: tuple[AdditiveMethod, ...] = (
+    Lora(),
+    LoraBias(),
+    AdaLora(),
+    Beft(),
+    C3a(),
+    DeLora(),
+    FourierFt(),
+    GraLora(),
+    LoHa(),
+    LoKr(),
+    Miss(),
+    PVera(),
+    RandLora(),
+    Shira(),
+    Supertuning(),
+    UniLora(),
+    VbLora(),
+    Vera(),
+    WaveFt(),
+)
+TRANSFORMING: tuple[TransformingMethod, ...] = (
+    Dora(),
+    Boft(),
+    Deft(),
+    Hira(),
+    Hra(),
+    Ia3(),
+    MissBat(),
+    Oft(),
+    Peanut(),
+    Road(),
+)
 
 
 def additive(module: AdapterModule) -> AdditiveMethod | None:
@@ -25,18 +78,17 @@ def transforming(module: AdapterModule) -> TransformingMethod | None:
     return next((method for method in TRANSFORMING if method.name == module.method), None)
 
 
-def check_modules(modules: Sequence[AdapterModule], weight: TensorSpec, strength: float = 1.0) -> None:
+def check_modules(modules: Sequence[tuple[AdapterModule, float]], weight: TensorSpec) -> None:
     """Refuses, while planning, what cannot be done to one weight.
 
     Args:
-        modules: all that adapt it.
+        modules: all that adapt it, each with the factor of its delta.
         weight: as the base stores it.
-        strength: the factor of the whole delta.
 
     Raises:
         NotMergeable, ShapeMismatch: with the reason.
     """
-    for module in modules:
+    for module, strength in modules:
         method = additive(module) or transforming(module)
         if method is None:
             known = ", ".join([*(each.name for each in ADDITIVE), *(each.name for each in TRANSFORMING)])
@@ -53,5 +105,8 @@ def check_modules(modules: Sequence[AdapterModule], weight: TensorSpec, strength
             raise NotMergeable(
                 f"{module.method} is no delta: nothing can be added beside it",
                 where=weight.name,
-                found=", ".join(other.method for other in modules),
+                found=", ".join(other.method for other, _ in modules),
             )
+    # A stack of matrices and a convolution are flattened differently, so their blocks of rows would not match.
+    if len(weight.shape) > 2 and len({module.kind is LayerKind.CONV for module, _ in modules}) > 1:
+        raise NotMergeable("one adapter takes this weight for a convolution, another for a stack", where=weight.name)

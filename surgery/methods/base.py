@@ -20,6 +20,7 @@ class AdditiveMethod(Protocol):
     """The mathematics of one way of adding to a weight: W = W0 + ΔW, ΔW independent of W0. Stateless."""
 
     name: str
+    paper: str  # its short name and where it was published
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Called while planning. Raises NotMergeable with the reason, or ShapeMismatch."""
@@ -31,16 +32,24 @@ class AdditiveMethod(Protocol):
 class TransformingMethod(Protocol):
     """The mathematics of one way of making another weight out of W0. Stateless.
 
-    Such a method has no delta: it stands alone on its tensor, has no strength, and cannot be taken off.
+    Such a method has no delta: it stands alone on its tensor and has no strength.
     """
 
     name: str
-    forgets: str  # what of W0 its result does not determine, as a sentence
+    paper: str  # its short name and where it was published
+    forgets: str  # what of W0 its result does not determine, as a sentence; empty if it can be taken off
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Called while planning. Raises NotMergeable with the reason, or ShapeMismatch."""
 
     def transform(
-        self, module: AdapterModule, weight: torch.Tensor, factors: Mapping[str, torch.Tensor], dtype: DType
+        self,
+        module: AdapterModule,
+        weight: torch.Tensor,
+        factors: Mapping[str, torch.Tensor],
+        dtype: DType,
+        *,
+        back: bool = False,
     ) -> torch.Tensor:
-        """W in the stored shape, computed in float64 and rounded once to `dtype`."""
+        """W of W0 in the stored shape, computed in float64 and rounded once to `dtype`; with `back` W0 of W, which is
+        never asked of a method that forgets. Raises NotMerged where the way back divides by zero."""

@@ -31,6 +31,7 @@ class Dora:
     """
 
     name = "dora"
+    paper = "DoRA, arXiv 2402.09353"
     forgets = "DoRA keeps the direction of W0 + ΔW and sets its length to m, so the length of W0 + ΔW is lost"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
@@ -46,7 +47,13 @@ class Dora:
             )
 
     def transform(
-        self, module: AdapterModule, weight: torch.Tensor, factors: Mapping[str, torch.Tensor], dtype: DType
+        self,
+        module: AdapterModule,
+        weight: torch.Tensor,
+        factors: Mapping[str, torch.Tensor],
+        dtype: DType,
+        *,
+        back: bool = False,
     ) -> torch.Tensor:
         """m · (W0 + s BA) / ‖W0 + s BA‖ as the base stores it. Raises NotFinite where W0 + s BA is zero."""
         import torch

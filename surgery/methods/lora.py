@@ -28,6 +28,7 @@ class Lora:
     """
 
     name = "lora"
+    paper = "LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
@@ -57,6 +58,7 @@ class LoraBias:
     """
 
     name = "lora_bias"
+    paper = "LoRA's option lora_bias in peft"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a bias that is not stored as a plain float, ShapeMismatch for one of other shape."""

@@ -73,7 +73,7 @@ def inspect(path: str | Path) -> InspectReport:
             dtypes=dtypes,
             metadata={key: text for key, text in checkpoint.metadata.items() if key != RECEIPT and len(text) < 200},
             adapter=_settings(dialect, config) if dialect else None,
-            merged=tuple(past.adapter for past in receipt.chain(path)) if receipt else (),
+            merged=tuple(digest for past in receipt.chain(path) for digest in past.digests) if receipt else (),
             tensors=specs,
         )
 

@@ -1,15 +1,17 @@
 """unmerge: W0 = W − ΣΔW, and what the receipt kept restored whole.
 
-Subtraction gives the nearest stored value, not always the one that was there; the receipt's hashes tell which.
+Subtraction gives the nearest stored value, not always the one that was there; the receipt's hashes tell which, and an
+undo file what is missing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from formats.adapter import Adapter, AdapterModule
+from formats.adapter import AdapterModule
 from formats.checkpoint import Checkpoint
 from formats.paths import create_checkpoint, destination_like, open_checkpoint
 from formats.spec import DType, TensorSpec
@@ -18,11 +20,22 @@ from surgery.checks import check_finite
 from surgery.engine import Resources
 from surgery.errors import NotMerged
 from surgery.methods import check_modules, transforming
-from surgery.operations.merge import Copy, apply_modules, output_digest, output_hashes
-from surgery.operations.model_names import open_adapter_of
+from surgery.operations.adapters import (
+    AdapterPaths,
+    WeighedAdapter,
+    adapter_paths,
+    check_receipt,
+    open_adapters,
+    weighed_modules,
+)
+from surgery.operations.merge import output_digest, output_hashes
+from surgery.operations.merge_ops import Copy, Drop, subtract
+from surgery.operations.restore import changed_since, plan_restore
+from surgery.operations.vocabulary import CONFIG, growth, resized_config, without_companion
 from surgery.plan import Fate, Outcome, Plan, Step, ledger
-from surgery.provenance import Original, Receipt, fingerprint, tensor_hash
+from surgery.provenance import Original, Receipt, tensor_hash
 from surgery.report import Report, Stopwatch, peak_rss
+from surgery.undo import UndoFile, open_undo
 
 if TYPE_CHECKING:
     import torch
@@ -45,37 +58,51 @@ class UnmergeReport(Report):
 
 def unmerge(
     merged: str | Path,
-    adapter: str | Path,
+    adapters: AdapterPaths,
     out: str | Path,
     *,
     weight: float | None = None,
+    undo: str | Path | None = None,
     force: bool = False,
     resources: Resources | None = None,
 ) -> UnmergeReport:
-    """Writes a merged model with the adapter taken off again.
+    """Writes a merged model with the adapters of its last merge taken off again.
 
     Args:
         merged: a safetensors file or a folder; the output has its shape.
-        adapter: the adapter that was merged.
+        adapters: the adapter that was merged, or all that were merged at once, as for merge.
         out: a folder, or a `.safetensors`/`.st` file.
-        weight: the factor it was merged with; by default the receipt's, or 1 without a receipt.
+        weight: a factor of all weights; where neither it nor an adapter's own is given they are the receipt's, or 1
+            without a receipt.
+        undo: the undo file that merge wrote with this output: the base comes back bit for bit.
         force: replace what stands at `out`.
         resources: threads and memory.
 
     Raises:
-        NotMerged: the receipt names another adapter, or the adapter replaced tensors that nothing can restore.
+        NotMerged: the receipt names other adapters, or one of them replaced tensors that nothing can restore.
+        UndoMismatch: the undo file, the merged file and the adapters are not of one merge.
         SurgeryError, FormatError: see their trees.
     """
     watch = Stopwatch(loading="torch")
-    with open_checkpoint(merged) as w:
+    with open_checkpoint(merged) as w, open_undo(undo) as corrections:
         receipt = Receipt.read(w.metadata, merged)
-        delta = open_adapter_of(merged, adapter, w.specs)
-        plan = plan_unmerge(w, delta, receipt, weight=weight)
-        destination = destination_like(merged, out, plan.outputs, inputs=(merged, adapter), force=force)
+        plan = plan_unmerge(w, open_adapters(merged, adapters, w.specs, weight), receipt, corrections)
+        inputs = (merged, *(path for path, _ in adapter_paths(adapters)), *((undo,) if undo is not None else ()))
+        destination = destination_like(merged, out, plan.outputs, inputs=inputs, force=force)
+        config = resized_config(destination, growth(_kept(w, plan), plan.outputs))
+        if config is not None:
+            destination = without_companion(destination, CONFIG)
+        receipt = corrections.record.receipt if corrections else receipt
+        expected = receipt.base_tensors if receipt else {}
         with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
+            if config is not None:
+                writer.attach(CONFIG, config)
             outcomes = engine.run(plan, writer, resources)
-    hashes = output_hashes(outcomes)
-    expected = receipt.base_tensors if receipt else {}
+            hashes, digest = output_hashes(outcomes), output_digest(plan, outcomes)
+            if corrections and digest != corrections.record.base_digest:
+                # Corrected tensors have been checked one by one: it is one that was only copied.
+                wrong = (name for name, known in expected.items() if hashes.get(name) != known)
+                raise changed_since(next(wrong, str(merged)))  # the file itself where only a dtype or shape is another
     differing = tuple(name for name, known in expected.items() if hashes.get(name) != known)
     return UnmergeReport(
         operation="unmerge",
@@ -84,43 +111,43 @@ def unmerge(
         peak_rss_bytes=peak_rss(),
         ledger=ledger(outcomes),
         notes=plan.notes,
-        digest=output_digest(plan, outcomes),
+        digest=digest,
         bit_exact=not differing if receipt else None,
         differing=differing,
     )
 
 
-def plan_unmerge(merged: Checkpoint, adapter: Adapter, receipt: Receipt | None, *, weight: float | None = None) -> Plan:
-    """Pairs every tensor with what is taken off it.
+def _kept(merged: Checkpoint, plan: Plan) -> list[TensorSpec]:
+    """The tensors of the merged file that the output has too."""
+    names = {spec.name for spec in plan.outputs}
+    return [spec for name, spec in merged.specs.items() if name in names]
+
+
+def plan_unmerge(
+    merged: Checkpoint, adapters: Sequence[WeighedAdapter], receipt: Receipt | None, undo: UndoFile | None = None
+) -> Plan:
+    """Pairs every tensor with what is taken off it, and with its correction if there is an undo file.
 
     Raises:
-        NotMerged: the receipt names another adapter, or tensors were replaced and not kept.
+        UndoMismatch: the undo file is of another merge.
+        NotMerged: the receipt names other adapters or weights, or tensors were replaced and not kept.
     """
-    digest, _ = fingerprint(adapter)
-    if receipt is not None and receipt.adapter != digest:
-        raise NotMerged(
-            "the last merge into this file was of another adapter",
-            where=merged.ref.path,
-            expected=f"adapter {receipt.adapter[:16]}",
-            found=f"adapter {digest[:16]}",
-            then="take adapters off in the reverse order of their merging",
-        )
-    if receipt is not None and weight is not None and weight != receipt.weight:
-        raise NotMerged("the receipt records another weight", expected=receipt.weight, found=weight)
-    factor = receipt.weight if receipt else 1.0 if weight is None else weight
-    by_target: dict[str, list[AdapterModule]] = {}
-    for module in adapter.modules:
-        if method := transforming(module):
-            raise NotMerged(
-                f"{module.method} cannot be taken off: {method.forgets}",
-                where=module.target,
-                then="go back to the base itself",
-            )
-        by_target.setdefault(module.target, []).append(module)
+    if undo is not None:
+        return plan_restore(merged, adapters, receipt, undo)
+    if receipt is not None:
+        adapters = check_receipt(merged.ref.path, adapters, receipt)
+    by_target = weighed_modules(adapters)
     for target, modules in by_target.items():
+        for module, _ in modules:
+            if (method := transforming(module)) and method.forgets:
+                raise NotMerged(
+                    f"{module.method} cannot be taken off: {method.forgets}",
+                    where=target,
+                    then="go back to the base itself, or pass the undo file of that merge",
+                )
         check_modules(modules, merged.specs[target])
     originals = receipt.originals if receipt else {}
-    replaced = {full.target for full in adapter.replacements if full.target not in by_target}
+    replaced = {full.target for each in adapters for full in each.adapter.replacements} - set(by_target)
     added = set(receipt.added) if receipt else set()
     beyond = sorted((replaced - set(originals) - added) | set(receipt.lost if receipt else ()))
     if beyond:
@@ -137,7 +164,7 @@ def plan_unmerge(merged: Checkpoint, adapter: Adapter, receipt: Receipt | None, 
         elif name in originals:
             steps.append(Step(name, (), (originals[name].spec(name),), Restore(name, originals[name])))
         elif name in by_target:
-            steps.append(_subtract_step(merged, spec, tuple(by_target[name]), -factor))
+            steps.append(_subtract_step(merged, spec, by_target[name]))
         else:
             steps.append(Step(name, (merged.tensor(name),), (spec,), Copy(name)))
     notes = () if receipt else ("no receipt in this file: nothing tells whether the base came back bit for bit",)
@@ -145,25 +172,24 @@ def plan_unmerge(merged: Checkpoint, adapter: Adapter, receipt: Receipt | None, 
     return Plan("unmerge", tuple(steps), dict(metadata), notes)
 
 
-def _subtract_step(merged: Checkpoint, spec: TensorSpec, modules: tuple[AdapterModule, ...], weight: float) -> Step:
-    factors = [ref for module in modules for _, ref in sorted(module.factors.items())]
+def _subtract_step(merged: Checkpoint, spec: TensorSpec, modules: tuple[tuple[AdapterModule, float], ...]) -> Step:
+    factors = [ref for module, _ in modules for _, ref in sorted(module.factors.items())]
     workspace = sum(8 * ref.spec.size for ref in factors) + (4 << 20)
-    op = Subtract(spec.name, spec.dtype, modules, weight)
+    op = Subtract(spec.name, spec.dtype, modules)
     return Step(spec.name, (merged.tensor(spec.name), *factors), (spec,), op, workspace)
 
 
 @dataclass(frozen=True)
 class Subtract:
-    """W minus the deltas of its modules. Inputs: the weight, then the factors as for merge; `weight` is negative."""
+    """W minus the deltas of its modules. Inputs: the weight, then the factors as for merge."""
 
     name: str
     dtype: DType
-    modules: tuple[AdapterModule, ...]
-    weight: float
+    modules: tuple[tuple[AdapterModule, float], ...]
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
         """Subtracts, rounds once, hashes."""
-        result = apply_modules(inputs[0], self.modules, inputs[1:], self.weight, self.dtype)
+        result = subtract(inputs[0], self.modules, inputs[1:], self.dtype)
         check_finite(result, self.name)
         figures = {"hashes": {self.name: tensor_hash(result)}}
         return Outcome((result,), {self.name: Fate.UNMERGED}, figures)
@@ -180,14 +206,3 @@ class Restore:
         """Decodes and hashes; there is nothing to read."""
         tensor = self.original.tensor(self.name)
         return Outcome((tensor,), {self.name: Fate.FULL}, {"hashes": {self.name: tensor_hash(tensor)}})
-
-
-@dataclass(frozen=True)
-class Drop:
-    """A tensor that the adapter had added."""
-
-    name: str
-
-    def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Leaves it out."""
-        return Outcome((), {self.name: Fate.REMOVED})

@@ -60,6 +60,38 @@ def test_kill_9_leaves_inputs_untouched_and_no_output(big_pair: tuple[Path, Path
     assert whole < 10
 
 
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="unnamed files are Linux's")
+def test_kill_9_leaves_no_output_without_its_undo_file(big_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """At several moments of merge --undo: an output has an undo file, and nothing is half-written."""
+    import surgery
+
+    base, tuned = big_pair
+    surgery.extract(base, tuned, tmp_path / "adapter", rank=2)
+    before = digests(tmp_path / "in")
+    for index in range(8):
+        out = tmp_path / str(index)
+        out.mkdir()
+        arguments = [
+            "merge",
+            str(base),
+            str(tmp_path / "adapter"),
+            "-o",
+            str(out / "m.st"),
+            "--undo",
+            str(out / "u.st"),
+        ]
+        process = subprocess.Popen([*SURGERY, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _wait_until_writing(process, out)
+        time.sleep(0.08 * index)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        names = {path.name for path in out.iterdir()}
+        assert names in ({"m.st", "u.st"}, {"u.st"}, set())
+        if "m.st" in names:
+            assert surgery.unmerge(out / "m.st", tmp_path / "adapter", out / "b.st", undo=out / "u.st").bit_exact
+    assert digests(tmp_path / "in") == before
+
+
 def _wait_until_writing(process: subprocess.Popen[bytes], out: Path) -> None:
     """Until the process holds an unnamed file in the output's folder, or has ended."""
     descriptors = Path(f"/proc/{process.pid}/fd")

@@ -1,0 +1,170 @@
+"""What leads from a prediction of a tensor to the tensor itself: where they differ, and by what, compressed.
+
+A correction is one Zstandard frame. For every chunk of 2¹⁹ elements, the last one shorter, it holds
+
+    count            u32, elements that differ
+    length           u32, bytes of the gaps
+    gaps             from each differing element to the next, in steps of one byte: 255 means 255 further on, not there
+                     yet; anything else, there
+    differences      (bits of the tensor − bits of the prediction) as integers of the element's width, zigzag (0, −1,
+                     1, −2 … as 0, 1, 2, 3 …), all lowest bytes first, then all second ones, and so on
+
+everything little-endian. Where the prediction is a merged weight with its delta subtracted again, the elements whose
+exponent is larger in the merged weight than in the prediction come first: those are the ones that rounding coarsened,
+about every other one is wrong, and hardly any elsewhere. Neighbours in the last place differ by ±1 in their bits, so
+but for positions little is left to store; and where everything differs the gaps are all alike and cost nothing. Each
+part ends a block, since every block has its own code.
+
+Knows bytes only: no file, no dtype, no method.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from formats.errors import CorruptFile
+from formats.tensors import Bytes
+
+_CHUNK = 1 << 19  # elements
+_HEAD = struct.Struct("<II")
+_FAR = 255
+_LEVEL = 3  # higher ones gain nothing on gaps, which have no repetitions to find
+
+Words = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Coarsened:
+    """What tells where a prediction is likely to be wrong: the payload of the merged weight, of the tensor's own size,
+    and the number of fraction bits of its floats."""
+
+    merged: Bytes
+    fraction: int
+
+
+def correction_limit(elements: int, itemsize: int) -> int:
+    """The most bytes that a correction of so many elements takes."""
+    plain = elements * (itemsize + 1) + (elements // _CHUNK + 1) * (_HEAD.size + 64)
+    return plain + plain // 128 + 1024
+
+
+def correction_workspace(itemsize: int) -> int:
+    """Bytes of memory that one chunk takes on its way, beside the tensors."""
+    return _CHUNK * (48 + 8 * itemsize)
+
+
+def correct_from(actual: Bytes, predicted: Bytes, itemsize: int, coarsened: Coarsened | None = None) -> bytes | None:
+    """What leads from a prediction to the tensor; None where they are equal.
+
+    Args:
+        actual: the tensor's payload.
+        predicted: the prediction's; read only as far as it goes, zeros after that.
+        itemsize: bytes of an element: 1, 2, 4 or 8.
+        coarsened: where the prediction is likely to be wrong, if anything tells.
+    """
+    stream = zstandard.ZstdCompressor(level=_LEVEL).compressobj()
+    parts: list[bytes] = []
+    differs = False
+    truths, guesses = (_words(payload, actual.nbytes, itemsize) for payload in (actual, predicted))
+    for begin in range(0, len(truths), _CHUNK):
+        order = _order(guesses[begin : begin + _CHUNK], begin, coarsened)
+        truth, guess = truths[begin : begin + _CHUNK][order], guesses[begin : begin + _CHUNK][order]
+        positions = np.flatnonzero(truth != guess)
+        differs = differs or bool(len(positions))
+        difference = truth[positions] - guess[positions]  # modulo 2^bits
+        gaps = _gaps(positions)
+        planes = np.ascontiguousarray(_zigzag(difference).view(np.uint8).reshape(-1, itemsize).T)
+        for part in (_HEAD.pack(len(positions), len(gaps)) + gaps.tobytes(), *planes):
+            parts.append(stream.compress(bytes(part)))
+            parts.append(stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    return b"".join([*parts, stream.flush()]) if differs else None
+
+
+def corrected(
+    predicted: Bytes, correction: Bytes, nbytes: int, itemsize: int, where: str, coarsened: Coarsened | None = None
+) -> Bytes:
+    """The tensor's payload of `nbytes`, out of its prediction and the correction; `coarsened` as it was given there.
+
+    Raises CorruptFile, naming `where`, for bytes that are no correction of so many elements.
+    """
+    words = _words(predicted, nbytes, itemsize).copy()
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(correction.data) as stream:
+            for begin in range(0, len(words), _CHUNK):
+                chunk = words[begin : begin + _CHUNK]
+                count, length = _HEAD.unpack(_exactly(stream, _HEAD.size))
+                if count > len(chunk) or length > count + len(chunk) // _FAR:
+                    raise ValueError(f"{count} corrections of {len(chunk)} elements")
+                positions = _positions(np.frombuffer(_exactly(stream, length), np.uint8))
+                if len(positions) != count or (count and positions[-1] >= len(chunk)):
+                    raise ValueError("positions beyond the tensor")
+                planes = np.frombuffer(_exactly(stream, count * itemsize), np.uint8).reshape(itemsize, count)
+                codes = np.ascontiguousarray(planes.T).view(f"<u{itemsize}").reshape(-1)
+                chunk[_order(chunk, begin, coarsened)[positions]] += _unzigzag(codes)
+            if stream.read(1):
+                raise ValueError("more than the tensor's elements")
+    except (ValueError, zstandard.ZstdError) as error:
+        raise CorruptFile(
+            "a correction is damaged", where=where, found=str(error), then="copy the undo file again"
+        ) from error
+    return words.view(np.uint8)
+
+
+def _words(payload: Bytes, nbytes: int, itemsize: int) -> Words:
+    """A payload as integers, cut or filled up with zeros to `nbytes`."""
+    if payload.nbytes < nbytes:
+        payload = np.concatenate([payload, np.zeros(nbytes - payload.nbytes, np.uint8)])
+    return payload[:nbytes].view(f"<u{itemsize}")
+
+
+def _order(guess: Words, begin: int, coarsened: Coarsened | None) -> Words:
+    """The order in which a chunk's elements are stored: those first that are likely to be wrong."""
+    if coarsened is None:
+        return np.arange(len(guess))
+    merged = coarsened.merged.view(guess.dtype)[begin : begin + len(guess)]
+    likely = _exponents(merged, coarsened.fraction) > _exponents(guess, coarsened.fraction)
+    return np.concatenate([np.flatnonzero(likely), np.flatnonzero(~likely)])
+
+
+def _exponents(words: Words, fraction: int) -> Words:
+    return (words << 1) >> (fraction + 1)  # the sign falls off at the top
+
+
+def _gaps(positions: Words) -> Bytes:
+    """Steps from each position to the next, the first from before the chunk, as bytes."""
+    steps = np.diff(positions, prepend=-1)
+    far, rest = np.divmod(steps, _FAR)
+    gaps = np.full(int(far.sum()) + len(steps), _FAR, np.uint8)
+    gaps[np.cumsum(far + 1) - 1] = rest
+    return gaps
+
+
+def _positions(gaps: Bytes) -> Words:
+    reached: Words = np.cumsum(gaps, dtype=np.int64)[gaps != _FAR] - 1
+    if len(reached) and (reached[0] < 0 or (np.diff(reached) < 1).any()):
+        raise ValueError("positions out of order")
+    return reached
+
+
+def _zigzag(difference: Words) -> Words:
+    sign = difference >> (8 * difference.itemsize - 1)
+    return (difference << 1) ^ -sign
+
+
+def _unzigzag(codes: Words) -> Words:
+    return (codes >> 1) ^ -(codes & 1)
+
+
+def _exactly(stream: zstandard.ZstdDecompressionReader, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        more = stream.read(size - len(data))
+        if not more:
+            raise ValueError("it ends too early")
+        data += more
+    return data

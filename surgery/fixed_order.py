@@ -1,0 +1,93 @@
+"""Small float64 linear algebra whose bits depend on nothing but its inputs.
+
+For methods that multiply W0. Products: each factor is the sum of two fixed-point numbers of `rounding`, so that every
+partial sum is exact and order cannot matter, and some 2⁻⁴² of a line's maximum is lost. Inverses: elimination by
+elementwise operations, which have no order. Knows no method.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from surgery.rounding import EXACT_TERMS, RowsOf, fixed_point, fixed_point_bits
+
+if TYPE_CHECKING:
+    import torch
+
+
+def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right, batched as torch batches.
+
+    Args:
+        left: (…, rows, terms), any floating dtype.
+        right: (…, terms, columns), any floating dtype.
+
+    Returns:
+        (…, rows, columns) float64.
+    """
+    bits = fixed_point_bits(left.shape[-1])
+    return _product(_halves(left, -1, bits), _halves(right, -2, bits))
+
+
+def fine_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> RowsOf:
+    """scale · left @ right as a delta, for long sums: `exact_product` has the fewer bits the more terms there are.
+
+    Args:
+        left: (rows, terms), any floating dtype.
+        right: (terms, columns), any floating dtype.
+        scale: float64 factor of the whole product.
+    """
+    bits = fixed_point_bits(left.shape[-1])
+    (high, low), ours = _halves(left, -1, bits), _halves(right, -2, bits)
+    return RowsOf(right.shape[-1], lambda begin, end: _product((high[begin:end], low[begin:end]), ours).mul_(scale))
+
+
+def _product(left: tuple[torch.Tensor, torch.Tensor], right: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The product of two factors in halves, without that of both low ones."""
+    total: torch.Tensor | None = None
+    for first in range(0, left[0].shape[-1], EXACT_TERMS):
+        chunk = slice(first, first + EXACT_TERMS)
+        high, low = (half[..., chunk] for half in left)
+        right_high, right_low = (half[..., chunk, :] for half in right)
+        part = (high @ right_low + low @ right_high) + high @ right_high
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _halves(factor: torch.Tensor, dim: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factor in fixed point, and in fixed point what that left over."""
+    import torch
+
+    factor = factor.to(torch.float64)
+    high = fixed_point(factor, dim, bits)
+    return high, fixed_point(factor - high, dim, bits)
+
+
+def norms(vectors: torch.Tensor) -> torch.Tensor:
+    """‖row‖ of each row of (…, terms).  # (…,) float64"""
+    import torch
+
+    squares = vectors.to(torch.float64).square()
+    return matmul(squares, squares.new_ones(squares.shape[-1], 1))[..., 0].sqrt()
+
+
+def definite_inverse(matrices: torch.Tensor) -> torch.Tensor:
+    """The inverses of matrices (…, n, n) with a positive definite symmetric part, for which elimination needs no
+    pivots (Golub and Van Loan, Matrix Computations, 4.3.2).  # (…, n, n) float64"""
+    import torch
+
+    size = matrices.shape[-1]
+    eye = torch.eye(size, dtype=torch.float64).expand(matrices.shape)
+    rows = torch.cat([matrices.to(torch.float64), eye], -1)  # (…, n, 2 n)
+    for step in range(size):
+        pivot = rows[..., step : step + 1, :] / rows[..., step : step + 1, step : step + 1]  # (…, 1, 2 n)
+        rows = rows - rows[..., :, step : step + 1] * pivot
+        rows[..., step : step + 1, :] = pivot
+    return rows[..., size:]
+
+
+def inverse(matrices: torch.Tensor) -> torch.Tensor:
+    """The inverses of well-conditioned matrices (…, n, n), such as rotations: (MᵀM)⁻¹ Mᵀ.  # float64"""
+    turned = matrices.mT
+    return matmul(definite_inverse(matmul(turned, matrices)), turned)

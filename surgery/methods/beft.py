@@ -1,0 +1,33 @@
+"""BEFT (peft.tuners.beft; after BitFit, Ben Zaken et al., arXiv 2106.10199): Δb, a change of the bias alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from formats.adapter import AdapterModule
+from formats.spec import TensorSpec
+from surgery.methods.lora import check_weight
+from surgery.rounding import Delta, RowsOf
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Beft:
+    """Δb = beft_bias.
+
+    Factors: beft_bias (1, out).
+    """
+
+    name = "beft"
+    paper = "BEFT, peft.tuners.beft"
+
+    def check(self, module: AdapterModule, weight: TensorSpec) -> None:
+        """Raises NotMergeable for a bias that is not stored as a plain float, ShapeMismatch for one of other shape."""
+        check_weight(weight, (module.factors["beft_bias"].spec.size,))
+
+    def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
+        """weight · Δb as one column."""
+        column = factors["beft_bias"].double().view(-1, 1) * weight  # (out, 1)
+        return RowsOf(1, lambda begin, end: column[begin:end].clone())

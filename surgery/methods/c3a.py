@@ -1,0 +1,45 @@
+"""C3A (Chen et al., arXiv 2407.19342): ΔW is made of circulant blocks, each given by its first row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from formats.adapter import AdapterModule
+from formats.layers import LayerKind
+from formats.spec import TensorSpec
+from surgery.methods.shapes import check_matrix, factor_shape
+from surgery.rounding import Delta, RowsOf
+
+if TYPE_CHECKING:
+    import torch
+
+
+class C3a:
+    """ΔW[m b + i, n b + j] = kernel[m, n, (j − i) mod b] / in, as peft normalises it.
+
+    Factors: c3a_kernel (out / b, in / b, b).
+    """
+
+    name = "c3a"
+    paper = "C3A, arXiv 2407.19342"
+
+    def check(self, module: AdapterModule, weight: TensorSpec) -> None:
+        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        down, along, size = factor_shape(module, "c3a_kernel", 3)
+        check_matrix(module, weight, down * size, along * size, (LayerKind.LINEAR,))
+
+    def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
+        """weight · ΔW, its rows as they are asked for."""
+        import torch
+
+        kernel = factors["c3a_kernel"].double()
+        _, along, size = kernel.shape
+        kernel = kernel * weight / (along * size)
+
+        def rows(begin: int, end: int) -> torch.Tensor:
+            at = torch.arange(begin, end)
+            shift = (torch.arange(size) - (at % size)[:, None]) % size  # (rows, b)
+            return kernel[at // size].gather(2, shift[:, None, :].expand(-1, along, -1)).flatten(1)
+
+        return RowsOf(along * size, rows)

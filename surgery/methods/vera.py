@@ -1,0 +1,112 @@
+"""VeRA (Kopiczko et al., arXiv 2310.11454, equation 2): ΔW = Λ_b B Λ_d A, with random A and B that all layers share.
+
+Each layer takes the first rows of B and columns of A. A file without them (`save_projection=False`) has the seed:
+peft draws both from torch's CPU generator, on any machine, and so does this. PVeRA (arXiv 2512.07703) makes A's
+outputs a mean and a variance; without sampling at inference only the mean counts, the first half of A.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from formats.adapter import AdapterModule
+from formats.errors import ShapeMismatch
+from formats.spec import TensorSpec, shape_text
+from surgery.errors import NotMergeable
+from surgery.methods.lora import outward
+from surgery.methods.shapes import check_factor, check_matrix, factor_shape, matrix_shape
+from surgery.rounding import Delta, exact_product
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Vera:
+    """ΔW = (λ_b ∘ B) (λ_d ∘ A).
+
+    Factors: vera_lambda_b (out,), vera_lambda_d (rank,), and if they were saved vera_A (rank, ≥ in), vera_B
+    (≥ out, rank). Settings: r, projection_prng_key, and largest_out and largest_in of all adapted layers.
+    """
+
+    name = "vera"
+    paper = "VeRA, arXiv 2310.11454"
+
+    def check(self, module: AdapterModule, weight: TensorSpec) -> None:
+        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        _check(module, weight, "vera", 1)
+
+    def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
+        """weight · (λ_b ∘ B) (λ_d ∘ A) as the base stores it."""
+        return _delta(module, factors, weight, "vera", 1)
+
+
+class PVera:
+    """VeRA's ΔW of the means: the first half of λ_d and of A.
+
+    Factors: pvera_lambda_b (out,), pvera_lambda_d (2 rank,), pvera_A (2 rank, ≥ in), pvera_B (≥ out, rank). Settings
+    as VeRA's, and sample_at_inference.
+    """
+
+    name = "pvera"
+    paper = "PVeRA, arXiv 2512.07703"
+
+    def check(self, module: AdapterModule, weight: TensorSpec) -> None:
+        """As VeRA's; NotMergeable too where the adapter samples at inference."""
+        if module.settings["sample_at_inference"]:
+            raise NotMergeable(
+                "PVeRA with sample_at_inference draws its latent for each input anew, which no weight can express",
+                where=weight.name,
+            )
+        _check(module, weight, "pvera", 2)
+
+    def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
+        """weight · (λ_b ∘ B) (λ_d ∘ A) of the means as the base stores it."""
+        return _delta(module, factors, weight, "pvera", 2)
+
+
+def _check(module: AdapterModule, weight: TensorSpec, prefix: str, halves: int) -> None:
+    (out,), (width,) = (factor_shape(module, f"{prefix}_lambda_{side}", 1) for side in "bd")
+    into = matrix_shape(module, weight)[1]
+    check_factor(module, f"{prefix}_lambda_d", int(module.settings["r"]) * halves)
+    check_matrix(module, weight, out, into)
+    if f"{prefix}_A" not in module.factors or f"{prefix}_B" not in module.factors:
+        return
+    a, b = (factor_shape(module, f"{prefix}_{side}", 2) for side in "AB")
+    if a[0] != width or a[1] < into or b[0] < out or b[1] * halves != width:
+        raise ShapeMismatch(
+            "the shared matrices do not fit",
+            where=weight.name,
+            expected=f"{width} × at least {into}, at least {out} × {width // halves}",
+            found=f"{shape_text(a)}, {shape_text(b)}",
+        )
+
+
+def _delta(
+    module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float, prefix: str, halves: int
+) -> Delta:
+    import torch
+
+    lambda_b, lambda_d = (factors[f"{prefix}_lambda_{side}"].double() for side in "bd")
+    width = lambda_d.shape[0]
+    rank = width // halves
+    settings = module.settings
+    if f"{prefix}_A" in factors and f"{prefix}_B" in factors:
+        a, b = factors[f"{prefix}_A"], factors[f"{prefix}_B"]
+    else:
+        generator = torch.Generator(device="cpu").manual_seed(int(settings["projection_prng_key"]))
+        a = kaiming((width, int(settings["largest_in"])), generator)
+        b = kaiming((int(settings["largest_out"]), rank), generator)
+    into = int(settings["in"])
+    left = lambda_b[:, None] * b[: lambda_b.shape[0]].double()  # (out, rank)
+    right = lambda_d[:rank, None] * a[:rank, :into].double()  # (rank, in)
+    return exact_product(*outward(module.kind, right, left), weight)
+
+
+def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Kaiming-uniform numbers as peft draws them: the fan is all but the first dimension.  # float32"""
+    import torch
+
+    bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(math.prod(shape[1:])))
+    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
