@@ -61,6 +61,8 @@ def tensor_from_bytes(payload: Bytes, spec: TensorSpec) -> torch.Tensor:
     """A tensor over the payload's own memory, in the spec's dtype and shape."""
     import torch
 
+    if not payload.nbytes:  # torch finds no way to see nothing as another dtype
+        return torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
     return torch.from_numpy(payload).view(torch_dtype(spec.dtype)).view(spec.shape)
 
 

@@ -141,3 +141,35 @@ def test_a_folder_comes_out_shaped_like_its_source(tmp_path: Path) -> None:
         assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in TENSORS.items())
     write(destination_like(source, tmp_path / "single.st", SPECS, inputs=[source], force=False))
     assert set(load_file(tmp_path / "single.st")) == set(TENSORS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_a_tensor_without_elements_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Its shape and dtype are all there is."""
+    save_file({"a": torch.empty(0, 2, dtype=dtype), "b": torch.ones(3)}, tmp_path / "a.st")
+    with open_checkpoint(tmp_path / "a.st") as checkpoint:
+        found = checkpoint.read("a")
+        assert (tuple(found.shape), found.dtype) == ((0, 2), dtype)
+        with create_checkpoint(tmp_path / "b.st", checkpoint.specs.values(), {}) as writer:
+            for name in checkpoint.specs:
+                writer.write(name, checkpoint.read(name))
+    assert load_file(tmp_path / "b.st")["a"].shape == (0, 2)
+
+
+def test_smaller_tensors_lay_the_file_out_again(tmp_path: Path) -> None:
+    """Declared as upper bounds: the bytes are those of a writer who had known; more than declared is refused."""
+    tensors = {"a": torch.randn(3, 4), "b": torch.randn(2, 5), "c": torch.randn(7)}
+    bounds = [spec_of("a", torch.empty(9, 4)), spec_of("b", torch.empty(5, 5)), spec_of("c", torch.empty(7))]
+    with create_checkpoint(tmp_path / "bounds.st", bounds, {"k": "v"}, reserve=False) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor, smaller=True)
+    exact = [spec_of(name, tensor) for name, tensor in tensors.items()]
+    with create_checkpoint(tmp_path / "exact.st", exact, {"k": "v"}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    assert (tmp_path / "bounds.st").read_bytes() == (tmp_path / "exact.st").read_bytes()
+    with (
+        pytest.raises(IncompleteOutput, match="differs from its declaration"),
+        create_checkpoint(tmp_path / "more.st", exact, {}) as writer,
+    ):
+        writer.write("a", torch.randn(4, 4), smaller=True)
