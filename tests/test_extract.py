@@ -301,3 +301,11 @@ def test_a_curve_is_drawn_from_what_was_extracted(
     result = cli("extract", "--rank", 4, *pair, "-o", tmp_path / "b", "--curve", tmp_path / "c.png")
     assert result.exit_code == 1
     assert not (tmp_path / "b").exists()
+
+
+def test_without_factors_there_is_an_adapter_and_no_curve(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Everything went in full: said in a note, and nothing is lost over a picture of nothing."""
+    report = surgery.extract(*pair, tmp_path / "a", rank=1000, curve=tmp_path / "c.svg")
+    assert any("no curve to draw" in note for note in report.notes)
+    assert (tmp_path / "a" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "c.svg").exists()

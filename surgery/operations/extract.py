@@ -148,7 +148,10 @@ def _afterthoughts(modules: tuple[ModuleReport, ...], how: Extraction) -> list[s
     """What the user should know that no plan could tell."""
     notes = []
     if not modules:
-        notes.append("no weight became factors: surgery merges this adapter, but peft loads none without any")
+        notes.append(
+            "no weight became factors: surgery merges this adapter, but peft loads none without any, and there is no "
+            "curve to draw"
+        )
     kept = sum(module.method == "lora" for module in modules) if how.method == "dora" else 0
     if kept:
         notes.append(f"{kept} weights keep LoRA's own product, which no magnitude improves")

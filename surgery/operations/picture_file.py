@@ -18,7 +18,7 @@ _PICTURES = {".html": page, ".svg": poster}
 def picture_file(
     out: str | Path | None, pair: tuple[str | Path, str | Path], *, force: bool
 ) -> Iterator[Callable[[Sequence[Spectrum]], None]]:
-    """Opens a picture; the function that it gives draws it, and does nothing where `out` is None.
+    """Opens a picture; the function that it gives draws it, and does nothing without `out` or spectra.
 
     Args:
         out: a file `.html` or `.svg`.
@@ -36,11 +36,20 @@ def picture_file(
     if draw is None:
         raise SurgeryError("a picture of that kind is not made", expected=" or ".join(_PICTURES), found=out)
     base, tuned = (Path(path).absolute() for path in pair)
-    with Staging(Path(out), folder=False, inputs=(base, tuned), force=force) as staging:
+    staging = Staging(Path(out), folder=False, inputs=(base, tuned), force=force)
+    drawn = False
 
-        def write(spectra: Sequence[Spectrum]) -> None:
+    def write(spectra: Sequence[Spectrum]) -> None:
+        nonlocal drawn
+        if spectra:
             text = draw(f"{tuned.name} − {base.name}", spectra).encode()
             with disk_errors(staging.target):
                 write_at(staging.create(size=len(text)), text, 0)
+            drawn = True
 
+    try:
         yield write
+        if drawn:
+            staging.commit()
+    finally:
+        staging.discard()
