@@ -78,11 +78,6 @@ def _weights_of(folder: Path) -> Path:
     )
 
 
-def is_adapter(path: str | Path) -> bool:
-    """Whether a folder holds an adapter rather than a model."""
-    return (Path(path) / ADAPTER_CONFIG).exists()
-
-
 def names_file(path: str | Path) -> bool:
     """Whether an output path means one safetensors file rather than a folder."""
     return Path(path).suffix in SUFFIXES

@@ -13,12 +13,21 @@ from numpy.typing import NDArray
 
 from surgery import krylov
 from surgery.delta import Delta
-from surgery.krylov import RankRule
+from surgery.krylov import RankChoice
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Delta", "Factors", "RankRule", "TruncatedSVD", "factorise", "leading_values", "truncated_svd", "workspace"]
+__all__ = [
+    "Delta",
+    "Factors",
+    "RankChoice",
+    "TruncatedSVD",
+    "factorise",
+    "leading_values",
+    "truncated_svd",
+    "workspace",
+]
 
 _CANCELLATION = 1e-3  # share of ‖ΔW‖² below which ‖ΔW‖² − Σσ², from σ in float32, is not trusted
 
@@ -58,7 +67,7 @@ def workspace(rows: int, columns: int, rank: int | None) -> int:
     return copy + 2 * 4 * krylov.width_of(rank) * krylov.USUAL_BLOCKS * (rows + columns)
 
 
-def truncated_svd(delta: Delta, rank: int | RankRule, seed: int = 0, *, exact: bool = False) -> TruncatedSVD:
+def truncated_svd(delta: Delta, rank: int | RankChoice, seed: int = 0, *, exact: bool = False) -> TruncatedSVD:
     """The leading singular triplets, computed where ΔW is, on the CPU in the end.
 
     The residual exceeds that of the exact decomposition by about `krylov.TOLERANCE` of itself at most. Dense and exact
@@ -145,7 +154,7 @@ class Factors:
 
 def factorise(
     delta: Delta,
-    rank: int | RankRule,
+    rank: int | RankChoice,
     dtype: torch.dtype,
     seed: int = 0,
     *,

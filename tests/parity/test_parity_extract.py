@@ -13,8 +13,8 @@ import peft
 import pytest
 import torch
 import transformers
+from peft_oracle import Convolutions
 from safetensors.torch import load_file, save_file
-from test_parity_kinds import Convolutions
 from torch import nn
 
 import surgery

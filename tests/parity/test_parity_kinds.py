@@ -1,93 +1,40 @@
-"""Convolutions, stacks of experts and DoRA, with peft itself as the judge: it makes adapters that we merge, and loads
-adapters written with our keys and config."""
+"""Convolutions, stacks of experts and parameters, with peft itself as the judge: it makes adapters that we merge, and
+loads adapters written with our keys and config."""
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
+from peft_oracle import (
+    Convolutions,
+    Everything,
+    Mixture,
+    assert_merges_like_peft,
+    assert_peft_agrees,
+    described,
+    made_by_peft,
+    random,
+    save_base,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import surgery
 from formats.dialects.peft_writing import (
-    Extracted,
     bias_key,
     factor_keys,
     full_key,
-    lora_config,
-    magnitude_key,
-    magnitude_shape,
     parameter_keys,
 )
-from formats.errors import AdapterFormatError, ShapeMismatch, UnmatchedKeys
+from formats.errors import AdapterFormatError, UnmatchedKeys
 from formats.layers import LayerKind
-from surgery.errors import NotFinite, NotMergeable, NotMerged
 from surgery.methods.lora import pack_experts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-class Convolutions(nn.Module):
-    """One convolution of every dimension, a kernel of 1, and one in groups."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Conv1d(4, 6, 3, padding=1)
-        self.two = nn.Conv2d(6, 5, (3, 2), stride=2)
-        self.point = nn.Conv2d(5, 8, 1, bias=False)
-        self.three = nn.Conv3d(8, 3, 2)
-        self.grouped = nn.Conv1d(4, 6, 3, groups=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (batch, 4, 9)."""
-        x = self.one(x)[..., None].expand(-1, -1, -1, 5)
-        return self.three(self.point(self.two(x))[..., None].expand(-1, -1, -1, -1, 3))
-
-
-class Experts(nn.Module):
-    """Experts as a mixture holds them, with names in no alphabetical order, a matrix of no layer and a layer inside."""
-
-    def __init__(self, transposed: bool, experts: int = 3, width: int = 4, inner: int = 5, bias: bool = False) -> None:
-        super().__init__()
-        self.is_transposed = transposed
-        up, down = (width, 2 * inner), (inner, width)
-        self.up = nn.Parameter(torch.randn(experts, *(up if transposed else up[::-1])))
-        if bias:
-            self.up_bias = nn.Parameter(torch.randn(experts, 2 * inner))
-        self.down = nn.Parameter(torch.randn(experts, *(down if transposed else down[::-1])))
-        self.also = nn.Parameter(torch.randn(width, 7))
-        self.inside = nn.Linear(width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (batch, width)."""
-        up, down = (self.up, self.down) if self.is_transposed else (self.up.mT, self.down.mT)
-        hidden = torch.einsum("bi,eio->beo", self.inside(x), up)
-        hidden = hidden + getattr(self, "up_bias", 0)
-        hidden = torch.tanh(hidden[..., ::2]) * hidden[..., 1::2]
-        return torch.einsum("bei,eio->bo", hidden, down) @ self.also @ self.also.mT
-
-
-class Mixture(nn.Module):
-    """Experts between two layers."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__()
-        width = settings.get("width", 4)
-        self.into = nn.Linear(width, width)
-        self.experts = Experts(**settings)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (batch, width)."""
-        return self.out(self.experts(self.into(x)))
 
 
 @pytest.mark.parametrize(
@@ -281,107 +228,6 @@ def test_unmerge_takes_them_off_again(tmp_path: Path, kind: str) -> None:
     assert surgery.unmerge(tmp_path / "merged.st", tmp_path / "adapter", tmp_path / "back.st").bit_exact is True
 
 
-class Everything(nn.Module):
-    """A layer of each kind that DoRA knows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wte = nn.Embedding(7, 6)
-        self.conv1d = Conv1D(9, 6)  # GPT-2's, which stores (in, out)
-        self.linear = nn.Linear(9, 5)
-        self.conv = nn.Conv2d(5, 4, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (batch, length) token ids."""
-        hidden = self.linear(self.conv1d(self.wte(x)))
-        return self.conv(hidden.mT[..., None].expand(-1, -1, -1, 3))
-
-
-IDS = torch.tensor([[0, 3, 6, 2], [5, 5, 1, 4]])
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"target_modules": ["wte", "conv1d", "linear", "conv"]},
-     {"target_modules": ["wte", "conv1d", "conv"], "fan_in_fan_out": True, "use_rslora": True},
-     {"target_modules": ["linear", "conv"], "rank_pattern": {"conv": 3}, "alpha_pattern": {"linear": 5}}],
-    ids=["plain", "fan_in_fan_out", "patterns"],
-)  # fmt: skip
-def test_dora_merges_as_peft_merges_it(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """m · (W0 + ΔW) / ‖W0 + ΔW‖ with the norm over the inputs of each output, whichever way these are stored."""
-    assert_merges_like_peft(tmp_path, Everything, IDS, use_dora=True, **settings)
-
-
-@pytest.mark.parametrize(("dtype", "ulp"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)])
-def test_dora_in_half_precision_is_nearer_to_float64_than_peft(tmp_path: Path, dtype: torch.dtype, ulp: float) -> None:
-    """peft rounds ΔW, the norm, the quotient and the product; ours is the value of float64, rounded once."""
-    targets = ["wte", "conv1d", "linear", "conv"]
-    adapted = made_by_peft(tmp_path, Everything, dtype=dtype, target_modules=targets, use_dora=True)
-    surgery.merge(tmp_path / "base.st", tmp_path / "adapter", tmp_path / "merged.st")
-    merged = load_file(tmp_path / "merged.st")
-    theirs = adapted.merge_and_unload().state_dict()
-    exact = made_by_peft(tmp_path, Everything, dtype=dtype, target_modules=targets, use_dora=True).double()
-    truth = exact.merge_and_unload().state_dict()
-    for module in targets:
-        name = f"{module}.weight"
-        ours, peer = ((each[name].double() - truth[name]).abs() for each in (merged, theirs))
-        assert (ours <= 1.01 * ulp * truth[name].abs()).all(), name
-        assert ours.norm() <= peer.norm(), name
-
-
-def test_peft_loads_dora_written_with_our_keys(tmp_path: Path) -> None:
-    """Magnitudes of every kind of layer in the shapes that peft gives them."""
-    model = save_base(tmp_path, Everything)
-    tensors = {}
-    kinds = {"wte": LayerKind.EMBEDDING, "conv1d": LayerKind.TRANSPOSED, "conv": LayerKind.CONV}
-    for module, kind in kinds.items():
-        shape = model.get_submodule(module).weight.shape
-        out, *into = shape if kind is LayerKind.CONV else shape[::-1]
-        key_a, key_b = factor_keys(module, kind)
-        tensors[key_a] = random(2, *into)
-        tensors[key_b] = random(out, 2, *(1,) * (len(shape) - 2))
-        tensors[magnitude_key(module)] = 2 + random(*magnitude_shape(kind, tuple(shape)))
-    extracted = Extracted(dict.fromkeys(kinds, 2), (), False, True, frozenset({*kinds, "linear"}), 2, "base", dora=True)
-    assert_peft_agrees(tmp_path, Everything, tensors, extracted, IDS)
-
-
-def test_dora_stands_alone_and_cannot_be_taken_off(tmp_path: Path) -> None:
-    """No strength but 1, no way back from the merged weight, no module without magnitudes; all before any work."""
-    made_by_peft(tmp_path, Everything, use_dora=True, target_modules=["linear"])
-    base, adapter, merged = tmp_path / "base.st", tmp_path / "adapter", tmp_path / "merged.st"
-    with pytest.raises(NotMergeable, match="more strongly or weakly"):
-        surgery.merge(base, adapter, merged, weight=0.5)
-    surgery.merge(base, adapter, merged)
-    with pytest.raises(NotMerged, match="length of W0"):
-        surgery.unmerge(merged, adapter, tmp_path / "back.st")
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": False}))
-    with pytest.raises(AdapterFormatError, match="contradict each other"):
-        surgery.merge(base, adapter, tmp_path / "other.st")
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    kept = {key: tensor for key, tensor in tensors.items() if "magnitude" not in key}
-    save_file(kept, adapter / "adapter_model.safetensors")
-    with pytest.raises(AdapterFormatError, match="contradict each other"):
-        surgery.merge(base, adapter, tmp_path / "other.st")
-    wrong = {magnitude_key("linear"): torch.ones(4)}
-    save_file(tensors | wrong, adapter / "adapter_model.safetensors")
-    with pytest.raises(ShapeMismatch, match="one for each output"):
-        surgery.merge(base, adapter, tmp_path / "other.st")
-
-
-def test_a_row_without_direction_is_named(tmp_path: Path) -> None:
-    """Where W0 + ΔW is zero peft divides by zero."""
-    made_by_peft(tmp_path, Everything, use_dora=True, target_modules=["linear"])
-    adapter, base = load_file(tmp_path / "adapter/adapter_model.safetensors"), load_file(tmp_path / "base.st")
-    base["linear.weight"][2] = 0
-    adapter["base_model.model.linear.lora_B.weight"][2] = 0
-    save_file(base, tmp_path / "base.st")
-    save_file(adapter, tmp_path / "adapter/adapter_model.safetensors")
-    with pytest.raises(NotFinite, match="no direction"):
-        surgery.merge(tmp_path / "base.st", tmp_path / "adapter", tmp_path / "merged.st")
-
-
 def test_threads_and_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DoRA, convolutions and experts give the same bytes for any of them."""
     models: list[tuple[Callable[[], nn.Module], dict[str, Any]]] = [
@@ -400,91 +246,3 @@ def test_threads_and_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.Monk
             surgery.merge(folder / "base.st", folder / "adapter", merged, resources=surgery.Resources(jobs, 1 << 30))
             outputs.add(merged.read_bytes())
         assert len(outputs) == 1
-
-
-def random(*shape: int) -> torch.Tensor:
-    """Factors that change a weight visibly."""
-    return 0.3 * torch.randn(*shape)
-
-
-def described(model: nn.Module, ranks: dict[str, int], **settings: Any) -> Extracted:
-    """What the config of a hand-written adapter must say."""
-    modules = frozenset(name for name, _ in model.named_modules() if name)
-    return Extracted(ranks, (), False, False, modules, 2, "base", **settings)
-
-
-def save_base(folder: Path, build: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Saves a seeded model."""
-    torch.manual_seed(0)
-    model = build().to(dtype).eval()
-    save_file(model.state_dict(), folder / "base.st")
-    return model
-
-
-def made_by_peft(
-    folder: Path, build: Callable[[], nn.Module], dtype: torch.dtype = torch.float32, **settings: Any
-) -> peft.PeftModel:
-    """Saves a base and a LoRA that peft made for it; every factor is random."""
-    model = save_base(folder, build, dtype)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **settings})).eval()
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_magnitude" in name:
-                parameter.mul_(1 + random(*parameter.shape).to(dtype))
-            elif "lora_" in name:
-                parameter.copy_(random(*parameter.shape))
-    adapted.save_pretrained(folder / "adapter")
-    return adapted
-
-
-def assert_merges_like_peft(folder: Path, build: Callable[[], nn.Module], x: torch.Tensor, **settings: Any) -> None:
-    """The merged weights are peft's within 1e-6 of the largest, and give the outputs of the adapted model."""
-    adapted = made_by_peft(folder, build, **settings)
-    with torch.no_grad():
-        output = adapted(x)
-    surgery.merge(folder / "base.st", folder / "adapter", folder / "merged.st")
-    merged, base = load_file(folder / "merged.st"), load_file(folder / "base.st")
-    touched = {name.replace(".base_layer", "").removeprefix("base_model.model.") for name, _ in wrappers(adapted)}
-    expected = adapted.merge_and_unload().state_dict()
-    for name in merged.keys() & expected.keys():  # peft leaves a layer inside adapted parameters' module unmerged
-        error = (merged[name] - expected[name]).abs().max() / expected[name].abs().max().clamp_min(1e-30)
-        assert error <= 1e-6, name
-    changed = {name.rpartition(".")[0] for name in base if not torch.equal(base[name], merged[name])}
-    assert changed == touched
-    model = build()
-    model.load_state_dict(merged)
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(x), output, atol=1e-4, rtol=1e-4)
-
-
-def wrappers(adapted: peft.PeftModel) -> list[tuple[str, nn.Module]]:
-    """peft's own layers."""
-    return [(name, module) for name, module in adapted.named_modules() if hasattr(module, "get_delta_weight")]
-
-
-def assert_peft_agrees(
-    folder: Path,
-    build: Callable[[], nn.Module],
-    tensors: dict[str, torch.Tensor],
-    extracted: Extracted,
-    x: torch.Tensor,
-) -> None:
-    """peft loads the tensors with our config, every one and no other, and its outputs are those of our merge."""
-    adapter = folder / "adapter"
-    adapter.mkdir()
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text(json.dumps(lora_config(extracted)))
-    base = build()
-    base.load_state_dict(load_file(folder / "base.st"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        adapted = peft.PeftModel.from_pretrained(base.eval(), adapter).eval()
-    loaded = peft.get_peft_model_state_dict(adapted)
-    assert loaded.keys() == {key for key in tensors if "lora_" in key}
-    assert all(torch.equal(tensor, tensors[key]) for key, tensor in loaded.items())
-    surgery.merge(folder / "base.st", adapter, folder / "merged.st")
-    model = build()
-    model.load_state_dict(load_file(folder / "merged.st"))
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(x), adapted(x), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(model(x), adapted.merge_and_unload()(x), atol=1e-5, rtol=1e-5)
