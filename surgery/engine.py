@@ -101,7 +101,10 @@ def _device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises for each depends on its build
         raise Unsupported(
-            "torch cannot compute on this device", expected="cpu, cuda or cuda:1, say", found=f"{name}: {error}"
+            "torch cannot compute on this device",
+            expected="cpu, cuda or cuda:1, say",
+            found=f"{name}: {error}",
+            then="leave --device out, or install a torch that is built for it",
         ) from error
     return device
 

@@ -31,11 +31,9 @@ def meta_model(folder: str | Path) -> Any:
         return None
 
 
-def known_names(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """The model's own name of every tensor of the file that it takes as it is, perhaps under another name.
-
-    A tensor that becomes a part of another one is not among them.
-    """
+def known_names(model: Any, names: Iterable[str]) -> tuple[dict[str, str], frozenset[str]]:
+    """The model's own name of every tensor of the file that it takes as it is, perhaps under another name; and the
+    tensors that become parts of others on loading. What the model does not know at all is neither."""
     names = list(names)
     held = model.state_dict()
     try:
@@ -48,7 +46,8 @@ def known_names(model: Any, names: Iterable[str]) -> dict[str, str]:
         found = {name: rename_source_key(name, renamings, converters, model.base_model_prefix, held) for name in names}
     except Exception:  # transformers before 5 renames nothing
         found = {name: (name, None) for name in names}
-    return {name: known for name, (known, converter) in found.items() if known in held and not converter}
+    taken = {name: known for name, (known, converter) in found.items() if known in held and not converter}
+    return taken, frozenset(name for name, (_, converter) in found.items() if converter)
 
 
 def may_rename(config: Mapping[str, Any]) -> bool:

@@ -71,13 +71,13 @@ def learn_structure(specs: Mapping[str, TensorSpec], paths: Iterable[str], asked
     learned: dict[str, LayerKind | None] = {}
     swapped: set[str] = set()
     names: dict[str, str] = {}
+    fused: frozenset[str] = frozenset()
     # Shapes do not tell a convolution's groups.
     asks = doubtful.keys() - told.keys() or LayerKind.CONV in kinds.values() or may_rename(config)
     model = meta_model(folder) if config and asks else None
     if model is not None:
-        names = known_names(model, specs)
+        names, fused = known_names(model, specs)
         learned, swapped = _of_model(model, names, specs)
-    fused = frozenset(specs.keys() - names.keys() if model is not None else ())
     for name in learned.keys() & kinds.keys():  # whatever the model says is certain; what it lacks keeps its doubt
         kind = learned[name]
         kinds = {**kinds, name: kind} if kind else {other: k for other, k in kinds.items() if other != name}

@@ -120,3 +120,16 @@ def test_code_in_a_models_folder_never_runs(tmp_path: Path) -> None:
     )
     save_file({"q.weight": torch.zeros(4, 4), "q.bias": torch.zeros(4)}, tmp_path / "model.safetensors")
     assert set(learn(tmp_path, q__weight=(4, 4), q__bias=(4,)).doubtful) == {"q.weight"}
+
+
+def test_a_tensor_that_the_model_does_not_know_is_no_part_of_another(tmp_path: Path) -> None:
+    """Old files hold buffers that the model has no more: nothing follows from them for the layers beside."""
+    config = transformers.OPTConfig(
+        vocab_size=60, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=32,
+        max_position_embeddings=24,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config)
+    model.register_buffer("position_ids", torch.arange(24.0))
+    found = of_model(model, tmp_path)
+    assert found.names  # the model was asked
+    assert not found.fused

@@ -35,5 +35,5 @@ def open_adapter_of(model: str | Path, adapter: str | Path, specs: Mapping[str, 
 def model_names(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """The model's name of every tensor of the file that it renames and nothing more; empty if that cannot be told."""
     model = meta_model(folder)
-    known = known_names(model, names) if model is not None else {}
+    known = known_names(model, names)[0] if model is not None else {}
     return {name: new for name, new in known.items() if new != name}

@@ -222,6 +222,7 @@ def _check_names(base: Checkpoint, tuned: Checkpoint, where: str) -> None:
             "tuned has tensors in modules of base that base itself lacks; no adapter can add them",
             where=where,
             found=", ".join(orphans[:5]),
+            then="save both from the same model class, or start from a base that has them",
         )
 
 
