@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from formats.adapter import Adapter, AdapterModule, Replacement
+from formats.adapter import Adapter, AdapterModule, Replacement, Told
 from formats.checkpoint import Checkpoint
 from formats.dialects.peft_factors import Context, Factors, layer_modules
 from formats.dialects.peft_full import ROWS, grown, plain_name, replacements, row_replacements, rows_module
@@ -56,8 +56,9 @@ class Peft:
         config: Mapping[str, Any] | None,
         base: Mapping[str, TensorSpec],
         names: Mapping[str, str],
+        told: Told,
     ) -> Adapter:
-        """The adapter, resolved against the base's tensors."""
+        """The adapter, resolved against the base's tensors; its config says everything."""
         where = checkpoint.ref.path
         config = _checked(config, where)
         scheme = scheme_of(config, where)

@@ -31,10 +31,11 @@ def command(
     from surgery.operations import merge as operation
     from surgery.operations.adapters import open_adapters
 
+    how = options.told(how)
     with options.reporting("merge", as_json):
         if dry_run:
             with open_checkpoint(base) as w0:
-                opened = open_adapters(base, adapters, w0.specs, how["weight"])
+                opened = open_adapters(base, adapters, w0.specs, how["weight"], how["told"])
                 options.show_plan(operation.plan_merge(w0, opened, undo=how["undo"] is not None)[0])
             return
         with options.resources(jobs, memory) as resources:

@@ -30,11 +30,12 @@ def command(
     from surgery.provenance import Receipt
     from surgery.undo import open_undo
 
+    how = options.told(how)
     with options.reporting("unmerge", as_json):
         if dry_run:
             with open_checkpoint(merged) as w, open_undo(how["undo"]) as corrections:
                 receipt = Receipt.read(w.metadata, merged)
-                opened = open_adapters(merged, adapters, w.specs, how["weight"])
+                opened = open_adapters(merged, adapters, w.specs, how["weight"], how["told"])
                 options.show_plan(operation.plan_unmerge(w, opened, receipt, corrections))
             return
         with options.resources(jobs, memory) as resources:

@@ -24,6 +24,7 @@ from surgery.methods.ia3 import Ia3
 from surgery.methods.loha import LoHa
 from surgery.methods.lokr import LoKr
 from surgery.methods.lora import Lora, LoraBias
+from surgery.methods.loralib import FusedLora, KernelLora
 from surgery.methods.miss import Miss, MissBat
 from surgery.methods.oft import Oft
 from surgery.methods.peanut import Peanut
@@ -36,6 +37,8 @@ from surgery.methods.vera import PVera, Vera
 ADDITIVE: tuple[AdditiveMethod, ...] = (
     Lora(),
     LoraBias(),
+    FusedLora(),
+    KernelLora(),
     AdaLora(),
     Beft(),
     C3a(),

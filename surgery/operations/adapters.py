@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from formats.adapter import Adapter, AdapterModule, Replacement
+from formats.adapter import NOTHING_TOLD, Adapter, AdapterModule, Replacement, Told
+from formats.dialects import ASKING
+from formats.errors import AdapterFormatError
 from formats.spec import TensorSpec
 from surgery.errors import NotFinite, NothingToDo, NotMergeable, NotMerged
 from surgery.operations.model_names import open_adapter_of
@@ -57,7 +59,11 @@ def adapter_paths(adapters: AdapterPaths) -> tuple[tuple[Path, float | None], ..
 
 
 def open_adapters(
-    model: str | Path, adapters: AdapterPaths, specs: Mapping[str, TensorSpec], weight: float | None = None
+    model: str | Path,
+    adapters: AdapterPaths,
+    specs: Mapping[str, TensorSpec],
+    weight: float | None = None,
+    told: Told = NOTHING_TOLD,
 ) -> tuple[WeighedAdapter, ...]:
     """Opens adapters against a model's tensors, in the order of their digests.
 
@@ -66,8 +72,10 @@ def open_adapters(
         adapters: paths, with weights or without.
         specs: the model's tensors.
         weight: a factor of all of them; None where nobody said.
+        told: what the caller says of those whose dialect has no config.
 
     Raises:
+        AdapterFormatError: something is told that none of them asks for.
         NothingToDo: no adapter, one without tensors, or a weight of 0.
         NotMergeable: the same adapter twice.
         NotFinite: NaN or Inf in an adapter or a weight.
@@ -78,7 +86,7 @@ def open_adapters(
         factor = _product(own, weight)
         if factor is not None and not math.isfinite(factor):
             raise NotFinite("a weight that is no number", where=path, found=f"weight {factor}")
-        adapter = open_adapter_of(model, path, specs)
+        adapter = open_adapter_of(model, path, specs, told)
         if not adapter.tensors or factor == 0:
             raise NothingToDo("the merge would change nothing", where=path, found=f"weight {factor}")
         digest, tensors = fingerprint(adapter)
@@ -92,6 +100,13 @@ def open_adapters(
         found[digest] = WeighedAdapter(adapter, factor, digest, tensors)
     if not found:
         raise NothingToDo("no adapter was named", where=model)
+    if told != NOTHING_TOLD and not any(each.adapter.dialect in ASKING for each in found.values()):
+        raise AdapterFormatError(
+            "the adapter's own config tells its alpha and its layers",
+            where=", ".join(each.adapter.ref.path for each in found.values()),
+            found=told,
+            then="leave --alpha, --enable-lora and --fan-in-fan-out out: they are for loralib's files",
+        )
     return tuple(found[digest] for digest in sorted(found))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from formats.adapter import AdapterModule, Replacement
+from formats.adapter import NOTHING_TOLD, AdapterModule, Replacement, Told
 from formats.checkpoint import Checkpoint
 from formats.errors import AdapterFormatError
 from formats.paths import destination_like, open_checkpoint
@@ -69,6 +69,7 @@ def merge(
     *,
     weight: float = 1.0,
     undo: str | Path | None = None,
+    told: Told = NOTHING_TOLD,
     max_shard_size: int | None = None,
     force: bool = False,
     resources: Resources | None = None,
@@ -78,11 +79,12 @@ def merge(
     Args:
         base: a safetensors file or a folder; the output has its shape: a file, or a folder with the same shards,
             config, tokenizer and the rest.
-        adapters: a PEFT adapter, as a folder or a single file; or (path, weight); or a sequence of these, whose order
-            does not matter: all deltas are summed and rounded once.
+        adapters: a PEFT adapter, as a folder or a single file, or a loralib one, as a file; or (path, weight); or a
+            sequence of these, whose order does not matter: all deltas are summed and rounded once.
         out: a folder, or a `.safetensors`/`.st` file.
         weight: a factor of every delta.
         undo: a `.safetensors`/`.st` file to write what unmerge needs to give the base back bit for bit.
+        told: alpha and layout of loralib adapters, whose files do not say them.
         max_shard_size: bytes of each shard of an output folder, instead of the base's shards.
         force: replace what stands at `out` and at `undo`.
         resources: threads and memory.
@@ -93,7 +95,7 @@ def merge(
     """
     watch = Stopwatch(loading="torch")
     with open_checkpoint(base) as w0:
-        plan, receipt = plan_merge(w0, open_adapters(base, adapters, w0.specs, weight), undo=undo is not None)
+        plan, receipt = plan_merge(w0, open_adapters(base, adapters, w0.specs, weight, told), undo=undo is not None)
         inputs = (base, *(path for path, _ in adapter_paths(adapters)))
         destination = destination_like(base, out, plan.outputs, inputs=inputs, force=force, max_shard=max_shard_size)
         config = resized_config(destination, growth(w0.specs.values(), plan.outputs))

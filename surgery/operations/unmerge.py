@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from formats.adapter import AdapterModule
+from formats.adapter import NOTHING_TOLD, AdapterModule, Told
 from formats.checkpoint import Checkpoint
 from formats.paths import create_checkpoint, destination_like, open_checkpoint
 from formats.spec import DType, TensorSpec
@@ -63,6 +63,7 @@ def unmerge(
     *,
     weight: float | None = None,
     undo: str | Path | None = None,
+    told: Told = NOTHING_TOLD,
     force: bool = False,
     resources: Resources | None = None,
 ) -> UnmergeReport:
@@ -75,6 +76,7 @@ def unmerge(
         weight: a factor of all weights; where neither it nor an adapter's own is given they are the receipt's, or 1
             without a receipt.
         undo: the undo file that merge wrote with this output: the base comes back bit for bit.
+        told: as for merge.
         force: replace what stands at `out`.
         resources: threads and memory.
 
@@ -86,7 +88,7 @@ def unmerge(
     watch = Stopwatch(loading="torch")
     with open_checkpoint(merged) as w, open_undo(undo) as corrections:
         receipt = Receipt.read(w.metadata, merged)
-        plan = plan_unmerge(w, open_adapters(merged, adapters, w.specs, weight), receipt, corrections)
+        plan = plan_unmerge(w, open_adapters(merged, adapters, w.specs, weight, told), receipt, corrections)
         inputs = (merged, *(path for path, _ in adapter_paths(adapters)), *((undo,) if undo is not None else ()))
         destination = destination_like(merged, out, plan.outputs, inputs=inputs, force=force)
         config = resized_config(destination, growth(_kept(w, plan), plan.outputs))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from formats.adapter import NOTHING_TOLD, Told
 from formats.checkpoint import Checkpoint
 from formats.paths import open_checkpoint
 from formats.spec import TensorSpec
@@ -63,6 +64,7 @@ def verify(
     adapters: AdapterPaths,
     *,
     weight: float = 1.0,
+    told: Told = NOTHING_TOLD,
     resources: Resources | None = None,
 ) -> VerifyReport:
     """Replays a merge and compares.
@@ -72,6 +74,7 @@ def verify(
         base: what it should have been merged into.
         adapters: as for merge.
         weight: a factor of every delta.
+        told: as for merge.
         resources: threads and memory.
 
     Raises:
@@ -79,7 +82,7 @@ def verify(
     """
     watch = Stopwatch(loading="torch")
     with open_checkpoint(base) as w0, open_checkpoint(merged) as w:
-        plan, _ = plan_merge(w0, open_adapters(base, adapters, w0.specs, weight))
+        plan, _ = plan_merge(w0, open_adapters(base, adapters, w0.specs, weight, told))
         replay, odd = plan_verify(plan, w)
     outcomes = engine.run(replay, None, resources) if replay.steps else ()
     verdicts: dict[str, str] = dict.fromkeys(odd, DIFFERS)
