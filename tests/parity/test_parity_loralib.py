@@ -176,8 +176,8 @@ def test_wrong_files_are_refused_while_planning(tmp_path: Path) -> None:
     error = _wrong(tmp_path, lambda tensors: {f"else.where.{k}": v for k, v in tensors.items()})
     assert isinstance(error, UnmatchedKeys)
     for key, shape in [("up.lora_A", (4, 13)), ("up.lora_B", (21, 4)), ("up.lora_A", (3, 12)),
-                       ("up.lora_A", (4, 12, 1)), ("conv.lora_A", (12, 13)), ("conv.lora_B", (17, 12)), ("emb.lora_A", (4, 12)),
-                       ("fused.lora_A", (13, 8))]:  # fmt: skip
+                       ("up.lora_A", (4, 12, 1)), ("conv.lora_A", (12, 13)), ("conv.lora_B", (17, 12)),
+                       ("emb.lora_A", (4, 12)), ("fused.lora_A", (13, 8))]:  # fmt: skip
         error = _wrong(tmp_path, lambda tensors, key=key, shape=shape: tensors | {key: torch.ones(shape)})
         assert isinstance(error, ShapeMismatch), (key, shape)
     error = _wrong(tmp_path, lambda tensors: tensors | {"nowhere.bias": torch.ones(3)})
