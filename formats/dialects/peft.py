@@ -38,7 +38,15 @@ _REFUSED = {
     "velora_config": "VeLoRA changes the base layer",
     "layer_replication": "layer replication changes the base's depth",
 }
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Initialisations that take the first BA off the base, or quantise it; the others leave it alone.
+_CONVERTED = "save it in converted form, save_pretrained(path_initial_model_for_weight_conversion=…)"
+_BASE_CHANGING_INITS = {
+    "pissa": _CONVERTED,
+    "olora": _CONVERTED,
+    "corda": _CONVERTED,
+    "lora_ga": _CONVERTED,
+    "loftq": "merge it into the base that LoftQ left, saved by itself, with init_lora_weights true in the config",
+}
 
 
 class Peft:
@@ -103,13 +111,15 @@ def _checked(config: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
                 f"{setting} is not supported yet: {reason}", where=where, found=f"{setting} = {config[setting]}"
             )
     init = str(config.get("init_lora_weights")).lower()
-    if init.startswith(_BASE_CHANGING_INITS):
-        raise AdapterFormatError(
-            "this adapter's initialisation changed its base, so it is wrong on the original",
-            where=where,
-            found=f"init_lora_weights = {init}",
-            then="save it in converted form: save_pretrained(path_initial_model_for_weight_conversion=…)",
-        )
+    for changing, remedy in _BASE_CHANGING_INITS.items():
+        if init.startswith(changing):
+            raise AdapterFormatError(
+                "this adapter's initialisation changed its base, so it is wrong on the original",
+                where=where,
+                expected="init_lora_weights = true, as a converted adapter has it",
+                found=f"init_lora_weights = {init}",
+                then=remedy,
+            )
     return config
 
 
