@@ -12,7 +12,7 @@ from typing import Any
 
 from formats.adapter import Adapter, AdapterModule, Replacement, Told
 from formats.checkpoint import Checkpoint
-from formats.dialects.peft_factors import Context, Factors, layer_modules
+from formats.dialects.peft_factors import Context, Factors, layer_modules, weight_names
 from formats.dialects.peft_full import ROWS, grown, plain_name, replacements, row_replacements, rows_module
 from formats.dialects.peft_methods import Scheme, factor_pattern, no_factors, scheme_modules, scheme_of, shared_tensors
 from formats.dialects.peft_parameters import parameter_modules, take_parameters, unwrapped
@@ -78,7 +78,9 @@ class Peft:
         parameters = [] if scheme else take_parameters(modules, config, base)
         if config.get("ensure_weight_tying"):
             _drop_tied_heads(checkpoint, modules, full, base)
-        weights = [f"{module}.{'bias' if scheme and scheme.alone else 'weight'}" for module in (*modules, *rows)]
+        last = "bias" if scheme and scheme.alone else "weight"
+        named = {module: f"{module}.{last}" for module in modules} if scheme else weight_names(modules, base)
+        weights = [*named.values(), *(f"{module}.weight" for module in rows)]
         weights += [target for stack in parameters for target in stack.targets]
         context = Context.of(config, _renaming(weights, full, base, where), base, where)
         _drop_tied_copies(checkpoint, full, context)
@@ -89,7 +91,7 @@ class Peft:
             adapted += scheme_modules(scheme, modules, shared_tensors(scheme, checkpoint), context)
             modules = {}
         for module, factors in sorted(modules.items()):
-            adapted += layer_modules(module, factors, context)
+            adapted += layer_modules(module, factors, context, named)
         for stack in parameters:
             adapted += parameter_modules(stack, context)
         replaced += row_replacements(rows, context)
