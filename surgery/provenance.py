@@ -119,10 +119,12 @@ class Receipt:
         tool: name and version of the program that did it.
         adapters: all that were merged at once, in the order of their digests.
         base_tensors: SHA-256 of every tensor's payload of the base, by name.
-        added: tensors the base did not have.
+        added: tensors that unmerge leaves out: the base did not have them, or has them by another name too.
         originals: base tensors that were replaced, kept whole.
         lost: base tensors that were replaced and too large to keep.
         base_metadata: the base's own metadata, an earlier receipt included.
+        renamed: tensors that the base has under another name, and that name.
+        config: what settings of config.json were that merging changed; None for one that was not there.
     """
 
     operation: str
@@ -133,6 +135,8 @@ class Receipt:
     originals: Mapping[str, Original] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
     base_metadata: Mapping[str, str] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, str]:
         """The output's metadata: the base's own with this receipt."""

@@ -36,7 +36,6 @@ _REFUSED = {
     "kasa_config": "KaSA changes the base before adding to it",
     "monteclora_config": "MonteCLoRA samples its factors",
     "velora_config": "VeLoRA changes the base layer",
-    "layer_replication": "layer replication changes the base's depth",
 }
 # Initialisations that take the first BA off the base, or quantise it; the others leave it alone.
 _CONVERTED = "save it in converted form, save_pretrained(path_initial_model_for_weight_conversion=…)"

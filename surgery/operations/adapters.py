@@ -12,10 +12,11 @@ from pathlib import Path
 
 from formats.adapter import NOTHING_TOLD, Adapter, AdapterModule, Replacement, Told
 from formats.dialects import ASKING
-from formats.errors import AdapterFormatError
+from formats.errors import AdapterFormatError, UnmatchedKeys
 from formats.spec import TensorSpec
 from surgery.errors import NotFinite, NothingToDo, NotMergeable, NotMerged
 from surgery.operations.model_names import open_adapter_of
+from surgery.operations.outline import Outline, head_is_tied, outline_of, tied_head
 from surgery.provenance import MergedAdapter, Receipt, fingerprint
 
 AdapterPath = str | Path | tuple[str | Path, float | None]  # with its weight; None where the caller does not say
@@ -108,6 +109,42 @@ def open_adapters(
             then="leave --alpha, --enable-lora and --fan-in-fan-out out: they are for loralib's files",
         )
     return tuple(found[digest] for digest in sorted(found))
+
+
+def open_for_merge(
+    model: str | Path,
+    adapters: AdapterPaths,
+    base: Mapping[str, TensorSpec],
+    weight: float | None = None,
+    told: Told = NOTHING_TOLD,
+    *,
+    untie: bool = False,
+) -> tuple[tuple[WeighedAdapter, ...], Outline]:
+    """Opens adapters against what a base is to become, and says what that is.
+
+    Args:
+        model, adapters, base, weight, told: as for `open_adapters`, base the base's tensors.
+        untie: whether a head tied to its embedding becomes a tensor of its own.
+
+    Raises:
+        NotMergeable: an adapter changes a tied head, which may not be untied; or as `outline_of`.
+        ReportedError: as `open_adapters`.
+    """
+    paths = [path for path, _ in adapter_paths(adapters)]
+    outline = outline_of(model, paths, base, untie=untie)
+    try:
+        opened = open_adapters(model, adapters, outline.specs, weight, told)
+    except UnmatchedKeys:
+        heads = {} if untie else tied_head(model, outline.specs)
+        if not heads:
+            raise
+        open_adapters(model, adapters, outline_of(model, paths, base, untie=True).specs, weight, told)
+        raise head_is_tied(*next(iter(heads.items())), model) from None
+    added = {full.target for each in opened for full in each.adapter.replacements if full.added}
+    for head, embedding in tied_head(model, outline.specs).items() if added and not untie else ():
+        if head in added:
+            raise head_is_tied(head, embedding, model)
+    return opened, outline
 
 
 def _product(own: float | None, weight: float | None) -> float | None:

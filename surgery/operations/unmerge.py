@@ -6,15 +6,15 @@ undo file what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from formats.adapter import NOTHING_TOLD, AdapterModule, Told
 from formats.checkpoint import Checkpoint
 from formats.paths import create_checkpoint, destination_like, open_checkpoint
-from formats.spec import DType, TensorSpec
+from formats.spec import DType, TensorRef, TensorSpec
 from surgery import engine
 from surgery.checks import check_finite
 from surgery.engine import Resources
@@ -30,8 +30,8 @@ from surgery.operations.adapters import (
 )
 from surgery.operations.merge import output_digest, output_hashes
 from surgery.operations.merge_ops import Copy, Drop, subtract
+from surgery.operations.model_config import CONFIG, changed_config, growth, without_companion
 from surgery.operations.restore import changed_since, plan_restore
-from surgery.operations.vocabulary import CONFIG, growth, resized_config, without_companion
 from surgery.plan import Fate, Outcome, Plan, Step, ledger
 from surgery.provenance import Original, Receipt, tensor_hash
 from surgery.report import Report, Stopwatch, peak_rss
@@ -91,10 +91,11 @@ def unmerge(
         plan = plan_unmerge(w, open_adapters(merged, adapters, w.specs, weight, told), receipt, corrections)
         inputs = (merged, *(path for path, _ in adapter_paths(adapters)), *((undo,) if undo is not None else ()))
         destination = destination_like(merged, out, plan.outputs, inputs=inputs, force=force)
-        config = resized_config(destination, growth(_kept(w, plan), plan.outputs))
+        receipt = corrections.record.receipt if corrections else receipt
+        sizes = growth(_kept(w, plan, receipt.renamed if receipt else {}), plan.outputs)
+        config = changed_config(destination, sizes, receipt.config if receipt else {})
         if config is not None:
             destination = without_companion(destination, CONFIG)
-        receipt = corrections.record.receipt if corrections else receipt
         expected = receipt.base_tensors if receipt else {}
         with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
             if config is not None:
@@ -119,10 +120,10 @@ def unmerge(
     )
 
 
-def _kept(merged: Checkpoint, plan: Plan) -> list[TensorSpec]:
-    """The tensors of the merged file that the output has too."""
-    names = {spec.name for spec in plan.outputs}
-    return [spec for name, spec in merged.specs.items() if name in names]
+def _kept(merged: Checkpoint, plan: Plan, renamed: Mapping[str, str]) -> list[TensorSpec]:
+    """The tensors of the merged file that the output has too, by the names they have there."""
+    kept = (merged.specs[step.name] for step in plan.steps if step.outputs)
+    return [replace(spec, name=renamed.get(spec.name, spec.name)) for spec in kept]
 
 
 def plan_unmerge(
@@ -138,7 +139,14 @@ def plan_unmerge(
         return plan_restore(merged, adapters, receipt, undo)
     if receipt is not None:
         adapters = check_receipt(merged.ref.path, adapters, receipt)
-    by_target = weighed_modules(adapters)
+    elif any(each.adapter.config.get("layer_replication") for each in adapters):
+        raise NotMerged(
+            "the adapter repeats layers, and without a receipt nothing tells which of this file's are copies",
+            where=merged.ref.path,
+            then="go back to the base itself",
+        )
+    added = set(receipt.added) if receipt else set()
+    by_target = {target: modules for target, modules in weighed_modules(adapters).items() if target not in added}
     for target, modules in by_target.items():
         for module, _ in modules:
             if (method := transforming(module)) and method.forgets:
@@ -149,9 +157,11 @@ def plan_unmerge(
                 )
         check_modules(modules, merged.specs[target])
     originals = receipt.originals if receipt else {}
-    replaced = {full.target for each in adapters for full in each.adapter.replacements} - set(by_target)
-    added = set(receipt.added) if receipt else set()
-    beyond = sorted((replaced - set(originals) - added) | set(receipt.lost if receipt else ()))
+    names = receipt.renamed if receipt else {}
+    replaced = {full.target for each in adapters for full in each.adapter.replacements} - set(by_target) - added
+    beyond = sorted(
+        ({names.get(name, name) for name in replaced} - set(originals)) | set(receipt.lost if receipt else ())
+    )
     if beyond:
         raise NotMerged(
             f"{len(beyond)} tensors were replaced by the adapter, and what they replaced is not in this file",
@@ -161,24 +171,25 @@ def plan_unmerge(
         )
     steps = []
     for name, spec in merged.specs.items():
+        ours = names.get(name, name)  # the base's name of it
         if name in added:
             steps.append(Step(name, (), (), Drop(name)))
-        elif name in originals:
-            steps.append(Step(name, (), (originals[name].spec(name),), Restore(name, originals[name])))
+        elif ours in originals:
+            steps.append(Step(name, (), (originals[ours].spec(ours),), Restore(ours, originals[ours])))
         elif name in by_target:
-            steps.append(_subtract_step(merged, spec, by_target[name]))
+            steps.append(_subtract_step(merged.tensor(name), replace(spec, name=ours), by_target[name]))
         else:
-            steps.append(Step(name, (merged.tensor(name),), (spec,), Copy(name)))
+            steps.append(Step(name, (merged.tensor(name),), (replace(spec, name=ours),), Copy(ours)))
     notes = () if receipt else ("no receipt in this file: nothing tells whether the base came back bit for bit",)
     metadata = receipt.base_metadata if receipt else merged.metadata
     return Plan("unmerge", tuple(steps), dict(metadata), notes)
 
 
-def _subtract_step(merged: Checkpoint, spec: TensorSpec, modules: tuple[tuple[AdapterModule, float], ...]) -> Step:
+def _subtract_step(merged: TensorRef, spec: TensorSpec, modules: tuple[tuple[AdapterModule, float], ...]) -> Step:
     factors = [ref for module, _ in modules for _, ref in sorted(module.factors.items())]
     workspace = sum(8 * ref.spec.size for ref in factors) + (4 << 20)
     op = Subtract(spec.name, spec.dtype, modules)
-    return Step(spec.name, (merged.tensor(spec.name), *factors), (spec,), op, workspace)
+    return Step(merged.name, (merged, *factors), (spec,), op, workspace)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from formats.spec import TensorSpec
 from surgery import engine
 from surgery.engine import Resources
 from surgery.methods import transforming
-from surgery.operations.adapters import AdapterPaths, open_adapters
+from surgery.operations.adapters import AdapterPaths, open_for_merge
 from surgery.operations.merge import plan_merge
 from surgery.operations.merge_ops import Merge
+from surgery.operations.outline import tied_head
 from surgery.plan import Op, Outcome, Plan, Step
 from surgery.provenance import RECEIPT, tensor_hash
 from surgery.report import Report, Stopwatch, peak_rss
@@ -82,7 +83,9 @@ def verify(
     """
     watch = Stopwatch(loading="torch")
     with open_checkpoint(base) as w0, open_checkpoint(merged) as w:
-        plan, _ = plan_merge(w0, open_adapters(base, adapters, w0.specs, weight, told))
+        more = w.specs.keys() - w0.specs.keys()
+        untie = bool(more) and not more.isdisjoint(tied_head(base, w0.specs))
+        plan, _ = plan_merge(w0, *open_for_merge(base, adapters, w0.specs, weight, told, untie=untie))
         replay, odd = plan_verify(plan, w)
     outcomes = engine.run(replay, None, resources) if replay.steps else ()
     verdicts: dict[str, str] = dict.fromkeys(odd, DIFFERS)
