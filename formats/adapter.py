@@ -40,6 +40,7 @@ class AdapterModule:
         transposed: for experts, whether the base stores (experts, in, out) instead of (experts, out, in).
         part: for a stack of experts that the base stores in pieces, (out, in) each, which of them the target is.
         settings: what else the method must know, as its own file says; empty for LoRA.
+        reads: another tensor of the base that the method reads beside the target, and gets as the factor `weight`.
     """
 
     target: str
@@ -52,6 +53,7 @@ class AdapterModule:
     transposed: bool = False
     part: ExpertPart | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    reads: str | None = None
 
     @property
     def scaling(self) -> float:

@@ -17,6 +17,7 @@ from surgery.methods.deft import Deft
 from surgery.methods.delora import DeLora
 from surgery.methods.dora import Dora
 from surgery.methods.fourierft import FourierFt
+from surgery.methods.glora import Glora
 from surgery.methods.gralora import GraLora
 from surgery.methods.hira import Hira
 from surgery.methods.hra import Hra
@@ -61,6 +62,7 @@ TRANSFORMING: tuple[TransformingMethod, ...] = (
     Dora(),
     Boft(),
     Deft(),
+    Glora(),
     Hira(),
     Hra(),
     Ia3(),

@@ -6,14 +6,14 @@ The order is that of their digests, so that no command line's can show in the su
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from formats.adapter import NOTHING_TOLD, Adapter, AdapterModule, Replacement, Told
 from formats.dialects import ASKING
 from formats.errors import AdapterFormatError, UnmatchedKeys
-from formats.spec import TensorSpec
+from formats.spec import TensorRef, TensorSpec
 from surgery.errors import NotFinite, NothingToDo, NotMergeable, NotMerged
 from surgery.operations.model_names import open_adapter_of
 from surgery.operations.outline import Outline, head_is_tied, outline_of, tied_head
@@ -153,11 +153,20 @@ def _product(own: float | None, weight: float | None) -> float | None:
     return own * weight
 
 
-def weighed_modules(adapters: Sequence[WeighedAdapter]) -> dict[str, tuple[tuple[AdapterModule, float], ...]]:
-    """Everything that adapts each weight, with its factor, in the adapters' order."""
+def weighed_modules(
+    adapters: Sequence[WeighedAdapter], tensor: Callable[[str], TensorRef]
+) -> dict[str, tuple[tuple[AdapterModule, float], ...]]:
+    """Everything that adapts each weight, with its factor, in the adapters' order.
+
+    Args:
+        adapters: opened.
+        tensor: finds a tensor of the model by its name, for modules that read one beside their target.
+    """
     modules: dict[str, tuple[tuple[AdapterModule, float], ...]] = {}
     for each in adapters:
         for module in each.adapter.modules:
+            if module.reads is not None:
+                module = replace(module, factors={**module.factors, "weight": tensor(module.reads)})
             modules[module.target] = (*modules.get(module.target, ()), (module, each.strength))
     return modules
 

@@ -165,7 +165,7 @@ def plan_merge(
             )
     outline = outline or Outline.plain(base.specs)
     surplus, names = outline.surplus, outline.renamed
-    by_target = weighed_modules(adapters)
+    by_target = weighed_modules(adapters, lambda name: base.tensor(outline.sources[name]))
     replacing = replacements(adapters)
     added = tuple(full for parts in replacing.values() for full in parts if full.added)
     replaced = {target: parts for target, parts in replacing.items() if target in outline.specs}

@@ -54,7 +54,7 @@ def plan_restore(
             found=f"adapter {', '.join(digest[:16] for digest in record.receipt.digests)}",
             then="pass the undo file that was written with this very output",
         )
-    by_target = weighed_modules(check_receipt(merged.ref.path, adapters, record.receipt))
+    by_target = weighed_modules(check_receipt(merged.ref.path, adapters, record.receipt), merged.tensor)
     added, names = set(record.receipt.added), record.receipt.renamed
     origins = {name: name for name in record.receipt.base_tensors} | {ours: name for name, ours in names.items()}
     odd = set(merged.specs) ^ (set(origins.values()) | added)

@@ -146,7 +146,8 @@ def plan_unmerge(
             then="go back to the base itself",
         )
     added = set(receipt.added) if receipt else set()
-    by_target = {target: modules for target, modules in weighed_modules(adapters).items() if target not in added}
+    every = weighed_modules(adapters, merged.tensor)
+    by_target = {target: modules for target, modules in every.items() if target not in added}
     for target, modules in by_target.items():
         for module, _ in modules:
             if (method := transforming(module)) and method.forgets:
