@@ -54,8 +54,9 @@ class ShardedCheckpoint:
         for filename, file in self._files.items():
             for name, spec in file.specs.items():
                 if self.shards.get(name) != filename:
+                    twice = name in self._files[self.shards[name]].specs if name in self.shards else False
                     raise CorruptFile(
-                        "the index and a shard disagree about a tensor",
+                        "a tensor lies in two shards" if twice else "the index and a shard disagree about a tensor",
                         where=f"{file.path}: {name}",
                         expected=self.shards.get(name, "an entry in the index"),
                         found=filename,
@@ -110,7 +111,7 @@ class ShardedCheckpoint:
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes(), object_pairs_hook=lambda pairs: _once(pairs, path))
         shards = document["weight_map"]
         own = document.get("metadata") or {}
         sound = all(isinstance(text, str) for pair in shards.items() for text in pair) and isinstance(own, dict)
@@ -122,6 +123,19 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
         if Path(filename).name != filename or filename in ("", ".", ".."):
             raise CorruptFile("the index reaches outside its folder", where=path, found=filename)
     return shards, {key: value for key, value in own.items() if isinstance(value, str)}
+
+
+def _once(pairs: list[tuple[str, object]], path: Path) -> dict[str, object]:
+    """A JSON object whose names are all different: of two alike JSON itself would take the last."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise CorruptFile(
+            "the index names a tensor twice",
+            where=path,
+            found=", ".join(sorted(name for name in found if names.count(name) > 1)[:5]),
+        )
+    return found
 
 
 class ShardedWriter:
