@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,35 @@ def test_the_command_line_takes_them(tmp_path: Path, cli: Callable[..., Result])
     assert cli("merge", base, adapter, "-o", merged, *told).exit_code == 0
     assert cli("verify", merged, "--base", base, "--adapter", adapter, *told).exit_code == 0
     assert cli("unmerge", merged, adapter, "-o", tmp_path / "back.st", *told).exit_code == 0
+
+
+def test_they_go_together_with_adapters_of_peft(tmp_path: Path, cli: Callable[..., Result]) -> None:
+    """Deltas of both on one weight are summed; without a loralib adapter there is nothing to tell."""
+    made_by_loralib(tmp_path)
+    base, ours = tmp_path / "base.st", load_file(tmp_path / "lora.st")
+    factors = {"lora_A": torch.randn(2, 12), "lora_B": torch.randn(20, 2)}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["up"]}
+    keys = {f"base_model.model.up.{role}.weight": tensor for role, tensor in factors.items()}
+    save_file(keys, tmp_path / "peft.st", metadata={"adapter_config": json.dumps(config)})
+    told = surgery.Told(alpha=ALPHA, enable_lora=QV)
+    surgery.merge(base, [tmp_path / "lora.st", (tmp_path / "peft.st", 0.5)], tmp_path / "merged.st", told=told)
+    delta = ALPHA / R * ours["up.lora_B"] @ ours["up.lora_A"] + 0.5 * factors["lora_B"] @ factors["lora_A"]
+    torch.testing.assert_close(load_file(tmp_path / "merged.st")["up.weight"], load_file(base)["up.weight"] + delta)
+    with pytest.raises(AdapterFormatError, match="own config tells its alpha"):
+        surgery.merge(base, tmp_path / "peft.st", tmp_path / "other.st", told=TOLD)
+    assert "loralib" in cli("inspect", tmp_path / "lora.st").stdout
+
+
+def test_gpt2s_fused_attention_is_found_under_its_prefix(tmp_path: Path) -> None:
+    """The paper's own case: query and value of c_attn, which stores (in, out), in a file without the model's head."""
+    torch.manual_seed(0)
+    layer = loralib.MergedLinear(8, 24, r=R, lora_alpha=ALPHA, enable_lora=list(QV), fan_in_fan_out=True)
+    nn.init.normal_(layer.lora_B)
+    base = {"h.0.attn.c_attn.weight": layer.weight.data.contiguous().clone(), "h.0.attn.c_attn.bias": layer.bias.data}
+    save_file(base, tmp_path / "base.st")
+    factors = {f"transformer.h.0.attn.c_attn.{name}": tensor for name, tensor in loralib.lora_state_dict(layer).items()}
+    save_file(factors, tmp_path / "lora.st")
+    told = surgery.Told(alpha=ALPHA, enable_lora=QV)
+    surgery.merge(tmp_path / "base.st", tmp_path / "lora.st", tmp_path / "merged.st", told=told)
+    layer.eval()
+    torch.testing.assert_close(load_file(tmp_path / "merged.st")["h.0.attn.c_attn.weight"], layer.weight.data)
