@@ -305,10 +305,10 @@ def _completed(receipt: Receipt, outline: Outline, outcomes: tuple[Outcome, ...]
         hashes |= outcome.figures.get("base", {})
         originals |= outcome.figures.get("original", {})
         lost += outcome.figures.get("lost", ())
-    origins, names = outline.origins, outline.renamed
+    origins, names, surplus = outline.origins, outline.renamed, outline.surplus
     return replace(
         receipt,
         base_tensors={name: hashes[origins[name]] for name in receipt.base_tensors},
         originals={names.get(name, name): original for name, original in originals.items()},
-        lost=tuple(names.get(name, name) for name in lost if name not in outline.surplus),
+        lost=tuple(names.get(name, name) for name in lost if name not in surplus),
     )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from formats.dialects import open_adapter_file
-from formats.errors import CorruptFile
 from formats.spec import TensorSpec
 from surgery.errors import NotMergeable, Unsupported
 from surgery.meta_model import known_names, meta_model
@@ -137,15 +136,12 @@ def _replicated(model: str | Path, adapters: Sequence[Path], base: Mapping[str, 
         )
     ranges = json.loads(chosen.pop())
     stack, depth = _layers(model, base)
-    try:
-        order = [number for first, last in ranges for number in range(first, last)]
-    except (TypeError, ValueError) as error:
-        raise CorruptFile("layer_replication is no list of ranges", where=adapters[0], found=ranges) from error
+    order = _order(ranges, depth)
     if set(order) != set(range(depth)):
         raise NotMergeable(
             "layer_replication leaves out layers of the base, which nothing could bring back, or names some it lacks",
             where=adapters[0],
-            expected=f"every layer from 0 to {depth - 1}",
+            expected=f"every layer from 0 to {depth - 1}, in ranges [first, behind the last]",
             found=ranges,
         )
     sources: dict[str, str] = {}
@@ -171,6 +167,15 @@ def _outline(
 def _config_of(model: str | Path) -> dict[str, Any]:
     path = Path(model)
     return read_config((path if path.is_dir() else path.parent) / CONFIG)
+
+
+def _order(ranges: Any, depth: int) -> list[int]:
+    """The base's layer at each place; empty for what is no list of ranges within the depth."""
+    sound = isinstance(ranges, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(end) is int and 0 <= end <= depth for end in pair)
+        for pair in ranges
+    )
+    return [number for first, last in ranges for number in range(first, last)] if sound else []
 
 
 def _layer_map(path: Path) -> str:

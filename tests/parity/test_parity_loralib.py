@@ -33,7 +33,7 @@ class Layers(nn.Module):
         self.up = loralib.Linear(12, 20, fan_in_fan_out=turned, **rank)
         self.square = loralib.Linear(20, 20, fan_in_fan_out=turned, **rank)
         self.conv = loralib.Conv2d(4, 6, 3, **rank)
-        self.grouped = loralib.Conv2d(6, 4, 2, groups=2, **rank)
+        self.grouped = loralib.Conv2d(6, 4, 3, groups=2, **rank)  # a row of the weight is 1½ of BA's
         self.norm = nn.LayerNorm(20)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -169,11 +169,32 @@ def test_repeated_layers_come_off_again(tmp_path: Path, ranges: list[list[int]],
             surgery.unmerge(merged, adapter, tmp_path / "other")
 
 
+def test_shards_take_what_is_new(tmp_path: Path) -> None:
+    """The untied head and the copies of layers go into the last of the base's shards, or into shards as asked."""
+    made_by_peft(tmp_path, **(REPLICATED | {"target_modules": ["q_proj", "lm_head"]}))
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    (base / "model.safetensors").unlink()
+    models.build("llama", tie_word_embeddings=True).save_pretrained(base, max_shard_size="30kB")
+    assert len(list(base.glob("*.safetensors"))) > 2
+    surgery.merge(base, adapter, tmp_path / "merged", untie=True, undo=tmp_path / "undo.st")
+    surgery.merge(base, adapter, tmp_path / "sized", untie=True, max_shard_size=40_000)
+    ours, sized = (models.logits(models.load("llama", tmp_path / name)) for name in ("merged", "sized"))
+    assert torch.equal(ours, sized)
+    report = surgery.unmerge(tmp_path / "merged", adapter, tmp_path / "back", undo=tmp_path / "undo.st")
+    assert report.bit_exact
+    before, after = (models.load("llama", folder).state_dict() for folder in (base, tmp_path / "back"))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
 def test_replication_that_drops_layers_is_refused(tmp_path: Path) -> None:
     """Nothing could bring them back; and adapters for different depths do not go together."""
     made_by_peft(tmp_path, **(REPLICATED | {"layer_replication": [[0, 1], [0, 1]]}))
-    with pytest.raises(NotMergeable, match="leaves out layers"):
-        surgery.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    file = tmp_path / "adapter/adapter_config.json"
+    config = json.loads(file.read_text())
+    for ranges in ([[0, 1], [0, 1]], [[0, 2], [1, 10**15]], [[-1, 2]], [0, 2], {"0": 2}, [["0", "2"]]):
+        file.write_text(json.dumps(config | {"layer_replication": ranges}))
+        with pytest.raises(NotMergeable, match="leaves out layers"):
+            surgery.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     made_by_peft(tmp_path / "plain", target_modules=["q_proj"])
     with pytest.raises(NotMergeable, match="different depth"):
         surgery.merge(tmp_path / "base", [tmp_path / "adapter", tmp_path / "plain/adapter"], tmp_path / "merged")
