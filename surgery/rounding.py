@@ -18,6 +18,7 @@ import numpy as np
 
 from formats.spec import DType
 from formats.tensors import torch_dtype
+from surgery.certain import CertainSum
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 EXACT_TERMS = 512  # of one exact sum
 # Low bits of a float32 that are zero wherever it lies on a tie of the narrower type (and where it is representable).
 _TIE_BITS = {DType.BF16: 0x7FFF, DType.F16: 0x0FFF}
+_SETTLED = 1 << 15  # elements that are computed one by one, at a time
 _BLOCK_ELEMENTS = 1 << 17  # float64 elements of one block: 1 MiB, so that it stays in cache
 
 
@@ -145,10 +147,56 @@ def add_rounded(weight: torch.Tensor, deltas: Sequence[Delta], dtype: DType) -> 
     import torch
 
     matrix = weight.reshape(-1, deltas[0].columns)
-    result = torch.empty(matrix.shape, dtype=torch_dtype(dtype))
-    for begin, end in _blocks(matrix):
-        result[begin:end] = round_once(_sum(matrix, deltas, begin, end), dtype)
+    result = torch.empty(matrix.shape, dtype=torch_dtype(dtype), device=matrix.device)
+    stacks = [delta.products for delta in deltas if isinstance(delta, StackedProducts)]
+    if len(stacks) == len(deltas) and len({len(stack) for stack in stacks}) == 1:
+        matrices, results = (whole.chunk(len(stacks[0])) for whole in (matrix, result))
+        for part, rounded, *products in zip(matrices, results, *stacks, strict=True):
+            _add(part, products, dtype, rounded)
+    else:
+        _add(matrix, deltas, dtype, result)
     return result.reshape(weight.shape)
+
+
+def _add(matrix: torch.Tensor, deltas: Sequence[Delta], dtype: DType, result: torch.Tensor) -> None:
+    """As `add_rounded`, of a matrix into a result of its size."""
+    import torch
+
+    products = [delta for delta in deltas if isinstance(delta, ExactProduct)]
+    certain = None
+    if len(products) == len(deltas) and CertainSum.serves(products, dtype):
+        certain = CertainSum(products, dtype)
+    left_open = []
+    for begin, end in _blocks(matrix):
+        rest = certain.round(matrix[begin:end], begin, result[begin:end]) if certain else None
+        if rest is None:
+            result[begin:end] = round_once(_sum(matrix, deltas, begin, end), dtype)
+        else:
+            left_open.append(rest.add_(begin * matrix.shape[1]))
+    if left_open:
+        _settle(matrix, products, torch.cat(left_open), dtype, result)
+
+
+def _settle(
+    matrix: torch.Tensor,
+    products: Sequence[ExactProduct],
+    positions: torch.Tensor,
+    dtype: DType,
+    result: torch.Tensor,
+) -> None:
+    """Computes single elements of matrix + Σ products, with the bits they have in `_sum`."""
+    import torch
+
+    turned = [(product.left, product.right.mT.contiguous(), product.scale) for product in products]
+    for some in torch.split(positions, _SETTLED):
+        rows, columns = some // matrix.shape[1], some % matrix.shape[1]
+        values = None
+        for left, right, scale in turned:
+            product = (left[rows] * right[columns]).sum(1).mul_(scale)
+            values = product if values is None else values.add_(product)
+        assert values is not None
+        values += matrix.reshape(-1)[some].to(values.dtype)
+        result.view(-1)[some] = round_once(values, dtype)
 
 
 def lengthen(matrix: torch.Tensor, delta: Delta, lengths: torch.Tensor, result: torch.Tensor, dtype: DType) -> None:

@@ -32,11 +32,9 @@ class Copy:
 
     name: str
 
-    def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Hashes and passes on."""
-        digest = tensor_hash(inputs[0])
-        figures = {"base": {self.name: digest}, "hashes": {self.name: digest}}
-        return Outcome((inputs[0],), {self.name: Fate.COPIED}, figures)
+    def taken(self, digest: str) -> Outcome:
+        """Of both ends."""
+        return Outcome((), {self.name: Fate.COPIED}, {"base": {self.name: digest}, "hashes": {self.name: digest}})
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,9 @@ class Add:
 
     name: str
 
-    def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Hashes and passes on."""
-        figures = {"hashes": {self.name: tensor_hash(inputs[0])}, "changed": True}
-        return Outcome((inputs[0],), {self.name: Fate.FULL}, figures)
+    def taken(self, digest: str) -> Outcome:
+        """Of the output."""
+        return Outcome((), {self.name: Fate.FULL}, {"hashes": {self.name: digest}, "changed": True})
 
 
 @dataclass(frozen=True)
