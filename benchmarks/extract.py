@@ -16,7 +16,7 @@ import session
 from environments import MERGEKIT, python_of
 from processes import Contender
 from report import Row, Spread
-from session import HERE, PYTHON, SURGERY, Comparison, WrongAnswer
+from session import HERE, PYTHON, SURGERY, Comparison, WrongAnswer, verdict
 
 if TYPE_CHECKING:
     import torch
@@ -77,18 +77,16 @@ def targets(rows: Sequence[Row], layers: int) -> list[str]:
     if layers in FASTER:
         wall = by_name[_MERGEKIT].wall_ratio
         said.append(
-            _verdict(f"mergekit's wall time at least {FASTER[layers]} × ours", wall.median >= FASTER[layers], wall)
+            verdict(
+                f"mergekit's wall time at least {FASTER[layers]} × ours", wall.median >= FASTER[layers], f"{wall} ×"
+            )
         )
     for floor in (_WHOLE, _READ):
         share = by_name[floor].own_ratio
         if share is not None:
             near = Spread(1 / share.median, 1 / share.most, 1 / share.least)
-            said.append(_verdict(f"ours without imports at most {NEAR} × {floor}", near.median <= NEAR, near))
+            said.append(verdict(f"ours without imports at most {NEAR} × {floor}", near.median <= NEAR, f"{near} ×"))
     return said
-
-
-def _verdict(target: str, met: bool, measured: Spread) -> str:
-    return f"target: {target}: {'met' if met else 'NOT MET'}, {measured} ×"
 
 
 def check(folder: Path) -> list[dict[str, Any]]:

@@ -48,8 +48,8 @@ class Product(Protocol):
 
 @dataclass(frozen=True)
 class _Narrowed:
-    """A product in float32. `reach` (rows, 1): no sum of |left| · |right| in that row is larger; `lost`: what factors too
-    small for float32 can have added to a sum."""
+    """A product in float32. `reach` (rows, 1): no sum of |left| · |right| in that row is larger. `lost`: what factors
+    too small for float32 can have added to a sum."""
 
     left: torch.Tensor  # with the scale in it
     right: torch.Tensor
@@ -81,6 +81,8 @@ class CertainSum:
         import torch
 
         if torch.get_float32_matmul_precision() != "highest":  # somebody lets float32 be less than it is
+            return False
+        if not all(product.left.numel() and product.right.numel() for product in products):
             return False
         return dtype in _NARROW and sum(product.left.shape[1] for product in products) <= _MOST_TERMS
 
