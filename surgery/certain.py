@@ -77,14 +77,11 @@ class CertainSum:
 
     @staticmethod
     def serves(products: Sequence[Product], dtype: DType) -> bool:
-        """Whether float32 can tell much of these sums."""
-        import torch
-
-        if torch.get_float32_matmul_precision() != "highest":  # somebody lets float32 be less than it is
-            return False
+        """Whether float32 can tell much of these sums, computed where the products are."""
         if not all(product.left.numel() and product.right.numel() for product in products):
             return False
-        return dtype in _NARROW and sum(product.left.shape[1] for product in products) <= _MOST_TERMS
+        plain = all(_has_plain_float32(product.left.device) for product in products)
+        return plain and dtype in _NARROW and sum(product.left.shape[1] for product in products) <= _MOST_TERMS
 
     def round(self, rows: torch.Tensor, begin: int, out: torch.Tensor) -> torch.Tensor | None:
         """Rounds one block.
@@ -123,6 +120,14 @@ class CertainSum:
             dtypes = (torch.float32, torch.float32, self._dtype)
             self._buffers = [torch.empty(rows.shape, dtype=dtype, device=rows.device) for dtype in dtypes]
         return [buffer[: len(rows)] for buffer in self._buffers]
+
+
+def _has_plain_float32(device: torch.device) -> bool:
+    """Whether products in float32 are that; torch can be told to take less (TF32, bfloat16)."""
+    import torch
+
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    return backend.matmul.fp32_precision in ("none", "ieee")
 
 
 def _differing(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ def command(
     dry_run: bool,
     jobs: int,
     memory: int,
+    device: str,
     as_json: bool,
     **how: Any,
 ) -> None:
@@ -37,7 +38,7 @@ def command(
                 opened = open_adapters(base, adapters, w0.specs, how["weight"])
                 options.show_plan(operation.plan_merge(w0, opened, undo=how["undo"] is not None)[0])
             return
-        with options.resources(jobs, memory) as resources:
+        with options.resources(jobs, memory, device) as resources:
             report = operation.merge(base, adapters, out, **how, resources=resources)
         if as_json:
             options.print_json(report)

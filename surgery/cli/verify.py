@@ -33,13 +33,14 @@ def command(
     weight: float,
     jobs: int,
     memory: int,
+    device: str,
     as_json: bool,
 ) -> None:
     """Check that MERGED is exactly the merge of these adapters into the base: exit code 0, or 3 if not."""
     from surgery.operations.verify import verify
 
     with options.reporting("verify", as_json):
-        with options.resources(jobs, memory) as resources:
+        with options.resources(jobs, memory, device) as resources:
             report = verify(merged, base, adapters, weight=weight, resources=resources)
         if as_json:
             options.print_json(report)

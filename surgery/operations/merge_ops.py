@@ -122,12 +122,12 @@ def apply_modules(
         factors: each module's factors in order of their roles.
         dtype: of the result.
     """
-    remaining = list(factors)
+    remaining = [factor.cpu() for factor in factors]  # small, and not every function has the same bits elsewhere
     deltas = []
     for module, weight in modules:
         named = {role: remaining.pop(0) for role in sorted(module.factors)}
         if method := transforming(module):
-            return method.transform(module, start, named, dtype, back=weight < 0)
+            return method.transform(module, start.cpu(), named, dtype, back=weight < 0)
         if adding := additive(module):
             deltas.append(adding.delta(module, named, weight))
     return add_rounded(start, deltas, dtype)
