@@ -6,10 +6,11 @@ The index may name files in its own folder only. Knows nothing of what the folde
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from formats.checkpoint import Checkpoint
 from formats.errors import CorruptFile, PathNotFound
 from formats.names import unknown_tensor
 from formats.safetensors_file import SafetensorsFile, SafetensorsWriter
@@ -174,6 +175,10 @@ class ShardedWriter:
     def write_bytes(self, name: str, payload: Bytes) -> None:
         """Writes one tensor's payload as it is."""
         self._writers[self._shards[name]].write_bytes(name, payload)
+
+    def copy(self, name: str, source: Checkpoint, source_name: str, seen: Callable[[memoryview], object]) -> None:
+        """Writes one tensor's payload as another file has it."""
+        self._writers[self._shards[name]].copy(name, source, source_name, seen)
 
     def omit(self, name: str) -> None:
         """Leaves a declared tensor out."""

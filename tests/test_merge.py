@@ -98,7 +98,7 @@ def test_sharded_and_single_give_one_digest(pair: tuple[Path, Path], adapter: Pa
 
 
 def test_the_receipt_names_every_input(pair: tuple[Path, Path], adapter: Path, tmp_path: Path) -> None:
-    """Tool, operation, a SHA-256 for every tensor of base and adapter."""
+    """Tool, operation, a BLAKE3 for every tensor of base and adapter."""
     surgery.merge(pair[0], adapter, tmp_path / "m.st")
     with safe_open(tmp_path / "m.st", "pt") as file:
         receipt = json.loads(file.metadata()[RECEIPT])

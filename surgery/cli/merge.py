@@ -24,6 +24,7 @@ def command(
     dry_run: bool,
     jobs: int,
     memory: int,
+    device: str,
     as_json: bool,
     **how: Any,
 ) -> None:
@@ -39,7 +40,7 @@ def command(
                 planned = open_for_merge(base, adapters, w0.specs, how["weight"], how["told"], untie=how["untie"])
                 options.show_plan(operation.plan_merge(w0, *planned, undo=how["undo"] is not None)[0])
             return
-        with options.resources(jobs, memory) as resources:
+        with options.resources(jobs, memory, device) as resources:
             report = operation.merge(base, adapters, out, **how, resources=resources)
         if as_json:
             options.print_json(report)

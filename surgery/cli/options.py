@@ -68,20 +68,16 @@ def output_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def engine_options(function: Callable[..., None]) -> Callable[..., None]:
-    """--jobs and --memory."""
+    """--jobs, --memory and --device."""
+    function = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …")(
+        function
+    )
     function = click.option(
         "--memory", type=ByteSize(), default="512MiB", show_default=True, help="What running steps may hold together."
     )(function)
     return click.option(
         "--jobs", type=click.IntRange(min=0), default=0, help="Worker threads; 0 means one for each core."
     )(function)
-
-
-def device_option(function: Callable[..., None]) -> Callable[..., None]:
-    """--device."""
-    return click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …")(
-        function
-    )
 
 
 def json_option(function: Callable[..., None]) -> Callable[..., None]:
@@ -251,7 +247,7 @@ def reporting(operation: str, as_json: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def resources(jobs: int, memory: int, device: str = "cpu") -> Iterator[Resources]:
+def resources(jobs: int, memory: int, device: str) -> Iterator[Resources]:
     """The engine's resources, with a progress bar on stderr if that is a terminal."""
     from surgery.engine import Resources
 

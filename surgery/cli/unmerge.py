@@ -20,6 +20,7 @@ def command(
     dry_run: bool,
     jobs: int,
     memory: int,
+    device: str,
     as_json: bool,
     **how: Any,
 ) -> None:
@@ -38,7 +39,7 @@ def command(
                 opened = open_adapters(merged, adapters, w.specs, how["weight"], how["told"])
                 options.show_plan(operation.plan_unmerge(w, opened, receipt, corrections))
             return
-        with options.resources(jobs, memory) as resources:
+        with options.resources(jobs, memory, device) as resources:
             report = operation.unmerge(merged, adapters, out, **how, resources=resources)
         if as_json:
             options.print_json(report)

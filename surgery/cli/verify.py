@@ -35,6 +35,7 @@ def command(
     weight: float,
     jobs: int,
     memory: int,
+    device: str,
     as_json: bool,
     **how: Any,
 ) -> None:
@@ -42,7 +43,7 @@ def command(
     from surgery.operations.verify import verify
 
     with options.reporting("verify", as_json):
-        with options.resources(jobs, memory) as resources:
+        with options.resources(jobs, memory, device) as resources:
             report = verify(merged, base, adapters, weight=weight, **options.told(how), resources=resources)
         if as_json:
             options.print_json(report)

@@ -31,7 +31,7 @@ class WeighedAdapter:
         adapter: resolved against the base's names.
         weight: the factor of its delta; None where nobody said.
         digest: its content address, scalings included.
-        tensors: SHA-256 of every tensor of it that takes part, by name.
+        tensors: BLAKE3 of every tensor of it that takes part, by name.
     """
 
     adapter: Adapter

@@ -224,7 +224,7 @@ def plan_merge(
 
 
 def output_hashes(outcomes: tuple[Outcome, ...]) -> dict[str, str]:
-    """SHA-256 of every tensor that was written, as its step took it."""
+    """BLAKE3 of every tensor that was written, as its step took it."""
     hashes: dict[str, str] = {}
     for outcome in outcomes:
         hashes |= outcome.figures.get("hashes", {})

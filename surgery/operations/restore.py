@@ -138,7 +138,7 @@ class Correct:
             raise CorruptFile(
                 "the undo file's correction does not lead back to the base",
                 where=self.where,
-                expected=f"SHA-256 {self.base[:16]}",
+                expected=f"BLAKE3 {self.base[:16]}",
                 found=digest[:16] or f"{guess.nbytes} bytes",
                 then="copy the undo file again",
             )

@@ -23,7 +23,7 @@ from surgery.operations.adapters import AdapterPaths, open_for_merge
 from surgery.operations.merge import plan_merge
 from surgery.operations.merge_ops import Merge
 from surgery.operations.outline import tied_head
-from surgery.plan import Op, Outcome, Plan, Step
+from surgery.plan import Op, Outcome, Plan, Step, TakesOver
 from surgery.provenance import RECEIPT, tensor_hash
 from surgery.report import Report, Stopwatch, peak_rss
 
@@ -119,9 +119,27 @@ def plan_verify(plan: Plan, merged: Checkpoint) -> tuple[Plan, tuple[str, ...]]:
             odd.append(spec.name)
             continue
         inputs = (*step.inputs, merged.tensor(spec.name))
+        if isinstance(step.op, TakesOver):
+            steps.append(Step(step.name, inputs, (), Same(spec.name)))
+            continue
         workspace = step.workspace + spec.nbytes + (40 * spec.size if tolerant else 0)
         steps.append(Step(step.name, inputs, (), Replay(step.op, spec, tolerant), workspace))
     return replace(plan, operation="verify", steps=tuple(steps)), tuple(odd)
+
+
+@dataclass(frozen=True)
+class Same:
+    """What merging takes over as it is. Inputs: that, and the tensor in question."""
+
+    name: str
+
+    def unchanged(self) -> Outcome:
+        """For equal bytes."""
+        return Outcome((), {}, {"verdict": {self.name: EXACT}})
+
+    def __call__(self, *_: torch.Tensor) -> Outcome:
+        """For others."""
+        return Outcome((), {}, {"verdict": {self.name: DIFFERS}})
 
 
 @dataclass(frozen=True)
