@@ -130,7 +130,7 @@ class Receipt:
         lost: base tensors that were replaced and too large to keep.
         base_metadata: the base's own metadata, an earlier receipt included.
         renamed: tensors that the base has under another name, and that name.
-        config: what settings of config.json were that merging changed; None for one that was not there.
+        config: the base's config.json, where the output's says more than another size of the vocabulary.
     """
 
     operation: str
@@ -142,7 +142,7 @@ class Receipt:
     lost: tuple[str, ...] = ()
     base_metadata: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: str = ""
 
     def metadata(self) -> dict[str, str]:
         """The output's metadata: the base's own with this receipt."""

@@ -30,8 +30,15 @@ from surgery.operations.adapters import (
     weighed_modules,
 )
 from surgery.operations.merge_ops import Add, Copy, Merge
-from surgery.operations.model_config import CONFIG, changed_config, growth, without_companion
 from surgery.operations.outline import Outline
+from surgery.operations.vocabulary import (
+    CONFIG,
+    companion,
+    growth,
+    resized_config,
+    with_settings,
+    without_companion,
+)
 from surgery.plan import Outcome, Plan, Step, ledger
 from surgery.provenance import ORIGINALS_LIMIT, TOOL, UNKNOWN, Original, Receipt, content_digest
 from surgery.report import Report, Stopwatch, peak_rss
@@ -103,7 +110,12 @@ def merge(
         plan, receipt = plan_merge(w0, opened, outline, undo=undo is not None)
         inputs = (base, *(path for path, _ in adapter_paths(adapters)))
         destination = destination_like(base, out, plan.outputs, inputs=inputs, force=force, max_shard=max_shard_size)
-        config = changed_config(destination, growth(outline.specs.values(), plan.outputs), outline.config)
+        original = companion(destination, CONFIG)
+        config = resized_config(destination, growth(outline.specs.values(), plan.outputs))
+        if outline.config and original is not None:
+            config = with_settings(config or original.read_bytes(), outline.config, original)
+            receipt = replace(receipt, config=original.read_text(encoding="utf-8"))
+            plan = replace(plan, metadata=receipt.metadata())
         if config is not None:
             destination = without_companion(destination, CONFIG)
         beside = undo_destination(undo, out, inputs, force) if undo is not None else None
@@ -202,7 +214,6 @@ def plan_merge(
         lost=tuple(names.get(name, name) for name in whole | grown) if too_large or grown else (),
         base_metadata=dict(base.metadata),
         renamed=names,
-        config=dict(outline.before),
     )
     notes = []
     if too_large:

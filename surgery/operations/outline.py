@@ -17,7 +17,7 @@ from formats.dialects import open_adapter_file
 from formats.spec import TensorSpec
 from surgery.errors import NotMergeable, Unsupported
 from surgery.meta_model import known_names, meta_model
-from surgery.operations.model_config import CONFIG, read_config
+from surgery.operations.vocabulary import CONFIG, parsed_config
 
 TIED = "tie_word_embeddings"
 _DEPTHS = ("num_hidden_layers", "n_layer")  # the config's keys for the number of layers
@@ -33,13 +33,11 @@ class Outline:
         specs: its tensors, before anything is merged into them.
         sources: the tensor of the base that each starts from; several may start from one.
         config: settings of config.json that change with it.
-        before: what these were; None where they were not there.
     """
 
     specs: Mapping[str, TensorSpec]
     sources: Mapping[str, str]
     config: Mapping[str, Any] = field(default_factory=dict)
-    before: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def plain(cls, base: Mapping[str, TensorSpec]) -> Outline:
@@ -90,7 +88,7 @@ def outline_of(model: str | Path, adapters: Sequence[Path], base: Mapping[str, T
             then="leave --untie out",
         )
     sources = {**outline.sources, **{head: outline.sources[embedding] for head, embedding in heads.items()}}
-    return _outline(model, sources, base, {**outline.config, TIED: False})
+    return Outline(_specs(sources, base), sources, {**outline.config, TIED: False})
 
 
 def tied_head(model: str | Path, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
@@ -153,20 +151,14 @@ def _replicated(model: str | Path, adapters: Sequence[Path], base: Mapping[str, 
         for place, number in enumerate(order):
             if number == int(match["number"]):
                 sources[f"{stack}.{place}.{match['rest']}"] = name
-    return _outline(model, sources, base, _deeper(_config_of(model), order, depth))
-
-
-def _outline(
-    model: str | Path, sources: Mapping[str, str], base: Mapping[str, TensorSpec], config: Mapping[str, Any]
-) -> Outline:
-    specs = {name: replace(base[source], name=name) for name, source in sources.items()}
-    stored = _config_of(model)
-    return Outline(specs, sources, config, {key: stored.get(key) for key in config})
-
-
-def _config_of(model: str | Path) -> dict[str, Any]:
     path = Path(model)
-    return read_config((path if path.is_dir() else path.parent) / CONFIG)
+    file = (path if path.is_dir() else path.parent) / CONFIG
+    config = parsed_config(file.read_bytes(), file) if file.exists() else {}
+    return Outline(_specs(sources, base), sources, _deeper(config, order, depth))
+
+
+def _specs(sources: Mapping[str, str], base: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    return {name: replace(base[source], name=name) for name, source in sources.items()}
 
 
 def _order(ranges: Any, depth: int) -> list[int]:

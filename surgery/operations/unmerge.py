@@ -30,8 +30,8 @@ from surgery.operations.adapters import (
 )
 from surgery.operations.merge import output_digest, output_hashes
 from surgery.operations.merge_ops import Copy, Drop, subtract
-from surgery.operations.model_config import CONFIG, changed_config, growth, without_companion
 from surgery.operations.restore import changed_since, plan_restore
+from surgery.operations.vocabulary import CONFIG, companion, growth, resized_config, without_companion
 from surgery.plan import Fate, Outcome, Plan, Step, ledger
 from surgery.provenance import Original, Receipt, tensor_hash
 from surgery.report import Report, Stopwatch, peak_rss
@@ -93,7 +93,9 @@ def unmerge(
         destination = destination_like(merged, out, plan.outputs, inputs=inputs, force=force)
         receipt = corrections.record.receipt if corrections else receipt
         sizes = growth(_kept(w, plan, receipt.renamed if receipt else {}), plan.outputs)
-        config = changed_config(destination, sizes, receipt.config if receipt else {})
+        config = resized_config(destination, sizes)
+        if receipt and receipt.config and companion(destination, CONFIG) is not None:
+            config = receipt.config.encode()
         if config is not None:
             destination = without_companion(destination, CONFIG)
         expected = receipt.base_tensors if receipt else {}

@@ -85,7 +85,7 @@ def test_unmerge_gives_the_tied_base_back(tmp_path: Path, case: str, undo: bool)
     assert after.keys() == before.keys()
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=1e-6)
-    assert config_of(back) == config_of(base)
+    assert (back / "config.json").read_bytes() == (base / "config.json").read_bytes()
 
 
 def test_an_adapted_embedding_alone_stays_tied_unless_asked(tmp_path: Path) -> None:
