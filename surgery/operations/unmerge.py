@@ -19,7 +19,7 @@ from surgery import engine
 from surgery.checks import check_finite
 from surgery.engine import Resources
 from surgery.errors import NotMerged
-from surgery.methods import check_modules, transforming
+from surgery.methods import check_modules, transforming, workspace
 from surgery.operations.adapters import (
     AdapterPaths,
     WeighedAdapter,
@@ -174,9 +174,8 @@ def plan_unmerge(
 
 def _subtract_step(merged: Checkpoint, spec: TensorSpec, modules: tuple[tuple[AdapterModule, float], ...]) -> Step:
     factors = [ref for module, _ in modules for _, ref in sorted(module.factors.items())]
-    workspace = sum(8 * ref.spec.size for ref in factors) + (4 << 20)
     op = Subtract(spec.name, spec.dtype, modules)
-    return Step(spec.name, (merged.tensor(spec.name), *factors), (spec,), op, workspace)
+    return Step(spec.name, (merged.tensor(spec.name), *factors), (spec,), op, workspace(modules, spec))
 
 
 @dataclass(frozen=True)
