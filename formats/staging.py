@@ -8,6 +8,7 @@ used and removed on every exit short of a kill. Knows nothing of what the files 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import secrets
@@ -18,6 +19,7 @@ from types import TracebackType
 
 from formats.errors import OutputExists, PathNotFound, WriteFailed
 
+_WORKING_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2
 _CHUNK = 1 << 30  # the kernel moves at most 2 GiB a call
 
 
@@ -162,6 +164,8 @@ class Staging:
         if not self.force:
             self._refuse_existing()  # somebody may have put something there while we worked
         if os.path.lexists(self.target) and (self.folder or self.target.is_dir()):
+            if _exchanged(beside, self.target):
+                return  # what stood there is now `beside`, which commit removes
             aside = self.target.parent / self._hidden()
             os.rename(self.target, aside)
             try:
@@ -192,6 +196,16 @@ class Staging:
                 self.commit()
         finally:
             self.discard()
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether two paths have changed their names in one step, which some file systems and systems do not know."""
+    try:
+        rename = ctypes.CDLL(None).renameat2  # Linux's; Python has no function for it
+    except AttributeError:
+        return False
+    ends = (_WORKING_FOLDER, os.fsencode(one), _WORKING_FOLDER, os.fsencode(other))
+    return bool(rename(*ends, _EXCHANGE) == 0)
 
 
 def _remove(path: Path) -> None:
