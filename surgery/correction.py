@@ -47,6 +47,19 @@ class Coarsened:
     fraction: int
 
 
+def uncertain(guess: Bytes, itemsize: int, coarsened: Coarsened) -> int:
+    """How many elements of a subtracted prediction another value could have led to the same merged one: those that
+    rounding coarsened, and powers of two, below which values lie twice as close. Exact ties apart, no other can differ.
+    """
+    words = _words(guess, guess.nbytes, itemsize)
+    fraction = (1 << coarsened.fraction) - 1
+    count = 0
+    for begin in range(0, len(words), _CHUNK):
+        chunk = words[begin : begin + _CHUNK]
+        count += int((_likely(chunk, begin, coarsened) | (chunk & fraction == 0)).sum())
+    return count
+
+
 def correction_limit(elements: int, itemsize: int) -> int:
     """The most bytes that a correction of so many elements takes."""
     plain = elements * (itemsize + 1) + (elements // _CHUNK + 1) * (_HEAD.size + 64)
@@ -126,9 +139,15 @@ def _order(guess: Words, begin: int, coarsened: Coarsened | None) -> Words:
     """The order in which a chunk's elements are stored: those first that are likely to be wrong."""
     if coarsened is None:
         return np.arange(len(guess))
-    merged = coarsened.merged.view(guess.dtype)[begin : begin + len(guess)]
-    likely = _exponents(merged, coarsened.fraction) > _exponents(guess, coarsened.fraction)
+    likely = _likely(guess, begin, coarsened)
     return np.concatenate([np.flatnonzero(likely), np.flatnonzero(~likely)])
+
+
+def _likely(guess: Words, begin: int, coarsened: Coarsened) -> Words:
+    """Whether each element of a chunk has a smaller exponent than the merged one."""
+    merged = coarsened.merged.view(guess.dtype)[begin : begin + len(guess)]
+    smaller: Words = _exponents(merged, coarsened.fraction) > _exponents(guess, coarsened.fraction)
+    return smaller
 
 
 def _exponents(words: Words, fraction: int) -> Words:

@@ -13,7 +13,7 @@ from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
 from formats.tensors import bytes_from_tensor, torch_dtype
 from surgery.checks import check_finite, is_finite
-from surgery.correction import Coarsened, correct_from
+from surgery.correction import Coarsened, correct_from, uncertain
 from surgery.errors import NotFinite
 from surgery.methods import additive, transforming
 from surgery.plan import Fate, Outcome
@@ -161,6 +161,17 @@ def prediction(
 def coarsened(merged: torch.Tensor, guess: torch.Tensor, dtype: DType) -> Coarsened | None:
     """What tells where a prediction is likely to be wrong; nothing does where it is the merged tensor itself."""
     return None if guess is merged else Coarsened(bytes_from_tensor(merged), _FRACTION_BITS[dtype])
+
+
+def uncertain_elements(
+    merged: torch.Tensor, result: torch.Tensor, modules: tuple[tuple[AdapterModule, float], ...], dtype: DType
+) -> int:
+    """How many elements of what `subtract` gave can differ from the base's: all of them where no delta was taken off
+    but a product undone."""
+    hints = coarsened(merged, result, dtype)
+    if hints is None or any(transforming(module) for module, _ in modules):
+        return result.numel()
+    return uncertain(bytes_from_tensor(result), dtype.itemsize, hints)
 
 
 def _with_rows(tensor: torch.Tensor, rows: tuple[int, ...], source: torch.Tensor, dtype: DType) -> torch.Tensor:
