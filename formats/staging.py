@@ -124,12 +124,17 @@ class Staging:
             temporary.unlink()
         return old, self.create(name, size)
 
-    def commit(self) -> None:
-        """Puts everything on disk and makes it appear under its name. Renaming comes last: it is the one step that
-        either happened or did not."""
+    def sync(self) -> None:
+        """Puts the content on disk, whatever becomes of it."""
         with disk_errors(self.target):
             for descriptor, _ in self._files.values():
                 os.fsync(descriptor)
+
+    def commit(self) -> None:
+        """Puts everything on disk and makes it appear under its name. Renaming comes last: it is the one step that
+        either happened or did not."""
+        self.sync()
+        with disk_errors(self.target):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             beside = self.target.parent / self._hidden()
             try:

@@ -257,6 +257,27 @@ def test_an_output_that_fails_takes_its_undo_file_along(
     assert not (tmp_path / "m.st").exists()
 
 
+def test_both_are_on_disk_before_either_has_a_name(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that next to no time passes between the undo file and the output, however large."""
+    from formats.staging import Staging
+
+    steps = []
+    for name in ("sync", "_publish"):
+        work = getattr(Staging, name)
+
+        def watched(staging: Staging, *rest: Path, work: Any = work, name: str = name) -> None:
+            steps.append((name, staging.target.name))
+            work(staging, *rest)
+
+        monkeypatch.setattr(Staging, name, watched)
+    surgery.merge(base, adapter, tmp_path / "m.st", undo=tmp_path / "u.st")
+    first = steps.index(("_publish", "u.st"))
+    assert {("sync", "m.st"), ("sync", "u.st")} <= set(steps[:first])
+    assert steps[-1] == ("_publish", "m.st")
+
+
 def test_a_plan_with_undo_can_be_shown(base: Path, adapter: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
     """--dry-run of both verbs; nothing is written."""
     surgery.merge(base, adapter, tmp_path / "m.st", undo=tmp_path / "u.st")
