@@ -14,7 +14,7 @@ from formats.spec import DType, TensorSpec
 from formats.tensors import bytes_from_tensor, torch_dtype
 from surgery.checks import check_finite, is_finite
 from surgery.correction import Coarsened, correct_from, uncertain
-from surgery.errors import NotFinite
+from surgery.errors import NotFinite, NotMerged
 from surgery.methods import additive, transforming
 from surgery.plan import Fate, Outcome
 from surgery.provenance import Original, tensor_hash
@@ -152,10 +152,16 @@ def prediction(
     factors: tuple[torch.Tensor, ...],
     base: TensorSpec,
 ) -> torch.Tensor:
-    """What tells most of the base's tensor: the deltas subtracted, or the merged tensor itself where there are none."""
-    if modules and all(additive(module) for module, _ in modules) and tuple(merged.shape) == base.shape:
-        return subtract(merged, modules, factors, base.dtype)
-    return merged
+    """What tells most of the base's tensor: the deltas subtracted, or the product undone; the merged tensor itself
+    where there are none, or no way back."""
+    methods = [transforming(module) for module, _ in modules]
+    if not modules or any(method and method.forgets for method in methods) or tuple(merged.shape) != base.shape:
+        return merged
+    try:
+        guess = subtract(merged, modules, factors, base.dtype)
+    except NotMerged:  # a zero that nothing can be divided by
+        return merged
+    return guess if not any(methods) or is_finite(guess) else merged
 
 
 def coarsened(merged: torch.Tensor, guess: torch.Tensor, dtype: DType) -> Coarsened | None:

@@ -61,6 +61,21 @@ def test_undo_restores_the_base_whatever_the_method(tmp_path: Path, name: str) -
     assert merged >= 2
 
 
+@pytest.mark.parametrize("name", ["boft", "hira", "hra", "ia3", "oft", "road 2"])
+def test_an_undone_product_leaves_little_to_store(tmp_path: Path, name: str) -> None:
+    """Its inverse predicts most of the base: the undo file holds a small part of the weight's bytes, though these
+    are large turns."""
+    feedforward = {"feedforward_modules": ["wide"]} if name == "ia3" else {}
+    case = replace(CASES[name], build=Wide, targets=("wide",), settings=CASES[name].settings | feedforward)
+    made_by_peft(tmp_path, case)
+    stored_as(tmp_path / "base.st", tmp_path / "half.st", torch.bfloat16)
+    report = surgery.merge(tmp_path / "half.st", tmp_path / "adapter", tmp_path / "m.st", undo=tmp_path / "u.st")
+    assert report.undo is not None
+    assert report.undo.share < 0.15
+    surgery.unmerge(tmp_path / "m.st", tmp_path / "adapter", tmp_path / "b.st", undo=tmp_path / "u.st")
+    assert (tmp_path / "b.st").read_bytes() == (tmp_path / "half.st").read_bytes()
+
+
 class Wide(nn.Module):
     """One layer whose loops torch divides among threads: they do so from 32 768 elements on."""
 
