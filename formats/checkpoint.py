@@ -81,3 +81,6 @@ class CheckpointWriter(Protocol):
 
     def attach(self, filename: str, content: bytes) -> None:
         """Adds a small file beside the weights, where the output is a folder."""
+
+    def settle(self) -> None:
+        """Puts everything on disk once nothing more will come, so that only the name is missing."""

@@ -169,6 +169,7 @@ class _Output:
         self._staging = Staging(
             destination.path, folder=destination.is_folder, inputs=destination.inputs, force=destination.force
         )
+        self._settled = False
         self._container: SafetensorsWriter | ShardedWriter
         try:
             if destination.shards is not None:
@@ -196,9 +197,18 @@ class _Output:
         with disk_errors(self._staging.target):
             write_at(self._staging.create(filename, len(content)), content, 0)
 
+    def settle(self) -> None:
+        self._complete()
+        self._staging.sync()
+
     def finish(self) -> None:
-        self._container.finish()
+        self._complete()
         self._staging.commit()
+
+    def _complete(self) -> None:
+        if not self._settled:
+            self._container.finish()
+            self._settled = True
 
     def discard(self) -> None:
         self._staging.discard()

@@ -8,6 +8,7 @@ used and removed on every exit short of a kill. Knows nothing of what the files 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import secrets
@@ -18,6 +19,7 @@ from types import TracebackType
 
 from formats.errors import OutputExists, PathNotFound, WriteFailed
 
+_WORKING_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2
 _CHUNK = 1 << 30  # the kernel moves at most 2 GiB a call
 _SENT = 1 << 18  # bytes; less is not worth a call of its own
 
@@ -123,12 +125,17 @@ class Staging:
             temporary.unlink()
         return old, self.create(name, size)
 
-    def commit(self) -> None:
-        """Puts everything on disk and makes it appear under its name. Renaming comes last: it is the one step that
-        either happened or did not."""
+    def sync(self) -> None:
+        """Puts the content on disk, whatever becomes of it."""
         with disk_errors(self.target):
             for descriptor, _ in self._files.values():
                 os.fsync(descriptor)
+
+    def commit(self) -> None:
+        """Puts everything on disk and makes it appear under its name. Renaming comes last: it is the one step that
+        either happened or did not."""
+        self.sync()
+        with disk_errors(self.target):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             beside = self.target.parent / self._hidden()
             try:
@@ -163,6 +170,8 @@ class Staging:
         if not self.force:
             self._refuse_existing()  # somebody may have put something there while we worked
         if os.path.lexists(self.target) and (self.folder or self.target.is_dir()):
+            if _exchanged(beside, self.target):
+                return  # what stood there is now `beside`, which commit removes
             aside = self.target.parent / self._hidden()
             os.rename(self.target, aside)
             try:
@@ -193,6 +202,16 @@ class Staging:
                 self.commit()
         finally:
             self.discard()
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether two paths have changed their names in one step, which some file systems and systems do not know."""
+    try:
+        rename = ctypes.CDLL(None).renameat2  # Linux's; Python has no function for it
+    except AttributeError:
+        return False
+    ends = (_WORKING_FOLDER, os.fsencode(one), _WORKING_FOLDER, os.fsencode(other))
+    return bool(rename(*ends, _EXCHANGE) == 0)
 
 
 def _remove(path: Path) -> None:

@@ -49,6 +49,19 @@ class Coarsened:
     fraction: int
 
 
+def uncertain(guess: Bytes, itemsize: int, coarsened: Coarsened) -> int:
+    """How many elements of a subtracted prediction another value could have led to the same merged one: those that
+    rounding coarsened, and powers of two, below which values lie twice as close. Exact ties apart, no other can differ.
+    """
+    words = _words(guess, guess.nbytes, itemsize)
+    fraction = (1 << coarsened.fraction) - 1
+    count = 0
+    for begin in range(0, len(words), _CHUNK):
+        chunk = words[begin : begin + _CHUNK]
+        count += int((_is_likely(chunk, begin, coarsened) | (chunk & fraction == 0)).sum())
+    return count
+
+
 def correction_limit(elements: int, itemsize: int) -> int:
     """The most bytes that a correction of so many elements takes."""
     plain = elements * (itemsize + 1) + (elements // _CHUNK + 1) * (_HEAD.size + 64)
@@ -138,10 +151,16 @@ def _likely(guess: Words, begin: int, coarsened: Coarsened | None) -> Words:
     """The positions of a chunk's elements that are likely to be wrong."""
     if coarsened is None:
         return np.zeros(0, np.int64)
+    return np.flatnonzero(_is_likely(guess, begin, coarsened))
+
+
+def _is_likely(guess: Words, begin: int, coarsened: Coarsened) -> Words:
+    """Whether each element of a chunk has a smaller exponent than the merged one."""
     merged = coarsened.merged.view(guess.dtype)[begin : begin + len(guess)]
     bits = 8 * guess.itemsize
     exponent = guess.dtype.type((1 << (bits - 1)) - (1 << coarsened.fraction))
-    return np.flatnonzero((merged & exponent) > (guess & exponent))
+    smaller: Words = (merged & exponent) > (guess & exponent)
+    return smaller
 
 
 def _gaps(positions: Words) -> Bytes:

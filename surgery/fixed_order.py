@@ -7,6 +7,7 @@ elementwise operations, which have no order. Knows no method.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from surgery.rounding import EXACT_TERMS, RowsOf, fixed_point, fixed_point_bits
@@ -25,8 +26,14 @@ def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     Returns:
         (…, rows, columns) float64.
     """
-    bits = fixed_point_bits(left.shape[-1])
-    return _product(_halves(left, -1, bits), _halves(right, -2, bits))
+    return multiplier(right)(left)
+
+
+def multiplier(right: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """left ↦ matmul(left, right), for a right factor (…, terms, columns) that several left ones share."""
+    bits = fixed_point_bits(right.shape[-2])
+    ours = _halves(right, -2, bits)
+    return lambda left: _product(_halves(left, -1, bits), ours)
 
 
 def fine_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> RowsOf:

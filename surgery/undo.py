@@ -150,8 +150,8 @@ def create_with_undo(
 ) -> Iterator[tuple[CheckpointWriter, CheckpointWriter | None]]:
     """Opens an output and, where one is wanted, its undo file; they appear together or not at all.
 
-    The undo file gets its name just before the output gets its own: a kill between the two leaves no output without
-    what undoes it.
+    Both are on disk before the undo file gets its name, and at once the output gets its own: a kill between the two
+    leaves no output without what undoes it.
     """
     named = False
     try:
@@ -161,6 +161,7 @@ def create_with_undo(
             else:
                 with create_checkpoint(undo, plan.asides, {}, reserve=False) as corrections:
                     yield writer, corrections
+                    writer.settle()
                 named = True
     except BaseException:
         if undo is not None and named:

@@ -79,6 +79,34 @@ def test_a_typical_lora_costs_three_percent_at_most(tmp_path: Path, cli: Callabl
     assert torch.equal(load_file(tmp_path / "b.st")["proj.weight"], w0)
 
 
+def test_without_it_the_report_says_what_came_back(base: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
+    """Which unmerged tensors equal the base's, which do not and in how many elements at most, and what would help; a
+    tensor that was changed since the merge is told apart."""
+    tiny = {name.replace("up", "down"): tensor * 1e-3 for name, tensor in up(into=48, out=16).items()}
+    adapter = lora(tmp_path / "a", up() | tiny)
+    surgery.merge(base, adapter, tmp_path / "m.st")
+    report = surgery.unmerge(tmp_path / "m.st", adapter, tmp_path / "b.st")
+    up_name, down_name = "layers.0.up.weight", "layers.0.down.weight"
+    assert (report.bit_exact, report.equal, report.changed) == (False, (down_name,), ())
+    before, after = load_file(base)[up_name], load_file(tmp_path / "b.st")[up_name]
+    wrong = int((before != after).sum())
+    assert wrong > 0
+    assert list(report.differing) == [up_name]
+    assert wrong <= report.differing[up_name] < before.numel()
+    said = cli("unmerge", tmp_path / "m.st", adapter, "-o", tmp_path / "c.st").stdout.replace("\n", " ")
+    assert "1 of 2 unmerged tensors equal the base bit for bit, 1 differ by rounding" in said
+    assert "hint: an undo file" in said
+    tensors = load_file(tmp_path / "m.st")
+    tensors["layers.0.norm.bias"][0] += 1
+    with safe_open(tmp_path / "m.st", "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, tmp_path / "m.st", metadata=metadata)
+    report = surgery.unmerge(tmp_path / "m.st", adapter, tmp_path / "d.st")
+    assert report.changed == ("layers.0.norm.bias",)
+    said = cli("unmerge", tmp_path / "m.st", adapter, "-o", tmp_path / "e.st").stdout
+    assert "1 tensors were changed since the merge: layers.0.norm.bias" in said
+
+
 def test_dora_can_be_undone(base: Path, tmp_path: Path) -> None:
     """It has no delta to subtract: without the undo file it is refused, with it the base comes back."""
     dora = up() | {"layers.0.up.lora_magnitude_vector": torch.rand(48)}
@@ -227,6 +255,27 @@ def test_an_output_that_fails_takes_its_undo_file_along(
         surgery.merge(base, adapter, tmp_path / "m.st", undo=tmp_path / "u.st")
     assert not (tmp_path / "u.st").exists()
     assert not (tmp_path / "m.st").exists()
+
+
+def test_both_are_on_disk_before_either_has_a_name(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that next to no time passes between the undo file and the output, however large."""
+    from formats.staging import Staging
+
+    steps = []
+    for name in ("sync", "_publish"):
+        work = getattr(Staging, name)
+
+        def watched(staging: Staging, *rest: Path, work: Any = work, name: str = name) -> None:
+            steps.append((name, staging.target.name))
+            work(staging, *rest)
+
+        monkeypatch.setattr(Staging, name, watched)
+    surgery.merge(base, adapter, tmp_path / "m.st", undo=tmp_path / "u.st")
+    first = steps.index(("_publish", "u.st"))
+    assert {("sync", "m.st"), ("sync", "u.st")} <= set(steps[:first])
+    assert steps[-1] == ("_publish", "m.st")
 
 
 def test_a_plan_with_undo_can_be_shown(base: Path, adapter: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:

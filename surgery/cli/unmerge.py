@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery.cli import options
+
+if TYPE_CHECKING:
+    from surgery.operations.unmerge import UnmergeReport
+
+_SHOWN = 3  # names of a list
 
 
 @click.command("unmerge", epilog="Example: surgery unmerge merged/ adapter/ -o base-again/")
@@ -44,11 +51,28 @@ def command(
         if as_json:
             options.print_json(report)
             return
-        off = f"{len(report.differing)} tensors differ from the base by rounding: {', '.join(report.differing[:3])}"
-        verdict = {
-            True: "the base came back bit for bit",
-            False: off,
-            None: "no receipt: whether the base came back bit for bit is not known",
-        }[report.bit_exact]
-        options.show(f"digest {report.digest}", verdict)
+        options.show(f"digest {report.digest}", *_verdict(report))
         options.show_ending(report)
+
+
+def _verdict(report: UnmergeReport) -> Iterator[str]:
+    """Whether the base came back, and if not what did and what would have helped."""
+    if report.bit_exact is None:
+        yield "no receipt: whether the base came back bit for bit is not known"
+    elif report.bit_exact:
+        yield "the base came back bit for bit"
+    if report.differing:
+        right, wrong = len(report.equal), len(report.differing)
+        yield (
+            f"{right} of {right + wrong} unmerged tensors equal the base bit for bit, {wrong} differ by rounding, "
+            + (f"in {sum(report.differing.values()):,} elements at most: {_named(report.differing)}")
+        )
+        yield "hint: an undo file gives every bit back: merge --undo FILE, then unmerge --undo FILE"
+    if report.changed:
+        yield f"{len(report.changed)} tensors were changed since the merge: {_named(report.changed)}"
+
+
+def _named(names: Iterable[str]) -> str:
+    """The first few of them."""
+    first = [*islice(names, _SHOWN + 1)]
+    return ", ".join(first[:_SHOWN]) + (" …" if len(first) > _SHOWN else "")

@@ -9,7 +9,7 @@ from formats.layers import LayerKind
 from formats.spec import TensorSpec
 from surgery.errors import NotMergeable
 from surgery.methods.adalora import AdaLora
-from surgery.methods.base import AdditiveMethod, TransformingMethod
+from surgery.methods.base import AdditiveMethod, Spacious, TransformingMethod
 from surgery.methods.beft import Beft
 from surgery.methods.boft import Boft
 from surgery.methods.c3a import C3a
@@ -34,6 +34,8 @@ from surgery.methods.road import Road
 from surgery.methods.sparse import Shira, Supertuning, WaveFt
 from surgery.methods.vblora import UniLora, VbLora
 from surgery.methods.vera import PVera, Vera
+
+_BLOCK = 8 << 20  # bytes that a block of rows takes, with what a product makes of it
 
 ADDITIVE: tuple[AdditiveMethod, ...] = (
     Lora(),
@@ -81,6 +83,16 @@ def additive(module: AdapterModule) -> AdditiveMethod | None:
 def transforming(module: AdapterModule) -> TransformingMethod | None:
     """The method of an adapted module, if it makes another weight of it."""
     return next((method for method in TRANSFORMING if method.name == module.method), None)
+
+
+def workspace(modules: Sequence[tuple[AdapterModule, float]], weight: TensorSpec) -> int:
+    """Bytes that merging one weight, or taking the modules off it, needs beside the tensors themselves."""
+    total = _BLOCK
+    for module, _ in modules:
+        method = additive(module) or transforming(module)
+        copies = 16 * sum(ref.spec.size for ref in module.factors.values())  # in float64, and once more in fixed point
+        total += method.workspace(module, weight) if isinstance(method, Spacious) else copies
+    return total
 
 
 def check_modules(modules: Sequence[tuple[AdapterModule, float]], weight: TensorSpec) -> None:

@@ -6,7 +6,7 @@ A method gets tensors and never a path.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
@@ -27,6 +27,14 @@ class AdditiveMethod(Protocol):
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
         """weight · ΔW in the base weight's stored order, seen as a matrix; a vector as one column."""
+
+
+@runtime_checkable
+class Spacious(Protocol):
+    """A method that needs more memory on its way than a copy or two of its factors."""
+
+    def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
+        """The most bytes that it holds beside a block of rows; known while planning."""
 
 
 class TransformingMethod(Protocol):

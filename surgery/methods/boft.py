@@ -12,8 +12,8 @@ from formats.adapter import AdapterModule
 from formats.errors import ShapeMismatch
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotMerged
-from surgery.fixed_order import inverse, matmul
-from surgery.methods.oft import cayley
+from surgery.fixed_order import inverse, multiplier
+from surgery.methods.oft import INVERSE, cayley
 from surgery.methods.shapes import PLAIN, change_outputs, check_matrix
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class Boft:
             raise ShapeMismatch("the rotations are not square blocks", where=weight.name, found=shape)
         check_matrix(module, weight, module.factors["boft_s"].spec.size, shape[1] * shape[2], PLAIN)
 
+    def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
+        """The rotations, and what their inverses take."""
+        return INVERSE * module.factors["boft_R"].spec.size
+
     def transform(
         self,
         module: AdapterModule,
@@ -59,7 +63,7 @@ class Boft:
                 then="go back to the base itself",
             )
         rotations = cayley(0.5 * (blocks - blocks.mT))
-        turns = [(inverse(each) if back else each).mT for each in rotations]  # (blocks, b, b) each
+        turns = [multiplier((inverse(each) if back else each).mT) for each in rotations]  # (blocks, b, b) each
         orders = [butterfly(number * size, number >> level, size // 2, count - 1) for level in range(count)]
         steps = list(zip(orders, turns, strict=True))
 
@@ -70,7 +74,7 @@ class Boft:
                 placed = torch.empty_like(rows)
                 placed[:, order] = rows
                 split = placed.reshape(len(placed), -1, size).transpose(0, 1)  # (blocks, rows, b)
-                rows = matmul(split, turn).transpose(0, 1).flatten(1)[:, order]
+                rows = turn(split).transpose(0, 1).flatten(1)[:, order]
             return rows if back else rows * scale[begin:end, None]
 
         return change_outputs(module, weight, dtype, rotated)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotMergeable
-from surgery.fixed_order import matmul
+from surgery.fixed_order import multiplier
 from surgery.methods.shapes import change_outputs, check_factor, check_matrix, factor_shape, matrix_shape
 
 if TYPE_CHECKING:
@@ -59,8 +59,10 @@ class Deft:
         scale = float(alpha) / p.shape[1] if alpha else 1.0
         r = torch.zeros(1, 1) if module.settings["para"] else factors["deft_R"].double().mT * scale  # (in, rank)
 
+        inward, outward = multiplier(p.clamp(min=0)), multiplier(p.mT)
+
         def replaced(columns: torch.Tensor, begin: int, end: int) -> torch.Tensor:
             new = 0 if module.settings["para"] else r[begin:end]
-            return columns + matmul(new - matmul(columns, p.clamp(min=0)), p.mT)
+            return columns + outward(new - inward(columns))
 
         return change_outputs(module, weight, dtype, replaced, columns=True)

@@ -43,6 +43,11 @@ class GraLora:
             check_factor(module, _GENERAL[1], blocks * height, hybrid)
         check_matrix(module, weight, blocks * height, blocks * width)
 
+    def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
+        """Both factors with their zeros, and in fixed point."""
+        (blocks, width, rank), height = factor_shape(module, "gralora_A", 3), factor_shape(module, "gralora_B", 3)[2]
+        return 3 * 8 * blocks * rank * blocks * (width + height)
+
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
         """weight · ΔW as one product."""
         import torch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotFinite
-from surgery.fixed_order import matmul, norms
+from surgery.fixed_order import matmul, multiplier, norms
 from surgery.methods.shapes import PLAIN, change_outputs, check_matrix, factor_shape, matrix_shape
 
 if TYPE_CHECKING:
@@ -53,9 +53,11 @@ class Hra:
                 raise NotFinite("a reflection's vector is zero, so it has no direction", where=module.target)
             vectors.append(column / length)
 
+        steps = [(multiplier(vector), vector) for vector in vectors]
+
         def reflected(rows: torch.Tensor, _: int, __: int) -> torch.Tensor:
-            for vector in reversed(vectors) if back else vectors:
-                rows = rows - 2 * matmul(rows, vector) * vector.mT
+            for onto, vector in reversed(steps) if back else steps:
+                rows = rows - 2 * onto(rows) * vector.mT
             return rows
 
         return change_outputs(module, weight, dtype, reflected)

@@ -56,6 +56,12 @@ class LoKr:
         (a, c), (b, *d) = sides
         check_matrix(module, weight, a * b, c * math.prod(d), PLAIN)
 
+    def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
+        """w1 and w2 as matrices, and what a product that makes them takes."""
+        shapes = {role: ref.spec.shape for role, ref in module.factors.items()}
+        a, c = shapes["lokr_w1"] if "lokr_w1" in shapes else (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
+        return 5 * 8 * (a * c + weight.size // (a * c))
+
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
         """weight · s · kron(w1, w2), its rows as they are asked for."""
         w1 = factors["lokr_w1"] if "lokr_w1" in factors else matmul(factors["lokr_w1_a"], factors["lokr_w1_b"])

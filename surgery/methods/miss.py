@@ -83,9 +83,12 @@ class MissBat:
         rank = blocks.shape[1]
 
         def added(rows: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-            at = torch.arange(begin, end)
-            ours = rows.reshape(len(rows), -1, rank)  # (rows, in / rank, rank)
-            change = matmul(ours, blocks[at // rank]) + blocks[at // rank, at % rank][:, None, :]
-            return (ours + change).flatten(1)
+            split = rows.reshape(len(rows), -1, rank)  # (rows, in / rank, rank)
+            parts = []
+            for number in range(begin // rank, (end - 1) // rank + 1):
+                first, last = max(begin, number * rank), min(end, (number + 1) * rank)
+                ours, block = split[first - begin : last - begin], blocks[number]
+                parts.append(ours + (matmul(ours, block) + block[first % rank :][: last - first, None]))
+            return torch.cat(parts).flatten(1)
 
         return change_outputs(module, weight, dtype, added)

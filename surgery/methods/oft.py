@@ -14,11 +14,14 @@ from formats.adapter import AdapterModule
 from formats.errors import ShapeMismatch
 from formats.spec import DType, TensorSpec, shape_text
 from surgery.errors import NotMergeable
-from surgery.fixed_order import definite_inverse, inverse, matmul, norms
+from surgery.fixed_order import definite_inverse, inverse, matmul, multiplier, norms
 from surgery.methods.shapes import PLAIN, change_outputs, check_matrix, factor_shape, matrix_shape
 
 if TYPE_CHECKING:
     import torch
+
+
+INVERSE = 12 * 8  # bytes for each element of a matrix while elimination inverts it
 
 
 class Oft:
@@ -54,6 +57,11 @@ class Oft:
             )
         check_matrix(module, weight, out, into if shared else blocks * size, PLAIN)
 
+    def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
+        """The rotations, and what their inverses take."""
+        blocks, elements = factor_shape(module, "oft_R.weight", 2)
+        return INVERSE * blocks * _size(elements) ** 2
+
     def transform(
         self,
         module: AdapterModule,
@@ -67,10 +75,11 @@ class Oft:
         rotations = _rotations(module.settings, factors["oft_R.weight"].double())  # (blocks, b, b)
         turn = (inverse(rotations) if back else rotations).mT
         size = turn.shape[-1]
+        turned = multiplier(turn)
 
         def rotated(rows: torch.Tensor, _: int, __: int) -> torch.Tensor:
             blocks = rows.reshape(len(rows), -1, size).transpose(0, 1)  # (blocks, rows, b)
-            return matmul(blocks, turn).transpose(0, 1).flatten(1)
+            return turned(blocks).transpose(0, 1).flatten(1)
 
         return change_outputs(module, weight, dtype, rotated)
 

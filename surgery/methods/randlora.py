@@ -54,6 +54,11 @@ class RandLora:
                 "the random bases do not fit", where=weight.name, expected=f"rank {rank}", found=[found_a, found_b]
             )
 
+    def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
+        """Both factors of a product that is as large as the weight, and of each two halves in fixed point."""
+        terms = module.factors["randlora_lambda"].spec.size
+        return 4 * 8 * terms * sum(matrix_shape(module, weight))
+
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
         """weight · ΔW as one product of rank · bases terms."""
         scales, gamma = factors["randlora_lambda"].double(), factors["randlora_gamma"].double()

@@ -29,6 +29,9 @@ _HAAR = ("db1", "haar")
 _LORA = ("supertuning_lora_A.weight", "supertuning_lora_B.weight")
 
 
+_ELEMENT = 64  # bytes that one takes on its way: row, column and value, sorted, and their order
+
+
 class Shira:
     """ΔW[indices] = values.
 
@@ -42,6 +45,10 @@ class Shira:
         """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
         check_factor(module, "shira_indices", 2, module.factors["shira_weight"].spec.size)
         check_matrix(module, weight, *matrix_shape(module, weight))
+
+    def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
+        """The elements, sorted."""
+        return _ELEMENT * module.factors["shira_weight"].spec.size
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
         """weight · ΔW, its rows as they are asked for."""
@@ -68,6 +75,11 @@ class Supertuning:
             check_factor(module, _LORA[0], rank, into)
             check_factor(module, _LORA[1], out, rank)
         check_matrix(module, weight, out, into, (LayerKind.LINEAR,))
+
+    def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
+        """The elements, sorted, and LoRA's factors."""
+        lora = sum(module.factors[role].spec.size for role in _LORA if role in module.factors)
+        return _ELEMENT * module.factors["supertuning_values"].spec.size + 16 * lora
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
         """weight · ΔW, its rows as they are asked for."""
@@ -101,6 +113,10 @@ class WaveFt:
             )
         check_places(module, weight, "waveft_spectrum")
         check_matrix(module, weight, *matrix_shape(module, weight))
+
+    def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
+        """The draw of all places, or four elements for each number."""
+        return max(8 * weight.size, 4 * _ELEMENT * module.factors["waveft_spectrum"].spec.size)
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
         """weight · ΔW, its rows as they are asked for."""

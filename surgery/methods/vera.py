@@ -37,6 +37,10 @@ class Vera:
         """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
         _check(module, weight, "vera", 1)
 
+    def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
+        """As _workspace."""
+        return _workspace(module, "vera")
+
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
         """weight · (λ_b ∘ B) (λ_d ∘ A) as the base stores it."""
         return _delta(module, factors, weight, "vera", 1)
@@ -61,6 +65,10 @@ class PVera:
             )
         _check(module, weight, "pvera", 2)
 
+    def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
+        """As _workspace."""
+        return _workspace(module, "pvera")
+
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
         """weight · (λ_b ∘ B) (λ_d ∘ A) of the means as the base stores it."""
         return _delta(module, factors, weight, "pvera", 2)
@@ -81,6 +89,15 @@ def _check(module: AdapterModule, weight: TensorSpec, prefix: str, halves: int) 
             expected=f"{width} × at least {into}, at least {out} × {width // halves}",
             found=f"{shape_text(a)}, {shape_text(b)}",
         )
+
+
+def _workspace(module: AdapterModule, prefix: str) -> int:
+    """Both factors in float64 and in fixed point, of all layers' size where they are drawn."""
+    out, width = (module.factors[f"{prefix}_lambda_{side}"].spec.size for side in "bd")
+    settings = module.settings
+    drawn = f"{prefix}_A" not in module.factors or f"{prefix}_B" not in module.factors
+    sides = (settings["largest_in"], settings["largest_out"]) if drawn else (settings["in"], out)
+    return 3 * 8 * width * sum(map(int, sides))
 
 
 def _delta(

@@ -20,7 +20,7 @@ from surgery import engine
 from surgery.correction import correction_workspace
 from surgery.engine import Resources
 from surgery.errors import AlreadyMerged, NothingToDo
-from surgery.methods import check_modules
+from surgery.methods import check_modules, workspace
 from surgery.operations.adapters import (
     AdapterPaths,
     WeighedAdapter,
@@ -267,17 +267,15 @@ def _base_step(
             )
     if not modules and not replacements:
         return Step(spec.name, tuple(inputs), (spec,), Copy(spec.name))
-    factors, workspace = [], 0
-    for module, _ in modules:
-        factors += [ref for _, ref in sorted(module.factors.items())]
-        workspace += sum(8 * ref.spec.size for ref in module.factors.values())
+    factors = [ref for module, _ in modules for _, ref in sorted(module.factors.items())]
+    needed = workspace(modules, spec)
     op = Merge(spec.name, spec.dtype, modules, tuple(full.rows for full in replacements), keep, undo)
     asides: tuple[TensorSpec, ...] = ()
     if undo:
         asides = (correction_spec(replace(spec, name=start.name)),)
-        workspace += 2 * spec.nbytes + correction_workspace(spec.dtype.itemsize)
+        needed += 2 * spec.nbytes + correction_workspace(spec.dtype.itemsize)
     outputs = (_replaced_spec(spec, replacements),)
-    return Step(spec.name, (*inputs, *factors), outputs, op, workspace + (4 << 20), asides=asides)
+    return Step(spec.name, (*inputs, *factors), outputs, op, needed, asides=asides)
 
 
 def _replaced_spec(spec: TensorSpec, replacements: Iterable[Replacement]) -> TensorSpec:

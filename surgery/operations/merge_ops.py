@@ -13,8 +13,8 @@ from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
 from formats.tensors import bytes_from_tensor, torch_dtype
 from surgery.checks import check_finite, is_finite
-from surgery.correction import Coarsened, correct_from
-from surgery.errors import NotFinite
+from surgery.correction import Coarsened, correct_from, uncertain
+from surgery.errors import NotFinite, NotMerged
 from surgery.methods import additive, transforming
 from surgery.plan import Fate, Outcome
 from surgery.provenance import Original, tensor_hash
@@ -149,15 +149,33 @@ def prediction(
     factors: tuple[torch.Tensor, ...],
     base: TensorSpec,
 ) -> torch.Tensor:
-    """What tells most of the base's tensor: the deltas subtracted, or the merged tensor itself where there are none."""
-    if modules and all(additive(module) for module, _ in modules) and tuple(merged.shape) == base.shape:
-        return subtract(merged, modules, factors, base.dtype)
-    return merged
+    """What tells most of the base's tensor: the deltas subtracted, or the product undone; the merged tensor itself
+    where there are none, or no way back: a method that reads another weight reads another one after merging."""
+    methods = [transforming(module) for module, _ in modules]
+    lost = any(module.reads for module, _ in modules) or any(method and method.forgets for method in methods)
+    if not modules or lost or tuple(merged.shape) != base.shape:
+        return merged
+    try:
+        guess = subtract(merged, modules, factors, base.dtype)
+    except NotMerged:  # a zero that nothing can be divided by
+        return merged
+    return guess if not any(methods) or is_finite(guess) else merged
 
 
 def coarsened(merged: torch.Tensor, guess: torch.Tensor, dtype: DType) -> Coarsened | None:
     """What tells where a prediction is likely to be wrong; nothing does where it is the merged tensor itself."""
     return None if guess is merged else Coarsened(bytes_from_tensor(merged), _FRACTION_BITS[dtype])
+
+
+def uncertain_elements(
+    merged: torch.Tensor, result: torch.Tensor, modules: tuple[tuple[AdapterModule, float], ...], dtype: DType
+) -> int:
+    """How many elements of what `subtract` gave can differ from the base's: all of them where no delta was taken off
+    but a product undone."""
+    hints = coarsened(merged, result, dtype)
+    if hints is None or any(transforming(module) for module, _ in modules):
+        return result.numel()
+    return uncertain(bytes_from_tensor(result), dtype.itemsize, hints)
 
 
 def _with_rows(tensor: torch.Tensor, rows: tuple[int, ...], source: torch.Tensor, dtype: DType) -> torch.Tensor:

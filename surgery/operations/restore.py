@@ -17,6 +17,7 @@ from formats.spec import TensorRef, TensorSpec
 from formats.tensors import bytes_from_tensor, tensor_from_bytes
 from surgery.correction import corrected, correction_workspace
 from surgery.errors import UndoMismatch
+from surgery.methods import workspace
 from surgery.operations.adapters import WeighedAdapter, check_receipt, weighed_modules
 from surgery.operations.merge_ops import Copy, Drop, coarsened, prediction
 from surgery.plan import Fate, Outcome, Plan, Step
@@ -97,11 +98,10 @@ def _correct_step(
     stored = name in undo.checkpoint.specs
     if stored:
         inputs.append(undo.checkpoint.tensor(name))
-    workspace = sum(8 * ref.spec.size for ref in factors) + 2 * spec.nbytes
-    workspace += correction_workspace(spec.dtype.itemsize) + (4 << 20)
+    needed = workspace(modules, spec) + 2 * spec.nbytes + correction_workspace(spec.dtype.itemsize)
     base = undo.record.receipt.base_tensors[name]
     op = Correct(spec, change, base, modules, stored, f"{undo.checkpoint.ref.path}: {name}")
-    return Step(merged.name, tuple(inputs), (spec,), op, workspace)
+    return Step(merged.name, tuple(inputs), (spec,), op, needed)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from formats.adapter import NOTHING_TOLD, AdapterModule, Told
 from formats.checkpoint import Checkpoint
@@ -19,7 +19,7 @@ from surgery import engine
 from surgery.checks import check_finite
 from surgery.engine import Resources
 from surgery.errors import NotMerged
-from surgery.methods import check_modules, transforming
+from surgery.methods import check_modules, transforming, workspace
 from surgery.operations.adapters import (
     AdapterPaths,
     WeighedAdapter,
@@ -29,7 +29,7 @@ from surgery.operations.adapters import (
     weighed_modules,
 )
 from surgery.operations.merge import output_digest, output_hashes
-from surgery.operations.merge_ops import Copy, Drop, subtract
+from surgery.operations.merge_ops import Copy, Drop, subtract, uncertain_elements
 from surgery.operations.restore import changed_since, plan_restore
 from surgery.operations.vocabulary import CONFIG, companion, growth, resized_config, without_companion
 from surgery.plan import Fate, Outcome, Plan, Step, ledger
@@ -48,12 +48,16 @@ class UnmergeReport(Report):
     Attributes:
         digest: content address of the output's tensors; the base's own if bit_exact.
         bit_exact: whether every tensor has the hash that the receipt recorded of the base; None without a receipt.
-        differing: tensors that have not.
+        equal: unmerged tensors that have it.
+        differing: unmerged tensors that have not, and how many of their elements rounding can have changed.
+        changed: other tensors that have not: something changed them since the merge.
     """
 
     digest: str
     bit_exact: bool | None
-    differing: tuple[str, ...]
+    equal: tuple[str, ...]
+    differing: Mapping[str, int]
+    changed: tuple[str, ...]
 
 
 def unmerge(
@@ -108,7 +112,7 @@ def unmerge(
                 # Corrected tensors have been checked one by one: it is one that was only copied.
                 wrong = (name for name, known in expected.items() if hashes.get(name) != known)
                 raise changed_since(next(wrong, str(merged)))  # the file itself where only a dtype or shape is another
-    differing = tuple(name for name, known in expected.items() if hashes.get(name) != known)
+    equal, differing, changed = _compared(expected, outcomes)
     return UnmergeReport(
         operation="unmerge",
         output=str(out),
@@ -117,8 +121,10 @@ def unmerge(
         ledger=ledger(outcomes),
         notes=plan.notes,
         digest=digest,
-        bit_exact=not differing if receipt else None,
+        bit_exact=not (differing or changed) if receipt else None,
+        equal=equal,
         differing=differing,
+        changed=changed,
     )
 
 
@@ -126,6 +132,23 @@ def _kept(merged: Checkpoint, plan: Plan, renamed: Mapping[str, str]) -> list[Te
     """The tensors of the merged file that the output has too, by the names they have there."""
     kept = (merged.specs[step.name] for step in plan.steps if step.outputs)
     return [replace(spec, name=renamed.get(spec.name, spec.name)) for spec in kept]
+
+
+def _compared(
+    expected: Mapping[str, str], outcomes: tuple[Outcome, ...]
+) -> tuple[tuple[str, ...], dict[str, int], tuple[str, ...]]:
+    """Of the tensors whose hash in the base is known: the unmerged ones that have it, those that have not with the
+    elements that can differ, and all others that have not."""
+    hashes = output_hashes(outcomes)
+    unmerged = {name for each in outcomes for name, fate in each.fates.items() if fate is Fate.UNMERGED}
+    counts: dict[str, int] = {}
+    for outcome in outcomes:
+        counts |= outcome.figures.get("uncertain", {})
+    right = {name for name, known in expected.items() if hashes.get(name) == known}
+    wrong = [name for name in expected if name not in right]
+    differing = {name: counts[name] for name in wrong if name in unmerged}
+    changed = tuple(name for name in wrong if name not in unmerged)
+    return tuple(name for name in expected if name in right & unmerged), differing, changed
 
 
 def plan_unmerge(
@@ -180,7 +203,8 @@ def plan_unmerge(
         elif ours in originals:
             steps.append(Step(name, (), (originals[ours].spec(ours),), Restore(ours, originals[ours])))
         elif name in by_target:
-            steps.append(_subtract_step(merged.tensor(name), replace(spec, name=ours), by_target[name]))
+            base = receipt.base_tensors.get(ours, "") if receipt else ""
+            steps.append(_subtract_step(merged.tensor(name), replace(spec, name=ours), by_target[name], base))
         else:
             steps.append(Step(name, (merged.tensor(name),), (replace(spec, name=ours),), Copy(ours)))
     notes = () if receipt else ("no receipt in this file: nothing tells whether the base came back bit for bit",)
@@ -188,26 +212,32 @@ def plan_unmerge(
     return Plan("unmerge", tuple(steps), dict(metadata), notes)
 
 
-def _subtract_step(merged: TensorRef, spec: TensorSpec, modules: tuple[tuple[AdapterModule, float], ...]) -> Step:
+def _subtract_step(
+    merged: TensorRef, spec: TensorSpec, modules: tuple[tuple[AdapterModule, float], ...], base: str
+) -> Step:
     factors = [ref for module, _ in modules for _, ref in sorted(module.factors.items())]
-    workspace = sum(8 * ref.spec.size for ref in factors) + (4 << 20)
-    op = Subtract(spec.name, spec.dtype, modules)
-    return Step(merged.name, (merged, *factors), (spec,), op, workspace)
+    op = Subtract(spec.name, spec.dtype, modules, base)
+    return Step(merged.name, (merged, *factors), (spec,), op, workspace(modules, spec))
 
 
 @dataclass(frozen=True)
 class Subtract:
-    """W minus the deltas of its modules. Inputs: the weight, then the factors as for merge."""
+    """W minus the deltas of its modules; `base` is the hash that should come out, if it is known. Inputs: the weight,
+    then the factors as for merge."""
 
     name: str
     dtype: DType
     modules: tuple[tuple[AdapterModule, float], ...]
+    base: str
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Subtracts, rounds once, hashes."""
+        """Subtracts, rounds once, hashes; counts what can differ where something does."""
         result = subtract(inputs[0], self.modules, inputs[1:], self.dtype)
         check_finite(result, self.name)
-        figures = {"hashes": {self.name: tensor_hash(result)}}
+        digest = tensor_hash(result)
+        figures: dict[str, Any] = {"hashes": {self.name: digest}}
+        if self.base and digest != self.base:
+            figures["uncertain"] = {self.name: uncertain_elements(inputs[0], result, self.modules, self.dtype)}
         return Outcome((result,), {self.name: Fate.UNMERGED}, figures)
 
 
