@@ -18,13 +18,15 @@ import numpy as np
 
 from formats.spec import DType
 from formats.tensors import torch_dtype
+from surgery.survival import Watch
 
 if TYPE_CHECKING:
     import torch
 
 EXACT_TERMS = 512  # of one exact sum
 # Low bits of a float32 that are zero wherever it lies on a tie of the narrower type (and where it is representable).
-_TIE_BITS = {DType.BF16: 0x7FFF, DType.F16: 0x0FFF}
+_TIE_BITS = {DType.BF16: 0x7FFF, DType.F16: 0x0FFF, DType.F8_E4M3: 0x7FFFF, DType.F8_E5M2: 0xFFFFF}
+_E4M3_LIMIT = 464.0  # halfway from its largest number, 448, to where the next would be; a tie goes to 448
 _BLOCK_ELEMENTS = 1 << 17  # float64 elements of one block: 1 MiB, so that it stays in cache
 
 
@@ -131,13 +133,16 @@ def fixed_point(factor: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
     return torch.ldexp(integers, exponent - bits)
 
 
-def add_rounded(weight: torch.Tensor, deltas: Sequence[Delta], dtype: DType) -> torch.Tensor:
+def add_rounded(
+    weight: torch.Tensor, deltas: Sequence[Delta], dtype: DType, watch: Watch | None = None
+) -> torch.Tensor:
     """weight + Σ deltas, summed in float64 in the order given, rounded once to `dtype`.
 
     Args:
         weight: any shape and floating dtype; seen as a matrix of the deltas' columns.
         deltas: of the weight's size.
         dtype: of the result.
+        watch: is shown each block: W0, Σ deltas in float32, the rounded sum.
 
     Returns:
         A new tensor of the weight's shape.
@@ -147,8 +152,34 @@ def add_rounded(weight: torch.Tensor, deltas: Sequence[Delta], dtype: DType) -> 
     matrix = weight.reshape(-1, deltas[0].columns)
     result = torch.empty(matrix.shape, dtype=torch_dtype(dtype))
     for begin, end in _blocks(matrix):
-        result[begin:end] = round_once(_sum(matrix, deltas, begin, end), dtype)
+        block = sum_of(deltas, begin, end)
+        change = None if watch is None else block.to(torch.float32)
+        block += matrix[begin:end].to(torch.float64)  # twice as fast as adding across dtypes
+        result[begin:end] = round_once(block, dtype)
+        if watch is not None and change is not None:
+            watch(matrix[begin:end], change, result[begin:end])
     return result.reshape(weight.shape)
+
+
+def store_rounded(weight: torch.Tensor, exact: torch.Tensor, dtype: DType, watch: Watch) -> torch.Tensor:
+    """A result that is there in float64, rounded once to `dtype`.
+
+    Args:
+        weight: W0, any shape and floating dtype.
+        exact: what became of it, of the same shape.
+        dtype: of the result.
+        watch: is shown each block, as `add_rounded` shows it.
+    """
+    import torch
+
+    result = torch.empty(exact.shape, dtype=torch_dtype(dtype))
+    flat = [tensor.reshape(-1, 1) for tensor in (weight, exact)]
+    stored = result.view(-1, 1)
+    for begin, end in _blocks(stored):
+        start, block = (tensor[begin:end] for tensor in flat)
+        stored[begin:end] = round_once(block, dtype)
+        watch(start, block - start.to(torch.float64), stored[begin:end])
+    return result
 
 
 def lengthen(matrix: torch.Tensor, delta: Delta, lengths: torch.Tensor, result: torch.Tensor, dtype: DType) -> None:
@@ -162,7 +193,8 @@ def lengthen(matrix: torch.Tensor, delta: Delta, lengths: torch.Tensor, result: 
         dtype: of the result.
     """
     for begin, end in _blocks(matrix):
-        block = _sum(matrix, [delta], begin, end)
+        block = delta.rows(begin, end)
+        block += matrix[begin:end].to(block.dtype)
         block *= (lengths[begin:end].to(block.dtype) / _row_norms(block))[:, None]
         result[begin:end] = round_once(block, dtype)
 
@@ -195,14 +227,11 @@ def _blocks(matrix: torch.Tensor) -> Iterator[tuple[int, int]]:
         yield begin, min(rows, begin + step)
 
 
-def _sum(matrix: torch.Tensor, deltas: Sequence[Delta], begin: int, end: int) -> torch.Tensor:
-    """matrix + Σ deltas between two rows.  # (end - begin, columns) float64"""
-    import torch
-
+def sum_of(deltas: Sequence[Delta], begin: int, end: int) -> torch.Tensor:
+    """Σ deltas between two rows, in the order given.  # (end - begin, columns) float64"""
     block = deltas[0].rows(begin, end)
     for delta in deltas[1:]:
         block += delta.rows(begin, end)
-    block += matrix[begin:end].to(torch.float64)  # twice as fast as adding across dtypes
     return block
 
 
@@ -221,8 +250,8 @@ def _row_norms(block: torch.Tensor) -> torch.Tensor:
 def round_once(values: torch.Tensor, dtype: DType) -> torch.Tensor:
     """Rounds float64 to the nearest value of `dtype`, ties to even, in a single rounding.
 
-    torch converts float64 to the 16-bit types by way of float32, which rounds twice and misses the nearest value
-    where the float32 lies on a tie of the target. Those few are rounded to odd in float32 instead (24 bits, at
+    torch converts float64 to the 16-bit and 8-bit types by way of float32, which rounds twice and misses the nearest
+    value where the float32 lies on a tie of the target. Those few are rounded to odd in float32 instead (24 bits, at
     least two more than the target), which makes the second rounding the only one that counts (Boldo and Melquiond,
     doi:10.1109/TC.2007.70819).
     """
@@ -238,4 +267,6 @@ def round_once(values: torch.Tensor, dtype: DType) -> torch.Tensor:
         error = values.numpy()[ties] - at  # float64; its sign tells on which side of the value `nearest` lies
     away = ((error < 0) == (at > 0)).astype(np.int32)  # 1 where rounded away from zero
     bits[ties] = np.where((error != 0) & np.isfinite(error), (bits[ties] - away) | 1, bits[ties])
+    if dtype is DType.F8_E4M3:  # has no Inf; beyond its range some versions of torch give its largest, others NaN
+        nearest[nearest.abs() > _E4M3_LIMIT] = math.nan
     return nearest.to(torch_dtype(dtype))
