@@ -123,6 +123,10 @@ class Receipt:
         originals: base tensors that were replaced, kept whole.
         lost: base tensors that were replaced and too large to keep.
         base_metadata: the base's own metadata, an earlier receipt included.
+        dtype: in which all weights were stored, empty where each kept its own.
+        dtypes: those of the base's tensors that were stored in another, by name.
+        scaled: float8 weights of the base that were merged into or dequantised: their scales' name, a block's size.
+        config: the base's config.json, where the output's says another dtype.
     """
 
     operation: str
@@ -133,6 +137,10 @@ class Receipt:
     originals: Mapping[str, Original] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
     base_metadata: Mapping[str, str] = field(default_factory=dict)
+    dtype: str = ""
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    scaled: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
+    config: str = ""
 
     def metadata(self) -> dict[str, str]:
         """The output's metadata: the base's own with this receipt."""

@@ -85,7 +85,8 @@ class Watch:
 def _products(asked: torch.Tensor, stored: torch.Tensor, dtype: torch.dtype) -> tuple[tuple[float, float], float]:
     """‖asked‖², ‖stored‖² and ⟨asked, stored⟩ of two flat tensors."""
     left, right = asked.to(dtype).numpy(), stored.to(dtype).numpy()
-    return (_dot(left, left), _dot(right, right)), _dot(left, right)
+    with np.errstate(all="ignore"):  # what is not finite is asked for afterwards
+        return (_dot(left, left), _dot(right, right)), _dot(left, right)
 
 
 def _dot(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> float:

@@ -7,13 +7,14 @@ undo file what is missing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from formats.adapter import AdapterModule
 from formats.checkpoint import Checkpoint
 from formats.paths import create_checkpoint, destination_like, open_checkpoint
+from formats.quantized import refuse_foreign
 from formats.spec import DType, TensorSpec
 from surgery import engine
 from surgery.checks import check_finite
@@ -30,12 +31,14 @@ from surgery.operations.adapters import (
 )
 from surgery.operations.merge import output_digest, output_hashes
 from surgery.operations.merge_ops import Copy, Drop, subtract
-from surgery.operations.restore import changed_since, plan_restore
-from surgery.operations.vocabulary import CONFIG, growth, resized_config, without_companion
+from surgery.operations.restore import plan_restore
+from surgery.operations.scaled_ops import subtract_step
+from surgery.operations.stored_dtype import Storage, as_numbers
+from surgery.operations.vocabulary import CONFIG, companion, growth, resized_config, without_companion
 from surgery.plan import Fate, Outcome, Plan, Step, ledger
 from surgery.provenance import Original, Receipt, tensor_hash
 from surgery.report import Report, Stopwatch, peak_rss
-from surgery.undo import UndoFile, open_undo
+from surgery.undo import UndoFile, changed_since, open_undo
 
 if TYPE_CHECKING:
     import torch
@@ -89,10 +92,13 @@ def unmerge(
         plan = plan_unmerge(w, open_adapters(merged, adapters, w.specs, weight), receipt, corrections)
         inputs = (merged, *(path for path, _ in adapter_paths(adapters)), *((undo,) if undo is not None else ()))
         destination = destination_like(merged, out, plan.outputs, inputs=inputs, force=force)
+        recorded = corrections.record.receipt if corrections else receipt
         config = resized_config(destination, growth(_kept(w, plan), plan.outputs))
+        if recorded and recorded.config and companion(destination, CONFIG) is not None:
+            config = recorded.config.encode()
         if config is not None:
             destination = without_companion(destination, CONFIG)
-        receipt = corrections.record.receipt if corrections else receipt
+        receipt = recorded
         expected = receipt.base_tensors if receipt else {}
         with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
             if config is not None:
@@ -130,13 +136,15 @@ def plan_unmerge(
 
     Raises:
         UndoMismatch: the undo file is of another merge.
-        NotMerged: the receipt names other adapters or weights, or tensors were replaced and not kept.
+        NotMerged: the receipt names other adapters or weights, or what was there is not kept.
     """
     if undo is not None:
         return plan_restore(merged, adapters, receipt, undo)
     if receipt is not None:
         adapters = check_receipt(merged.ref.path, adapters, receipt)
     by_target = weighed_modules(adapters)
+    storage = Storage.of(merged, None)
+    refuse_foreign(storage.foreign, by_target, merged.ref.path)
     for target, modules in by_target.items():
         for module, _ in modules:
             if (method := transforming(module)) and method.forgets:
@@ -145,7 +153,18 @@ def plan_unmerge(
                     where=target,
                     then="go back to the base itself, or pass the undo file of that merge",
                 )
-        check_modules(modules, merged.specs[target])
+        check_modules(modules, as_numbers(merged.specs[target]))
+    before = {name: DType[label] for name, label in (receipt.dtypes if receipt else {}).items()}
+    gone = sorted(name for name in (receipt.scaled if receipt else {}) if name in before)
+    if gone:
+        raise NotMerged(
+            f"{len(gone)} float8 weights were dequantised, and their scales are not in this file",
+            where=merged.ref.path,
+            found=", ".join(gone[:5]),
+            then="go back to the base itself, or pass the undo file of that merge",
+        )
+    in_scales = {name: how for name, how in storage.scaled.items() if name in by_target}
+    with_weights = {how.scale.name for how in in_scales.values()}
     originals = receipt.originals if receipt else {}
     replaced = {full.target for each in adapters for full in each.adapter.replacements} - set(by_target)
     added = set(receipt.added) if receipt else set()
@@ -163,8 +182,14 @@ def plan_unmerge(
             steps.append(Step(name, (), (), Drop(name)))
         elif name in originals:
             steps.append(Step(name, (), (originals[name].spec(name),), Restore(name, originals[name])))
-        elif name in by_target:
-            steps.append(_subtract_step(merged, spec, by_target[name]))
+        elif name in in_scales:
+            pair = (merged.tensor(name), merged.tensor(in_scales[name].scale.name))
+            steps.append(subtract_step(in_scales[name], pair, by_target[name]))
+        elif name in with_weights:
+            continue
+        elif name in by_target or name in before:
+            spec = replace(spec, dtype=before.get(name, spec.dtype))
+            steps.append(_subtract_step(merged, spec, by_target.get(name, ())))
         else:
             steps.append(Step(name, (merged.tensor(name),), (spec,), Copy(name)))
     notes = () if receipt else ("no receipt in this file: nothing tells whether the base came back bit for bit",)
@@ -181,7 +206,7 @@ def _subtract_step(merged: Checkpoint, spec: TensorSpec, modules: tuple[tuple[Ad
 
 @dataclass(frozen=True)
 class Subtract:
-    """W minus the deltas of its modules. Inputs: the weight, then the factors as for merge."""
+    """W minus the deltas of its modules, stored as `dtype`. Inputs: the weight, then the factors as for merge."""
 
     name: str
     dtype: DType
@@ -192,7 +217,7 @@ class Subtract:
         result = subtract(inputs[0], self.modules, inputs[1:], self.dtype)
         check_finite(result, self.name)
         figures = {"hashes": {self.name: tensor_hash(result)}}
-        return Outcome((result,), {self.name: Fate.UNMERGED}, figures)
+        return Outcome((result,), {self.name: Fate.UNMERGED if self.modules else Fate.CONVERTED}, figures)
 
 
 @dataclass(frozen=True)

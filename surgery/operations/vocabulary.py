@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 from formats.errors import CorruptFile
 from formats.paths import Destination
@@ -19,7 +20,8 @@ CONFIG = "config.json"
 def growth(base: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> tuple[tuple[int, int], ...]:
     """The numbers of rows, before and after, of tensors that grow; one pair or none."""
     after = {spec.name: spec.shape for spec in outputs}
-    return tuple(sorted({(spec.shape[0], after[spec.name][0]) for spec in base if after[spec.name] != spec.shape}))
+    both = ((spec.shape, after[spec.name]) for spec in base if spec.name in after)
+    return tuple(sorted({(old[0], new[0]) for old, new in both if new != old}))
 
 
 def resized_config(destination: Destination, sizes: tuple[tuple[int, int], ...]) -> bytes | None:
@@ -28,7 +30,7 @@ def resized_config(destination: Destination, sizes: tuple[tuple[int, int], ...])
     The size may stand in the config of a part, such as `text_config`; where it is another number it is left alone.
     Raises CorruptFile.
     """
-    source = next((path for path in destination.companions if path.name == CONFIG), None)
+    source = companion(destination, CONFIG)
     if source is None or not sizes:
         return None
     try:
@@ -44,6 +46,11 @@ def resized_config(destination: Destination, sizes: tuple[tuple[int, int], ...])
                 part["vocab_size"] = new
                 changed = True
     return json.dumps(config, indent=2).encode() + b"\n" if changed else None
+
+
+def companion(destination: Destination, name: str) -> Path | None:
+    """The file of that name that would be copied along, if there is one."""
+    return next((path for path in destination.companions if path.name == name), None)
 
 
 def without_companion(destination: Destination, name: str) -> Destination:
