@@ -26,7 +26,7 @@ from surgery.provenance import Receipt
 
 UNDO = "surgery.undo"
 _VERSION = 1
-_SCALES_LIMIT = 1 << 28  # elements of a tensor that is gone: scales
+_SCALES_LIMIT = 1 << 26  # elements of a tensor that is gone: scales
 
 
 @dataclass(frozen=True)

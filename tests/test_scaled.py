@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from test_merge import lora
 
 import surgery
-from formats.errors import Quantised, ShapeMismatch
+from formats.errors import CorruptFile, Quantised, ShapeMismatch
+from formats.safetensors_file import SafetensorsFile
 from formats.spec import DType
 from surgery import scaled
 from surgery.errors import NotFinite, NotMergeable, NotMerged, UndoMismatch
 from surgery.rounding import round_once
+from surgery.undo import UNDO
 
 NAME = "model.up.weight"
 FINE = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -351,3 +353,46 @@ def test_stacked_experts_with_blocks(tmp_path: Path) -> None:
     step = half_a_step(exact, scales, E4M3)
     assert bool(((merged[name].double() * scales - exact).abs() <= step * (1 + 1e-6)).all())
     assert surgery.unmerge(tmp_path / "m.st", adapter, tmp_path / "b.st", undo=tmp_path / "u.st").bit_exact is True
+
+
+def test_a_method_without_a_delta_works_on_what_the_scales_make(tmp_path: Path) -> None:
+    """DoRA on float8: m · (W0 + ΔW) / ‖W0 + ΔW‖ to half a step; undo gives the base back."""
+    base = Base(tmp_path, "fine-grained, cut blocks")
+    magnitude = base.w0.norm(dim=1).float() * 1.5
+    factors = {
+        "model.up.lora_A.weight": base.a,
+        "model.up.lora_B.weight": base.b,
+        "model.up.lora_magnitude_vector.weight": magnitude,
+    }
+    adapter = lora(tmp_path / "dora", factors, use_dora=True)
+    surgery.merge(base.path, adapter, tmp_path / "m", undo=tmp_path / "u.st")
+    exact = magnitude.double()[:, None] * base.exact / base.exact.norm(dim=1, keepdim=True)
+    merged, scales = base.stored(tmp_path / "m")
+    assert bool(((merged - exact).abs() <= half_a_step(exact, scales, E4M3) * (1 + 1e-6)).all())
+    report = surgery.unmerge(tmp_path / "m", adapter, tmp_path / "b", undo=tmp_path / "u.st")
+    assert report.bit_exact is True
+
+
+def test_two_adapters_are_summed_before_the_one_rounding(tmp_path: Path) -> None:
+    """Nearly opposite deltas leave their small difference, which rounding one after the other would lose."""
+    base = Base(tmp_path, "fine-grained")
+    minus = {"model.up.lora_A.weight": base.a, "model.up.lora_B.weight": -base.b * 1.0001}
+    other = lora(tmp_path / "minus", minus)
+    report = surgery.merge(base.path, [base.adapter, other], tmp_path / "m", dtype="float32")
+    merged = load_file(tmp_path / "m" / "model.safetensors")[NAME].double()
+    exact = base.w0 - 2 * 0.0001 * base.b.double() @ base.a.double()
+    assert torch.allclose(merged, exact, rtol=0, atol=1e-6)
+    assert set(report.surviving) == {NAME}
+
+
+def test_an_undo_record_that_names_no_blocks_is_damaged(tmp_path: Path) -> None:
+    """A size of zero, a weight without a correction of its own: one error, before anything is allocated."""
+    base = Base(tmp_path, "fine-grained")
+    surgery.merge(base.path, base.adapter, tmp_path / "m", undo=tmp_path / "u.st")
+    tensors, metadata = load_file(tmp_path / "u.st"), SafetensorsFile(tmp_path / "u.st").metadata
+    for scaled_as in ({NAME: [base.scale, 0, 128]}, {NAME: ["nowhere", 128, 128]}):
+        document = json.loads(metadata[UNDO])
+        document["receipt"] = json.dumps(json.loads(document["receipt"]) | {"scaled": scaled_as})
+        save_file(tensors, tmp_path / "bad.st", metadata={UNDO: json.dumps(document)})
+        with pytest.raises(CorruptFile, match="contradict"):
+            surgery.unmerge(tmp_path / "m", base.adapter, tmp_path / "b", undo=tmp_path / "bad.st")
