@@ -79,7 +79,7 @@ def surviving_lines(surviving: Mapping[str, Surviving]) -> list[str]:
     if name is None:
         return []
     lowest = surviving[name].survived
-    lines = [f"of each delta's norm survives rounding: {lowest:.1%} at least, {middle(surviving):.1%} in the median"]
+    lines = [f"survives rounding, of each delta's norm: {lowest:.1%} at least, {middle(surviving):.1%} in the median"]
     if lowest < _WARN_BELOW:
         lines.append(f"warning: {lowest:.1%} survives in {name}: a finer dtype keeps more, --dtype float32")
     return lines
