@@ -112,7 +112,7 @@ def check_surviving(surviving: Mapping[str, Surviving], minimum: float) -> None:
     if name is not None and surviving[name].survived < minimum:
         few = sum(each.survived < minimum for each in surviving.values())
         raise VerificationFailed(
-            f"too little of the change survives rounding in {few} of {len(surviving)} merged tensors: nothing is written",
+            f"too little of the change survives rounding in {few} of {len(surviving)} merged tensors: nothing written",
             where=name,
             expected=f"‖stored(W) − W0‖ / ‖ΔW‖ of at least {minimum}",
             found=f"{surviving[name].survived:.4g}",

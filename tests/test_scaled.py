@@ -396,3 +396,32 @@ def test_an_undo_record_that_names_no_blocks_is_damaged(tmp_path: Path) -> None:
         save_file(tensors, tmp_path / "bad.st", metadata={UNDO: json.dumps(document)})
         with pytest.raises(CorruptFile, match="contradict"):
             surgery.unmerge(tmp_path / "m", base.adapter, tmp_path / "b", undo=tmp_path / "bad.st")
+
+
+def test_experts_one_by_one_with_scales(tmp_path: Path) -> None:
+    """A file that holds each expert as float8 under scales of its own; the adapter adapts the stack."""
+    generator = torch.Generator().manual_seed(3)
+    stem, tensors, w0 = "model.layers.0.mlp.experts", {}, []
+    for expert in range(3):
+        made = quantise(torch.randn(32, 24, generator=generator) * 0.05, (16, 24), torch.float32)
+        name = f"{stem}.{expert}.down_proj.weight"
+        tensors |= {name: made["q"], f"{name}_scale_inv": made["s"]}
+        w0.append(made["q"].double() * spread(made["s"], (16, 24), (32, 24)))
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(tensors, base / "model.safetensors")
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 24]}}
+    (base / "config.json").write_text(json.dumps(config))
+    a, b = torch.randn(6, 24, generator=generator), torch.randn(32, 6, generator=generator) * 1e-3
+    factors = {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+    adapter = lora(tmp_path / "a", factors, target_parameters=["mlp.experts.down_proj"], target_modules=[])
+    report = surgery.merge(base, adapter, tmp_path / "m")
+    assert len(report.surviving) == 3
+    merged = load_file(tmp_path / "m" / "model.safetensors")
+    for expert in range(3):
+        name = f"{stem}.{expert}.down_proj.weight"
+        scales = spread(merged[f"{name}_scale_inv"], (16, 24), (32, 24))
+        delta = 2 * b.reshape(32, 2, 3)[:, :, expert].double() @ a.reshape(3, 2, 24)[expert].double()
+        exact = w0[expert] + delta
+        step = half_a_step(exact, scales, E4M3)
+        assert bool(((merged[name].double() * scales - exact).abs() <= step * (1 + 1e-6)).all())

@@ -26,7 +26,7 @@ def folder(path: Path, dtype: torch.dtype, config: dict[str, object]) -> Path:
     """The miniature as a model's folder."""
     path.mkdir()
     save_file(weights(dtype=dtype), path / "model.safetensors", metadata={"format": "pt"})
-    (path / "config.json").write_text(json.dumps(config))
+    (path / "config.json").write_bytes(json.dumps(config, indent=1).replace("\n", "\r\n").encode())
     return path
 
 

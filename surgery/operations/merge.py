@@ -115,7 +115,7 @@ def merge(
         if config is not None:
             destination = without_companion(destination, CONFIG)
             if stored is not None and original is not None:
-                receipt = replace(receipt, config=original.read_text(encoding="utf-8"))
+                receipt = replace(receipt, config=original.read_bytes().decode())
                 plan = replace(plan, metadata=receipt.metadata())
         beside = undo_destination(undo, out, inputs, force) if undo is not None else None
         with create_with_undo(destination, plan, beside) as (writer, corrections):
