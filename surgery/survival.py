@@ -116,5 +116,5 @@ def check_surviving(surviving: Mapping[str, Surviving], minimum: float) -> None:
             where=name,
             expected=f"‖stored(W) − W0‖ / ‖ΔW‖ of at least {minimum}",
             found=f"{surviving[name].survived:.4g}",
-            then="store the result in a finer dtype: --dtype float32",
+            then="store the result in a finer dtype: --dtype bfloat16 or float32",
         )

@@ -81,5 +81,5 @@ def surviving_lines(surviving: Mapping[str, Surviving]) -> list[str]:
     lowest = surviving[name].survived
     lines = [f"survives rounding, of each delta's norm: {lowest:.1%} at least, {middle(surviving):.1%} in the median"]
     if lowest < _WARN_BELOW:
-        lines.append(f"warning: {lowest:.1%} survives in {name}: a finer dtype keeps more, --dtype float32")
+        lines.append(f"warning: {lowest:.1%} survives in {name}: a finer --dtype keeps more")
     return lines
