@@ -6,6 +6,7 @@
         ├── NotACheckpoint        something is there, but no container we read
         ├── CorruptFile           a container whose header and bytes contradict each other
         ├── UnsupportedDType      a dtype the operation cannot handle
+        ├── Quantised             weights in a quantised form that nothing can be added to, or without their scales
         ├── UnknownTensor         a name the checkpoint does not have
         ├── AdapterFormatError    an adapter whose config and keys contradict each other
         ├── UnmatchedKeys         adapter keys that match nothing in the base
@@ -71,6 +72,10 @@ class CorruptFile(FormatError):
 
 class UnsupportedDType(FormatError):
     """A dtype the operation cannot handle."""
+
+
+class Quantised(FormatError):
+    """Weights in a quantised form that nothing can be added to, or without their scales."""
 
 
 class UnknownTensor(FormatError):

@@ -55,6 +55,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             expected="a .safetensors or .st file, or a folder with one",
             then="save it with safetensors.torch.save_file and pass that file",
         )
+    if path.suffix == ".gguf":
+        raise NotACheckpoint(
+            "a GGUF file holds weights quantised for llama.cpp",
+            where=path,
+            expected="a .safetensors or .st file, or a folder with one",
+            then="use the model that it was converted from, and convert the result again",
+        )
     return SafetensorsFile(path)
 
 

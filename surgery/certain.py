@@ -97,20 +97,27 @@ class CertainSum:
         import torch
 
         block = slice(begin, begin + len(rows))
-        total, part, above = self._scratch(rows)
+        total, change, above = self._scratch(rows)
         largest = max(abs(float(extreme)) for extreme in torch.aminmax(total.copy_(rows)))
-        reach = torch.zeros(len(rows), 1, device=rows.device)
-        for product in self._products:
-            total.add_(torch.mm(product.left[block], product.right, out=part))
+        first, *others = self._products
+        torch.mm(first.left[block], first.right, out=change)
+        reach = first.reach[block].clone()
+        for product in others:
+            change.addmm_(product.left[block], product.right)
             reach += product.reach[block]
         if not largest + float(reach.max()) < _LARGEST:
             return None
-        # Each term's product and addition, the scale, the sums; then the weight, its sums, and the bound put on them.
+        # Each term's product and addition, the scale, the sums; then the weight's sum and the bound put on it, twice.
         fixed = _SLACK * _UNIT * 4 * largest + sum(product.lost for product in self._products) + _SMALLEST
         bound = reach.mul_(_SLACK * _UNIT * (self._terms + 8)).add_(fixed)
-        out.copy_(torch.sub(total, bound, out=part))
-        open_ = _differing(out, above.copy_(total.add_(bound)))
+        total += change
+        out.copy_(total.sub_(bound))
+        open_ = _differing(out, above.copy_(total.add_(bound.mul_(2))))
         return open_ if open_.numel() <= _MOST_OPEN * out.numel() else None
+
+    def change(self, rows: int) -> torch.Tensor:
+        """Σ products of the latest block, of so many rows, up to float32's rounding; until the next."""
+        return self._buffers[1][:rows]
 
     def _scratch(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """Two float32 buffers and one of the dtype, of the block's size."""

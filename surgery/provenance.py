@@ -108,7 +108,7 @@ class Original:
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """One adapter of a merge: its content digest, scalings included; the factor it was merged with; the SHA-256 of
+    """One adapter of a merge: its content digest, scalings included; the factor it was merged with; the BLAKE3 of
     every tensor of it that took part, by name."""
 
     digest: str
@@ -130,6 +130,9 @@ class Receipt:
         lost: base tensors that were replaced and too large to keep.
         base_metadata: the base's own metadata, an earlier receipt included.
         renamed: tensors that the base has under another name, and that name.
+        dtype: in which all weights were stored, empty where each kept its own.
+        dtypes: those of the base's tensors that were stored in another, by name.
+        scaled: float8 weights of the base that were merged into or dequantised: their scales' name, a block's size.
         config: the base's config.json, where the output's says more than another size of the vocabulary.
     """
 
@@ -142,6 +145,9 @@ class Receipt:
     lost: tuple[str, ...] = ()
     base_metadata: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
+    dtype: str = ""
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    scaled: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
     config: str = ""
 
     def metadata(self) -> dict[str, str]:

@@ -18,15 +18,14 @@ import numpy as np
 
 from formats.spec import DType
 from formats.tensors import torch_dtype
-from surgery.certain import CertainSum
 
 if TYPE_CHECKING:
     import torch
 
 EXACT_TERMS = 512  # of one exact sum
 # Low bits of a float32 that are zero wherever it lies on a tie of the narrower type (and where it is representable).
-_TIE_BITS = {DType.BF16: 0x7FFF, DType.F16: 0x0FFF}
-_SETTLED = 1 << 15  # elements that are computed one by one, at a time
+_TIE_BITS = {DType.BF16: 0x7FFF, DType.F16: 0x0FFF, DType.F8_E4M3: 0x7FFFF, DType.F8_E5M2: 0xFFFFF}
+_E4M3_LIMIT = 464.0  # halfway from its largest number, 448, to where the next would be; a tie goes to 448
 _LEAST_EXPONENT = -900  # of a line in fixed point; a shorter one has fewer bits, and both factors stay in range
 _BLOCK_ELEMENTS = 1 << 17  # float64 elements of one block: 1 MiB, so that it stays in cache
 
@@ -138,74 +137,6 @@ def fixed_point(factor: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
     return (factor * unit.reciprocal()).round_().mul_(unit)  # by powers of two: four times as fast as torch.ldexp
 
 
-def add_rounded(weight: torch.Tensor, deltas: Sequence[Delta], dtype: DType) -> torch.Tensor:
-    """weight + Σ deltas, summed in float64 in the order given, rounded once to `dtype`: where the weight is, and with
-    the same bits everywhere.
-
-    Args:
-        weight: any shape and floating dtype; seen as a matrix of the deltas' columns.
-        deltas: of the weight's size.
-        dtype: of the result.
-
-    Returns:
-        A new tensor of the weight's shape.
-    """
-    import torch
-
-    matrix = weight.reshape(-1, deltas[0].columns)
-    result = torch.empty(matrix.shape, dtype=torch_dtype(dtype), device=matrix.device)
-    stacks = [delta.products for delta in deltas if isinstance(delta, StackedProducts)]
-    if len(stacks) == len(deltas) and len({len(stack) for stack in stacks}) == 1:
-        matrices, results = (whole.chunk(len(stacks[0])) for whole in (matrix, result))
-        for part, rounded, *products in zip(matrices, results, *stacks, strict=True):
-            _add(part, products, dtype, rounded)
-    else:
-        _add(matrix, deltas, dtype, result)
-    return result.reshape(weight.shape)
-
-
-def _add(matrix: torch.Tensor, deltas: Sequence[Delta], dtype: DType, result: torch.Tensor) -> None:
-    """As `add_rounded`, of a matrix into a result of its size."""
-    import torch
-
-    products = [delta.on(matrix.device) for delta in deltas if isinstance(delta, ExactProduct)]
-    certain = None
-    if len(products) == len(deltas):
-        deltas = products
-        certain = CertainSum(products, dtype) if CertainSum.serves(products, dtype) else None
-    left_open = []
-    for begin, end in _blocks(matrix):
-        rest = certain.round(matrix[begin:end], begin, result[begin:end]) if certain else None
-        if rest is None:
-            result[begin:end] = round_once(_sum(matrix, deltas, begin, end), dtype)
-        else:
-            left_open.append(rest.add_(begin * matrix.shape[1]))
-    if left_open:
-        _settle(matrix, products, torch.cat(left_open), dtype, result)
-
-
-def _settle(
-    matrix: torch.Tensor,
-    products: Sequence[ExactProduct],
-    positions: torch.Tensor,
-    dtype: DType,
-    result: torch.Tensor,
-) -> None:
-    """Computes single elements of matrix + Σ products, with the bits they have in `_sum`."""
-    import torch
-
-    turned = [(product.left, product.right.mT.contiguous(), product.scale) for product in products]
-    for some in torch.split(positions, _SETTLED):
-        rows, columns = some // matrix.shape[1], some % matrix.shape[1]
-        values = None
-        for left, right, scale in turned:
-            product = (left[rows] * right[columns]).sum(1).mul_(scale)
-            values = product if values is None else values.add_(product)
-        assert values is not None
-        values += matrix.reshape(-1)[some].to(values.dtype)
-        result.view(-1)[some] = round_once(values, dtype)
-
-
 def lengthen(matrix: torch.Tensor, delta: Delta, lengths: torch.Tensor, result: torch.Tensor, dtype: DType) -> None:
     """The rows of matrix + delta brought to the lengths given, in float64, rounded once to `dtype`.
 
@@ -216,8 +147,9 @@ def lengthen(matrix: torch.Tensor, delta: Delta, lengths: torch.Tensor, result: 
         result: (rows, columns), any strides, written to; NaN in rows without a direction.
         dtype: of the result.
     """
-    for begin, end in _blocks(matrix):
-        block = _sum(matrix, [delta], begin, end)
+    for begin, end in blocks(matrix):
+        block = delta.rows(begin, end)
+        block += matrix[begin:end].to(block.dtype)
         block *= (lengths[begin:end].to(block.dtype) / _row_norms(block))[:, None]
         result[begin:end] = round_once(block, dtype)
 
@@ -238,11 +170,11 @@ def change_rows(
     """
     import torch
 
-    for begin, end in _blocks(matrix):
+    for begin, end in blocks(matrix):
         result[begin:end] = round_once(change(matrix[begin:end].to(torch.float64), begin, end).contiguous(), dtype)
 
 
-def _blocks(matrix: torch.Tensor) -> Iterator[tuple[int, int]]:
+def blocks(matrix: torch.Tensor) -> Iterator[tuple[int, int]]:
     """Ranges of rows that stay in cache."""
     rows, columns = matrix.shape
     step = max(1, _BLOCK_ELEMENTS // max(1, columns))
@@ -250,14 +182,11 @@ def _blocks(matrix: torch.Tensor) -> Iterator[tuple[int, int]]:
         yield begin, min(rows, begin + step)
 
 
-def _sum(matrix: torch.Tensor, deltas: Sequence[Delta], begin: int, end: int) -> torch.Tensor:
-    """matrix + Σ deltas between two rows.  # (end - begin, columns) float64"""
-    import torch
-
-    block = deltas[0].rows(begin, end).to(matrix.device)
+def sum_of(deltas: Sequence[Delta], begin: int, end: int) -> torch.Tensor:
+    """Σ deltas between two rows, in the order given.  # (end - begin, columns) float64"""
+    block = deltas[0].rows(begin, end)
     for delta in deltas[1:]:
-        block += delta.rows(begin, end).to(matrix.device)
-    block += matrix[begin:end].to(torch.float64)  # twice as fast as adding across dtypes
+        block += delta.rows(begin, end)
     return block
 
 
@@ -276,8 +205,8 @@ def _row_norms(block: torch.Tensor) -> torch.Tensor:
 def round_once(values: torch.Tensor, dtype: DType) -> torch.Tensor:
     """Rounds float64 to the nearest value of `dtype`, ties to even, in a single rounding.
 
-    torch converts float64 to the 16-bit types by way of float32, which rounds twice and misses the nearest value
-    where the float32 lies on a tie of the target. Those few are rounded to odd in float32 instead (24 bits, at
+    torch converts float64 to the 16-bit and 8-bit types by way of float32, which rounds twice and misses the nearest
+    value where the float32 lies on a tie of the target. Those few are rounded to odd in float32 instead (24 bits, at
     least two more than the target), which makes the second rounding the only one that counts (Boldo and Melquiond,
     doi:10.1109/TC.2007.70819).
     """
@@ -293,6 +222,8 @@ def round_once(values: torch.Tensor, dtype: DType) -> torch.Tensor:
     bits = at.view(torch.int32)
     odd = torch.where((error != 0) & error.isfinite(), (bits - away) | 1, bits)
     nearest.view(-1)[ties] = odd.view(torch.float32)
+    if dtype is DType.F8_E4M3:  # has no Inf; beyond its range some versions of torch give its largest, others NaN
+        nearest[nearest.abs() > _E4M3_LIMIT] = math.nan
     return nearest.to(torch_dtype(dtype))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,20 +26,35 @@ from surgery.provenance import Receipt
 
 UNDO = "surgery.undo"
 _VERSION = 2
+_SCALES_LIMIT = 1 << 26  # elements of a tensor that is gone: scales
 
 
 @dataclass(frozen=True)
 class Change:
-    """What merging did to one tensor: `dtype` and `shape` it had, the shape it has now, BLAKE3 of its payload now."""
+    """What merging did to one tensor.
+
+    Attributes:
+        dtype, shape: what it had.
+        now: the shape it has now; None if it is gone.
+        merged: BLAKE3 of its payload now; empty if it is gone.
+        stored: the dtype it has now, where that is another.
+    """
 
     dtype: str
     shape: list[int]
-    now: list[int]
+    now: list[int] | None
     merged: str
+    stored: str | None = None
 
     def spec(self, name: str) -> TensorSpec:
         """The tensor as it was."""
         return TensorSpec(name, DType[self.dtype], tuple(self.shape))
+
+    def result(self, name: str) -> TensorSpec | None:
+        """The tensor as it is now."""
+        if self.now is None:
+            return None
+        return TensorSpec(name, DType[self.stored or self.dtype], tuple(self.now))
 
 
 @dataclass(frozen=True)
@@ -116,9 +130,10 @@ def open_undo(path: str | Path | None) -> Iterator[UndoFile | None]:
 
 def _is_sound(name: str, change: Change) -> bool:
     """Whether the tensor had a size that can be believed: merging lets tensors grow, never shrink."""
-    sizes = [*change.shape, *change.now]
+    sizes = [*change.shape, *(change.now or ())]
     known = all(type(n) is int and n >= 0 for n in sizes) and isinstance(change.merged, str)
-    return known and change.spec(name).size <= math.prod(change.now)
+    now = change.result(name) if known else None
+    return known and change.spec(name).size <= (_SCALES_LIMIT if now is None else now.size)
 
 
 def correction_spec(spec: TensorSpec) -> TensorSpec:
@@ -167,3 +182,23 @@ def create_with_undo(
         if undo is not None and named:
             undo.path.unlink(missing_ok=True)
         raise
+
+
+def changed_since(name: str) -> UndoMismatch:
+    """What is raised for a tensor of the merged file that is not what merging left there."""
+    return UndoMismatch(
+        "this tensor is not what the merge left there: the file was changed since, or is another merge's",
+        where=name,
+        then="pass the file as it was merged",
+    )
+
+
+def leads_elsewhere(where: str, expected: str, found: str) -> CorruptFile:
+    """What is raised where a corrected tensor is not the base's. `expected` and `found` are hashes."""
+    return CorruptFile(
+        "the undo file's correction does not lead back to the base",
+        where=where,
+        expected=f"BLAKE3 {expected[:16]}",
+        found=found[:16],
+        then="copy the undo file again",
+    )

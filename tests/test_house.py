@@ -59,6 +59,8 @@ def rule(path: Path) -> tuple[str, ...]:
         "surgery/delta.py",
         "surgery/rounding.py",
         "surgery/fixed_order.py",
+        "surgery/scaled.py",
+        "surgery/survival.py",
     ):
         return (*upper, "formats.paths", "surgery.engine", "surgery.plan", "surgery.methods", "click", "pathlib")
     figures = ("budget", "charts", "curve", "page", "patterns", "picture", "ranks")

@@ -153,7 +153,7 @@ def test_what_cannot_be_restored_is_refused(
     """Replaced tensors without receipt, or too large for it: unmerge writes nothing, and merge had said so."""
     with pytest.raises(NotMerged, match="were replaced"):
         surgery.unmerge(pair[1], adapter, tmp_path / "back.st")
-    monkeypatch.setattr("surgery.operations.merge.ORIGINALS_LIMIT", 10)
+    monkeypatch.setattr("surgery.operations.merge_plan.ORIGINALS_LIMIT", 10)
     report = surgery.merge(pair[0], adapter, tmp_path / "m.st")
     assert any("unmerge will refuse" in note for note in report.notes)
     with pytest.raises(NotMerged, match="were replaced"):

@@ -14,9 +14,15 @@ from formats.spec import DType
 from formats.tensors import torch_dtype
 from surgery import rounding
 from surgery.certain import CertainSum
-from surgery.rounding import StackedProducts, add_rounded, exact_product, fixed_point_bits, round_once
+from surgery.rounded_sum import add_rounded
+from surgery.rounding import StackedProducts, exact_product, fixed_point_bits, round_once
 
-SHAPES = {DType.BF16: (8, -126, 127), DType.F16: (11, -14, 15)}  # significand bits, exponents of normal numbers
+SHAPES = {
+    DType.BF16: (8, -126, 127),
+    DType.F16: (11, -14, 15),
+    DType.F8_E4M3: (4, -6, 8),
+    DType.F8_E5M2: (3, -14, 15),
+}  # significand bits, exponents of normal numbers
 
 
 def nearest(values: np.ndarray, dtype: DType) -> np.ndarray:
@@ -59,6 +65,21 @@ def test_infinities_and_overflow_pass_through() -> None:
         assert rounded[:3].tolist() == [float("inf"), float("-inf"), float("inf")]
         assert rounded[3].isnan()
         assert torch.signbit(rounded[5])
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(DType.F8_E4M3, 464.0), (DType.F8_E5M2, 61440.0)])
+def test_beyond_float8_is_never_its_largest_number(dtype: DType, limit: float) -> None:
+    """Whatever this version of torch makes of it: up to the limit it rounds, from there on it is not finite."""
+    inside = limit if dtype is DType.F8_E4M3 else math.nextafter(limit, 0)
+    values = torch.tensor([inside, -inside, math.nextafter(limit, math.inf), -2 * limit, math.inf], dtype=torch.float64)
+    rounded = round_once(values, dtype).float()
+    assert rounded[:2].abs().tolist() == [torch.finfo(rounded_dtype(dtype)).max] * 2
+    assert not bool(rounded[2:].isfinite().any())
+
+
+def rounded_dtype(dtype: DType) -> torch.dtype:
+    """torch's."""
+    return torch.float8_e4m3fn if dtype is DType.F8_E4M3 else torch.float8_e5m2
 
 
 @given(seed=st.integers(0, 10_000), terms=st.sampled_from([1, 7, 512, 513, 1100]))

@@ -122,7 +122,7 @@ def test_what_is_lost_without_it_is_there_with_it(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Replaced tensors too large for the receipt; merge says that the undo file is needed."""
-    monkeypatch.setattr("surgery.operations.merge.ORIGINALS_LIMIT", 10)
+    monkeypatch.setattr("surgery.operations.merge_plan.ORIGINALS_LIMIT", 10)
     report = surgery.merge(base, adapter, tmp_path / "m.st", undo=tmp_path / "u.st")
     assert any("needs the undo file" in note for note in report.notes)
     surgery.unmerge(tmp_path / "m.st", adapter, tmp_path / "b.st", undo=tmp_path / "u.st")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery.cli import options
+
+if TYPE_CHECKING:
+    from surgery.survival import Surviving
+
+_WARN_BELOW = 0.5
 
 
 @click.command("merge", epilog="Example: surgery merge base/ adapter/ style/:0.5 -o merged/")
@@ -14,6 +20,17 @@ from surgery.cli import options
 @options.merging_options(undo="Also write what unmerge needs to give BASE back bit for bit.")
 @click.option("--weight", type=float, default=1.0, show_default=True, help="A factor of every delta.")
 @click.option("--untie", is_flag=True, help="Give a head that BASE ties to its embedding a tensor of its own.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Store every weight as this; float8 is dequantised [each weight's own].",
+)
+@click.option(
+    "--min-surviving",
+    type=click.FloatRange(min=0),
+    metavar="SHARE",
+    help="Fail where less of a delta is left after rounding: ‖stored(W) − W0‖/‖ΔW‖.",
+)
 @click.option(
     "--max-shard-size", type=options.ByteSize(), metavar="SIZE", help="Shards of this size: 2GB [the base's shards]."
 )
@@ -32,13 +49,16 @@ def command(
     from formats.paths import open_checkpoint
     from surgery.operations import merge as operation
     from surgery.operations.adapters import open_for_merge
+    from surgery.operations.merge_plan import plan_merge
+    from surgery.operations.stored_dtype import dtype_named
 
     how = options.told(how)
     with options.reporting("merge", as_json):
         if dry_run:
             with open_checkpoint(base) as w0:
                 planned = open_for_merge(base, adapters, w0.specs, how["weight"], how["told"], untie=how["untie"])
-                options.show_plan(operation.plan_merge(w0, *planned, undo=how["undo"] is not None)[0])
+                stored = dtype_named(how["dtype"])
+                options.show_plan(plan_merge(w0, *planned, undo=how["undo"] is not None, stored=stored)[0])
             return
         with options.resources(jobs, memory, device) as resources:
             report = operation.merge(base, adapters, out, **how, resources=resources)
@@ -47,7 +67,23 @@ def command(
             return
         parts = ["base " + report.base_digest[:16], *(f"adapter {digest[:16]}" for digest in report.adapters)]
         options.show(f"digest {report.digest}  ({', '.join(parts)})")
+        for line in surviving_lines(report.surviving):
+            options.show(line)
         if report.undo is not None:
             share = f"{report.undo.share:.2%} of the tensors that changed"
             options.show(f"undo file {report.undo.path}: {report.undo.nbytes:,} bytes, {share}")
         options.show_ending(report)
+
+
+def surviving_lines(surviving: Mapping[str, Surviving]) -> list[str]:
+    """What rounding left of the deltas, and a warning where that is less than half."""
+    from surgery.survival import least, middle
+
+    name = least(surviving)
+    if name is None:
+        return []
+    lowest = surviving[name].survived
+    lines = [f"survives rounding, of each delta's norm: {lowest:.1%} at least, {middle(surviving):.1%} in the median"]
+    if lowest < _WARN_BELOW:
+        lines.append(f"warning: {lowest:.1%} survives in {name}: a finer --dtype keeps more")
+    return lines

@@ -10,20 +10,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from formats.adapter import AdapterModule
+from formats.quantized import FLOAT8
 from formats.spec import DType, TensorSpec
-from formats.tensors import bytes_from_tensor, torch_dtype
+from formats.tensors import bytes_from_tensor, dtype_of, torch_dtype
 from surgery.checks import check_finite, is_finite
 from surgery.correction import Coarsened, correct_from, uncertain
 from surgery.errors import NotFinite, NotMerged
 from surgery.methods import additive, transforming
 from surgery.plan import Fate, Outcome
 from surgery.provenance import Original, tensor_hash
-from surgery.rounding import add_rounded, round_once
+from surgery.rounded_sum import add_rounded, store_rounded
+from surgery.rounding import Delta, round_once
+from surgery.survival import Watch
 
 if TYPE_CHECKING:
     import torch
 
-_FRACTION_BITS = {DType.BF16: 7, DType.F16: 10, DType.F32: 23, DType.F64: 52}
+_FRACTION_BITS = {DType.F8_E4M3: 3, DType.F8_E5M2: 2, DType.BF16: 7, DType.F16: 10, DType.F32: 23, DType.F64: 52}
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,17 @@ class Copy:
 
 @dataclass(frozen=True)
 class Add:
-    """A tensor that only the adapter has."""
+    """A tensor that only the adapter has, stored as `dtype`."""
 
     name: str
+    dtype: DType
 
-    def taken(self, digest: str) -> Outcome:
-        """Of the output."""
-        return Outcome((), {self.name: Fate.FULL}, {"hashes": {self.name: digest}, "changed": True})
+    def __call__(self, *inputs: torch.Tensor) -> Outcome:
+        """Hashes and passes on."""
+        result = _as_stored(inputs[0], self.dtype)
+        _check_result(result, inputs[0], self.name)
+        figures = {"hashes": {self.name: tensor_hash(result)}, "changed": True}
+        return Outcome((result,), {self.name: Fate.FULL}, figures)
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,28 @@ class Drop:
 
 
 @dataclass(frozen=True)
+class Shed:
+    """A tensor of the base that the result has no use for; with `undo` it is kept aside."""
+
+    name: str
+    undo: bool
+
+    def __call__(self, *inputs: torch.Tensor) -> Outcome:
+        """Leaves it out."""
+        payload = bytes_from_tensor(inputs[0])
+        aside = as_aside(correct_from(payload, payload[:0], inputs[0].element_size())) if self.undo else None
+        figures = {"base": {self.name: tensor_hash(inputs[0])}}
+        return Outcome((), {self.name: Fate.REMOVED}, figures, (aside,) if self.undo else ())
+
+
+@dataclass(frozen=True)
 class Merge:
-    """W0, or what replaces it, plus the deltas of its modules.
+    """W0, or what replaces it, plus the deltas of its modules; or W0 itself in another dtype.
 
     `keep` puts the base's tensor into the receipt; `undo` makes a correction that leads back to it.
 
     Inputs: the base's tensor, then what replaces it or, where `replaced` has any, these rows of it, then each module's
-    factors in order of their roles. Output: the tensor in the base's dtype.
+    factors in order of their roles. Output: the tensor in `dtype`.
     """
 
     name: str
@@ -78,33 +100,45 @@ class Merge:
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
         """Adds, rounds once, hashes both ends."""
-        import torch
-
         base = inputs[0]
+        spec = TensorSpec(self.name, dtype_of(base), tuple(base.shape))
         start = base
         for rows, source in zip(self.replaced, inputs[1:], strict=False):  # the factors come after
-            start = _with_rows(start, rows, source, self.dtype) if rows else source
-        factors = inputs[1 + len(self.replaced) :]
+            wide = spec.dtype if spec.dtype is self.dtype else DType.F64
+            start = _with_rows(start, rows, source, wide) if rows else source
+        factors, watch = inputs[1 + len(self.replaced) :], Watch()
         if self.modules:
-            result = apply_modules(start, self.modules, factors, self.dtype)
+            result = apply_modules(start, self.modules, factors, self.dtype, watch)
         else:
-            result = start if start.dtype == base.dtype else _as_stored(start, self.dtype)
-        _check_result(result, start, self.name)
+            result = _as_stored(start, self.dtype)
+        if not (self.modules and watch.is_finite):
+            _check_result(result, start, self.name)
         before, after = tensor_hash(base), tensor_hash(result)
         figures: dict[str, Any] = {"base": {self.name: before}, "hashes": {self.name: after}}
-        figures["changed"] = before != after
+        if self.modules:
+            figures["surviving"] = {self.name: watch.surviving}
+        if spec.dtype is self.dtype:
+            figures["changed"] = before != after
+        else:
+            figures["changed"] = watch.asks or bool(self.replaced)
         if self.keep:
-            figures["original"] = {self.name: Original.of(base, TensorSpec(self.name, self.dtype, tuple(base.shape)))}
-        elif self.replaced and (not self.modules or tensor_hash(_as_stored(start, self.dtype)) != before):
+            figures["original"] = {self.name: Original.of(base, spec)}
+        elif self.replaced and (not self.modules or tensor_hash(_as_stored(start, spec.dtype)) != before):
             figures["lost"] = [self.name]
-        fate = Fate.MERGED if self.modules else Fate.FULL
+        fate = Fate.MERGED if self.modules else Fate.FULL if self.replaced else Fate.CONVERTED
         if not self.undo:
             return Outcome((result,), {self.name: fate}, figures)
-        guess = prediction(result, self.modules, factors, TensorSpec(self.name, self.dtype, tuple(base.shape)))
+        guess = prediction(result, self.modules, factors, spec)
         payloads = bytes_from_tensor(base), bytes_from_tensor(guess)
-        correction = correct_from(*payloads, self.dtype.itemsize, coarsened(result, guess, self.dtype))
-        aside = None if correction is None else torch.frombuffer(bytearray(correction), dtype=torch.uint8)
-        return Outcome((result,), {self.name: fate}, figures, (aside,))
+        correction = correct_from(*payloads, spec.dtype.itemsize, coarsened(result, guess, spec.dtype))
+        return Outcome((result,), {self.name: fate}, figures, (as_aside(correction),))
+
+
+def as_aside(correction: bytes | None) -> torch.Tensor | None:
+    """A correction as the tensor that an undo file keeps."""
+    import torch
+
+    return None if correction is None else torch.frombuffer(bytearray(correction), dtype=torch.uint8)
 
 
 def apply_modules(
@@ -112,6 +146,7 @@ def apply_modules(
     modules: tuple[tuple[AdapterModule, float], ...],
     factors: tuple[torch.Tensor, ...],
     dtype: DType,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
     """start + Σ weight · ΔW, or what a method makes of start, rounded once to `dtype`; a negative weight takes a
     delta off.
@@ -121,16 +156,39 @@ def apply_modules(
         modules: what adapts it, each with its weight; deltas, or one that is none and that a negative weight undoes.
         factors: each module's factors in order of their roles.
         dtype: of the result.
+        watch: is shown what becomes of the change; a method without a delta is then computed in float64 as a whole.
     """
+    deltas = deltas_of(modules, factors)
+    if deltas is not None:
+        return add_rounded(start, deltas, dtype, watch)
+    ((module, weight),) = modules
+    method = transforming(module)
+    assert method is not None  # checked while planning
+    named = {role: factor.cpu() for role, factor in zip(sorted(module.factors), factors, strict=True)}
+    start = start.cpu()
+    if watch is None:
+        return method.transform(module, start, named, dtype, back=weight < 0)
+    return store_rounded(start, method.transform(module, start, named, DType.F64, back=weight < 0), dtype, watch)
+
+
+def deltas_of(
+    modules: tuple[tuple[AdapterModule, float], ...], factors: tuple[torch.Tensor, ...]
+) -> list[Delta] | None:
+    """weight · ΔW of each module, in order; None where a method has no delta."""
     remaining = [factor.cpu() for factor in factors]  # small, and not every function has the same bits elsewhere
     deltas = []
     for module, weight in modules:
         named = {role: remaining.pop(0) for role in sorted(module.factors)}
-        if method := transforming(module):
-            return method.transform(module, start.cpu(), named, dtype, back=weight < 0)
-        if adding := additive(module):
-            deltas.append(adding.delta(module, named, weight))
-    return add_rounded(start, deltas, dtype)
+        adding = additive(module)
+        if adding is None:
+            return None
+        deltas.append(adding.delta(module, named, weight))
+    return deltas
+
+
+def negated(modules: tuple[tuple[AdapterModule, float], ...]) -> tuple[tuple[AdapterModule, float], ...]:
+    """The modules with what takes them off again."""
+    return tuple((module, -weight) for module, weight in modules)
 
 
 def subtract(
@@ -140,7 +198,9 @@ def subtract(
     dtype: DType,
 ) -> torch.Tensor:
     """merged − Σ weight · ΔW, rounded once to `dtype`: what merging those modules started from, up to rounding."""
-    return apply_modules(merged, tuple((module, -weight) for module, weight in modules), factors, dtype)
+    if not modules:
+        return _as_stored(merged, dtype)
+    return apply_modules(merged, negated(modules), factors, dtype)
 
 
 def prediction(
@@ -154,17 +214,18 @@ def prediction(
     methods = [transforming(module) for module, _ in modules]
     lost = any(module.reads for module, _ in modules) or any(method and method.forgets for method in methods)
     if not modules or lost or tuple(merged.shape) != base.shape:
-        return merged
+        return _as_stored(merged, base.dtype)
     try:
         guess = subtract(merged, modules, factors, base.dtype)
     except NotMerged:  # a zero that nothing can be divided by
-        return merged
-    return guess if not any(methods) or is_finite(guess) else merged
+        return _as_stored(merged, base.dtype)
+    return guess if not any(methods) or is_finite(guess) else _as_stored(merged, base.dtype)
 
 
 def coarsened(merged: torch.Tensor, guess: torch.Tensor, dtype: DType) -> Coarsened | None:
     """What tells where a prediction is likely to be wrong; nothing does where it is the merged tensor itself."""
-    return None if guess is merged else Coarsened(bytes_from_tensor(merged), _FRACTION_BITS[dtype])
+    tells = guess is not merged and guess.dtype == merged.dtype
+    return Coarsened(bytes_from_tensor(merged), _FRACTION_BITS[dtype]) if tells else None
 
 
 def uncertain_elements(
@@ -186,17 +247,26 @@ def _with_rows(tensor: torch.Tensor, rows: tuple[int, ...], source: torch.Tensor
 
 
 def _as_stored(tensor: torch.Tensor, dtype: DType) -> torch.Tensor:
+    """The tensor in `dtype`, rounded once: torch goes by way of float32, which holds all but float64 exactly."""
     import torch
 
-    return tensor if tensor.dtype == torch_dtype(dtype) else round_once(tensor.to(torch.float64), dtype)
+    if tensor.dtype == torch_dtype(dtype):
+        return tensor
+    plain = tensor.dtype != torch.float64 and dtype not in FLOAT8
+    return tensor.to(torch_dtype(dtype)) if plain else round_once(tensor.to(torch.float64), dtype)
 
 
 def _check_result(result: torch.Tensor, start: torch.Tensor, name: str) -> None:
     if result.is_floating_point() and not is_finite(result):
         check_finite(start, name)
-        raise NotFinite(
-            "the merged weight exceeds the range of its stored dtype",
-            where=name,
-            found=result.dtype,
-            then="merge into a base stored as bfloat16 or float32",
-        )
+        raise out_of_range(name, result.dtype)
+
+
+def out_of_range(name: str, dtype: torch.dtype) -> NotFinite:
+    """What is raised for a result that its dtype cannot hold."""
+    return NotFinite(
+        "the merged weight exceeds the range of its stored dtype",
+        where=name,
+        found=dtype,
+        then="store the result as another: --dtype bfloat16 or float32",
+    )

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from formats.adapter import NOTHING_TOLD, Adapter, Told
 from formats.dialects import open_adapter
-from formats.errors import UnmatchedKeys
+from formats.errors import ShapeMismatch, UnmatchedKeys
+from formats.quantized import foreign, quantization_config, refuse_foreign
 from formats.spec import TensorSpec
 from surgery.meta_model import known_names, meta_model
 
@@ -23,11 +24,15 @@ def open_adapter_of(
     """The adapter, resolved against the model's tensors by their names in the file, or else by the model's own.
 
     Raises:
-        FormatError: as `open_adapter`.
+        FormatError: as `open_adapter`; Quantised where the model's weights are in a form that nothing can be added to.
     """
     try:
         return open_adapter(adapter, specs, told=told)
-    except UnmatchedKeys:
+    except (UnmatchedKeys, ShapeMismatch) as error:
+        forms = foreign(specs, quantization_config(model))
+        refuse_foreign(forms, forms, model)  # its weights are there, in a form that nothing fits
+        if isinstance(error, ShapeMismatch):
+            raise
         names = model_names(Path(model), specs)
         if not names:
             raise

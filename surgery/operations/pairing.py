@@ -16,6 +16,7 @@ from formats.errors import ShapeMismatch
 from formats.layers import LayerKind, owner
 from formats.spec import TensorSpec, shape_text
 from surgery.errors import NothingToDo, SurgeryError
+from surgery.operations.stored_dtype import refuse_quantised
 from surgery.patterns import select
 from surgery.structure import ASKED, Structure, learn_structure
 
@@ -140,16 +141,19 @@ def pair(
         pays: whether factors of a weight are smaller than the weight; otherwise it goes in full.
 
     Raises:
+        Quantised: weights of base or tuned that are no plain floats.
         ShapeMismatch: tensors of one name and different shapes, all of them listed.
         NothingToDo: no names in common.
         SurgeryError: a pattern that matches nothing, a weight whose kind nothing tells, removed tensors without leave.
     """
     where = f"{base.ref.path} and {tuned.ref.path}"
+    removed = tuple(name for name in base.specs if name not in tuned.specs)
+    chosen = set(select([*tuned.specs, *removed], choice.include, choice.exclude))
+    for model in (base, tuned):
+        refuse_quantised(model, chosen)
     _check_names(base, tuned, where)
     structure = learn_structure(tuned.specs, (tuned.ref.path, base.ref.path), choice.kinds)
     grown = _check_shapes(base, tuned, structure, where)
-    removed = tuple(name for name in base.specs if name not in tuned.specs)
-    chosen = set(select([*tuned.specs, *removed], choice.include, choice.exclude))
     _check_removed([name for name in removed if name in chosen], choice.allow_removed, where)
     tied = [
         name

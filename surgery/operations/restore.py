@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from formats.adapter import AdapterModule
 from formats.checkpoint import Checkpoint
 from formats.errors import CorruptFile
+from formats.quantized import Scaled
 from formats.spec import TensorRef, TensorSpec
 from formats.tensors import bytes_from_tensor, tensor_from_bytes
 from surgery.correction import corrected, correction_workspace
@@ -20,9 +23,10 @@ from surgery.errors import UndoMismatch
 from surgery.methods import workspace
 from surgery.operations.adapters import WeighedAdapter, check_receipt, weighed_modules
 from surgery.operations.merge_ops import Copy, Drop, coarsened, prediction
+from surgery.operations.scaled_ops import restore_step
 from surgery.plan import Fate, Outcome, Plan, Step
 from surgery.provenance import Receipt, tensor_hash
-from surgery.undo import Change, UndoFile
+from surgery.undo import Change, UndoFile, UndoRecord, changed_since, leads_elsewhere
 
 if TYPE_CHECKING:
     import torch
@@ -58,11 +62,11 @@ def plan_restore(
     by_target = weighed_modules(check_receipt(merged.ref.path, adapters, record.receipt), merged.tensor)
     added, names = set(record.receipt.added), record.receipt.renamed
     origins = {name: name for name in record.receipt.base_tensors} | {ours: name for name, ours in names.items()}
-    odd = set(merged.specs) ^ (set(origins.values()) | added)
+    odd = set(merged.specs) ^ ({origins[name] for name in origins.keys() - _gone(record)} | added)
     odd |= {
         origins[name]
         for name, change in record.changes.items()
-        if _now(merged, origins[name]) != (change.dtype, change.now)
+        if merged.specs.get(origins[name]) != change.result(origins[name])
     }
     if odd:
         raise UndoMismatch(
@@ -72,20 +76,75 @@ def plan_restore(
             then="pass the file as it was merged",
         )
     steps = []
+    scaled = _scaled(undo)
+    scales = {how.scale.name for how in scaled.values()}
     for name, spec in merged.specs.items():
         ours = names.get(name, name)  # the base's name of it
         if name in added:
             steps.append(Step(name, (), (), Drop(name)))
+        elif name in scaled:
+            steps.append(_scaled_step(merged, undo, scaled[name], by_target.get(name, ())))
+        elif name in scales:
+            continue
         elif ours in record.changes:
             steps.append(_correct_step(merged.tensor(name), undo, ours, by_target.get(name, ())))
         else:
             steps.append(Step(name, (merged.tensor(name),), (replace(spec, name=ours),), Copy(ours)))
+    for name in sorted(_gone(record) - scales):
+        steps.append(_recover_step(undo, name))
     return Plan("unmerge", tuple(steps), dict(record.receipt.base_metadata))
 
 
-def _now(merged: Checkpoint, name: str) -> tuple[str, list[int]] | None:
-    spec = merged.specs.get(name)
-    return None if spec is None else (spec.dtype.label, list(spec.shape))
+def _gone(record: UndoRecord) -> set[str]:
+    """The base's tensors that the merged file no longer has."""
+    return {name for name, change in record.changes.items() if change.now is None}
+
+
+def _scaled(undo: UndoFile) -> dict[str, Scaled]:
+    """The float8 weights that were merged together with their scales. Raises CorruptFile."""
+    changes, found = undo.record.changes, {}
+    for name, (scale, *block) in undo.record.receipt.scaled.items():
+        if not {name, scale} <= set(changes) or len(block) != 2 or min(block) < 1:
+            raise CorruptFile("the undo file's record and its tensors contradict each other", where=name)
+        found[name] = Scaled(changes[name].spec(name), changes[scale].spec(scale), (block[0], block[1]))
+    return found
+
+
+def _scaled_step(
+    merged: Checkpoint, undo: UndoFile, scaled: Scaled, modules: tuple[tuple[AdapterModule, float], ...]
+) -> Step:
+    names, record = (scaled.weight.name, scaled.scale.name), undo.record
+    now = [(merged.tensor(name), record.changes[name].merged) for name in names if name in merged.specs]
+    corrections = {name: undo.checkpoint.tensor(name) for name in names if name in undo.checkpoint.specs}
+    base = (record.receipt.base_tensors[names[0]], record.receipt.base_tensors[names[1]])
+    return restore_step(scaled, base, now, modules, corrections, undo.checkpoint.ref.path)
+
+
+def _recover_step(undo: UndoFile, name: str) -> Step:
+    spec = undo.record.changes[name].spec(name)
+    inputs = (undo.checkpoint.tensor(name),) if name in undo.checkpoint.specs else ()
+    op = Recover(spec, undo.record.receipt.base_tensors[name], f"{undo.checkpoint.ref.path}: {name}")
+    return Step(name, inputs, (spec,), op, 2 * spec.nbytes + correction_workspace(spec.dtype.itemsize))
+
+
+@dataclass(frozen=True)
+class Recover:
+    """A tensor that the merged file no longer has. Input: its correction, from zeros, if one is stored."""
+
+    spec: TensorSpec
+    base: str
+    where: str
+
+    def __call__(self, *inputs: torch.Tensor) -> Outcome:
+        """Restores and checks. Raises CorruptFile."""
+        payload = np.zeros(self.spec.nbytes, np.uint8)
+        if inputs:
+            itemsize = self.spec.dtype.itemsize
+            payload = corrected(payload, bytes_from_tensor(inputs[0]), self.spec.nbytes, itemsize, self.where)
+        result = tensor_from_bytes(payload, self.spec)
+        if tensor_hash(result) != self.base:
+            raise leads_elsewhere(self.where, self.base, tensor_hash(result))
+        return Outcome((result,), {self.spec.name: Fate.FULL}, {"hashes": {self.spec.name: self.base}})
 
 
 def _correct_step(
@@ -135,21 +194,6 @@ class Correct:
             result = tensor_from_bytes(guess, self.spec)
             digest = tensor_hash(result)
         if digest != self.base:
-            raise CorruptFile(
-                "the undo file's correction does not lead back to the base",
-                where=self.where,
-                expected=f"BLAKE3 {self.base[:16]}",
-                found=digest[:16] or f"{guess.nbytes} bytes",
-                then="copy the undo file again",
-            )
-        fate = Fate.UNMERGED if self.modules else Fate.FULL
+            raise leads_elsewhere(self.where, self.base, digest or f"{guess.nbytes} bytes")
+        fate = Fate.UNMERGED if self.modules else Fate.CONVERTED if self.change.stored else Fate.FULL
         return Outcome((result,), {name: fate}, {"hashes": {name: digest}})
-
-
-def changed_since(name: str) -> UndoMismatch:
-    """What is raised for a tensor of the merged file that is not what merging left there."""
-    return UndoMismatch(
-        "this tensor is not what the merge left there: the file was changed since, or is another merge's",
-        where=name,
-        then="pass the file as it was merged",
-    )

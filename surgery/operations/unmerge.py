@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from formats.adapter import NOTHING_TOLD, AdapterModule, Told
 from formats.checkpoint import Checkpoint
 from formats.paths import create_checkpoint, destination_like, open_checkpoint
+from formats.quantized import refuse_foreign
 from formats.spec import DType, TensorRef, TensorSpec
 from surgery import engine
 from surgery.checks import check_finite
@@ -30,12 +31,14 @@ from surgery.operations.adapters import (
 )
 from surgery.operations.merge import output_digest, output_hashes
 from surgery.operations.merge_ops import Copy, Drop, subtract, uncertain_elements
-from surgery.operations.restore import changed_since, plan_restore
+from surgery.operations.restore import plan_restore
+from surgery.operations.scaled_ops import subtract_step
+from surgery.operations.stored_dtype import Storage, as_numbers
 from surgery.operations.vocabulary import CONFIG, companion, growth, resized_config, without_companion
 from surgery.plan import Fate, Outcome, Plan, Step, ledger
 from surgery.provenance import Original, Receipt, tensor_hash
 from surgery.report import Report, Stopwatch, peak_rss
-from surgery.undo import UndoFile, open_undo
+from surgery.undo import UndoFile, changed_since, open_undo
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +133,7 @@ def unmerge(
 
 def _kept(merged: Checkpoint, plan: Plan, renamed: Mapping[str, str]) -> list[TensorSpec]:
     """The tensors of the merged file that the output has too, by the names they have there."""
-    kept = (merged.specs[step.name] for step in plan.steps if step.outputs)
+    kept = (merged.specs[step.name] for step in plan.steps if step.outputs and step.name in merged.specs)
     return [replace(spec, name=renamed.get(spec.name, spec.name)) for spec in kept]
 
 
@@ -158,7 +161,7 @@ def plan_unmerge(
 
     Raises:
         UndoMismatch: the undo file is of another merge.
-        NotMerged: the receipt names other adapters or weights, or tensors were replaced and not kept.
+        NotMerged: the receipt names other adapters or weights, or what was there is not kept.
     """
     if undo is not None:
         return plan_restore(merged, adapters, receipt, undo)
@@ -173,6 +176,8 @@ def plan_unmerge(
     added = set(receipt.added) if receipt else set()
     every = weighed_modules(adapters, merged.tensor)
     by_target = {target: modules for target, modules in every.items() if target not in added}
+    storage = Storage.of(merged, None)
+    refuse_foreign(storage.foreign, by_target, merged.ref.path)
     for target, modules in by_target.items():
         for module, _ in modules:
             if (method := transforming(module)) and method.forgets:
@@ -181,7 +186,18 @@ def plan_unmerge(
                     where=target,
                     then="go back to the base itself, or pass the undo file of that merge",
                 )
-        check_modules(modules, merged.specs[target])
+        check_modules(modules, as_numbers(merged.specs[target]))
+    before = {name: DType[label] for name, label in (receipt.dtypes if receipt else {}).items()}
+    gone = sorted(name for name in (receipt.scaled if receipt else {}) if name in before)
+    if gone:
+        raise NotMerged(
+            f"{len(gone)} float8 weights were dequantised, and their scales are not in this file",
+            where=merged.ref.path,
+            found=", ".join(gone[:5]),
+            then="go back to the base itself, or pass the undo file of that merge",
+        )
+    in_scales = {name: how for name, how in storage.scaled.items() if name in by_target}
+    with_weights = {how.scale.name for how in in_scales.values()}
     originals = receipt.originals if receipt else {}
     names = receipt.renamed if receipt else {}
     replaced = {full.target for each in adapters for full in each.adapter.replacements} - set(by_target) - added
@@ -202,9 +218,15 @@ def plan_unmerge(
             steps.append(Step(name, (), (), Drop(name)))
         elif ours in originals:
             steps.append(Step(name, (), (originals[ours].spec(ours),), Restore(ours, originals[ours])))
-        elif name in by_target:
+        elif name in in_scales:
+            pair = (merged.tensor(name), merged.tensor(in_scales[name].scale.name))
+            steps.append(subtract_step(in_scales[name], pair, by_target[name]))
+        elif name in with_weights:
+            continue
+        elif name in by_target or ours in before:
+            spec = replace(spec, name=ours, dtype=before.get(ours, spec.dtype))
             base = receipt.base_tensors.get(ours, "") if receipt else ""
-            steps.append(_subtract_step(merged.tensor(name), replace(spec, name=ours), by_target[name], base))
+            steps.append(_subtract_step(merged.tensor(name), spec, by_target.get(name, ()), base))
         else:
             steps.append(Step(name, (merged.tensor(name),), (replace(spec, name=ours),), Copy(ours)))
     notes = () if receipt else ("no receipt in this file: nothing tells whether the base came back bit for bit",)
@@ -222,8 +244,8 @@ def _subtract_step(
 
 @dataclass(frozen=True)
 class Subtract:
-    """W minus the deltas of its modules; `base` is the hash that should come out, if it is known. Inputs: the weight,
-    then the factors as for merge."""
+    """W minus the deltas of its modules, stored as `dtype`; `base` is the hash that should come out, if it is known.
+    Inputs: the weight, then the factors as for merge."""
 
     name: str
     dtype: DType
@@ -238,7 +260,7 @@ class Subtract:
         figures: dict[str, Any] = {"hashes": {self.name: digest}}
         if self.base and digest != self.base:
             figures["uncertain"] = {self.name: uncertain_elements(inputs[0], result, self.modules, self.dtype)}
-        return Outcome((result,), {self.name: Fate.UNMERGED}, figures)
+        return Outcome((result,), {self.name: Fate.UNMERGED if self.modules else Fate.CONVERTED}, figures)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ merge rounds once. For a file without a receipt of ours that much is tolerated, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,16 +14,17 @@ from typing import TYPE_CHECKING
 from formats.adapter import NOTHING_TOLD, Told
 from formats.checkpoint import Checkpoint
 from formats.paths import open_checkpoint
-from formats.spec import TensorSpec
+from formats.spec import DType, TensorSpec
 from surgery import engine
 from surgery.engine import Resources
 from surgery.methods import transforming
 from surgery.operations.adapters import AdapterPaths, open_for_merge
-from surgery.operations.merge import plan_merge
 from surgery.operations.merge_ops import Merge
+from surgery.operations.merge_plan import plan_merge
 from surgery.operations.outline import tied_head
+from surgery.operations.stored_dtype import dtype_in
 from surgery.plan import Op, Outcome, Plan, Step, TakesOver
-from surgery.provenance import RECEIPT, tensor_hash
+from surgery.provenance import RECEIPT, Receipt, tensor_hash
 from surgery.report import Report, Stopwatch, peak_rss
 
 if TYPE_CHECKING:
@@ -85,7 +85,10 @@ def verify(
     with open_checkpoint(base) as w0, open_checkpoint(merged) as w:
         more = w.specs.keys() - w0.specs.keys()
         untie = bool(more) and not more.isdisjoint(tied_head(base, w0.specs))
-        plan, _ = plan_merge(w0, *open_for_merge(base, adapters, w0.specs, weight, told, untie=untie))
+        receipt = Receipt.read(w.metadata, merged)
+        stored = dtype_in(w, w0) if receipt is None else DType[receipt.dtype] if receipt.dtype else None
+        opened = open_for_merge(base, adapters, w0.specs, weight, told, untie=untie)
+        plan, _ = plan_merge(w0, *opened, stored=stored)
         replay, odd = plan_verify(plan, w)
     outcomes = engine.run(replay, None, resources) if replay.steps else ()
     verdicts: dict[str, str] = dict.fromkeys(odd, DIFFERS)
@@ -114,16 +117,18 @@ def plan_verify(plan: Plan, merged: Checkpoint) -> tuple[Plan, tuple[str, ...]]:
     steps = []
     odd = [name for name in merged.specs if name not in {spec.name for spec in plan.outputs}]
     for step in plan.steps:
-        (spec,) = step.outputs
-        if merged.specs.get(spec.name) != spec:
-            odd.append(spec.name)
+        unlike = [spec.name for spec in step.outputs if merged.specs.get(spec.name) != spec]
+        if unlike:
+            odd += [spec.name for spec in step.outputs]
             continue
-        inputs = (*step.inputs, merged.tensor(spec.name))
+        if not step.outputs:
+            continue
+        inputs = (*step.inputs, *(merged.tensor(spec.name) for spec in step.outputs))
         if isinstance(step.op, TakesOver):
-            steps.append(Step(step.name, inputs, (), Same(spec.name)))
+            steps.append(Step(step.name, inputs, (), Same(step.outputs[0].name)))
             continue
-        workspace = step.workspace + spec.nbytes + (40 * spec.size if tolerant else 0)
-        steps.append(Step(step.name, inputs, (), Replay(step.op, spec, tolerant), workspace))
+        workspace = step.workspace + sum(spec.nbytes + (40 * spec.size if tolerant else 0) for spec in step.outputs)
+        steps.append(Step(step.name, inputs, (), Replay(step.op, step.outputs, tolerant), workspace))
     return replace(plan, operation="verify", steps=tuple(steps)), tuple(odd)
 
 
@@ -144,22 +149,23 @@ class Same:
 
 @dataclass(frozen=True)
 class Replay:
-    """A merge's op, run and compared. Inputs: the op's own, then the tensor in question."""
+    """A merge's op, run and compared. Inputs: the op's own, then the tensors in question."""
 
     op: Op
-    spec: TensorSpec
+    specs: tuple[TensorSpec, ...]
     tolerant: bool
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
         """Equal bytes are exact; the rest is measured where that is tolerated."""
-        (ours,) = self.op(*inputs[:-1]).tensors
-        assert ours is not None  # merging writes everything it declares
-        found = inputs[-1]
-        verdict = EXACT if tensor_hash(ours) == tensor_hash(found) else DIFFERS
-        if verdict is DIFFERS and self.tolerant and isinstance(self.op, Merge) and self.op.modules:
-            units = _DORA_UNITS if any(transforming(module) for module, _ in self.op.modules) else 1.0
-            verdict = ROUNDING if is_within_rounding(found, ours, inputs[0], units) else DIFFERS
-        verdicts: Mapping[str, str] = {self.spec.name: verdict}
+        own, found = inputs[: -len(self.specs)], inputs[-len(self.specs) :]
+        verdicts = {}
+        for spec, ours, theirs in zip(self.specs, self.op(*own).tensors, found, strict=True):
+            assert ours is not None  # merging writes everything it declares
+            verdict = EXACT if tensor_hash(ours) == tensor_hash(theirs) else DIFFERS
+            if verdict is DIFFERS and self.tolerant and isinstance(self.op, Merge) and self.op.modules:
+                units = _DORA_UNITS if any(transforming(module) for module, _ in self.op.modules) else 1.0
+                verdict = ROUNDING if is_within_rounding(theirs, ours, own[0], units) else DIFFERS
+            verdicts[spec.name] = verdict
         return Outcome((), {}, {"verdict": verdicts})
 
 

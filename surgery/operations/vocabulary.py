@@ -21,7 +21,8 @@ CONFIG = "config.json"
 def growth(base: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> tuple[tuple[int, int], ...]:
     """The numbers of rows, before and after, of tensors that grow; one pair or none."""
     after = {spec.name: spec.shape for spec in outputs}
-    return tuple(sorted({(spec.shape[0], after[spec.name][0]) for spec in base if after[spec.name] != spec.shape}))
+    both = ((spec.shape, after[spec.name]) for spec in base if spec.name in after)
+    return tuple(sorted({(old[0], new[0]) for old, new in both if new != old}))
 
 
 def resized_config(destination: Destination, sizes: tuple[tuple[int, int], ...]) -> bytes | None:

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from formats.paths import open_checkpoint
 from surgery.operations.adapters import open_adapters
-from surgery.operations.merge import plan_merge
+from surgery.operations.merge_plan import plan_merge
 from surgery.operations.unmerge import plan_unmerge
 
 pytestmark = pytest.mark.filterwarnings("ignore")

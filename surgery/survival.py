@@ -1,0 +1,120 @@
+"""What rounding leaves of a change: ‖stored(W) − W0‖ / ‖ΔW‖, and the cosine of the angle between the two.
+
+A delta below half a unit in the last place of the stored dtype is rounded away, and a merge that changes nothing looks
+like any other. Measured while a block is still in the cache: products in float32 over at most 4096 elements, each line
+by one call that has one order, and their sums in float64 block by block; threads do not show. Knows no tensor's name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from surgery.errors import VerificationFailed
+
+if TYPE_CHECKING:
+    import torch
+
+_LINE = 4096  # elements of one float32 sum
+_FLOOR = 1e-30  # below that, float32's squares vanish
+
+
+@dataclass(frozen=True)
+class Surviving:
+    """What of one tensor's change was stored.
+
+    Attributes:
+        survived: ‖stored(W) − W0‖ / ‖ΔW‖; 1 for a change of zero.
+        cosine: of the angle between the two; 0 where nothing was stored.
+    """
+
+    survived: float
+    cosine: float
+
+
+class Watch:
+    """Adds up the change that was asked for and the change that was stored, block by block in a fixed order."""
+
+    def __init__(self) -> None:
+        self._stored = self._asked = self._along = 0.0
+
+    def __call__(self, start: torch.Tensor, change: torch.Tensor, rounded: torch.Tensor) -> None:
+        """Takes one block.
+
+        Args:
+            start: W0, any floating dtype.
+            change: ΔW before any rounding, of the same shape, float32 or float64.
+            rounded: what is stored of W0 + ΔW.
+        """
+        import torch
+
+        wide = torch.float64 if torch.float64 in (start.dtype, rounded.dtype) else torch.float32
+        stored = rounded.to(wide, copy=True).sub_(start.to(wide)).reshape(-1)
+        asked = change.reshape(-1)
+        squares, along = _products(asked, stored, torch.float32)
+        if not all(_FLOOR < square < math.inf for square in squares):
+            squares, along = _products(asked, stored, torch.float64)
+        self._asked += squares[0]
+        self._stored += squares[1]
+        self._along += along
+
+    @property
+    def asks(self) -> bool:
+        """Whether any change was asked for."""
+        return self._asked != 0
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no NaN or Inf was shown; False may also mean a square beyond float64."""
+        return math.isfinite(self._asked + self._stored)
+
+    @property
+    def surviving(self) -> Surviving:
+        """Of all blocks so far."""
+        asked, stored = math.sqrt(self._asked), math.sqrt(self._stored)
+        if not asked:
+            return Surviving(1.0, 1.0)
+        return Surviving(stored / asked, self._along / (asked * stored) if stored else 0.0)
+
+
+def _products(asked: torch.Tensor, stored: torch.Tensor, dtype: torch.dtype) -> tuple[tuple[float, float], float]:
+    """‖asked‖², ‖stored‖² and ⟨asked, stored⟩ of two flat tensors."""
+    left, right = asked.to(dtype).numpy(), stored.to(dtype).numpy()
+    with np.errstate(all="ignore"):  # what is not finite is asked for afterwards
+        return (_dot(left, left), _dot(right, right)), _dot(left, right)
+
+
+def _dot(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> float:
+    """Σ left · right of two flat arrays: lines of a fixed length, added in float64."""
+    whole = len(left) // _LINE * _LINE
+    lines = np.vecdot(left[:whole].reshape(-1, _LINE), right[:whole].reshape(-1, _LINE))
+    return float(lines.sum(dtype=np.float64)) + float(np.vecdot(left[whole:], right[whole:]))
+
+
+def least(surviving: Mapping[str, Surviving]) -> str | None:
+    """The tensor whose change survived least, the first by name of several; None of none."""
+    return min(sorted(surviving), key=lambda name: surviving[name].survived, default=None)
+
+
+def middle(surviving: Mapping[str, Surviving]) -> float:
+    """The median of what survived."""
+    return median(each.survived for each in surviving.values())
+
+
+def check_surviving(surviving: Mapping[str, Surviving], minimum: float) -> None:
+    """Raises VerificationFailed where less than `minimum` of a change was stored."""
+    name = least(surviving)
+    if name is not None and surviving[name].survived < minimum:
+        few = sum(each.survived < minimum for each in surviving.values())
+        raise VerificationFailed(
+            f"too little of the change survives rounding in {few} of {len(surviving)} merged tensors: nothing written",
+            where=name,
+            expected=f"‖stored(W) − W0‖ / ‖ΔW‖ of at least {minimum}",
+            found=f"{surviving[name].survived:.4g}",
+            then="store the result in a finer dtype: --dtype bfloat16 or float32",
+        )
