@@ -2,25 +2,35 @@
 
 The floor is cp, and cp with the data on disk at the end: surgery puts its output there before it names it, PEFT and
 cp leave it in the page cache.
+
+    python benchmarks/merge.py --layers 42             # 4 GB; the results get a name of their own
 """
 
 from __future__ import annotations
 
+import filecmp
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import session
 from model import ALPHA, RANK
 from processes import Contender
-from session import HERE, PYTHON, SURGERY, Comparison, WrongAnswer
+from report import Row
+from session import HERE, PYTHON, SURGERY, Comparison, WrongAnswer, verdict
 
 if TYPE_CHECKING:
     import torch
 
 _FILES = ("base/model.safetensors", "adapter/adapter_model.safetensors")
 _OURS, _THEIRS, _COPY, _SYNCED = "out/surgery-merge", "out/peft-merge", "out/copy.safetensors", "out/synced.safetensors"
+_UNDOABLE = "out/surgery-undo"
+_SURGERY, _WITH_UNDO, _PEFT = "surgery merge", "surgery merge --undo", "PEFT merge_and_unload, save_pretrained"
+_FLOOR = "floor: cp"
+FASTER = 3.5  # times that we mean to be faster than PEFT, as whole processes
+NEAR = 4.0  # times cp that we mean to take at most, without imports, undo file included
+SMALL = 700_000_000  # bytes of peak RSS, whatever the model's size
 _CP = ("cp", "--reflink=never") if sys.platform == "linux" else ("cp",)
 _ROWS = 512  # of a block
 _DISCARDED = 45  # mantissa bits of float64 that bfloat16 lacks
@@ -33,18 +43,27 @@ def comparison() -> Comparison:
         title=f"merge, rank {RANK}, all linear weights",
         contenders=(
             Contender(
-                "surgery merge",
+                _SURGERY,
                 (SURGERY, "merge", "base", "adapter", "-o", _OURS, "--json"),
                 reads=_FILES,
                 writes=_OURS,
             ),
             Contender(
-                "PEFT merge_and_unload, save_pretrained",
+                _WITH_UNDO,
+                (
+                    *(SURGERY, "merge", "base", "adapter", "-o", f"{_UNDOABLE}/merged"),
+                    *("--undo", f"{_UNDOABLE}/undo.safetensors", "--json"),
+                ),
+                reads=_FILES,
+                writes=_UNDOABLE,
+            ),
+            Contender(
+                _PEFT,
                 (PYTHON, str(HERE / "peft_merge.py"), "base", "adapter", _THEIRS),
                 reads=_FILES,
                 writes=_THEIRS,
             ),
-            Contender("floor: cp", (*_CP, _FILES[0], _COPY), reads=_FILES[:1], writes=_COPY),
+            Contender(_FLOOR, (*_CP, _FILES[0], _COPY), reads=_FILES[:1], writes=_COPY),
             Contender(
                 "floor: cp and sync",
                 ("sh", "-c", f"{' '.join(_CP)} {_FILES[0]} {_SYNCED} && sync {_SYNCED}"),
@@ -57,7 +76,23 @@ def comparison() -> Comparison:
             "surgery": (PYTHON, ("model-surgery", "torch", "numpy", "safetensors")),
             "PEFT": (PYTHON, ("peft", "torch", "transformers", "safetensors")),
         },
+        targets=targets,
     )
+
+
+def targets(rows: Sequence[Row], layers: int) -> list[str]:
+    """What we aim at, and whether this run got there."""
+    by_name = {row.contender: row for row in rows}
+    ours, undoable = by_name[_SURGERY], by_name[_WITH_UNDO]
+    faster = by_name[_PEFT].wall_ratio
+    peak = max(ours.peak_rss_bytes, undoable.peak_rss_bytes)
+    assert undoable.own_s is not None
+    near = undoable.own_s.median / by_name[_FLOOR].wall_s.median
+    return [
+        verdict(f"PEFT's wall time at least {FASTER} × ours", faster.median >= FASTER, f"{faster} ×"),
+        verdict(f"with --undo, less imports, at most {NEAR} × cp", near <= NEAR, f"{near:.2f} × by the medians"),
+        verdict(f"peak RSS at most {SMALL / 1e6:.0f} MB", peak <= SMALL, f"{peak / 1e6:.0f} MB"),
+    ]
 
 
 def check(folder: Path) -> list[dict[str, Any]]:
@@ -85,7 +120,12 @@ def check(folder: Path) -> list[dict[str, Any]]:
                 total.add(name, base.get_tensor(name), *factors, ours.get_tensor(name), theirs.get_tensor(name))
             elif not base.get_tensor(name).equal(ours.get_tensor(name)):
                 raise WrongAnswer(f"{name} changed, though the adapter has nothing for it")
-    return total.rows()
+    undoable = folder / _UNDOABLE
+    if not filecmp.cmp(folder / _OURS / "model.safetensors", undoable / "merged/model.safetensors", shallow=False):
+        raise WrongAnswer("with --undo the merge is another")
+    share = (undoable / "undo.safetensors").stat().st_size / (2 * total.elements)
+    undo = {"merged by": "bytes of the undo file ÷ the merged tensors'", "elements": total.elements}
+    return [*total.rows(), undo | {"not the nearest bfloat16": "", "share": share}]
 
 
 class _Counts:

@@ -132,6 +132,11 @@ def installed(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def verdict(target: str, met: bool, measured: str) -> str:
+    """A target in words, and whether what was measured meets it."""
+    return f"target: {target}: {'met' if met else 'NOT MET'}, {measured}"
+
+
 def company(others: float | None) -> str:
     """How quiet the machine was. Libraries whose threads wait for each other suffer most from company."""
     if others is None:

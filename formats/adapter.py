@@ -40,6 +40,7 @@ class AdapterModule:
         transposed: for experts, whether the base stores (experts, in, out) instead of (experts, out, in).
         part: for a stack of experts that the base stores in pieces, (out, in) each, which of them the target is.
         settings: what else the method must know, as its own file says; empty for LoRA.
+        reads: another tensor of the base that the method reads beside the target, and gets as the factor `weight`.
     """
 
     target: str
@@ -52,6 +53,7 @@ class AdapterModule:
     transposed: bool = False
     part: ExpertPart | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    reads: str | None = None
 
     @property
     def scaling(self) -> float:
@@ -90,6 +92,24 @@ class Adapter:
         return tuple(sorted([*factors, *(full.source for full in self.replacements)], key=lambda ref: ref.name))
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a caller says of adapters whose files do not: loralib's have no config.
+
+    Attributes:
+        alpha: of every module; None where nobody said.
+        enable_lora: which slices of a fused layer are adapted, as loralib's MergedLinear was given it.
+        fan_in_fan_out: whether square weights of which nothing else tells are stored (in, out).
+    """
+
+    alpha: float | None = None
+    enable_lora: tuple[bool, ...] = ()
+    fan_in_fan_out: bool = False
+
+
+NOTHING_TOLD = Told()
+
+
 class Dialect(Protocol):
     """A way of naming an adapter's tensors and config."""
 
@@ -104,8 +124,11 @@ class Dialect(Protocol):
         config: Mapping[str, Any] | None,
         base: Mapping[str, TensorSpec],
         names: Mapping[str, str],
+        told: Told,
     ) -> Adapter:
         """The adapter, resolved against the base's tensors, some of which the model may call by other `names`.
+
+        What is `told` stands in for a config where the dialect has none.
 
         Raises:
             AdapterFormatError: keys and config contradict each other, or need what we cannot do.

@@ -5,7 +5,7 @@ Protocols only. Containers implement them; operations and the engine see nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from formats.spec import CheckpointRef, TensorRef, TensorSpec
@@ -63,6 +63,15 @@ class CheckpointWriter(Protocol):
 
     def write_bytes(self, name: str, payload: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Writes one tensor's payload as it is."""
+
+    def copy(
+        self,
+        name: str,
+        source: Checkpoint,
+        source_name: str,
+        seen: Callable[[memoryview], object],
+    ) -> None:
+        """Writes one tensor's payload as `source` has it, chunk by chunk; each is shown to `seen`."""
 
     def omit(self, name: str) -> None:
         """Says that a declared tensor will not come after all; the output is laid out without it."""

@@ -187,6 +187,7 @@ class _Output:
             raise
         self.write = self._container.write
         self.write_bytes = self._container.write_bytes
+        self.copy = self._container.copy
         self.omit = self._container.omit
         self.seal = self._container.seal
 

@@ -6,10 +6,11 @@ The index may name files in its own folder only. Knows nothing of what the folde
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from formats.checkpoint import Checkpoint
 from formats.errors import CorruptFile, PathNotFound
 from formats.names import unknown_tensor
 from formats.safetensors_file import SafetensorsFile, SafetensorsWriter
@@ -54,8 +55,9 @@ class ShardedCheckpoint:
         for filename, file in self._files.items():
             for name, spec in file.specs.items():
                 if self.shards.get(name) != filename:
+                    twice = name in self._files[self.shards[name]].specs if name in self.shards else False
                     raise CorruptFile(
-                        "the index and a shard disagree about a tensor",
+                        "a tensor lies in two shards" if twice else "the index and a shard disagree about a tensor",
                         where=f"{file.path}: {name}",
                         expected=self.shards.get(name, "an entry in the index"),
                         found=filename,
@@ -110,7 +112,7 @@ class ShardedCheckpoint:
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes(), object_pairs_hook=lambda pairs: _once(pairs, path))
         shards = document["weight_map"]
         own = document.get("metadata") or {}
         sound = all(isinstance(text, str) for pair in shards.items() for text in pair) and isinstance(own, dict)
@@ -122,6 +124,19 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
         if Path(filename).name != filename or filename in ("", ".", ".."):
             raise CorruptFile("the index reaches outside its folder", where=path, found=filename)
     return shards, {key: value for key, value in own.items() if isinstance(value, str)}
+
+
+def _once(pairs: list[tuple[str, object]], path: Path) -> dict[str, object]:
+    """A JSON object whose names are all different: of two alike JSON itself would take the last."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise CorruptFile(
+            "the index names a tensor twice",
+            where=path,
+            found=", ".join(sorted(name for name in found if names.count(name) > 1)[:5]),
+        )
+    return found
 
 
 class ShardedWriter:
@@ -160,6 +175,10 @@ class ShardedWriter:
     def write_bytes(self, name: str, payload: Bytes) -> None:
         """Writes one tensor's payload as it is."""
         self._writers[self._shards[name]].write_bytes(name, payload)
+
+    def copy(self, name: str, source: Checkpoint, source_name: str, seen: Callable[[memoryview], object]) -> None:
+        """Writes one tensor's payload as another file has it."""
+        self._writers[self._shards[name]].copy(name, source, source_name, seen)
 
     def omit(self, name: str) -> None:
         """Leaves a declared tensor out."""

@@ -21,6 +21,7 @@ from formats.errors import OutputExists, PathNotFound, WriteFailed
 
 _WORKING_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2
 _CHUNK = 1 << 30  # the kernel moves at most 2 GiB a call
+_SENT = 1 << 18  # bytes; less is not worth a call of its own
 
 
 @contextlib.contextmanager
@@ -230,10 +231,13 @@ def _sync_folder(path: Path) -> None:
 
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """Writes all of `data` at `offset`, in as many calls as the system wants."""
-    view = memoryview(data)
+    view, begin = memoryview(data), offset
     while view:
         written = os.pwrite(descriptor, view[:_CHUNK], offset)
         view, offset = view[written:], offset + written
+    if offset - begin >= _SENT and hasattr(os, "posix_fadvise"):
+        # Linux then sends the pages to disk, and keeps them: they are not clean yet. `commit` finds little left to do.
+        os.posix_fadvise(descriptor, begin, offset - begin, os.POSIX_FADV_DONTNEED)
 
 
 def copy_range(source: int, source_offset: int, target: int, target_offset: int, size: int) -> None:

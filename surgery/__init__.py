@@ -16,6 +16,7 @@ from surgery.version import __version__
 
 if TYPE_CHECKING:
     from formats import open_checkpoint
+    from formats.adapter import Told
     from surgery.budget import Budget
     from surgery.engine import Resources
     from surgery.errors import FormatError, ReportedError, SurgeryError
@@ -67,6 +68,7 @@ _HOMES = {
     "RatioRule": "surgery.ranks",
     "ResidualRule": "surgery.ranks",
     "ThresholdRule": "surgery.ranks",
+    "Told": "formats.adapter",
     "Budget": "surgery.budget",
     "verify": "surgery.operations.verify",
     "VerifyReport": "surgery.operations.verify",
@@ -92,6 +94,7 @@ __all__ = [
     "SpectrumReport",
     "SurgeryError",
     "ThresholdRule",
+    "Told",
     "UnmergeReport",
     "VerifyReport",
     "__version__",

@@ -2,18 +2,20 @@
 
 A correction is one Zstandard frame. For every chunk of 2¹⁹ elements, the last one shorter, it holds
 
-    count            u32, elements that differ
+    count            u32, elements that differ outside of the likely ones
     length           u32, bytes of the gaps
-    gaps             from each differing element to the next, in steps of one byte: 255 means 255 further on, not there
-                     yet; anything else, there
+    marks            for each likely element one bit, lowest first: whether it differs; filled up to whole bytes
+    gaps             from each other differing element to the next, in steps of one byte: 255 means 255 further on, not
+                     there yet; anything else, there
     differences      (bits of the tensor − bits of the prediction) as integers of the element's width, zigzag (0, −1,
-                     1, −2 … as 0, 1, 2, 3 …), all lowest bytes first, then all second ones, and so on
+                     1, −2 … as 0, 1, 2, 3 …), the likely elements' first, all lowest bytes first, then all second
+                     ones, and so on
 
-everything little-endian. Where the prediction is a merged weight with its delta subtracted again, the elements whose
-exponent is larger in the merged weight than in the prediction come first: those are the ones that rounding coarsened,
-about every other one is wrong, and hardly any elsewhere. Neighbours in the last place differ by ±1 in their bits, so
-but for positions little is left to store; and where everything differs the gaps are all alike and cost nothing. Each
-part ends a block, since every block has its own code.
+everything little-endian. Where the prediction is a merged weight with its delta subtracted again, those elements are
+likely to differ whose exponent is larger in the merged weight than in the prediction: rounding coarsened them, about
+every other one is wrong, and hardly any elsewhere. Neighbours in the last place differ by ±1 in their bits, so but for
+the marks little is left to store; and where everything differs the gaps are all alike and cost nothing. Each part ends
+a block, since every block has its own code.
 
 Knows bytes only: no file, no dtype, no method.
 """
@@ -56,7 +58,9 @@ def uncertain(guess: Bytes, itemsize: int, coarsened: Coarsened) -> int:
     count = 0
     for begin in range(0, len(words), _CHUNK):
         chunk = words[begin : begin + _CHUNK]
-        count += int((_likely(chunk, begin, coarsened) | (chunk & fraction == 0)).sum())
+        marks = chunk & fraction == 0
+        marks[_likely(chunk, begin, coarsened)] = True
+        count += int(marks.sum())
     return count
 
 
@@ -85,16 +89,22 @@ def correct_from(actual: Bytes, predicted: Bytes, itemsize: int, coarsened: Coar
     differs = False
     truths, guesses = (_words(payload, actual.nbytes, itemsize) for payload in (actual, predicted))
     for begin in range(0, len(truths), _CHUNK):
-        order = _order(guesses[begin : begin + _CHUNK], begin, coarsened)
-        truth, guess = truths[begin : begin + _CHUNK][order], guesses[begin : begin + _CHUNK][order]
-        positions = np.flatnonzero(truth != guess)
+        truth, guess = truths[begin : begin + _CHUNK], guesses[begin : begin + _CHUNK]
+        wrong = truth != guess
+        likely = _likely(guess, begin, coarsened)
+        marks = wrong[likely]
+        wrong[likely] = False
+        others = np.flatnonzero(wrong)
+        positions = np.concatenate([likely[marks], others])
         differs = differs or bool(len(positions))
         difference = truth[positions] - guess[positions]  # modulo 2^bits
-        gaps = _gaps(positions)
+        gaps = _gaps(others)
         planes = np.ascontiguousarray(_zigzag(difference).view(np.uint8).reshape(-1, itemsize).T)
-        for part in (_HEAD.pack(len(positions), len(gaps)) + gaps.tobytes(), *planes):
-            parts.append(stream.compress(bytes(part)))
-            parts.append(stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+        packed = np.packbits(marks, bitorder="little")
+        for part in (_HEAD.pack(len(others), len(gaps)) + packed.tobytes(), gaps, *planes):
+            if len(part):
+                parts.append(stream.compress(bytes(part)))
+                parts.append(stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
     return b"".join([*parts, stream.flush()]) if differs else None
 
 
@@ -110,15 +120,19 @@ def corrected(
         with zstandard.ZstdDecompressor().stream_reader(correction.data) as stream:
             for begin in range(0, len(words), _CHUNK):
                 chunk = words[begin : begin + _CHUNK]
+                likely = _likely(chunk, begin, coarsened)
                 count, length = _HEAD.unpack(_exactly(stream, _HEAD.size))
                 if count > len(chunk) or length > count + len(chunk) // _FAR:
                     raise ValueError(f"{count} corrections of {len(chunk)} elements")
-                positions = _positions(np.frombuffer(_exactly(stream, length), np.uint8))
-                if len(positions) != count or (count and positions[-1] >= len(chunk)):
+                packed = np.frombuffer(_exactly(stream, (len(likely) + 7) // 8), np.uint8)
+                marks = np.unpackbits(packed, count=len(likely), bitorder="little").view(bool)
+                others = _positions(np.frombuffer(_exactly(stream, length), np.uint8))
+                if len(others) != count or (count and others[-1] >= len(chunk)):
                     raise ValueError("positions beyond the tensor")
-                planes = np.frombuffer(_exactly(stream, count * itemsize), np.uint8).reshape(itemsize, count)
-                codes = np.ascontiguousarray(planes.T).view(f"<u{itemsize}").reshape(-1)
-                chunk[_order(chunk, begin, coarsened)[positions]] += _unzigzag(codes)
+                positions = np.concatenate([likely[marks], others])
+                planes = np.frombuffer(_exactly(stream, len(positions) * itemsize), np.uint8)
+                codes = np.ascontiguousarray(planes.reshape(itemsize, -1).T).view(f"<u{itemsize}").reshape(-1)
+                chunk[positions] += _unzigzag(codes)
             if stream.read(1):
                 raise ValueError("more than the tensor's elements")
     except (ValueError, zstandard.ZstdError) as error:
@@ -135,23 +149,14 @@ def _words(payload: Bytes, nbytes: int, itemsize: int) -> Words:
     return payload[:nbytes].view(f"<u{itemsize}")
 
 
-def _order(guess: Words, begin: int, coarsened: Coarsened | None) -> Words:
-    """The order in which a chunk's elements are stored: those first that are likely to be wrong."""
+def _likely(guess: Words, begin: int, coarsened: Coarsened | None) -> Words:
+    """The positions of a chunk's elements that are likely to be wrong."""
     if coarsened is None:
-        return np.arange(len(guess))
-    likely = _likely(guess, begin, coarsened)
-    return np.concatenate([np.flatnonzero(likely), np.flatnonzero(~likely)])
-
-
-def _likely(guess: Words, begin: int, coarsened: Coarsened) -> Words:
-    """Whether each element of a chunk has a smaller exponent than the merged one."""
+        return np.zeros(0, np.int64)
     merged = coarsened.merged.view(guess.dtype)[begin : begin + len(guess)]
-    smaller: Words = _exponents(merged, coarsened.fraction) > _exponents(guess, coarsened.fraction)
-    return smaller
-
-
-def _exponents(words: Words, fraction: int) -> Words:
-    return (words << 1) >> (fraction + 1)  # the sign falls off at the top
+    bits = 8 * guess.itemsize
+    exponent = guess.dtype.type((1 << (bits - 1)) - (1 << coarsened.fraction))
+    return np.flatnonzero((merged & exponent) > (guess & exponent))
 
 
 def _gaps(positions: Words) -> Bytes:

@@ -21,7 +21,8 @@ from formats.paths import open_checkpoint
 from formats.spec import CheckpointRef, TensorRef, TensorSpec
 from formats.tensors import Bytes
 from surgery.errors import Unsupported
-from surgery.plan import Compares, Outcome, Plan, Step
+from surgery.plan import Compares, Outcome, Plan, Step, TakesOver
+from surgery.provenance import new_hash
 from surgery.threads import cores, torch_threads
 
 if TYPE_CHECKING:
@@ -118,6 +119,10 @@ def _run_step(
     stop: threading.Event,
 ) -> Outcome:
     try:
+        if stop.is_set():
+            return Outcome((), {})
+        if isinstance(step.op, TakesOver):
+            return _take_over(step, step.op, readers, writers[0])
         outcome = _unchanged(step, readers)
         with budget.hold(step.nbytes if outcome is None else 0):
             if stop.is_set():
@@ -132,6 +137,15 @@ def _run_step(
             error.add_note(f"while running the step {step.name}")
         raise
     return Outcome((), outcome.fates, outcome.figures)
+
+
+def _take_over(step: Step, op: TakesOver, readers: _Readers, writer: CheckpointWriter | None) -> Outcome:
+    """Copies the step's input to its output, and hashes it on the way."""
+    (source,), (spec,) = step.inputs, step.outputs
+    seen = new_hash()
+    if writer is not None:
+        writer.copy(spec.name, readers.checkpoint(source), source.name, seen.update)
+    return op.taken(seen.hexdigest())
 
 
 def _write(
@@ -199,7 +213,7 @@ class _Readers:
         self._lock = threading.Lock()
 
     def read(self, ref: TensorRef) -> torch.Tensor:
-        return self._checkpoint(ref).read(ref.name)
+        return self.checkpoint(ref).read(ref.name)
 
     def equal(self, before: TensorRef, after: TensorRef) -> bool:
         """Whether two tensors are equal bit for bit, chunk by chunk up to the first difference."""
@@ -209,13 +223,13 @@ class _Readers:
         buffers = [np.empty(min(_CHUNK, nbytes), np.uint8) for _ in range(2)]
         for begin in range(0, nbytes, _CHUNK):
             old, new = (buffer[: nbytes - begin] for buffer in buffers)
-            self._checkpoint(before).read_into(before.name, begin, old)
-            self._checkpoint(after).read_into(after.name, begin, new)
+            self.checkpoint(before).read_into(before.name, begin, old)
+            self.checkpoint(after).read_into(after.name, begin, new)
             if not np.array_equal(_words(old), _words(new)):
                 return False
         return True
 
-    def _checkpoint(self, ref: TensorRef) -> Checkpoint:
+    def checkpoint(self, ref: TensorRef) -> Checkpoint:
         with self._lock:
             if ref.checkpoint not in self._open:
                 self._open[ref.checkpoint] = open_checkpoint(ref.checkpoint.path)

@@ -56,6 +56,14 @@ class Op(Protocol):
 
 
 @runtime_checkable
+class TakesOver(Protocol):
+    """The work of a step that passes its only input on as it is: its bytes are copied and no tensor is made."""
+
+    def taken(self, digest: str) -> Outcome:
+        """The outcome, without tensors, for a payload of this hash."""
+
+
+@runtime_checkable
 class Compares(Protocol):
     """An Op whose inputs come in pairs, and that has little to say where each pair is equal: they are not loaded."""
 
@@ -80,7 +88,7 @@ class Step:
     name: str
     inputs: tuple[TensorRef, ...]
     outputs: tuple[TensorSpec, ...]
-    op: Op
+    op: Op | TakesOver
     workspace: int = 0
     shrinks: bool = False
     asides: tuple[TensorSpec, ...] = ()

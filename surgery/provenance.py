@@ -1,6 +1,6 @@
 """What an output says of its own making: hashes, content digests, receipts.
 
-A receipt travels in the output's metadata. It names the operation, every input tensor's SHA-256, and keeps the
+A receipt travels in the output's metadata. It names the operation, every input tensor's BLAKE3, and keeps the
 originals of tensors that an adapter replaced, as long as they are small: with them unmerge can restore what no
 subtraction can. Knows no operation's mathematics.
 """
@@ -8,13 +8,13 @@ subtraction can. Knows no operation's mathematics.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from blake3 import blake3
 
 from formats.adapter import Adapter
 from formats.errors import CorruptFile
@@ -29,24 +29,30 @@ if TYPE_CHECKING:
     import torch
 
 RECEIPT = "surgery.receipt"
+HASH = "blake3"  # of everything that a receipt names
 TOOL = f"surgery {__version__}"
 UNKNOWN = "0" * 64  # stands for a hash until it is known, so that a header's length is known from the start
 ORIGINALS_LIMIT = 8 << 20  # bytes of replaced tensors that a receipt keeps
 
 
+def new_hash() -> blake3:
+    """A hash to be updated with a payload: BLAKE3 (O'Connor et al., 2020), at several times the speed of SHA-256."""
+    return blake3()
+
+
 def tensor_hash(tensor: torch.Tensor) -> str:
-    """SHA-256 of the tensor's payload as stored, in hex."""
-    return hashlib.sha256(bytes_from_tensor(tensor).data).hexdigest()
+    """BLAKE3 of the tensor's payload as stored, in hex."""
+    return blake3(bytes_from_tensor(tensor).data).hexdigest()
 
 
 def content_digest(tensors: Iterable[tuple[TensorSpec, str]]) -> str:
     """A content address over (spec, payload hash) of all tensors: the same however they are sharded or ordered."""
     lines = sorted(json.dumps([spec.name, spec.dtype.label, list(spec.shape), payload]) for spec, payload in tensors)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return blake3("\n".join(lines).encode()).hexdigest()
 
 
 def fingerprint(adapter: Adapter) -> tuple[str, dict[str, str]]:
-    """The adapter's content digest, and the SHA-256 of every tensor of it that takes part, by name.
+    """The adapter's content digest, and the BLAKE3 of every tensor of it that takes part, by name.
 
     The digest covers scalings and targets too: the same tensors under another alpha are another adapter. Reads the
     adapter's payload. Raises NotFinite.
@@ -68,7 +74,7 @@ def fingerprint(adapter: Adapter) -> tuple[str, dict[str, str]]:
     ]
     parts += [[full.target, "full", list(full.rows), hashes[full.source.name]] for full in adapter.replacements]
     lines = sorted(json.dumps(part) for part in parts)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest(), hashes
+    return blake3("\n".join(lines).encode()).hexdigest(), hashes
 
 
 @dataclass(frozen=True)
@@ -118,11 +124,13 @@ class Receipt:
         operation: "merge".
         tool: name and version of the program that did it.
         adapters: all that were merged at once, in the order of their digests.
-        base_tensors: SHA-256 of every tensor's payload of the base, by name.
-        added: tensors the base did not have.
+        base_tensors: BLAKE3 of every tensor's payload of the base, by name.
+        added: tensors that unmerge leaves out: the base did not have them, or has them by another name too.
         originals: base tensors that were replaced, kept whole.
         lost: base tensors that were replaced and too large to keep.
         base_metadata: the base's own metadata, an earlier receipt included.
+        renamed: tensors that the base has under another name, and that name.
+        config: the base's config.json, where the output's says more than another size of the vocabulary.
     """
 
     operation: str
@@ -133,6 +141,8 @@ class Receipt:
     originals: Mapping[str, Original] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
     base_metadata: Mapping[str, str] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    config: str = ""
 
     def metadata(self) -> dict[str, str]:
         """The output's metadata: the base's own with this receipt."""
@@ -141,7 +151,7 @@ class Receipt:
     @property
     def text(self) -> str:
         """The receipt as it is written."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return json.dumps({"hash": HASH, **asdict(self)}, sort_keys=True, separators=(",", ":"))
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -158,9 +168,8 @@ class Receipt:
         """A receipt out of its text. Raises CorruptFile if it cannot be read."""
         try:
             document: dict[str, Any] = json.loads(text)
-            if "adapter" in document:  # receipts of one adapter, as they were before there could be several
-                parts = (document.pop("adapter"), document.pop("weight"), document.pop("adapter_tensors"))
-                document["adapters"] = [dict(zip(("digest", "weight", "tensors"), parts, strict=True))]
+            if (found := document.pop("hash", "none")) != HASH:
+                raise ValueError(f"hash {found}")
             document["adapters"] = tuple(MergedAdapter(**merged) for merged in document["adapters"])
             document["originals"] = {name: Original(**kept) for name, kept in document["originals"].items()}
             document["added"], document["lost"] = tuple(document["added"]), tuple(document["lost"])
@@ -170,7 +179,7 @@ class Receipt:
                 "the file's receipt is not one of ours",
                 where=where,
                 found=f"{type(error).__name__}: {error}",
-                then="it may come from a newer version of surgery",
+                then="it may come from another version of surgery",
             ) from error
 
     def chain(self, where: object) -> list[Receipt]:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from formats.spec import DType
 from formats.tensors import torch_dtype
+from surgery.certain import CertainSum
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,7 @@ EXACT_TERMS = 512  # of one exact sum
 # Low bits of a float32 that are zero wherever it lies on a tie of the narrower type (and where it is representable).
 _TIE_BITS = {DType.BF16: 0x7FFF, DType.F16: 0x0FFF}
 _LEAST_EXPONENT = -900  # of a line in fixed point; a shorter one has fewer bits, and both factors stay in range
+_SETTLED = 1 << 15  # elements that are computed one by one, at a time
 _BLOCK_ELEMENTS = 1 << 17  # float64 elements of one block: 1 MiB, so that it stays in cache
 
 
@@ -67,6 +69,10 @@ class ExactProduct:
             chunk = slice(first, first + EXACT_TERMS)
             total += self.left[begin:end, chunk] @ self.right[chunk]
         return total if self.scale == 1.0 else total.mul_(self.scale)
+
+    def on(self, device: torch.device) -> ExactProduct:
+        """The same product, computed there."""
+        return replace(self, left=self.left.to(device), right=self.right.to(device))
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,8 @@ def fixed_point(factor: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
 
 
 def add_rounded(weight: torch.Tensor, deltas: Sequence[Delta], dtype: DType) -> torch.Tensor:
-    """weight + Σ deltas, summed in float64 in the order given, rounded once to `dtype`.
+    """weight + Σ deltas, summed in float64 in the order given, rounded once to `dtype`: where the weight is, and with
+    the same bits everywhere.
 
     Args:
         weight: any shape and floating dtype; seen as a matrix of the deltas' columns.
@@ -146,10 +153,57 @@ def add_rounded(weight: torch.Tensor, deltas: Sequence[Delta], dtype: DType) -> 
     import torch
 
     matrix = weight.reshape(-1, deltas[0].columns)
-    result = torch.empty(matrix.shape, dtype=torch_dtype(dtype))
-    for begin, end in _blocks(matrix):
-        result[begin:end] = round_once(_sum(matrix, deltas, begin, end), dtype)
+    result = torch.empty(matrix.shape, dtype=torch_dtype(dtype), device=matrix.device)
+    stacks = [delta.products for delta in deltas if isinstance(delta, StackedProducts)]
+    if len(stacks) == len(deltas) and len({len(stack) for stack in stacks}) == 1:
+        matrices, results = (whole.chunk(len(stacks[0])) for whole in (matrix, result))
+        for part, rounded, *products in zip(matrices, results, *stacks, strict=True):
+            _add(part, products, dtype, rounded)
+    else:
+        _add(matrix, deltas, dtype, result)
     return result.reshape(weight.shape)
+
+
+def _add(matrix: torch.Tensor, deltas: Sequence[Delta], dtype: DType, result: torch.Tensor) -> None:
+    """As `add_rounded`, of a matrix into a result of its size."""
+    import torch
+
+    products = [delta.on(matrix.device) for delta in deltas if isinstance(delta, ExactProduct)]
+    certain = None
+    if len(products) == len(deltas):
+        deltas = products
+        certain = CertainSum(products, dtype) if CertainSum.serves(products, dtype) else None
+    left_open = []
+    for begin, end in _blocks(matrix):
+        rest = certain.round(matrix[begin:end], begin, result[begin:end]) if certain else None
+        if rest is None:
+            result[begin:end] = round_once(_sum(matrix, deltas, begin, end), dtype)
+        else:
+            left_open.append(rest.add_(begin * matrix.shape[1]))
+    if left_open:
+        _settle(matrix, products, torch.cat(left_open), dtype, result)
+
+
+def _settle(
+    matrix: torch.Tensor,
+    products: Sequence[ExactProduct],
+    positions: torch.Tensor,
+    dtype: DType,
+    result: torch.Tensor,
+) -> None:
+    """Computes single elements of matrix + Σ products, with the bits they have in `_sum`."""
+    import torch
+
+    turned = [(product.left, product.right.mT.contiguous(), product.scale) for product in products]
+    for some in torch.split(positions, _SETTLED):
+        rows, columns = some // matrix.shape[1], some % matrix.shape[1]
+        values = None
+        for left, right, scale in turned:
+            product = (left[rows] * right[columns]).sum(1).mul_(scale)
+            values = product if values is None else values.add_(product)
+        assert values is not None
+        values += matrix.reshape(-1)[some].to(values.dtype)
+        result.view(-1)[some] = round_once(values, dtype)
 
 
 def lengthen(matrix: torch.Tensor, delta: Delta, lengths: torch.Tensor, result: torch.Tensor, dtype: DType) -> None:
@@ -200,9 +254,9 @@ def _sum(matrix: torch.Tensor, deltas: Sequence[Delta], begin: int, end: int) ->
     """matrix + Σ deltas between two rows.  # (end - begin, columns) float64"""
     import torch
 
-    block = deltas[0].rows(begin, end)
+    block = deltas[0].rows(begin, end).to(matrix.device)
     for delta in deltas[1:]:
-        block += delta.rows(begin, end)
+        block += delta.rows(begin, end).to(matrix.device)
     block += matrix[begin:end].to(torch.float64)  # twice as fast as adding across dtypes
     return block
 
@@ -232,11 +286,21 @@ def round_once(values: torch.Tensor, dtype: DType) -> torch.Tensor:
     if dtype not in _TIE_BITS:
         return values.to(torch_dtype(dtype))
     nearest = values.to(torch.float32)
-    bits = nearest.numpy().view(np.int32)
-    ties = np.nonzero((bits & _TIE_BITS[dtype]) == 0)  # numpy finds them five times as fast as torch
-    at = nearest.numpy()[ties]
-    with np.errstate(invalid="ignore"):
-        error = values.numpy()[ties] - at  # float64; its sign tells on which side of the value `nearest` lies
-    away = ((error < 0) == (at > 0)).astype(np.int32)  # 1 where rounded away from zero
-    bits[ties] = np.where((error != 0) & np.isfinite(error), (bits[ties] - away) | 1, bits[ties])
+    ties = _ties(nearest, _TIE_BITS[dtype])
+    at = nearest.view(-1)[ties]
+    error = values.reshape(-1)[ties] - at  # float64; its sign tells on which side of the value `nearest` lies
+    away = ((error < 0) == (at > 0)).to(torch.int32)  # 1 where rounded away from zero
+    bits = at.view(torch.int32)
+    odd = torch.where((error != 0) & error.isfinite(), (bits - away) | 1, bits)
+    nearest.view(-1)[ties] = odd.view(torch.float32)
     return nearest.to(torch_dtype(dtype))
+
+
+def _ties(values: torch.Tensor, mask: int) -> torch.Tensor:
+    """The positions of contiguous float32 values whose low bits are all zero.  # (n,) int64"""
+    import torch
+
+    bits = values.view(torch.int32).view(-1)
+    if bits.device.type == "cpu":  # numpy finds them five times as fast as torch
+        return torch.from_numpy(np.flatnonzero((bits.numpy() & mask) == 0))
+    return torch.nonzero((bits & mask) == 0).view(-1)

@@ -2,7 +2,7 @@
 
 A safetensors file. Its tensors are corrections (see `surgery.correction`), by the name of the tensor that they lead
 back to; a tensor that comes out right without one has none. Its metadata names the merge: the receipt, the content
-digests of base and result, and for every tensor that merging changed what it was and the SHA-256 of what it became.
+digests of base and result, and for every tensor that merging changed what it was and the BLAKE3 of what it became.
 Knows how it is read and written, and nothing of how a prediction is made.
 """
 
@@ -26,12 +26,12 @@ from surgery.plan import Plan
 from surgery.provenance import Receipt
 
 UNDO = "surgery.undo"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Change:
-    """What merging did to one tensor: `dtype` and `shape` it had, the shape it has now, SHA-256 of its payload now."""
+    """What merging did to one tensor: `dtype` and `shape` it had, the shape it has now, BLAKE3 of its payload now."""
 
     dtype: str
     shape: list[int]

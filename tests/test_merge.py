@@ -98,7 +98,7 @@ def test_sharded_and_single_give_one_digest(pair: tuple[Path, Path], adapter: Pa
 
 
 def test_the_receipt_names_every_input(pair: tuple[Path, Path], adapter: Path, tmp_path: Path) -> None:
-    """Tool, operation, a SHA-256 for every tensor of base and adapter."""
+    """Tool, operation, a BLAKE3 for every tensor of base and adapter."""
     surgery.merge(pair[0], adapter, tmp_path / "m.st")
     with safe_open(tmp_path / "m.st", "pt") as file:
         receipt = json.loads(file.metadata()[RECEIPT])
@@ -194,6 +194,23 @@ def test_one_unmatched_key_among_many_is_an_error(tmp_path: Path, pair: tuple[Pa
 
 CONTRADICTIONS = {
     "half a pair": ({"layers.0.up.lora_A.weight": torch.zeros(2, 16)}, {}, AdapterFormatError, "half of a pair"),
+    "the other half": ({"layers.0.up.lora_B.weight": torch.zeros(48, 2)}, {}, AdapterFormatError, "half of a pair"),
+    "half an embedding": (
+        {"embed.token_embeddings.lora_embedding_B": torch.zeros(16, 2)}, {}, AdapterFormatError, "half of a pair",
+    ),
+    "half of one pair among whole ones": (
+        up() | {"layers.0.down.lora_A.weight": torch.zeros(2, 48)}, {}, AdapterFormatError, "layers.0.down",
+    ),
+    "rank of A against that of B": (
+        up() | {"layers.0.up.lora_B.weight": torch.zeros(48, 3)}, {}, AdapterFormatError, "rank contradicts",
+    ),
+    "rank pattern against the factors": (
+        up(), {"rank_pattern": {"up": 5}}, AdapterFormatError, "rank contradicts",
+    ),
+    "another architecture": (
+        {f"model.decoder.block.{n}.attn.wq.lora_{r}.weight": torch.zeros(2, 2) for n in range(9) for r in "AB"}, {},
+        UnmatchedKeys, "9 of 9 adapter targets match nothing",
+    ),
     "rank against config": (up(3), {}, AdapterFormatError, "rank contradicts"),
     "wrong width": (up(into=17), {}, ShapeMismatch, "48 × 16"),
     "dora": (up(), {"use_dora": True}, AdapterFormatError, "use_dora"),

@@ -18,6 +18,7 @@ from test_merge import lora
 
 import surgery
 from formats import DType
+from formats.errors import CorruptFile
 from surgery.errors import AlreadyMerged, NothingToDo, NotMergeable, NotMerged
 from surgery.provenance import RECEIPT, Receipt
 from surgery.rounding import round_once
@@ -86,18 +87,16 @@ def test_the_receipt_names_all_and_they_come_off_together(base: Path, three: lis
     torch.testing.assert_close(back, before, rtol=0.02, atol=0.1)
 
 
-def test_a_receipt_of_one_adapter_as_it_was_written_before_is_read(
-    base: Path, three: list[Path], tmp_path: Path
-) -> None:
-    """The older form had adapter, weight and adapter_tensors in the place of adapters."""
+def test_a_receipt_with_other_hashes_is_refused(base: Path, three: list[Path], tmp_path: Path) -> None:
+    """Those of an earlier version were SHA-256: nothing of them could be compared."""
     surgery.merge(base, (three[0], 0.5), tmp_path / "m.st")
     with safe_open(tmp_path / "m.st", "pt") as file:
         document = json.loads(file.metadata()[RECEIPT])
-    (only,) = document.pop("adapters")
-    document |= {"adapter": only["digest"], "weight": only["weight"], "adapter_tensors": only["tensors"]}
+    del document["hash"]
     save_file(load_file(tmp_path / "m.st"), tmp_path / "old.st", metadata={RECEIPT: json.dumps(document)})
-    now = surgery.unmerge(tmp_path / "m.st", three[0], tmp_path / "b.st")
-    assert surgery.unmerge(tmp_path / "old.st", three[0], tmp_path / "old-b.st").digest == now.digest
+    with pytest.raises(CorruptFile, match="not one of ours") as caught:
+        surgery.unmerge(tmp_path / "old.st", three[0], tmp_path / "b.st")
+    assert "another version" in caught.value.details["next"]
 
 
 def test_two_that_replace_one_tensor_are_refused(base: Path, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formats.spec import DType
+from formats.tensors import torch_dtype
 from surgery import rounding
+from surgery.certain import CertainSum
 from surgery.rounding import StackedProducts, add_rounded, exact_product, fixed_point_bits, round_once
 
 SHAPES = {DType.BF16: (8, -126, 127), DType.F16: (11, -14, 15)}  # significand bits, exponents of normal numbers
@@ -125,3 +127,72 @@ def test_stacked_products_are_the_same_by_any_blocks(heights: int, stack: int, d
     begin = data.draw(st.integers(0, heights * stack - 1))
     end = data.draw(st.integers(begin + 1, heights * stack))
     assert torch.equal(stacked.rows(begin, end), whole[begin:end])
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
+@pytest.mark.parametrize("terms", [1, 16, 120])
+@pytest.mark.parametrize("size", [1e-36, 1e-8, 1e-2, 10.0])
+def test_what_float32_decides_has_the_bits_of_float64(dtype: DType, terms: int, size: float) -> None:
+    """Row by row in float64 against blocks in float32, for deltas from nothing to larger than the weight."""
+    torch.manual_seed(terms)
+    weight = (torch.randn(70, 257) * 0.02).to(torch_dtype(dtype))
+    weight[3] = 0
+    weight[4] = -0.0
+    weight[5, :7] = 3e4
+    products = [
+        exact_product(torch.randn(70, terms) * 0.02, torch.randn(terms, 257) * size, scale) for scale in (0.3, -1.7)
+    ]
+    exact = weight.double() + (products[0].rows(0, 70) + products[1].rows(0, 70))
+    assert torch.equal(
+        add_rounded(weight, products, dtype).view(torch.int16), round_once(exact, dtype).view(torch.int16)
+    )
+
+
+def test_float32_decides_nearly_everything() -> None:
+    """Of a weight and a delta as they are found: but for half a per cent."""
+    torch.manual_seed(0)
+    weight = (torch.randn(64, 512) * 0.02).bfloat16()
+    product = exact_product(torch.randn(64, 16).bfloat16() * 0.02, torch.randn(16, 512).bfloat16() * 0.02, 0.5)
+    left = CertainSum([product], DType.BF16).round(weight, 0, torch.empty_like(weight))
+    assert left is not None
+    assert len(left) < 0.005 * weight.numel()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 3e38])
+def test_float32_decides_nothing_beyond_its_range(value: float) -> None:
+    """There float64 does, and what overflows on the way comes back."""
+    weight = torch.full((4, 8), value, dtype=torch.float64)
+    products = [exact_product(torch.full((4, 1), 1e38), torch.ones(1, 8), scale) for scale in (1.0, -1.0)]
+    assert CertainSum(products, DType.BF16).round(weight, 0, torch.empty(4, 8, dtype=torch.bfloat16)) is None
+    torch.testing.assert_close(
+        add_rounded(weight, products, DType.BF16), torch.full((4, 8), value).bfloat16(), equal_nan=True
+    )
+
+
+def test_factors_too_small_for_float32_are_not_lost() -> None:
+    """A tiny factor times a huge one."""
+    torch.manual_seed(2)
+    weight = (torch.randn(64, 64) * 1e-5).bfloat16()
+    products = [exact_product(torch.randn(64, 2) * 1e-42, torch.randn(2, 64) * 1e37, 1.0)]
+    exact = weight.double() + products[0].rows(0, 64)
+    assert torch.equal(add_rounded(weight, products, DType.BF16), round_once(exact, DType.BF16))
+
+
+def test_float32_that_is_none_is_not_trusted() -> None:
+    """Where somebody lets torch take less for float32."""
+    product = exact_product(torch.ones(4, 1), torch.ones(1, 8), 1.0)
+    assert CertainSum.serves([product], DType.BF16)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert not CertainSum.serves([product], DType.BF16)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_stacks_are_added_product_by_product() -> None:
+    """With the bits they have as one."""
+    torch.manual_seed(1)
+    weight = (torch.randn(3, 5, 7) * 0.02).bfloat16()
+    stack = StackedProducts(tuple(exact_product(torch.randn(5, 2), torch.randn(2, 7) * 0.01, 0.5) for _ in range(3)))
+    exact = weight.view(15, 7).double() + stack.rows(0, 15)
+    assert torch.equal(add_rounded(weight, [stack], DType.BF16).view(15, 7), round_once(exact, DType.BF16))

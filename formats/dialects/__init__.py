@@ -10,24 +10,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from formats.adapter import Adapter, Dialect
+from formats.adapter import NOTHING_TOLD, Adapter, Dialect, Told
 from formats.checkpoint import Checkpoint
+from formats.dialects.loralib import Loralib
 from formats.dialects.peft import Peft
 from formats.errors import AdapterFormatError, CorruptFile, PathNotFound
 from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_checkpoint
 from formats.spec import TensorSpec
 
-DIALECTS: tuple[Dialect, ...] = (Peft(),)
+DIALECTS: tuple[Dialect, ...] = (Peft(), Loralib())
+ASKING = ("loralib",)  # those that have no config, and ask the caller instead
 CONFIG_KEY = "adapter_config"  # where a single-file adapter keeps its config, in the header's metadata
 
 
-def open_adapter(path: str | Path, base: Mapping[str, TensorSpec], names: Mapping[str, str] | None = None) -> Adapter:
+def open_adapter(
+    path: str | Path,
+    base: Mapping[str, TensorSpec],
+    names: Mapping[str, str] | None = None,
+    told: Told = NOTHING_TOLD,
+) -> Adapter:
     """Reads an adapter's headers and config, resolved against its base's tensors.
 
     Args:
         path: an adapter's folder, or a single safetensors file with its config in the metadata.
         base: the base's tensors.
         names: what the model calls tensors that the base's file calls otherwise, by their names in the file.
+        told: what the caller says of an adapter whose dialect has no config.
 
     Raises:
         PathNotFound, NotACheckpoint, CorruptFile: the file itself.
@@ -36,7 +44,7 @@ def open_adapter(path: str | Path, base: Mapping[str, TensorSpec], names: Mappin
     """
     checkpoint, config = open_adapter_file(path)
     with checkpoint:
-        return _dialect_of(checkpoint, config, path).read(checkpoint, config, base, names or {})
+        return _dialect_of(checkpoint, config, path).read(checkpoint, config, base, names or {}, told)
 
 
 def open_adapter_file(path: str | Path) -> tuple[Checkpoint, Mapping[str, Any] | None]:

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from formats.adapter import Adapter, AdapterModule, Replacement
+from formats.adapter import Adapter, AdapterModule, Replacement, Told
 from formats.checkpoint import Checkpoint
-from formats.dialects.peft_factors import Context, Factors, layer_modules
+from formats.dialects.peft_factors import Context, Factors, layer_modules, weight_names
 from formats.dialects.peft_full import ROWS, grown, plain_name, replacements, row_replacements, rows_module
 from formats.dialects.peft_methods import Scheme, factor_pattern, no_factors, scheme_modules, scheme_of, shared_tensors
 from formats.dialects.peft_parameters import parameter_modules, take_parameters, unwrapped
@@ -36,9 +36,16 @@ _REFUSED = {
     "kasa_config": "KaSA changes the base before adding to it",
     "monteclora_config": "MonteCLoRA samples its factors",
     "velora_config": "VeLoRA changes the base layer",
-    "layer_replication": "layer replication changes the base's depth",
 }
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Initialisations that take the first BA off the base, or quantise it; the others leave it alone.
+_CONVERTED = "save it in converted form, save_pretrained(path_initial_model_for_weight_conversion=…)"
+_BASE_CHANGING_INITS = {
+    "pissa": _CONVERTED,
+    "olora": _CONVERTED,
+    "corda": _CONVERTED,
+    "lora_ga": _CONVERTED,
+    "loftq": "merge it into the base that LoftQ left, saved by itself, with init_lora_weights true in the config",
+}
 
 
 class Peft:
@@ -56,8 +63,9 @@ class Peft:
         config: Mapping[str, Any] | None,
         base: Mapping[str, TensorSpec],
         names: Mapping[str, str],
+        told: Told,
     ) -> Adapter:
-        """The adapter, resolved against the base's tensors."""
+        """The adapter, resolved against the base's tensors; its config says everything."""
         where = checkpoint.ref.path
         config = _checked(config, where)
         scheme = scheme_of(config, where)
@@ -69,7 +77,9 @@ class Peft:
         parameters = [] if scheme else take_parameters(modules, config, base)
         if config.get("ensure_weight_tying"):
             _drop_tied_heads(checkpoint, modules, full, base)
-        weights = [f"{module}.{'bias' if scheme and scheme.alone else 'weight'}" for module in (*modules, *rows)]
+        last = "bias" if scheme and scheme.alone else "weight"
+        named = {module: f"{module}.{last}" for module in modules} if scheme else weight_names(modules, base)
+        weights = [*named.values(), *(f"{module}.weight" for module in rows)]
         weights += [target for stack in parameters for target in stack.targets]
         context = Context.of(config, _renaming(weights, full, base, where), base, where)
         _drop_tied_copies(checkpoint, full, context)
@@ -80,7 +90,7 @@ class Peft:
             adapted += scheme_modules(scheme, modules, shared_tensors(scheme, checkpoint), context)
             modules = {}
         for module, factors in sorted(modules.items()):
-            adapted += layer_modules(module, factors, context)
+            adapted += layer_modules(module, factors, context, named)
         for stack in parameters:
             adapted += parameter_modules(stack, context)
         replaced += row_replacements(rows, context)
@@ -102,13 +112,15 @@ def _checked(config: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
                 f"{setting} is not supported yet: {reason}", where=where, found=f"{setting} = {config[setting]}"
             )
     init = str(config.get("init_lora_weights")).lower()
-    if init.startswith(_BASE_CHANGING_INITS):
-        raise AdapterFormatError(
-            "this adapter's initialisation changed its base, so it is wrong on the original",
-            where=where,
-            found=f"init_lora_weights = {init}",
-            then="save it in converted form: save_pretrained(path_initial_model_for_weight_conversion=…)",
-        )
+    for changing, remedy in _BASE_CHANGING_INITS.items():
+        if init.startswith(changing):
+            raise AdapterFormatError(
+                "this adapter's initialisation changed its base, so it is wrong on the original",
+                where=where,
+                expected="init_lora_weights = true, as a converted adapter has it",
+                found=f"init_lora_weights = {init}",
+                then=remedy,
+            )
     return config
 
 

@@ -7,7 +7,7 @@ Knows no mathematics.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from formats.layers import LayerKind, layer_kinds, owner
 from formats.spec import TensorRef, TensorSpec, shape_text
 
 Factors = dict[str, TensorRef]  # of one module, by role
+_FUSED = "in_proj_weight"  # of torch's MultiheadAttention, whose own factors these are
+_INSIDE = "out_proj"  # its layer, which peft adapts along with it
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,31 @@ def first_match(patterns: Mapping[str, Any] | None, module: str, default: Any) -
     return default
 
 
-def layer_modules(module: str, factors: Factors, context: Context) -> list[AdapterModule]:
-    """The adapted weight of a layer and, with `lora_bias`, its bias."""
+def weight_names(modules: Iterable[str], base: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """The weight that each module's factors adapt: torch's own attention has query, key and value in one parameter."""
+    fused = [name for name in base if name.endswith(f".{_FUSED}")]
+    found = {}
+    for module in modules:
+        name = f"{module}.{_FUSED}"
+        there = any(name == other or other.endswith(f".{name}") or name.endswith(f".{other}") for other in fused)
+        found[module] = name if there else f"{module}.weight"
+    return found
+
+
+def layer_modules(module: str, factors: Factors, context: Context, weights: Mapping[str, str]) -> list[AdapterModule]:
+    """The adapted weight of a layer and, with `lora_bias`, its bias; `weights` names that of every adapted module.
+
+    The out_proj inside an adapted attention has the attention's rank and alpha, and peft adds its product twice, in
+    training as in merging (lora.MultiheadAttention.merge, peft 0.21): that is what its factors were trained for.
+    """
+    holder, _, last = module.rpartition(".")
+    inside = last == _INSIDE and weights.get(holder, "").endswith(_FUSED)
+    name, times = (holder, 2) if inside else (module, 1)
     embedding = "lora_embedding_A" in factors or "lora_embedding_B" in factors
     roles = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     a, b = pair(factors, roles, f"{context.where}: {module}")
-    rank, alpha, rslora = context.rank(module), context.alpha(module), context.rslora
-    target = context.rename(f"{module}.weight")
+    rank, alpha, rslora = context.rank(name), times * context.alpha(name), context.rslora
+    target = context.rename(weights[module])
     if not (len(a.spec.shape) == len(b.spec.shape) >= 2 and a.spec.shape[0] == b.spec.shape[1] == rank):
         _check_groups(a.spec, b.spec, context.base[target], rank)
         raise AdapterFormatError(

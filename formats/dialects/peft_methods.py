@@ -33,6 +33,7 @@ class Scheme:
         sizes: whether it needs the sizes of the layer and of the largest of all layers too.
         bias: those of the factors that change the layer's bias as well.
         alone: whether it changes the bias and not the weight.
+        reads: whether what it does to the bias depends on the weight.
     """
 
     method: str
@@ -44,9 +45,11 @@ class Scheme:
     sizes: bool = False
     bias: tuple[str, ...] = ()
     alone: bool = False
+    reads: bool = False
 
 
 _DEEPEST = 16  # of PEANuT's inner layers
+_GLORA = tuple(f"glora_{path}.{part}" for path in "ABCDE" for part in ("X", "Xd", "Xu", "zeros"))
 _DRAWN = {"r": 256, "projection_prng_key": 0}
 SCHEMES: Mapping[str, Scheme] = {
     "ADALORA": Scheme("adalora", ("lora_A", "lora_B", "lora_E"), alpha="lora_alpha", settings={"init_r": 12}),
@@ -60,6 +63,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "FOURIERFT": Scheme(
         "fourierft", ("fourierft_spectrum",), settings={"scaling": 150.0, "random_loc_seed": 777}, sizes=True
     ),
+    "GLORA": Scheme("glora", (), _GLORA, bias=_GLORA, reads=True),
     "GRALORA": Scheme(
         "gralora",
         ("gralora_A", "gralora_B"),
@@ -156,8 +160,7 @@ REFUSED: Mapping[str, str] = {
     "ADAPTION_PROMPT": "it adds an attention to learned vectors behind a gate, which depends on the input",
     "CARTRIDGE": "it is a learned cache of keys and values, and the attention to it depends on the input",
     "CPT": _PREFIX,
-    "FROD": "its left factor is solved from the base when peft loads it, and is not in the file",
-    "GLORA": "the change of its biases is a product with the whole weight, and only a weight's own tensor is at hand",
+    "FROD": "its left factor is not in the file: peft solves it from the base, and the solver decides its last bits",
     "LILY": _GATE,
     "MULTITASK_PROMPT_TUNING": _PREFIX,
     "OSF": "it replaces the base's lower singular directions, which peft computes anew from the base, and where "
@@ -169,7 +172,7 @@ REFUSED: Mapping[str, str] = {
     "P_TUNING": _PREFIX,
     "SHADOW": "it runs a network beside the base and adds its hidden states, which are no function of one weight",
     "TINYLORA": "which of its vectors belongs to which layer follows from the order of the model's layers, which is "
-    "in no file",
+    "in no file, and its factors are singular vectors of the base, which have any routine's choice of signs",
     "XLORA": _GATE,
 }
 
@@ -260,8 +263,11 @@ def scheme_modules(
             kind = _kind(target, factors, context)
             found.append(AdapterModule(target, method, kind, {**shared, **factors}, rank, alpha, settings=settings))
         if scheme.bias and bias in context.base and not settings.get("feedforward"):
-            ours = {role: factors[role] for role in scheme.bias}
-            found.append(AdapterModule(bias, method, LayerKind.LINEAR, ours, rank, alpha, settings=settings))
+            ours = {role: factors[role] for role in scheme.bias if role in factors}
+            reads = target if scheme.reads else None
+            found.append(
+                AdapterModule(bias, method, LayerKind.LINEAR, ours, rank, alpha, settings=settings, reads=reads)
+            )
     return found
 
 

@@ -67,8 +67,9 @@ def held(base: Mapping[str, TensorSpec], names: Mapping[str, str]) -> dict[str, 
 
 def in_the_file(adapted: Iterable[AdapterModule], stored: Mapping[str, Stored]) -> list[AdapterModule]:
     """The adapted weights as the file has them."""
+    named = {name: tensor.pieces[0][0] for name, tensor in stored.items() if len(tensor.pieces) == 1}
     return [
-        replace(module, target=tensor, part=part)
+        replace(module, target=tensor, part=part, reads=named.get(module.reads or "", module.reads))
         for module in adapted
         for tensor, part in (stored[module.target].pieces if module.target in stored else ((module.target, None),))
     ]

@@ -13,12 +13,12 @@ from surgery.cli import options
 @click.option("--headers", is_flag=True, help="Names, shapes and dtypes only; reads no payload.")
 @options.engine_options
 @options.json_option
-def command(base: str, tuned: str, headers: bool, jobs: int, memory: int, as_json: bool) -> None:
+def command(base: str, tuned: str, headers: bool, jobs: int, memory: int, device: str, as_json: bool) -> None:
     """Tell what changed from BASE to TUNED, and by how much."""
     from surgery.operations.diff import diff
 
     with options.reporting("diff", as_json):
-        with options.resources(jobs, memory) as resources:
+        with options.resources(jobs, memory, device) as resources:
             report = diff(base, tuned, headers_only=headers, resources=resources)
         if as_json:
             options.print_json(report)

@@ -35,7 +35,6 @@ from surgery.cli import options
 @click.option("--force", is_flag=True, help="Replace what stands at the output.")
 @options.dry_run_option
 @options.engine_options
-@options.device_option
 @options.json_option
 def command(
     base: str,

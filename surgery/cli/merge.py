@@ -13,6 +13,7 @@ from surgery.cli import options
 @click.argument("base", type=options.PATH)
 @options.merging_options(undo="Also write what unmerge needs to give BASE back bit for bit.")
 @click.option("--weight", type=float, default=1.0, show_default=True, help="A factor of every delta.")
+@click.option("--untie", is_flag=True, help="Give a head that BASE ties to its embedding a tensor of its own.")
 @click.option(
     "--max-shard-size", type=options.ByteSize(), metavar="SIZE", help="Shards of this size: 2GB [the base's shards]."
 )
@@ -23,21 +24,23 @@ def command(
     dry_run: bool,
     jobs: int,
     memory: int,
+    device: str,
     as_json: bool,
     **how: Any,
 ) -> None:
     """Merge adapters into BASE: W = W0 + ΣΔW, each weight rounded once, whatever their order."""
     from formats.paths import open_checkpoint
     from surgery.operations import merge as operation
-    from surgery.operations.adapters import open_adapters
+    from surgery.operations.adapters import open_for_merge
 
+    how = options.told(how)
     with options.reporting("merge", as_json):
         if dry_run:
             with open_checkpoint(base) as w0:
-                opened = open_adapters(base, adapters, w0.specs, how["weight"])
-                options.show_plan(operation.plan_merge(w0, opened, undo=how["undo"] is not None)[0])
+                planned = open_for_merge(base, adapters, w0.specs, how["weight"], how["told"], untie=how["untie"])
+                options.show_plan(operation.plan_merge(w0, *planned, undo=how["undo"] is not None)[0])
             return
-        with options.resources(jobs, memory) as resources:
+        with options.resources(jobs, memory, device) as resources:
             report = operation.merge(base, adapters, out, **how, resources=resources)
         if as_json:
             options.print_json(report)

@@ -68,20 +68,16 @@ def output_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def engine_options(function: Callable[..., None]) -> Callable[..., None]:
-    """--jobs and --memory."""
+    """--jobs, --memory and --device."""
+    function = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …")(
+        function
+    )
     function = click.option(
         "--memory", type=ByteSize(), default="512MiB", show_default=True, help="What running steps may hold together."
     )(function)
     return click.option(
         "--jobs", type=click.IntRange(min=0), default=0, help="Worker threads; 0 means one for each core."
     )(function)
-
-
-def device_option(function: Callable[..., None]) -> Callable[..., None]:
-    """--device."""
-    return click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …")(
-        function
-    )
 
 
 def json_option(function: Callable[..., None]) -> Callable[..., None]:
@@ -98,11 +94,49 @@ def dry_run_option(function: Callable[..., None]) -> Callable[..., None]:
     )
 
 
+class Slices(click.ParamType[tuple[bool, ...]]):
+    """`1,0,1`: which slices of a fused layer are adapted."""
+
+    name = "slices"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[bool, ...]:
+        """Parses it, or fails as a usage error."""
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        if not set(parts) <= {"0", "1"} or "1" not in parts:
+            self.fail(f"{value!r} is not a list of slices such as 1,0,1", param, ctx)
+        return tuple(part == "1" for part in parts)
+
+
+def told_options(function: Callable[..., None]) -> Callable[..., None]:
+    """What a loralib adapter's file does not say; `told` reads them."""
+    function = click.option(
+        "--fan-in-fan-out", is_flag=True, help="loralib: square weights that nothing else tells of are (in, out)."
+    )(function)
+    function = click.option(
+        "--enable-lora",
+        type=Slices(),
+        default=(),
+        metavar="1,0,1",
+        help="loralib: which slices of a fused layer are adapted, where shapes do not tell.",
+    )(function)
+    return click.option("--alpha", type=float, help="loralib: the lora_alpha, which its files do not hold.")(function)
+
+
+def told(how: dict[str, Any]) -> dict[str, Any]:
+    """Turns the options of `told_options` into the library's `told`."""
+    from formats.adapter import Told
+
+    said = Told(how.pop("alpha"), how.pop("enable_lora"), how.pop("fan_in_fan_out"))
+    return {**how, "told": said}
+
+
 def merging_options(undo: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """What merge and unmerge share: the adapters, --undo (with its help), and the options of every verb that writes."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        for each in (json_option, engine_options, dry_run_option, output_options):
+        for each in (json_option, engine_options, dry_run_option, told_options, output_options):
             function = each(function)
         function = click.option("--undo", type=PATH, metavar="FILE", help=undo)(function)
         return click.argument("adapters", type=WeighedPath(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")(
@@ -213,7 +247,7 @@ def reporting(operation: str, as_json: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def resources(jobs: int, memory: int, device: str = "cpu") -> Iterator[Resources]:
+def resources(jobs: int, memory: int, device: str) -> Iterator[Resources]:
     """The engine's resources, with a progress bar on stderr if that is a terminal."""
     from surgery.engine import Resources
 

@@ -25,7 +25,6 @@ from surgery.cli import options
 @click.option("--report", "out", type=options.PATH, help="Draw the curves: a file .html or .svg.")
 @click.option("--force", is_flag=True, help="Replace what stands at the report's path.")
 @options.engine_options
-@options.device_option
 @options.json_option
 def command(
     base: str, tuned: str, out: str | None, force: bool, jobs: int, memory: int, device: str, as_json: bool, **how: Any

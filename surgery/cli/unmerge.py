@@ -27,6 +27,7 @@ def command(
     dry_run: bool,
     jobs: int,
     memory: int,
+    device: str,
     as_json: bool,
     **how: Any,
 ) -> None:
@@ -37,14 +38,15 @@ def command(
     from surgery.provenance import Receipt
     from surgery.undo import open_undo
 
+    how = options.told(how)
     with options.reporting("unmerge", as_json):
         if dry_run:
             with open_checkpoint(merged) as w, open_undo(how["undo"]) as corrections:
                 receipt = Receipt.read(w.metadata, merged)
-                opened = open_adapters(merged, adapters, w.specs, how["weight"])
+                opened = open_adapters(merged, adapters, w.specs, how["weight"], how["told"])
                 options.show_plan(operation.plan_unmerge(w, opened, receipt, corrections))
             return
-        with options.resources(jobs, memory) as resources:
+        with options.resources(jobs, memory, device) as resources:
             report = operation.unmerge(merged, adapters, out, **how, resources=resources)
         if as_json:
             options.print_json(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
@@ -24,6 +25,7 @@ _SHOWN = 5  # tensors that are named
     help="What was merged; once for each adapter.",
 )
 @click.option("--weight", type=float, default=1.0, show_default=True, help="A factor of every delta.")
+@options.told_options
 @options.engine_options
 @options.json_option
 def command(
@@ -33,14 +35,16 @@ def command(
     weight: float,
     jobs: int,
     memory: int,
+    device: str,
     as_json: bool,
+    **how: Any,
 ) -> None:
     """Check that MERGED is exactly the merge of these adapters into the base: exit code 0, or 3 if not."""
     from surgery.operations.verify import verify
 
     with options.reporting("verify", as_json):
-        with options.resources(jobs, memory) as resources:
-            report = verify(merged, base, adapters, weight=weight, resources=resources)
+        with options.resources(jobs, memory, device) as resources:
+            report = verify(merged, base, adapters, weight=weight, **options.told(how), resources=resources)
         if as_json:
             options.print_json(report)
         else:

@@ -17,6 +17,7 @@ from surgery.methods.deft import Deft
 from surgery.methods.delora import DeLora
 from surgery.methods.dora import Dora
 from surgery.methods.fourierft import FourierFt
+from surgery.methods.glora import Glora
 from surgery.methods.gralora import GraLora
 from surgery.methods.hira import Hira
 from surgery.methods.hra import Hra
@@ -24,6 +25,7 @@ from surgery.methods.ia3 import Ia3
 from surgery.methods.loha import LoHa
 from surgery.methods.lokr import LoKr
 from surgery.methods.lora import Lora, LoraBias
+from surgery.methods.loralib import FusedLora, KernelLora
 from surgery.methods.miss import Miss, MissBat
 from surgery.methods.oft import Oft
 from surgery.methods.peanut import Peanut
@@ -38,6 +40,8 @@ _BLOCK = 8 << 20  # bytes that a block of rows takes, with what a product makes 
 ADDITIVE: tuple[AdditiveMethod, ...] = (
     Lora(),
     LoraBias(),
+    FusedLora(),
+    KernelLora(),
     AdaLora(),
     Beft(),
     C3a(),
@@ -60,6 +64,7 @@ TRANSFORMING: tuple[TransformingMethod, ...] = (
     Dora(),
     Boft(),
     Deft(),
+    Glora(),
     Hira(),
     Hra(),
     Ia3(),

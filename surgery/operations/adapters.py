@@ -6,14 +6,17 @@ The order is that of their digests, so that no command line's can show in the su
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from formats.adapter import Adapter, AdapterModule, Replacement
-from formats.spec import TensorSpec
+from formats.adapter import NOTHING_TOLD, Adapter, AdapterModule, Replacement, Told
+from formats.dialects import ASKING
+from formats.errors import AdapterFormatError, UnmatchedKeys
+from formats.spec import TensorRef, TensorSpec
 from surgery.errors import NotFinite, NothingToDo, NotMergeable, NotMerged
 from surgery.operations.model_names import open_adapter_of
+from surgery.operations.outline import Outline, head_is_tied, outline_of, tied_head
 from surgery.provenance import MergedAdapter, Receipt, fingerprint
 
 AdapterPath = str | Path | tuple[str | Path, float | None]  # with its weight; None where the caller does not say
@@ -28,7 +31,7 @@ class WeighedAdapter:
         adapter: resolved against the base's names.
         weight: the factor of its delta; None where nobody said.
         digest: its content address, scalings included.
-        tensors: SHA-256 of every tensor of it that takes part, by name.
+        tensors: BLAKE3 of every tensor of it that takes part, by name.
     """
 
     adapter: Adapter
@@ -57,7 +60,11 @@ def adapter_paths(adapters: AdapterPaths) -> tuple[tuple[Path, float | None], ..
 
 
 def open_adapters(
-    model: str | Path, adapters: AdapterPaths, specs: Mapping[str, TensorSpec], weight: float | None = None
+    model: str | Path,
+    adapters: AdapterPaths,
+    specs: Mapping[str, TensorSpec],
+    weight: float | None = None,
+    told: Told = NOTHING_TOLD,
 ) -> tuple[WeighedAdapter, ...]:
     """Opens adapters against a model's tensors, in the order of their digests.
 
@@ -66,8 +73,10 @@ def open_adapters(
         adapters: paths, with weights or without.
         specs: the model's tensors.
         weight: a factor of all of them; None where nobody said.
+        told: what the caller says of those whose dialect has no config.
 
     Raises:
+        AdapterFormatError: something is told that none of them asks for.
         NothingToDo: no adapter, one without tensors, or a weight of 0.
         NotMergeable: the same adapter twice.
         NotFinite: NaN or Inf in an adapter or a weight.
@@ -78,7 +87,7 @@ def open_adapters(
         factor = _product(own, weight)
         if factor is not None and not math.isfinite(factor):
             raise NotFinite("a weight that is no number", where=path, found=f"weight {factor}")
-        adapter = open_adapter_of(model, path, specs)
+        adapter = open_adapter_of(model, path, specs, told)
         if not adapter.tensors or factor == 0:
             raise NothingToDo("the merge would change nothing", where=path, found=f"weight {factor}")
         digest, tensors = fingerprint(adapter)
@@ -92,7 +101,50 @@ def open_adapters(
         found[digest] = WeighedAdapter(adapter, factor, digest, tensors)
     if not found:
         raise NothingToDo("no adapter was named", where=model)
+    if told != NOTHING_TOLD and not any(each.adapter.dialect in ASKING for each in found.values()):
+        raise AdapterFormatError(
+            "the adapter's own config tells its alpha and its layers",
+            where=", ".join(each.adapter.ref.path for each in found.values()),
+            found=told,
+            then="leave --alpha, --enable-lora and --fan-in-fan-out out: they are for loralib's files",
+        )
     return tuple(found[digest] for digest in sorted(found))
+
+
+def open_for_merge(
+    model: str | Path,
+    adapters: AdapterPaths,
+    base: Mapping[str, TensorSpec],
+    weight: float | None = None,
+    told: Told = NOTHING_TOLD,
+    *,
+    untie: bool = False,
+) -> tuple[tuple[WeighedAdapter, ...], Outline]:
+    """Opens adapters against what a base is to become, and says what that is.
+
+    Args:
+        model, adapters, base, weight, told: as for `open_adapters`, base the base's tensors.
+        untie: whether a head tied to its embedding becomes a tensor of its own.
+
+    Raises:
+        NotMergeable: an adapter changes a tied head, which may not be untied; or as `outline_of`.
+        ReportedError: as `open_adapters`.
+    """
+    paths = [path for path, _ in adapter_paths(adapters)]
+    outline = outline_of(model, paths, base, untie=untie)
+    try:
+        opened = open_adapters(model, adapters, outline.specs, weight, told)
+    except UnmatchedKeys:
+        heads = {} if untie else tied_head(model, outline.specs)
+        if not heads:
+            raise
+        open_adapters(model, adapters, outline_of(model, paths, base, untie=True).specs, weight, told)
+        raise head_is_tied(*next(iter(heads.items())), model) from None
+    added = {full.target for each in opened for full in each.adapter.replacements if full.added}
+    for head, embedding in tied_head(model, outline.specs).items() if added and not untie else ():
+        if head in added:
+            raise head_is_tied(head, embedding, model)
+    return opened, outline
 
 
 def _product(own: float | None, weight: float | None) -> float | None:
@@ -101,11 +153,20 @@ def _product(own: float | None, weight: float | None) -> float | None:
     return own * weight
 
 
-def weighed_modules(adapters: Sequence[WeighedAdapter]) -> dict[str, tuple[tuple[AdapterModule, float], ...]]:
-    """Everything that adapts each weight, with its factor, in the adapters' order."""
+def weighed_modules(
+    adapters: Sequence[WeighedAdapter], tensor: Callable[[str], TensorRef]
+) -> dict[str, tuple[tuple[AdapterModule, float], ...]]:
+    """Everything that adapts each weight, with its factor, in the adapters' order.
+
+    Args:
+        adapters: opened.
+        tensor: finds a tensor of the model by its name, for modules that read one beside their target.
+    """
     modules: dict[str, tuple[tuple[AdapterModule, float], ...]] = {}
     for each in adapters:
         for module in each.adapter.modules:
+            if module.reads is not None:
+                module = replace(module, factors={**module.factors, "weight": tensor(module.reads)})
             modules[module.target] = (*modules.get(module.target, ()), (module, each.strength))
     return modules
 

@@ -32,11 +32,9 @@ class Copy:
 
     name: str
 
-    def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Hashes and passes on."""
-        digest = tensor_hash(inputs[0])
-        figures = {"base": {self.name: digest}, "hashes": {self.name: digest}}
-        return Outcome((inputs[0],), {self.name: Fate.COPIED}, figures)
+    def taken(self, digest: str) -> Outcome:
+        """Of both ends."""
+        return Outcome((), {self.name: Fate.COPIED}, {"base": {self.name: digest}, "hashes": {self.name: digest}})
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,9 @@ class Add:
 
     name: str
 
-    def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Hashes and passes on."""
-        figures = {"hashes": {self.name: tensor_hash(inputs[0])}, "changed": True}
-        return Outcome((inputs[0],), {self.name: Fate.FULL}, figures)
+    def taken(self, digest: str) -> Outcome:
+        """Of the output."""
+        return Outcome((), {self.name: Fate.FULL}, {"hashes": {self.name: digest}, "changed": True})
 
 
 @dataclass(frozen=True)
@@ -125,12 +122,12 @@ def apply_modules(
         factors: each module's factors in order of their roles.
         dtype: of the result.
     """
-    remaining = list(factors)
+    remaining = [factor.cpu() for factor in factors]  # small, and not every function has the same bits elsewhere
     deltas = []
     for module, weight in modules:
         named = {role: remaining.pop(0) for role in sorted(module.factors)}
         if method := transforming(module):
-            return method.transform(module, start, named, dtype, back=weight < 0)
+            return method.transform(module, start.cpu(), named, dtype, back=weight < 0)
         if adding := additive(module):
             deltas.append(adding.delta(module, named, weight))
     return add_rounded(start, deltas, dtype)
@@ -156,6 +153,8 @@ def prediction(
     where there are none, or no way back."""
     methods = [transforming(module) for module, _ in modules]
     if not modules or any(method and method.forgets for method in methods) or tuple(merged.shape) != base.shape:
+        return merged
+    if any("weight" in module.factors for module, _ in modules):  # GLoRA's bias reads it, another before and after
         return merged
     try:
         guess = subtract(merged, modules, factors, base.dtype)

@@ -10,26 +10,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from formats.adapter import Adapter
+from formats.adapter import NOTHING_TOLD, Adapter, Told
 from formats.dialects import open_adapter
 from formats.errors import UnmatchedKeys
 from formats.spec import TensorSpec
 from surgery.meta_model import known_names, meta_model
 
 
-def open_adapter_of(model: str | Path, adapter: str | Path, specs: Mapping[str, TensorSpec]) -> Adapter:
+def open_adapter_of(
+    model: str | Path, adapter: str | Path, specs: Mapping[str, TensorSpec], told: Told = NOTHING_TOLD
+) -> Adapter:
     """The adapter, resolved against the model's tensors by their names in the file, or else by the model's own.
 
     Raises:
         FormatError: as `open_adapter`.
     """
     try:
-        return open_adapter(adapter, specs)
+        return open_adapter(adapter, specs, told=told)
     except UnmatchedKeys:
         names = model_names(Path(model), specs)
         if not names:
             raise
-        return open_adapter(adapter, specs, names)
+        return open_adapter(adapter, specs, names, told)
 
 
 def model_names(folder: Path, names: Iterable[str]) -> dict[str, str]:

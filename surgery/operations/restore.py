@@ -7,13 +7,13 @@ mathematics and no container.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from formats.adapter import AdapterModule
 from formats.checkpoint import Checkpoint
 from formats.errors import CorruptFile
-from formats.spec import TensorSpec
+from formats.spec import TensorRef, TensorSpec
 from formats.tensors import bytes_from_tensor, tensor_from_bytes
 from surgery.correction import corrected, correction_workspace
 from surgery.errors import UndoMismatch
@@ -55,10 +55,15 @@ def plan_restore(
             found=f"adapter {', '.join(digest[:16] for digest in record.receipt.digests)}",
             then="pass the undo file that was written with this very output",
         )
-    by_target = weighed_modules(check_receipt(merged.ref.path, adapters, record.receipt))
-    added = set(record.receipt.added)
-    odd = set(merged.specs) ^ (set(record.receipt.base_tensors) | added)
-    odd |= {name for name, change in record.changes.items() if _now(merged, name) != (change.dtype, change.now)}
+    by_target = weighed_modules(check_receipt(merged.ref.path, adapters, record.receipt), merged.tensor)
+    added, names = set(record.receipt.added), record.receipt.renamed
+    origins = {name: name for name in record.receipt.base_tensors} | {ours: name for name, ours in names.items()}
+    odd = set(merged.specs) ^ (set(origins.values()) | added)
+    odd |= {
+        origins[name]
+        for name, change in record.changes.items()
+        if _now(merged, origins[name]) != (change.dtype, change.now)
+    }
     if odd:
         raise UndoMismatch(
             "the merged file holds other tensors than the undo file knows",
@@ -68,12 +73,13 @@ def plan_restore(
         )
     steps = []
     for name, spec in merged.specs.items():
+        ours = names.get(name, name)  # the base's name of it
         if name in added:
             steps.append(Step(name, (), (), Drop(name)))
-        elif name in record.changes:
-            steps.append(_correct_step(merged, undo, name, by_target.get(name, ())))
+        elif ours in record.changes:
+            steps.append(_correct_step(merged.tensor(name), undo, ours, by_target.get(name, ())))
         else:
-            steps.append(Step(name, (merged.tensor(name),), (spec,), Copy(name)))
+            steps.append(Step(name, (merged.tensor(name),), (replace(spec, name=ours),), Copy(ours)))
     return Plan("unmerge", tuple(steps), dict(record.receipt.base_metadata))
 
 
@@ -83,19 +89,19 @@ def _now(merged: Checkpoint, name: str) -> tuple[str, list[int]] | None:
 
 
 def _correct_step(
-    merged: Checkpoint, undo: UndoFile, name: str, modules: tuple[tuple[AdapterModule, float], ...]
+    merged: TensorRef, undo: UndoFile, name: str, modules: tuple[tuple[AdapterModule, float], ...]
 ) -> Step:
     change = undo.record.changes[name]
     spec = change.spec(name)
     factors = [ref for module, _ in modules for _, ref in sorted(module.factors.items())]
-    inputs = [merged.tensor(name), *factors]
+    inputs = [merged, *factors]
     stored = name in undo.checkpoint.specs
     if stored:
         inputs.append(undo.checkpoint.tensor(name))
     needed = workspace(modules, spec) + 2 * spec.nbytes + correction_workspace(spec.dtype.itemsize)
     base = undo.record.receipt.base_tensors[name]
     op = Correct(spec, change, base, modules, stored, f"{undo.checkpoint.ref.path}: {name}")
-    return Step(name, tuple(inputs), (spec,), op, needed)
+    return Step(merged.name, tuple(inputs), (spec,), op, needed)
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ class Correct:
             raise CorruptFile(
                 "the undo file's correction does not lead back to the base",
                 where=self.where,
-                expected=f"SHA-256 {self.base[:16]}",
+                expected=f"BLAKE3 {self.base[:16]}",
                 found=digest[:16] or f"{guess.nbytes} bytes",
                 then="copy the undo file again",
             )

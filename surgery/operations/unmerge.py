@@ -7,14 +7,14 @@ undo file what is missing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from formats.adapter import AdapterModule
+from formats.adapter import NOTHING_TOLD, AdapterModule, Told
 from formats.checkpoint import Checkpoint
 from formats.paths import create_checkpoint, destination_like, open_checkpoint
-from formats.spec import DType, TensorSpec
+from formats.spec import DType, TensorRef, TensorSpec
 from surgery import engine
 from surgery.checks import check_finite
 from surgery.engine import Resources
@@ -31,7 +31,7 @@ from surgery.operations.adapters import (
 from surgery.operations.merge import output_digest, output_hashes
 from surgery.operations.merge_ops import Copy, Drop, subtract, uncertain_elements
 from surgery.operations.restore import changed_since, plan_restore
-from surgery.operations.vocabulary import CONFIG, growth, resized_config, without_companion
+from surgery.operations.vocabulary import CONFIG, companion, growth, resized_config, without_companion
 from surgery.plan import Fate, Outcome, Plan, Step, ledger
 from surgery.provenance import Original, Receipt, tensor_hash
 from surgery.report import Report, Stopwatch, peak_rss
@@ -67,6 +67,7 @@ def unmerge(
     *,
     weight: float | None = None,
     undo: str | Path | None = None,
+    told: Told = NOTHING_TOLD,
     force: bool = False,
     resources: Resources | None = None,
 ) -> UnmergeReport:
@@ -79,6 +80,7 @@ def unmerge(
         weight: a factor of all weights; where neither it nor an adapter's own is given they are the receipt's, or 1
             without a receipt.
         undo: the undo file that merge wrote with this output: the base comes back bit for bit.
+        told: as for merge.
         force: replace what stands at `out`.
         resources: threads and memory.
 
@@ -90,13 +92,16 @@ def unmerge(
     watch = Stopwatch(loading="torch")
     with open_checkpoint(merged) as w, open_undo(undo) as corrections:
         receipt = Receipt.read(w.metadata, merged)
-        plan = plan_unmerge(w, open_adapters(merged, adapters, w.specs, weight), receipt, corrections)
+        plan = plan_unmerge(w, open_adapters(merged, adapters, w.specs, weight, told), receipt, corrections)
         inputs = (merged, *(path for path, _ in adapter_paths(adapters)), *((undo,) if undo is not None else ()))
         destination = destination_like(merged, out, plan.outputs, inputs=inputs, force=force)
-        config = resized_config(destination, growth(_kept(w, plan), plan.outputs))
+        receipt = corrections.record.receipt if corrections else receipt
+        sizes = growth(_kept(w, plan, receipt.renamed if receipt else {}), plan.outputs)
+        config = resized_config(destination, sizes)
+        if receipt and receipt.config and companion(destination, CONFIG) is not None:
+            config = receipt.config.encode()
         if config is not None:
             destination = without_companion(destination, CONFIG)
-        receipt = corrections.record.receipt if corrections else receipt
         expected = receipt.base_tensors if receipt else {}
         with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
             if config is not None:
@@ -140,10 +145,10 @@ def _compared(
     return tuple(name for name in expected if name in right & unmerged), differing, changed
 
 
-def _kept(merged: Checkpoint, plan: Plan) -> list[TensorSpec]:
-    """The tensors of the merged file that the output has too."""
-    names = {spec.name for spec in plan.outputs}
-    return [spec for name, spec in merged.specs.items() if name in names]
+def _kept(merged: Checkpoint, plan: Plan, renamed: Mapping[str, str]) -> list[TensorSpec]:
+    """The tensors of the merged file that the output has too, by the names they have there."""
+    kept = (merged.specs[step.name] for step in plan.steps if step.outputs)
+    return [replace(spec, name=renamed.get(spec.name, spec.name)) for spec in kept]
 
 
 def plan_unmerge(
@@ -159,7 +164,15 @@ def plan_unmerge(
         return plan_restore(merged, adapters, receipt, undo)
     if receipt is not None:
         adapters = check_receipt(merged.ref.path, adapters, receipt)
-    by_target = weighed_modules(adapters)
+    elif any(each.adapter.config.get("layer_replication") for each in adapters):
+        raise NotMerged(
+            "the adapter repeats layers, and without a receipt nothing tells which of this file's are copies",
+            where=merged.ref.path,
+            then="go back to the base itself",
+        )
+    added = set(receipt.added) if receipt else set()
+    every = weighed_modules(adapters, merged.tensor)
+    by_target = {target: modules for target, modules in every.items() if target not in added}
     for target, modules in by_target.items():
         for module, _ in modules:
             if (method := transforming(module)) and method.forgets:
@@ -170,9 +183,11 @@ def plan_unmerge(
                 )
         check_modules(modules, merged.specs[target])
     originals = receipt.originals if receipt else {}
-    replaced = {full.target for each in adapters for full in each.adapter.replacements} - set(by_target)
-    added = set(receipt.added) if receipt else set()
-    beyond = sorted((replaced - set(originals) - added) | set(receipt.lost if receipt else ()))
+    names = receipt.renamed if receipt else {}
+    replaced = {full.target for each in adapters for full in each.adapter.replacements} - set(by_target) - added
+    beyond = sorted(
+        ({names.get(name, name) for name in replaced} - set(originals)) | set(receipt.lost if receipt else ())
+    )
     if beyond:
         raise NotMerged(
             f"{len(beyond)} tensors were replaced by the adapter, and what they replaced is not in this file",
@@ -182,26 +197,27 @@ def plan_unmerge(
         )
     steps = []
     for name, spec in merged.specs.items():
+        ours = names.get(name, name)  # the base's name of it
         if name in added:
             steps.append(Step(name, (), (), Drop(name)))
-        elif name in originals:
-            steps.append(Step(name, (), (originals[name].spec(name),), Restore(name, originals[name])))
+        elif ours in originals:
+            steps.append(Step(name, (), (originals[ours].spec(ours),), Restore(ours, originals[ours])))
         elif name in by_target:
-            base = receipt.base_tensors.get(name, "") if receipt else ""
-            steps.append(_subtract_step(merged, spec, by_target[name], base))
+            base = receipt.base_tensors.get(ours, "") if receipt else ""
+            steps.append(_subtract_step(merged.tensor(name), replace(spec, name=ours), by_target[name], base))
         else:
-            steps.append(Step(name, (merged.tensor(name),), (spec,), Copy(name)))
+            steps.append(Step(name, (merged.tensor(name),), (replace(spec, name=ours),), Copy(ours)))
     notes = () if receipt else ("no receipt in this file: nothing tells whether the base came back bit for bit",)
     metadata = receipt.base_metadata if receipt else merged.metadata
     return Plan("unmerge", tuple(steps), dict(metadata), notes)
 
 
 def _subtract_step(
-    merged: Checkpoint, spec: TensorSpec, modules: tuple[tuple[AdapterModule, float], ...], base: str
+    merged: TensorRef, spec: TensorSpec, modules: tuple[tuple[AdapterModule, float], ...], base: str
 ) -> Step:
     factors = [ref for module, _ in modules for _, ref in sorted(module.factors.items())]
     op = Subtract(spec.name, spec.dtype, modules, base)
-    return Step(spec.name, (merged.tensor(spec.name), *factors), (spec,), op, workspace(modules, spec))
+    return Step(merged.name, (merged, *factors), (spec,), op, workspace(modules, spec))
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from formats.adapter import NOTHING_TOLD, Told
 from formats.checkpoint import Checkpoint
 from formats.paths import open_checkpoint
 from formats.spec import TensorSpec
 from surgery import engine
 from surgery.engine import Resources
 from surgery.methods import transforming
-from surgery.operations.adapters import AdapterPaths, open_adapters
+from surgery.operations.adapters import AdapterPaths, open_for_merge
 from surgery.operations.merge import plan_merge
 from surgery.operations.merge_ops import Merge
-from surgery.plan import Op, Outcome, Plan, Step
+from surgery.operations.outline import tied_head
+from surgery.plan import Op, Outcome, Plan, Step, TakesOver
 from surgery.provenance import RECEIPT, tensor_hash
 from surgery.report import Report, Stopwatch, peak_rss
 
@@ -63,6 +65,7 @@ def verify(
     adapters: AdapterPaths,
     *,
     weight: float = 1.0,
+    told: Told = NOTHING_TOLD,
     resources: Resources | None = None,
 ) -> VerifyReport:
     """Replays a merge and compares.
@@ -72,6 +75,7 @@ def verify(
         base: what it should have been merged into.
         adapters: as for merge.
         weight: a factor of every delta.
+        told: as for merge.
         resources: threads and memory.
 
     Raises:
@@ -79,7 +83,9 @@ def verify(
     """
     watch = Stopwatch(loading="torch")
     with open_checkpoint(base) as w0, open_checkpoint(merged) as w:
-        plan, _ = plan_merge(w0, open_adapters(base, adapters, w0.specs, weight))
+        more = w.specs.keys() - w0.specs.keys()
+        untie = bool(more) and not more.isdisjoint(tied_head(base, w0.specs))
+        plan, _ = plan_merge(w0, *open_for_merge(base, adapters, w0.specs, weight, told, untie=untie))
         replay, odd = plan_verify(plan, w)
     outcomes = engine.run(replay, None, resources) if replay.steps else ()
     verdicts: dict[str, str] = dict.fromkeys(odd, DIFFERS)
@@ -113,9 +119,27 @@ def plan_verify(plan: Plan, merged: Checkpoint) -> tuple[Plan, tuple[str, ...]]:
             odd.append(spec.name)
             continue
         inputs = (*step.inputs, merged.tensor(spec.name))
+        if isinstance(step.op, TakesOver):
+            steps.append(Step(step.name, inputs, (), Same(spec.name)))
+            continue
         workspace = step.workspace + spec.nbytes + (40 * spec.size if tolerant else 0)
         steps.append(Step(step.name, inputs, (), Replay(step.op, spec, tolerant), workspace))
     return replace(plan, operation="verify", steps=tuple(steps)), tuple(odd)
+
+
+@dataclass(frozen=True)
+class Same:
+    """What merging takes over as it is. Inputs: that, and the tensor in question."""
+
+    name: str
+
+    def unchanged(self) -> Outcome:
+        """For equal bytes."""
+        return Outcome((), {}, {"verdict": {self.name: EXACT}})
+
+    def __call__(self, *_: torch.Tensor) -> Outcome:
+        """For others."""
+        return Outcome((), {}, {"verdict": {self.name: DIFFERS}})
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
-"""A vocabulary that grows with a merge: what its config.json must say, so that the output can be loaded.
+"""What config.json must say of a merge's output so that it can be loaded: a vocabulary that grows, and other settings.
 
-Knows no dialect: it compares the tensors of base and output.
+Knows no dialect: it compares the tensors of base and output, and takes settings as they come.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from formats.errors import CorruptFile
 from formats.paths import Destination
@@ -28,15 +30,10 @@ def resized_config(destination: Destination, sizes: tuple[tuple[int, int], ...])
     The size may stand in the config of a part, such as `text_config`; where it is another number it is left alone.
     Raises CorruptFile.
     """
-    source = next((path for path in destination.companions if path.name == CONFIG), None)
+    source = companion(destination, CONFIG)
     if source is None or not sizes:
         return None
-    try:
-        config = json.loads(source.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptFile(f"the model's config is not JSON: {error}", where=source) from error
-    if not isinstance(config, dict):
-        raise CorruptFile("the model's config is not a JSON object", where=source)
+    config = parsed_config(source.read_bytes(), source)
     changed = False
     for old, new in sizes:
         for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
@@ -44,6 +41,32 @@ def resized_config(destination: Destination, sizes: tuple[tuple[int, int], ...])
                 part["vocab_size"] = new
                 changed = True
     return json.dumps(config, indent=2).encode() + b"\n" if changed else None
+
+
+def with_settings(config: bytes, settings: Mapping[str, Any], where: Path) -> bytes:
+    """A config.json with other values, each for the whole and for every part that has its key. Raises CorruptFile."""
+    document = parsed_config(config, where)
+    for key, value in settings.items():
+        for part in [document, *(value for value in document.values() if isinstance(value, dict))]:
+            if part is document or key in part:
+                part[key] = value
+    return json.dumps(document, indent=2).encode() + b"\n"
+
+
+def parsed_config(config: bytes, where: Path) -> dict[str, Any]:
+    """A config.json's content. Raises CorruptFile."""
+    try:
+        document = json.loads(config)
+    except ValueError as error:
+        raise CorruptFile(f"the model's config is not JSON: {error}", where=where) from error
+    if not isinstance(document, dict):
+        raise CorruptFile("the model's config is not a JSON object", where=where)
+    return document
+
+
+def companion(destination: Destination, name: str) -> Path | None:
+    """The file of that name that would be copied along, if there is one."""
+    return next((path for path in destination.companions if path.name == name), None)
 
 
 def without_companion(destination: Destination, name: str) -> Destination:

@@ -118,3 +118,21 @@ def test_a_lying_index_is_refused(tmp_path: Path, lie: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": INDEXES[lie]}))
     with pytest.raises(FormatError):
         open_checkpoint(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    """Whichever the index means; and an index that names one tensor twice, of which JSON would take the last."""
+    for number in (1, 2):
+        save_file(
+            {"a": torch.full((2,), float(number)), f"b{number}": torch.ones(1)}, tmp_path / f"{number}.safetensors"
+        )
+    index = tmp_path / "model.safetensors.index.json"
+    shards = {"a": "1.safetensors", "b1": "1.safetensors", "b2": "2.safetensors"}
+    index.write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(CorruptFile, match="in two shards") as caught:
+        open_checkpoint(tmp_path)
+    assert caught.value.details["where"].endswith(": a")
+    index.write_text('{"weight_map": {"a": "1.safetensors", "b1": "1.safetensors", "a": "2.safetensors"}}')
+    with pytest.raises(CorruptFile, match="names a tensor twice") as caught:
+        open_checkpoint(tmp_path)
+    assert caught.value.details["found"] == "a"

@@ -30,7 +30,7 @@ from formats.dialects.peft_writing import (
     full_key,
     parameter_keys,
 )
-from formats.errors import AdapterFormatError, UnmatchedKeys
+from formats.errors import AdapterFormatError
 from formats.layers import LayerKind
 from surgery.methods.lora import pack_experts
 
@@ -200,18 +200,29 @@ class Attention(nn.Module):
         return self.attn(x, x, x)[0]
 
 
-def test_torchs_attention_is_refused_as_a_module_and_merged_as_a_parameter(tmp_path: Path) -> None:
-    """peft applies the factors of its out_proj twice, in forward and in merging: what an adapter of it means depends
-    on peft's version. The fused projection alone can be targeted as a parameter."""
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["attn"]},
+     {"target_modules": ["attn"], "rank_pattern": {"attn": 3}, "alpha_pattern": {"attn": 5}, "use_rslora": True},
+     {"target_modules": [], "target_parameters": ["attn.in_proj_weight"]}],
+    ids=["module", "patterns", "parameter"],
+)  # fmt: skip
+def test_torchs_attention_merges_as_peft_merges_it(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """The fused projection alone as a parameter; as a module its out_proj goes along."""
+    assert_merges_like_peft(tmp_path, Attention, torch.randn(2, 5, 8), **settings)
+
+
+def test_peft_adds_the_product_of_an_attentions_out_proj_twice(tmp_path: Path) -> None:
+    """In forward and in merging, so this is what such an adapter means; once peft mends it, this test fails."""
     adapted = made_by_peft(tmp_path, Attention, target_modules=["attn"])
     out = adapted.base_model.model.attn.base_layer.out_proj
     delta, before = out.get_delta_weight("default"), out.base_layer.weight.detach().clone()
     after = adapted.merge_and_unload().attn.out_proj.weight
-    torch.testing.assert_close(after, before + 2 * delta)  # once peft mends it, this adapter can be merged
-    with pytest.raises(UnmatchedKeys, match="in_proj_weight"):
-        surgery.merge(tmp_path / "base.st", tmp_path / "adapter", tmp_path / "merged.st")
-    targets = {"target_modules": [], "target_parameters": ["attn.in_proj_weight"]}
-    assert_merges_like_peft(tmp_path, Attention, torch.randn(2, 5, 8), **targets)
+    torch.testing.assert_close(after, before + 2 * delta)
+    surgery.merge(tmp_path / "base.st", tmp_path / "adapter", tmp_path / "merged.st")
+    surgery.unmerge(tmp_path / "merged.st", tmp_path / "adapter", tmp_path / "back.st")
+    for name, tensor in load_file(tmp_path / "back.st").items():
+        torch.testing.assert_close(tensor, load_file(tmp_path / "base.st")[name], atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["convolutions", "experts"])

@@ -123,6 +123,11 @@ CASES = {
     "delora": Case(peft.DeloraConfig, {"r": 3, "delora_lambda": 7}),
     "fourierft": Case(peft.FourierFTConfig, {"n_frequency": 20, "scaling": 40.0}),
     "fourierft conv1d": Case(peft.FourierFTConfig, {"n_frequency": 20, "fan_in_fan_out": True}, **TURNED),
+    "glora": Case(peft.GloraConfig, {"r": 2}, targets=("up", "down", "square")),
+    "glora by products": Case(peft.GloraConfig, {"r": 2, "config_D_E": "vector"}),
+    "glora by vectors": Case(peft.GloraConfig, {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}),
+    "glora by numbers": Case(peft.GloraConfig, {"config_A_B": "constant", "config_C": "none"}),
+    "glora by bias": Case(peft.GloraConfig, {"config_A_B": "none", "config_C": "vector"}, targets=("up",)),
     "gralora": Case(peft.GraloraConfig, {"r": 4, "gralora_k": 2, "alpha": 6}),
     "gralora hybrid": Case(peft.GraloraConfig, {"r": 4, "gralora_k": 4, "hybrid_r": 3}),
     "gralora conv1d": Case(peft.GraloraConfig, {"r": 4, "gralora_k": 2, "fan_in_fan_out": True}, **TURNED),
@@ -248,7 +253,9 @@ def test_methods_are_taken_off_again_or_say_why_not(tmp_path: Path, name: str) -
         torch.testing.assert_close(back[tensor], base[tensor], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["loha", "lokr", "boft", "hira conv1d", "miss", "c3a", "fourierft", "hra", "ia3"])
+@pytest.mark.parametrize(
+    "name", ["loha", "lokr", "boft", "hira conv1d", "miss", "c3a", "fourierft", "hra", "ia3", "glora"]
+)
 def test_threads_and_blocks_do_not_show(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bytes for any of them."""
     made_by_peft(tmp_path, CASES[name])
@@ -296,6 +303,25 @@ def test_butterflies_of_several_levels_are_the_product_that_peft_describes() -> 
     torch.testing.assert_close(ours, (weight.double() @ whole.T) * scale, atol=1e-12, rtol=0)
     back = Boft().transform(module, ours, factors, DType.F64, back=True)
     torch.testing.assert_close(back, weight.double(), atol=1e-12, rtol=0)
+
+
+def test_a_method_that_reads_the_weight_for_the_bias_comes_off_and_is_verified(tmp_path: Path) -> None:
+    """GLoRA's bias gets W0 C: the base's weight in merging, the merged one in coming off; exact with an undo file."""
+    made_by_peft(tmp_path, CASES["glora by products"])
+    base, adapter, merged = (tmp_path / name for name in ("base.st", "adapter", "merged.st"))
+    report = surgery.merge(base, adapter, merged, undo=tmp_path / "undo.st")
+    assert report.ledger["merged"] == 3
+    assert surgery.verify(merged, base, adapter).verdict == "exact"
+    assert surgery.unmerge(merged, adapter, tmp_path / "back.st", undo=tmp_path / "undo.st").bit_exact
+    assert (tmp_path / "back.st").read_bytes() == base.read_bytes()
+    made_by_peft(tmp_path, Case(peft.GloraConfig, {"config_A_B": "constant"}))
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.up.glora_A.X"].fill_(-1)
+    save_file(tensors, file)
+    surgery.merge(base, adapter, merged, force=True)
+    with pytest.raises(NotMerged, match="nothing is left to divide"):
+        surgery.unmerge(merged, adapter, tmp_path / "again.st")
 
 
 UNSAVED = {

@@ -1,0 +1,203 @@
+"""Reading loralib's state dicts (microsoft/LoRA, `loralib.lora_state_dict`). Tested against loralib itself.
+
+Keys are `<module>.lora_A`, `<module>.lora_B` and biases carried in full. There is no config: the rank shows in the
+shapes, alpha is told by the caller, and so is which slices of a fused layer are adapted where the shapes do not decide.
+Knows no mathematics.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from formats.adapter import Adapter, AdapterModule, Told
+from formats.checkpoint import Checkpoint
+from formats.dialects.peft_factors import Context, Factors, pair
+from formats.dialects.peft_full import replacements
+from formats.dialects.resolve import resolver
+from formats.dialects.stored import held, in_the_file, whole_in_the_file
+from formats.errors import AdapterFormatError, ShapeMismatch
+from formats.layers import LayerKind, owner
+from formats.spec import TensorRef, TensorSpec, shape_text
+
+_FACTOR = re.compile(r"^(?:(?P<module>.+)\.)?(?P<role>lora_[AB])$")
+_INNER = "conv"  # the module in which loralib's convolutions keep their weight and bias
+
+
+class Loralib:
+    """The dialect of microsoft/LoRA."""
+
+    name = "loralib"
+
+    def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
+        """Keys that end in lora_A or lora_B, without `.weight` behind, and no config."""
+        return config is None and any(_FACTOR.match(key) for key in checkpoint.specs)
+
+    def read(
+        self,
+        checkpoint: Checkpoint,
+        config: Mapping[str, Any] | None,
+        base: Mapping[str, TensorSpec],
+        names: Mapping[str, str],
+        told: Told,
+    ) -> Adapter:
+        """The adapter, resolved against the base's tensors."""
+        where = checkpoint.ref.path
+        modules, full = _split(checkpoint)
+        alpha = _alpha(told, where)
+        stored = held(base, names)
+        base = {**base, **{name: tensor.spec for name, tensor in stored.items()}}
+        targets = {module: _weight_of(module, base) for module in modules}
+        full = {_bias_of(name, targets): ref for name, ref in full.items()}
+        context = Context.of({}, resolver(targets.values(), base, where), base, where)
+        adapted = [
+            _adapted(module, factors, context.rename(targets[module]), _Reading(alpha, told, context))
+            for module, factors in sorted(modules.items())
+        ]
+        replaced = replacements(full, context)
+        modules_in_file, replaced_in_file = in_the_file(adapted, stored), whole_in_the_file(replaced, stored)
+        return Adapter(checkpoint.ref, self.name, {}, tuple(modules_in_file), tuple(replaced_in_file))
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What reading a module needs to know."""
+
+    alpha: float
+    told: Told
+    context: Context
+
+
+def _split(checkpoint: Checkpoint) -> tuple[dict[str, Factors], dict[str, TensorRef]]:
+    """Factors by module and role, and biases by name. Raises AdapterFormatError for a whole model's state dict."""
+    modules: dict[str, Factors] = {}
+    full: dict[str, TensorRef] = {}
+    for key in checkpoint.specs:
+        match = _FACTOR.match(key)
+        if match is not None:
+            modules.setdefault(match["module"] or "", {})[match["role"]] = checkpoint.tensor(key)
+        else:
+            full[key] = checkpoint.tensor(key)
+    beside = [key for key in full if "bias" not in key]
+    if beside:
+        raise AdapterFormatError(
+            "a whole model with factors beside its weights is no adapter: whether they are merged already is not told",
+            where=checkpoint.ref.path,
+            expected="lora_A and lora_B, and biases at most",
+            found=", ".join(beside[:3]) + (" …" if len(beside) > 3 else ""),
+            then="save the adapter alone: loralib.lora_state_dict(model)",
+        )
+    return modules, full
+
+
+def _alpha(told: Told, where: str) -> float:
+    if told.alpha is None or not math.isfinite(told.alpha):
+        raise AdapterFormatError(
+            "loralib's files do not say their alpha, and ΔW = alpha / rank · BA",
+            where=where,
+            expected="the lora_alpha that the adapter was trained with",
+            found=told.alpha,
+            then="pass it: --alpha 16, say",
+        )
+    return told.alpha
+
+
+def _weight_of(module: str, base: Mapping[str, TensorSpec]) -> str:
+    """The name of the weight, which a base that loralib's own model was saved as has inside its convolution."""
+    plain, inner = (f"{module}.{last}".removeprefix(".") for last in ("weight", f"{_INNER}.weight"))
+    if plain in base or inner in base:
+        return plain if plain in base else inner
+    tails = [any(known.endswith(f".{name}") or name.endswith(f".{known}") for known in base) for name in (plain, inner)]
+    return inner if tails == [False, True] else plain
+
+
+def _bias_of(name: str, targets: Mapping[str, str]) -> str:
+    """The base's name of a bias: that of a convolution lies in the module itself where the weight does."""
+    holder, _, last = owner(name).rpartition(".")
+    inside = last == _INNER and targets.get(holder) == f"{holder}.weight".removeprefix(".")
+    return f"{holder}.bias".removeprefix(".") if inside else name
+
+
+def _adapted(module: str, factors: Factors, target: str, reading: _Reading) -> AdapterModule:
+    """The adapted weight of one layer."""
+    where = f"{reading.context.where}: {module}"
+    a, b = pair(factors, ("lora_A", "lora_B"), where)
+    weight = reading.context.base[target]
+    found = f"lora_A {shape_text(a.spec.shape)}, lora_B {shape_text(b.spec.shape)}"
+    if len(a.spec.shape) == len(b.spec.shape) == 2 and a.spec.size and b.spec.size:
+        make = _convolution if len(weight.shape) > 2 else _matrix
+        adapted = make(a.spec.shape, b.spec.shape, {"lora_A": a, "lora_B": b}, weight, reading)
+        if adapted is not None:
+            return adapted
+    raise ShapeMismatch(
+        "the adapter does not fit the base's weight",
+        where=f"{reading.context.where}: {target}",
+        expected=f"the base's {shape_text(weight.shape)}",
+        found=found,
+        then="check that the adapter was made for this base",
+    )
+
+
+def _convolution(
+    a: tuple[int, ...], b: tuple[int, ...], factors: Factors, weight: TensorSpec, reading: _Reading
+) -> AdapterModule | None:
+    """A (rank · k, in · k) and B (out / groups · k, rank · k), whose product is the weight in another shape."""
+    kernel = weight.shape[2]
+    whole = a[0] == b[1] and b[0] * a[1] == weight.size and not any(side % kernel for side in (*a, *b))
+    if not whole or set(weight.shape[2:]) != {kernel}:
+        return None
+    settings = {"row": math.prod(weight.shape[1:])}
+    return AdapterModule(
+        weight.name, "lora_kernel", LayerKind.CONV, factors, a[0] // kernel, reading.alpha, settings=settings
+    )
+
+
+def _matrix(
+    a: tuple[int, ...], b: tuple[int, ...], factors: Factors, weight: TensorSpec, reading: _Reading
+) -> AdapterModule | None:
+    """A (rank · n, in) and B (height · n, rank) for n adapted slices of `height` outputs; a plain layer has one."""
+    rank, count = b[1], a[0] // b[1]
+    if len(weight.shape) != 2 or a[0] % rank or not count or b[0] % count:
+        return None
+    height = b[0] // count
+    sides = {LayerKind.LINEAR: weight.shape, LayerKind.TRANSPOSED: weight.shape[::-1]}  # (out, in)
+    fitting = [kind for kind, (out, into) in sides.items() if into == a[1] and not out % height and out >= b[0]]
+    if not fitting:
+        return None
+    kind = fitting[0] if len(fitting) == 1 else _square_kind(weight, reading)
+    slices = sides[kind][0] // height
+    if slices == count == 1:
+        embedding = reading.context.kinds.get(owner(weight.name)) is LayerKind.EMBEDDING
+        kind = LayerKind.EMBEDDING if embedding and kind is LayerKind.TRANSPOSED else kind
+        return AdapterModule(weight.name, "lora", kind, factors, rank, reading.alpha)
+    enabled = (True,) * slices if slices == count else _enabled(weight, slices, count, reading)
+    return AdapterModule(
+        weight.name, "lora_fused", kind, factors, rank, reading.alpha, settings={"enabled": list(enabled)}
+    )
+
+
+def _square_kind(weight: TensorSpec, reading: _Reading) -> LayerKind:
+    """How a square weight is stored: an embedding by its name, a layer like its neighbours, or as the caller says."""
+    kinds = reading.context.kinds
+    kind = kinds.get(owner(weight.name), LayerKind.LINEAR)
+    if kind is LayerKind.EMBEDDING:
+        return LayerKind.TRANSPOSED
+    turned = kind is LayerKind.TRANSPOSED if LayerKind.TRANSPOSED in kinds.values() else reading.told.fan_in_fan_out
+    return LayerKind.TRANSPOSED if turned else LayerKind.LINEAR
+
+
+def _enabled(weight: TensorSpec, slices: int, count: int, reading: _Reading) -> tuple[bool, ...]:
+    """Which slices are adapted, as the caller says. Raises AdapterFormatError where that is missing or another."""
+    enabled = reading.told.enable_lora
+    if len(enabled) != slices or sum(enabled) != count:
+        raise AdapterFormatError(
+            "the factors are of some slices of a fused layer, and the file does not say of which",
+            where=f"{reading.context.where}: {weight.name}",
+            expected=f"{count} of {slices} slices of {shape_text(weight.shape)}",
+            found=",".join(str(int(each)) for each in enabled) or None,
+            then="pass the enable_lora that it was trained with: --enable-lora 1,0,1, say",
+        )
+    return enabled

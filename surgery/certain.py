@@ -1,0 +1,140 @@
+"""Sums of a weight and products, rounded to 16 bits, where float32 already tells how.
+
+A sum in float32 is off by an amount that can be bounded. Rounding is monotone: where sum − bound and sum + bound round
+to the same value, so does the exact sum, in whatever order the float32 one was taken. 16 bits are so few that this is
+nearly everywhere, at a fifth of the time of float64; the few elements left are named, to be computed exactly. So no
+bit depends on float32. Knows no file and no method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from formats.spec import DType
+from formats.tensors import torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+_NARROW = (DType.BF16, DType.F16)
+_MOST_TERMS = 128  # of all products together; beyond, the bound leaves too much open
+_MOST_OPEN = 1 / 8  # of a block's elements; beyond, the block is cheaper as a whole
+_UNIT = 2.0**-24  # the relative error of one operation in float32
+_SLACK = 1.25  # for the rounding of the bound itself and terms of second order
+_LARGEST = 1e38  # of a sum on the way: what overflows could come back
+_TINY = 2.0**-125  # float32 is coarser below, or nothing at all
+_SMALLEST = 2.0**-100  # of a bound: what underflows on the way is less
+
+
+class Product(Protocol):
+    """scale · left @ right, whose factors float32 holds exactly."""
+
+    @property
+    def left(self) -> torch.Tensor:
+        """(rows, terms) float64."""
+
+    @property
+    def right(self) -> torch.Tensor:
+        """(terms, columns) float64."""
+
+    @property
+    def scale(self) -> float:
+        """The factor of the sums."""
+
+
+@dataclass(frozen=True)
+class _Narrowed:
+    """A product in float32. `reach` (rows, 1): no sum of |left| · |right| in that row is larger. `lost`: what factors
+    too small for float32 can have added to a sum."""
+
+    left: torch.Tensor  # with the scale in it
+    right: torch.Tensor
+    reach: torch.Tensor
+    lost: float
+
+    @classmethod
+    def of(cls, product: Product) -> _Narrowed:
+        import torch
+
+        left = product.left * product.scale
+        reach = left.norm(dim=1, keepdim=True) * product.right.norm(dim=0).max()  # Cauchy and Schwarz
+        lost = left.shape[1] * _TINY * float(left.abs().max() + product.right.abs().max())
+        return cls(left.to(torch.float32), product.right.to(torch.float32), reach.to(torch.float32), lost)
+
+
+class CertainSum:
+    """matrix + Σ products, by blocks of rows. One for each thread: it has buffers of its own."""
+
+    def __init__(self, products: Sequence[Product], dtype: DType) -> None:
+        self._products = [_Narrowed.of(product) for product in products]
+        self._terms = sum(product.left.shape[1] for product in products)
+        self._dtype = torch_dtype(dtype)
+        self._buffers: list[torch.Tensor] = []
+
+    @staticmethod
+    def serves(products: Sequence[Product], dtype: DType) -> bool:
+        """Whether float32 can tell much of these sums, computed where the products are."""
+        if not all(product.left.numel() and product.right.numel() for product in products):
+            return False
+        plain = all(_has_plain_float32(product.left.device) for product in products)
+        return plain and dtype in _NARROW and sum(product.left.shape[1] for product in products) <= _MOST_TERMS
+
+    def round(self, rows: torch.Tensor, begin: int, out: torch.Tensor) -> torch.Tensor | None:
+        """Rounds one block.
+
+        Args:
+            rows: (n, columns), any floating dtype: the matrix from row `begin` on.
+            begin: its first row.
+            out: (n, columns) of the dtype, contiguous, written to.
+
+        Returns:
+            Positions, (m,) int64, of the elements that are left to the caller; None if these are the whole block.
+        """
+        import torch
+
+        block = slice(begin, begin + len(rows))
+        total, part, above = self._scratch(rows)
+        largest = max(abs(float(extreme)) for extreme in torch.aminmax(total.copy_(rows)))
+        reach = torch.zeros(len(rows), 1, device=rows.device)
+        for product in self._products:
+            total.add_(torch.mm(product.left[block], product.right, out=part))
+            reach += product.reach[block]
+        if not largest + float(reach.max()) < _LARGEST:
+            return None
+        # Each term's product and addition, the scale, the sums; then the weight, its sums, and the bound put on them.
+        fixed = _SLACK * _UNIT * 4 * largest + sum(product.lost for product in self._products) + _SMALLEST
+        bound = reach.mul_(_SLACK * _UNIT * (self._terms + 8)).add_(fixed)
+        out.copy_(torch.sub(total, bound, out=part))
+        open_ = _differing(out, above.copy_(total.add_(bound)))
+        return open_ if open_.numel() <= _MOST_OPEN * out.numel() else None
+
+    def _scratch(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Two float32 buffers and one of the dtype, of the block's size."""
+        import torch
+
+        if not self._buffers:  # the first block is the largest
+            dtypes = (torch.float32, torch.float32, self._dtype)
+            self._buffers = [torch.empty(rows.shape, dtype=dtype, device=rows.device) for dtype in dtypes]
+        return [buffer[: len(rows)] for buffer in self._buffers]
+
+
+def _has_plain_float32(device: torch.device) -> bool:
+    """Whether products in float32 are that; torch can be told to take less (TF32, bfloat16)."""
+    import torch
+
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    return backend.matmul.fp32_precision in ("none", "ieee")
+
+
+def _differing(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Where two contiguous 16-bit tensors differ in their bits.  # (n,) int64 positions"""
+    import torch
+
+    left, right = left.view(torch.int16).view(-1), right.view(torch.int16).view(-1)
+    if left.device.type == "cpu":  # numpy compares seven times as fast as torch
+        return torch.from_numpy(np.flatnonzero(left.numpy() != right.numpy()))
+    return torch.nonzero(left != right).view(-1)
