@@ -58,9 +58,7 @@ def uncertain(guess: Bytes, itemsize: int, coarsened: Coarsened) -> int:
     count = 0
     for begin in range(0, len(words), _CHUNK):
         chunk = words[begin : begin + _CHUNK]
-        marks = chunk & fraction == 0
-        marks[_likely(chunk, begin, coarsened)] = True
-        count += int(marks.sum())
+        count += int((_is_likely(chunk, begin, coarsened) | (chunk & fraction == 0)).sum())
     return count
 
 
@@ -153,10 +151,16 @@ def _likely(guess: Words, begin: int, coarsened: Coarsened | None) -> Words:
     """The positions of a chunk's elements that are likely to be wrong."""
     if coarsened is None:
         return np.zeros(0, np.int64)
+    return np.flatnonzero(_is_likely(guess, begin, coarsened))
+
+
+def _is_likely(guess: Words, begin: int, coarsened: Coarsened) -> Words:
+    """Whether each element of a chunk has a smaller exponent than the merged one."""
     merged = coarsened.merged.view(guess.dtype)[begin : begin + len(guess)]
     bits = 8 * guess.itemsize
     exponent = guess.dtype.type((1 << (bits - 1)) - (1 << coarsened.fraction))
-    return np.flatnonzero((merged & exponent) > (guess & exponent))
+    smaller: Words = (merged & exponent) > (guess & exponent)
+    return smaller
 
 
 def _gaps(positions: Words) -> Bytes:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 EXACT_TERMS = 512  # of one exact sum
 # Low bits of a float32 that are zero wherever it lies on a tie of the narrower type (and where it is representable).
 _TIE_BITS = {DType.BF16: 0x7FFF, DType.F16: 0x0FFF}
-_LEAST_EXPONENT = -900  # of a line in fixed point; a shorter one has fewer bits, and both factors stay in range
 _SETTLED = 1 << 15  # elements that are computed one by one, at a time
+_LEAST_EXPONENT = -900  # of a line in fixed point; a shorter one has fewer bits, and both factors stay in range
 _BLOCK_ELEMENTS = 1 << 17  # float64 elements of one block: 1 MiB, so that it stays in cache
 
 

@@ -150,9 +150,10 @@ def prediction(
     base: TensorSpec,
 ) -> torch.Tensor:
     """What tells most of the base's tensor: the deltas subtracted, or the product undone; the merged tensor itself
-    where there are none, or no way back."""
+    where there are none, or no way back: a method that reads another weight reads another one after merging."""
     methods = [transforming(module) for module, _ in modules]
-    if not modules or any(method and method.forgets for method in methods) or tuple(merged.shape) != base.shape:
+    lost = any(module.reads for module, _ in modules) or any(method and method.forgets for method in methods)
+    if not modules or lost or tuple(merged.shape) != base.shape:
         return merged
     if any("weight" in module.factors for module, _ in modules):  # GLoRA's bias reads it, another before and after
         return merged

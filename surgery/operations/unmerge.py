@@ -128,6 +128,12 @@ def unmerge(
     )
 
 
+def _kept(merged: Checkpoint, plan: Plan, renamed: Mapping[str, str]) -> list[TensorSpec]:
+    """The tensors of the merged file that the output has too, by the names they have there."""
+    kept = (merged.specs[step.name] for step in plan.steps if step.outputs)
+    return [replace(spec, name=renamed.get(spec.name, spec.name)) for spec in kept]
+
+
 def _compared(
     expected: Mapping[str, str], outcomes: tuple[Outcome, ...]
 ) -> tuple[tuple[str, ...], dict[str, int], tuple[str, ...]]:
@@ -143,12 +149,6 @@ def _compared(
     differing = {name: counts[name] for name in wrong if name in unmerged}
     changed = tuple(name for name in wrong if name not in unmerged)
     return tuple(name for name in expected if name in right & unmerged), differing, changed
-
-
-def _kept(merged: Checkpoint, plan: Plan, renamed: Mapping[str, str]) -> list[TensorSpec]:
-    """The tensors of the merged file that the output has too, by the names they have there."""
-    kept = (merged.specs[step.name] for step in plan.steps if step.outputs)
-    return [replace(spec, name=renamed.get(spec.name, spec.name)) for spec in kept]
 
 
 def plan_unmerge(
