@@ -155,8 +155,6 @@ def prediction(
     lost = any(module.reads for module, _ in modules) or any(method and method.forgets for method in methods)
     if not modules or lost or tuple(merged.shape) != base.shape:
         return merged
-    if any("weight" in module.factors for module, _ in modules):  # GLoRA's bias reads it, another before and after
-        return merged
     try:
         guess = subtract(merged, modules, factors, base.dtype)
     except NotMerged:  # a zero that nothing can be divided by
