@@ -6,6 +6,7 @@ Protocols only. Containers implement them; operations and the engine see nothing
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from formats.spec import CheckpointRef, TensorRef, TensorSpec
@@ -64,14 +65,9 @@ class CheckpointWriter(Protocol):
     def write_bytes(self, name: str, payload: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Writes one tensor's payload as it is."""
 
-    def copy(
-        self,
-        name: str,
-        source: Checkpoint,
-        source_name: str,
-        seen: Callable[[memoryview], object],
-    ) -> None:
-        """Writes one tensor's payload as `source` has it, chunk by chunk; each is shown to `seen`."""
+    def parts(self, name: str) -> AbstractContextManager[Callable[[int, memoryview], None]]:
+        """Writes one tensor's payload piece by piece: the context gives a function that takes the piece's first byte
+        and the piece. All bytes must have come, each once, when it is left."""
 
     def omit(self, name: str) -> None:
         """Says that a declared tensor will not come after all; the output is laid out without it."""

@@ -194,7 +194,7 @@ class _Output:
             raise
         self.write = self._container.write
         self.write_bytes = self._container.write_bytes
-        self.copy = self._container.copy
+        self.parts = self._container.parts
         self.omit = self._container.omit
         self.seal = self._container.seal
 

@@ -6,16 +6,16 @@ first and then fills the file from any thread. Knows one file only: no folder, n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from formats.checkpoint import Checkpoint
 from formats.errors import CorruptFile, IncompleteOutput, NotACheckpoint, PathNotFound
 from formats.layout import MAX_HEADER, layout
 from formats.names import unknown_tensor
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _DTYPES = {dtype.label: dtype for dtype in DType}
 _CHUNK = 1 << 30  # the kernel moves at most 2 GiB a call
-_COPIED = 1 << 18  # bytes of one chunk of a copy: it is still in cache when it is hashed and written
 
 
 class SafetensorsFile:
@@ -248,19 +247,23 @@ class SafetensorsWriter:
         with disk_errors(self._staging.target):
             write_at(self._descriptor, payload.data, self._layout.offsets[name])
 
-    def copy(self, name: str, source: Checkpoint, source_name: str, seen: Callable[[memoryview], object]) -> None:
-        """Writes one tensor's payload as another file has it."""
+    @contextlib.contextmanager
+    def parts(self, name: str) -> Iterator[Callable[[int, memoryview], None]]:
+        """Writes one tensor's payload piece by piece."""
         self._settle(name)
-        nbytes, offset = self._specs[name].nbytes, self._layout.offsets[name]
-        if source.tensor(source_name).spec.nbytes != nbytes:
-            raise IncompleteOutput("a payload differs from its declaration", where=name, expected=nbytes)
-        buffer = np.empty(min(_COPIED, nbytes), np.uint8)
-        for begin in range(0, nbytes, _COPIED):
-            chunk = buffer[: nbytes - begin]
-            source.read_into(source_name, begin, chunk)
-            seen(chunk.data)
+        nbytes, offset, written = self._specs[name].nbytes, self._layout.offsets[name], 0
+
+        def put(begin: int, piece: memoryview) -> None:
+            nonlocal written
+            if begin < 0 or begin + piece.nbytes > nbytes:
+                raise IncompleteOutput("a piece lies outside of its tensor", where=name, expected=f"{nbytes} bytes")
             with disk_errors(self._staging.target):
-                write_at(self._descriptor, chunk.data, offset + begin)
+                write_at(self._descriptor, piece, offset + begin)
+            written += piece.nbytes
+
+        yield put
+        if written != nbytes:
+            raise IncompleteOutput("a payload came in part", where=name, expected=nbytes, found=written)
 
     def omit(self, name: str) -> None:
         """Leaves a declared tensor out."""

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from formats.checkpoint import Checkpoint
 from formats.errors import CorruptFile, PathNotFound
 from formats.names import unknown_tensor
 from formats.safetensors_file import SafetensorsFile, SafetensorsWriter
@@ -176,9 +176,9 @@ class ShardedWriter:
         """Writes one tensor's payload as it is."""
         self._writers[self._shards[name]].write_bytes(name, payload)
 
-    def copy(self, name: str, source: Checkpoint, source_name: str, seen: Callable[[memoryview], object]) -> None:
-        """Writes one tensor's payload as another file has it."""
-        self._writers[self._shards[name]].copy(name, source, source_name, seen)
+    def parts(self, name: str) -> AbstractContextManager[Callable[[int, memoryview], None]]:
+        """Writes one tensor's payload piece by piece."""
+        return self._writers[self._shards[name]].parts(name)
 
     def omit(self, name: str) -> None:
         """Leaves a declared tensor out."""

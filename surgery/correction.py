@@ -1,7 +1,8 @@
 """What leads from a prediction of a tensor to the tensor itself: where they differ, and by what, compressed.
 
-A correction is one Zstandard frame. For every chunk of 2¹⁹ elements, the last one shorter, it holds
+A correction is one Zstandard frame. For every chunk of at most 2¹⁹ elements it holds
 
+    elements         u32, of the chunk
     count            u32, elements that differ outside of the likely ones
     length           u32, bytes of the gaps
     marks            for each likely element one bit, lowest first: whether it differs; filled up to whole bytes
@@ -32,8 +33,8 @@ import zstandard
 from formats.errors import CorruptFile
 from formats.tensors import Bytes
 
-_CHUNK = 1 << 19  # elements
-_HEAD = struct.Struct("<II")
+_CHUNK = 1 << 19  # elements at most
+_HEAD = struct.Struct("<III")
 _FAR = 255
 _LEVEL = 3  # higher ones gain nothing on gaps, which have no repetitions to find
 
@@ -64,13 +65,73 @@ def uncertain(guess: Bytes, itemsize: int, coarsened: Coarsened) -> int:
 
 def correction_limit(elements: int, itemsize: int) -> int:
     """The most bytes that a correction of so many elements takes."""
-    plain = elements * (itemsize + 1) + (elements // _CHUNK + 1) * (_HEAD.size + 64)
+    plain = elements * (itemsize + 1) + (2 * elements // _CHUNK + 1) * (_HEAD.size + 64)
     return plain + plain // 128 + 1024
 
 
 def correction_workspace(itemsize: int) -> int:
     """Bytes of memory that one chunk takes on its way, beside the tensors."""
     return _CHUNK * (48 + 8 * itemsize)
+
+
+class Corrections:
+    """Makes a correction piece by piece.
+
+    Args:
+        itemsize: bytes of an element: 1, 2, 4 or 8.
+        fraction: of the floats, where merged payloads tell what is likely to be wrong; None where nothing does.
+    """
+
+    def __init__(self, itemsize: int, fraction: int | None = None) -> None:
+        self._itemsize = itemsize
+        self._fraction = fraction
+        self._stream = zstandard.ZstdCompressor(level=_LEVEL).compressobj()
+        self._parts: list[bytes] = []
+        self._differs = False
+        self._waiting: list[tuple[Words, ...]] = []  # pieces too small for a chunk of their own
+
+    def add(self, actual: Bytes, predicted: Bytes, merged: Bytes | None = None) -> None:
+        """Takes the next elements: the tensor's payload, the prediction's of the same size, and the merged one's."""
+        payloads = (actual, predicted) if merged is None or self._fraction is None else (actual, predicted, merged)
+        words = tuple(_words(payload, actual.nbytes, self._itemsize) for payload in payloads)
+        count = len(words[0])
+        if self._waiting or count < _CHUNK // 2:
+            self._waiting.append(tuple(part.copy() for part in words))
+            if sum(len(piece[0]) for piece in self._waiting) < _CHUNK // 2:
+                return
+            words, count = self._gathered()
+        for begin in range(0, count, _CHUNK):
+            self._add(*(part[begin : begin + _CHUNK] for part in words))
+
+    def _gathered(self) -> tuple[tuple[Words, ...], int]:
+        words = tuple(np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        return words, len(words[0])
+
+    def _add(self, truth: Words, guess: Words, merged: Words | None = None) -> None:
+        wrong = truth != guess
+        hints = None if merged is None or self._fraction is None else Coarsened(merged.view(np.uint8), self._fraction)
+        likely = _likely(guess, 0, hints)
+        marks = wrong[likely]
+        wrong[likely] = False
+        others = np.flatnonzero(wrong)
+        positions = np.concatenate([likely[marks], others])
+        self._differs = self._differs or bool(len(positions))
+        difference = truth[positions] - guess[positions]  # modulo 2^bits
+        gaps = _gaps(others)
+        planes = np.ascontiguousarray(_zigzag(difference).view(np.uint8).reshape(-1, self._itemsize).T)
+        head = _HEAD.pack(len(truth), len(others), len(gaps))
+        for part in (head + np.packbits(marks, bitorder="little").tobytes(), gaps, *planes):
+            if len(part):
+                self._parts.append(self._stream.compress(bytes(part)))
+                self._parts.append(self._stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+
+    def finished(self) -> bytes | None:
+        """The correction; None where nothing differs."""
+        if self._waiting:
+            self._add(*self._gathered()[0])
+        self._parts.append(self._stream.flush())
+        return b"".join(self._parts) if self._differs else None
 
 
 def correct_from(actual: Bytes, predicted: Bytes, itemsize: int, coarsened: Coarsened | None = None) -> bytes | None:
@@ -82,28 +143,9 @@ def correct_from(actual: Bytes, predicted: Bytes, itemsize: int, coarsened: Coar
         itemsize: bytes of an element: 1, 2, 4 or 8.
         coarsened: where the prediction is likely to be wrong, if anything tells.
     """
-    stream = zstandard.ZstdCompressor(level=_LEVEL).compressobj()
-    parts: list[bytes] = []
-    differs = False
-    truths, guesses = (_words(payload, actual.nbytes, itemsize) for payload in (actual, predicted))
-    for begin in range(0, len(truths), _CHUNK):
-        truth, guess = truths[begin : begin + _CHUNK], guesses[begin : begin + _CHUNK]
-        wrong = truth != guess
-        likely = _likely(guess, begin, coarsened)
-        marks = wrong[likely]
-        wrong[likely] = False
-        others = np.flatnonzero(wrong)
-        positions = np.concatenate([likely[marks], others])
-        differs = differs or bool(len(positions))
-        difference = truth[positions] - guess[positions]  # modulo 2^bits
-        gaps = _gaps(others)
-        planes = np.ascontiguousarray(_zigzag(difference).view(np.uint8).reshape(-1, itemsize).T)
-        packed = np.packbits(marks, bitorder="little")
-        for part in (_HEAD.pack(len(others), len(gaps)) + packed.tobytes(), gaps, *planes):
-            if len(part):
-                parts.append(stream.compress(bytes(part)))
-                parts.append(stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
-    return b"".join([*parts, stream.flush()]) if differs else None
+    made = Corrections(itemsize, coarsened.fraction if coarsened else None)
+    made.add(actual, predicted, coarsened.merged if coarsened else None)
+    return made.finished()
 
 
 def corrected(
@@ -116,10 +158,14 @@ def corrected(
     words = _words(predicted, nbytes, itemsize).copy()
     try:
         with zstandard.ZstdDecompressor().stream_reader(correction.data) as stream:
-            for begin in range(0, len(words), _CHUNK):
-                chunk = words[begin : begin + _CHUNK]
+            begin = 0
+            while begin < len(words):
+                elements, count, length = _HEAD.unpack(_exactly(stream, _HEAD.size))
+                if not 0 < elements <= min(_CHUNK, len(words) - begin):
+                    raise ValueError(f"a chunk of {elements} elements")
+                chunk = words[begin : begin + elements]
                 likely = _likely(chunk, begin, coarsened)
-                count, length = _HEAD.unpack(_exactly(stream, _HEAD.size))
+                begin += elements
                 if count > len(chunk) or length > count + len(chunk) // _FAR:
                     raise ValueError(f"{count} corrections of {len(chunk)} elements")
                 packed = np.frombuffer(_exactly(stream, (len(likely) + 7) // 8), np.uint8)

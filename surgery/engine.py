@@ -19,15 +19,16 @@ from formats.checkpoint import Checkpoint, CheckpointWriter
 from formats.errors import ReportedError
 from formats.paths import open_checkpoint
 from formats.spec import CheckpointRef, TensorRef, TensorSpec
-from formats.tensors import Bytes
+from formats.tensors import Bytes, bytes_from_tensor, tensor_from_bytes
 from surgery.errors import Unsupported
-from surgery.plan import Compares, Outcome, Plan, Step, TakesOver
+from surgery.plan import Compares, Outcome, Plan, Step, Streams, TakesOver
 from surgery.provenance import new_hash
 from surgery.threads import cores, torch_threads
 
 if TYPE_CHECKING:
     import torch
 
+_COPIED = 1 << 18  # bytes that are copied at once: still in the cache when they are hashed and written
 _CHUNK = 1 << 19  # bytes of each of two tensors that are compared: both stay in the cache
 DEFAULT_MEMORY = 512 << 20  # bytes that steps may hold at once; a larger step runs alone
 
@@ -127,9 +128,12 @@ def _run_step(
         with budget.hold(step.nbytes if outcome is None else 0):
             if stop.is_set():
                 return Outcome((), {})
-            if outcome is None:
-                outcome = step.op(*(readers.read(ref).to(device) for ref in step.inputs))
-            _write(writers[0], step.outputs, outcome.tensors, step.shrinks)
+            if isinstance(step.op, Streams):
+                outcome = _stream(step, step.op, readers, writers[0], device)
+            else:
+                if outcome is None:
+                    outcome = step.op(*(readers.read(ref).to(device) for ref in step.inputs))
+                _write(writers[0], step.outputs, outcome.tensors, step.shrinks)
             _write(writers[1], step.asides, outcome.asides, True)
     except Exception as error:
         stop.set()
@@ -141,11 +145,46 @@ def _run_step(
 
 def _take_over(step: Step, op: TakesOver, readers: _Readers, writer: CheckpointWriter | None) -> Outcome:
     """Copies the step's input to its output, and hashes it on the way."""
-    (source,), (spec,) = step.inputs, step.outputs
+    (ref,), (spec,) = step.inputs, step.outputs
     seen = new_hash()
-    if writer is not None:
-        writer.copy(spec.name, readers.checkpoint(source), source.name, seen.update)
+    source, buffer = readers.checkpoint(ref), np.empty(min(_COPIED, spec.nbytes), np.uint8)
+    with _parts(writer, spec) as put:
+        for begin in range(0, spec.nbytes, _COPIED):
+            piece = buffer[: spec.nbytes - begin]
+            source.read_into(ref.name, begin, piece)
+            seen.update(piece.data)
+            put(begin, piece.data)
     return op.taken(seen.hexdigest())
+
+
+def _stream(
+    step: Step, op: Streams, readers: _Readers, writer: CheckpointWriter | None, device: torch.device
+) -> Outcome:
+    """Reads the step's first input, and writes its output, as the op asks for it."""
+    ref, (spec,) = step.inputs[0], step.outputs
+    checkpoint, dtype = readers.checkpoint(ref), ref.spec.dtype
+    buffer = np.empty(0, np.uint8)
+
+    def source(begin: int, count: int) -> torch.Tensor:
+        nonlocal buffer
+        if buffer.nbytes < count * dtype.itemsize:
+            buffer = np.empty(count * dtype.itemsize, np.uint8)
+        piece = buffer[: count * dtype.itemsize]
+        checkpoint.read_into(ref.name, begin * dtype.itemsize, piece)
+        return tensor_from_bytes(piece, TensorSpec(ref.name, dtype, (count,))).to(device)
+
+    with _parts(writer, spec) as put:
+        return op.streamed(
+            source,
+            tuple(readers.read(each).to(device) for each in step.inputs[1:]),
+            lambda begin, tensor: put(begin * spec.dtype.itemsize, bytes_from_tensor(tensor).data),
+        )
+
+
+def _parts(
+    writer: CheckpointWriter | None, spec: TensorSpec
+) -> contextlib.AbstractContextManager[Callable[[int, memoryview], None]]:
+    return contextlib.nullcontext(lambda begin, piece: None) if writer is None else writer.parts(spec.name)
 
 
 def _write(

@@ -6,7 +6,7 @@ no method's mathematics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -49,6 +49,10 @@ class Outcome:
     asides: tuple[torch.Tensor | None, ...] = ()
 
 
+Source = Callable[[int, int], "torch.Tensor"]  # first element, how many → these, flat, until the next call
+Sink = Callable[[int, "torch.Tensor"], None]  # first element, elements in C order
+
+
 class Op(Protocol):
     """The work of one step: tensors in, an Outcome out. Picklable and without state."""
 
@@ -62,6 +66,14 @@ class TakesOver(Protocol):
 
     def taken(self, digest: str) -> Outcome:
         """The outcome, without tensors, for a payload of this hash."""
+
+
+@runtime_checkable
+class Streams(Protocol):
+    """An Op that also takes its first input, and gives its only output, in pieces: neither is in memory as a whole."""
+
+    def streamed(self, source: Source, rest: tuple[torch.Tensor, ...], sink: Sink) -> Outcome:
+        """The outcome, without tensors but for asides. `rest`: the other inputs, whole."""
 
 
 @runtime_checkable
@@ -97,6 +109,8 @@ class Step:
     @property
     def nbytes(self) -> int:
         """Bytes in memory while the step runs."""
+        if isinstance(self.op, Streams):
+            return sum(ref.spec.nbytes for ref in self.inputs[1:]) + self.workspace
         return sum(ref.spec.nbytes for ref in self.inputs) + sum(spec.nbytes for spec in self.outputs) + self.workspace
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from formats.spec import DType
 from formats.tensors import torch_dtype
-from surgery.certain import CertainSum
+from surgery.certain import CertainSum, Positions
 from surgery.rounding import Delta, ExactProduct, StackedProducts, blocks, round_once, sum_of
 from surgery.survival import Watch
 
 if TYPE_CHECKING:
     import torch
+
+_BLOCK_ELEMENTS = 1 << 18  # of a block in float32: larger than the cache, since more calls keep other threads waiting
 
 
 class RoundedSum:
@@ -27,44 +31,58 @@ class RoundedSum:
         self._dtype = dtype
         serves = self._deltas is self._products and CertainSum.serves(self._products, dtype)
         self._certain = CertainSum(self._products, dtype) if serves else None
-        # Of single elements: rows of both factors, so that each lies in one piece.
-        self._turned = [(product.left, product.right.mT.contiguous(), product.scale) for product in self._products]
+        # For single elements: rows of both factors, so that each lies in one piece.
+        single = (delta for delta in deltas if serves and isinstance(delta, ExactProduct))
+        self._single = [(each.left.numpy(), each.right.mT.contiguous().numpy(), each.scale) for each in single]
 
     def round(self, rows: torch.Tensor, begin: int, out: torch.Tensor, watch: Watch | None = None) -> None:
-        """Rounds one block.
+        """Rounds any number of rows.
 
         Args:
             rows: (n, columns), any floating dtype: the matrix from row `begin` on.
             begin: its first row.
             out: (n, columns) of the dtype, contiguous, written to.
-            watch: is shown the block: W0, Σ deltas in float32, the rounded sum.
+            watch: is shown the change that was asked for, in float32, and the one that is stored.
         """
+        left = []
+        for first, last in blocks(rows, _BLOCK_ELEMENTS if self._certain else None):
+            block, rounded = rows[first:last], out[first:last]
+            rest = self._certain.round(block, begin + first, rounded, watch) if self._certain else None
+            if rest is None:
+                self._sum(block, begin + first, rounded, watch)
+            elif len(rest):
+                left.append(rest + first * rows.shape[1])
+        if left:
+            self._settle(rows, begin, np.concatenate(left), out, watch)
+
+    def _sum(self, rows: torch.Tensor, begin: int, out: torch.Tensor, watch: Watch | None) -> None:
+        """Rounds one block in float64."""
         import torch
 
-        rest = self._certain.round(rows, begin, out) if self._certain else None
-        if self._certain and rest is not None:
-            self._settle(rows, begin, rest, out)
-            change = self._certain.change(len(rows))
-        else:
-            exact = sum_of(self._deltas, begin, begin + len(rows)).to(rows.device)
-            change = exact if watch is None else exact.to(torch.float32)
-            exact += rows.to(torch.float64)  # twice as fast as adding across dtypes
-            out.copy_(round_once(exact, self._dtype))
-        if watch is not None:
+        exact = sum_of(self._deltas, begin, begin + len(rows)).to(rows.device)
+        change = None if watch is None else exact.to(torch.float32)
+        exact += rows.to(torch.float64)  # twice as fast as adding across dtypes
+        out.copy_(round_once(exact, self._dtype))
+        if watch is not None and change is not None:
             watch(rows, change, out)
 
-    def _settle(self, rows: torch.Tensor, begin: int, positions: torch.Tensor, out: torch.Tensor) -> None:
-        """Computes single elements of a block, with the bits they have as part of it."""
-        if not positions.numel():
-            return
-        row, column = positions // rows.shape[1], positions % rows.shape[1]
-        exact = None
-        for left, right, scale in self._turned:
-            product = (left[begin + row] * right[column]).sum(1).mul_(scale)
-            exact = product if exact is None else exact.add_(product)
-        assert exact is not None
-        exact += rows.reshape(-1)[positions].to(exact.dtype)
-        out.view(-1)[positions] = round_once(exact, self._dtype)
+    def _settle(
+        self, rows: torch.Tensor, begin: int, positions: Positions, out: torch.Tensor, watch: Watch | None
+    ) -> None:
+        """Computes single elements, with the bits they have as part of a block."""
+        import torch
+
+        row, column = np.divmod(positions, rows.shape[1])
+        delta = np.full(len(row), -0.0)  # of which nothing is left in a sum, whatever its sign
+        for left, right, scale in self._single:
+            delta += np.vecdot(left[begin + row], right[column]) * scale
+        at = torch.from_numpy(positions).to(rows.device)
+        start = rows.reshape(-1)[at].to("cpu", torch.float64).numpy()
+        flat = out.view(-1)
+        before, now = flat[at], round_once(torch.from_numpy(start + delta), self._dtype).to(out.device)
+        flat[at] = now
+        if watch is not None:
+            watch.amend(start, delta, *(tensor.to("cpu", torch.float64).numpy() for tensor in (before, now)))
 
 
 def segments(deltas: Sequence[Delta], rows: int) -> Iterator[tuple[int, int, Sequence[Delta]]]:
@@ -99,8 +117,7 @@ def add_rounded(
     for first, last, parts in segments(deltas, len(matrix)):
         total = RoundedSum(parts, dtype, matrix.device)
         part, rounded = matrix[first:last], result[first:last]
-        for begin, end in blocks(part):
-            total.round(part[begin:end], begin, rounded[begin:end], watch)
+        total.round(part, 0, rounded, watch)
     return result.reshape(weight.shape)
 
 

@@ -174,10 +174,10 @@ def change_rows(
         result[begin:end] = round_once(change(matrix[begin:end].to(torch.float64), begin, end).contiguous(), dtype)
 
 
-def blocks(matrix: torch.Tensor) -> Iterator[tuple[int, int]]:
+def blocks(matrix: torch.Tensor, elements: int | None = None) -> Iterator[tuple[int, int]]:
     """Ranges of rows that stay in cache."""
     rows, columns = matrix.shape
-    step = max(1, _BLOCK_ELEMENTS // max(1, columns))
+    step = max(1, (elements or _BLOCK_ELEMENTS) // max(1, columns))
     for begin in range(0, rows, step):
         yield begin, min(rows, begin + step)
 
@@ -214,24 +214,17 @@ def round_once(values: torch.Tensor, dtype: DType) -> torch.Tensor:
 
     if dtype not in _TIE_BITS:
         return values.to(torch_dtype(dtype))
-    nearest = values.to(torch.float32)
-    ties = _ties(nearest, _TIE_BITS[dtype])
-    at = nearest.view(-1)[ties]
-    error = values.reshape(-1)[ties] - at  # float64; its sign tells on which side of the value `nearest` lies
-    away = ((error < 0) == (at > 0)).to(torch.int32)  # 1 where rounded away from zero
-    bits = at.view(torch.int32)
-    odd = torch.where((error != 0) & error.isfinite(), (bits - away) | 1, bits)
-    nearest.view(-1)[ties] = odd.view(torch.float32)
+    nearest = values.to("cpu", torch.float32)
+    bits = nearest.numpy().reshape(-1).view(np.int32)
+    ties = np.flatnonzero((bits & _TIE_BITS[dtype]) == 0)
+    if len(ties):
+        at = nearest.numpy().reshape(-1)[ties]
+        with np.errstate(invalid="ignore"):
+            error = (
+                values.cpu().numpy().reshape(-1)[ties] - at
+            )  # its sign tells on which side of the value `nearest` lies
+        away = ((error < 0) == (at > 0)).astype(np.int32)  # 1 where rounded away from zero
+        bits[ties] = np.where((error != 0) & np.isfinite(error), (bits[ties] - away) | 1, bits[ties])
     if dtype is DType.F8_E4M3:  # has no Inf; beyond its range some versions of torch give its largest, others NaN
         nearest[nearest.abs() > _E4M3_LIMIT] = math.nan
-    return nearest.to(torch_dtype(dtype))
-
-
-def _ties(values: torch.Tensor, mask: int) -> torch.Tensor:
-    """The positions of contiguous float32 values whose low bits are all zero.  # (n,) int64"""
-    import torch
-
-    bits = values.view(torch.int32).view(-1)
-    if bits.device.type == "cpu":  # numpy finds them five times as fast as torch
-        return torch.from_numpy(np.flatnonzero((bits.numpy() & mask) == 0))
-    return torch.nonzero((bits & mask) == 0).view(-1)
+    return nearest.to(torch_dtype(dtype)).to(values.device)

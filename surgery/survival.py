@@ -20,6 +20,7 @@ from surgery.errors import VerificationFailed
 if TYPE_CHECKING:
     import torch
 
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 _LINE = 4096  # elements of one float32 sum
 _FLOOR = 1e-30  # below that, float32's squares vanish
 
@@ -54,14 +55,26 @@ class Watch:
         import torch
 
         wide = torch.float64 if torch.float64 in (start.dtype, rounded.dtype) else torch.float32
-        stored = rounded.to(wide, copy=True).sub_(start.to(wide)).reshape(-1)
-        asked = change.reshape(-1)
+        self.take(rounded.to(wide) - start.to(wide), change)
+
+    def take(self, stored: torch.Tensor, asked: torch.Tensor) -> None:
+        """Takes one block of both changes, of one shape and contiguous."""
+        import torch
+
         squares, along = _products(asked, stored, torch.float32)
         if not all(_FLOOR < square < math.inf for square in squares):
             squares, along = _products(asked, stored, torch.float64)
         self._asked += squares[0]
         self._stored += squares[1]
         self._along += along
+
+    def amend(self, start: Floats, change: Floats, before: Floats, now: Floats) -> None:
+        """Elements of which it was shown `before` are stored as `now`; all float64."""
+        differ = before != now
+        if differ.any():
+            start, change, before, now = (values[differ] for values in (start, change, before, now))
+            self._stored += float(((now - start) ** 2 - (before - start) ** 2).sum())
+            self._along += float(((now - before) * change).sum())
 
     @property
     def asks(self) -> bool:
@@ -76,7 +89,7 @@ class Watch:
     @property
     def surviving(self) -> Surviving:
         """Of all blocks so far."""
-        asked, stored = math.sqrt(self._asked), math.sqrt(self._stored)
+        asked, stored = math.sqrt(self._asked), math.sqrt(max(self._stored, 0.0))
         if not asked:
             return Surviving(1.0, 1.0)
         return Surviving(stored / asked, self._along / (asked * stored) if stored else 0.0)
@@ -84,7 +97,7 @@ class Watch:
 
 def _products(asked: torch.Tensor, stored: torch.Tensor, dtype: torch.dtype) -> tuple[tuple[float, float], float]:
     """‖asked‖², ‖stored‖² and ⟨asked, stored⟩ of two flat tensors."""
-    left, right = asked.to(dtype).numpy(), stored.to(dtype).numpy()
+    left, right = (change.reshape(-1).to("cpu", dtype).numpy() for change in (asked, stored))
     with np.errstate(all="ignore"):  # what is not finite is asked for afterwards
         return (_dot(left, left), _dot(right, right)), _dot(left, right)
 
@@ -93,7 +106,8 @@ def _dot(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> float:
     """Σ left · right of two flat arrays: lines of a fixed length, added in float64."""
     whole = len(left) // _LINE * _LINE
     lines = np.vecdot(left[:whole].reshape(-1, _LINE), right[:whole].reshape(-1, _LINE))
-    return float(lines.sum(dtype=np.float64)) + float(np.vecdot(left[whole:], right[whole:]))
+    total = float(lines.sum(dtype=np.float64))
+    return total if whole == len(left) else total + float(np.vecdot(left[whole:], right[whole:]))
 
 
 def least(surviving: Mapping[str, Surviving]) -> str | None:

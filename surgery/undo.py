@@ -25,7 +25,7 @@ from surgery.plan import Plan
 from surgery.provenance import Receipt
 
 UNDO = "surgery.undo"
-_VERSION = 2
+_VERSION = 3
 _SCALES_LIMIT = 1 << 26  # elements of a tensor that is gone: scales
 
 

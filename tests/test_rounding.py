@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from formats.spec import DType
 from formats.tensors import torch_dtype
-from surgery import rounding
 from surgery.certain import CertainSum
 from surgery.rounded_sum import add_rounded
 from surgery.rounding import StackedProducts, exact_product, fixed_point_bits, round_once
@@ -133,7 +132,8 @@ def test_add_rounded_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None
     weight = torch.randn(37, 23, generator=generator).to(torch.bfloat16)
     deltas = [exact_product(torch.randn(37, 4), torch.randn(4, 23), 0.5) for _ in range(2)]
     whole = add_rounded(weight, deltas, DType.BF16)
-    monkeypatch.setattr(rounding, "_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr("surgery.rounding._BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr("surgery.rounded_sum._BLOCK_ELEMENTS", 1)
     assert torch.equal(add_rounded(weight, deltas, DType.BF16), whole)
 
 
@@ -170,13 +170,13 @@ def test_what_float32_decides_has_the_bits_of_float64(dtype: DType, terms: int, 
 
 
 def test_float32_decides_nearly_everything() -> None:
-    """Of a weight and a delta as they are found: but for half a per cent."""
+    """Of a weight and a delta as they are found: but for two in a thousand."""
     torch.manual_seed(0)
     weight = (torch.randn(64, 512) * 0.02).bfloat16()
     product = exact_product(torch.randn(64, 16).bfloat16() * 0.02, torch.randn(16, 512).bfloat16() * 0.02, 0.5)
-    left = CertainSum([product], DType.BF16).round(weight, 0, torch.empty_like(weight))
+    left = CertainSum([product], DType.BF16).round(weight, 0, torch.empty_like(weight), None)
     assert left is not None
-    assert len(left) < 0.005 * weight.numel()
+    assert len(left) < 0.002 * weight.numel()
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan, 3e38])
@@ -184,7 +184,7 @@ def test_float32_decides_nothing_beyond_its_range(value: float) -> None:
     """There float64 does, and what overflows on the way comes back."""
     weight = torch.full((4, 8), value, dtype=torch.float64)
     products = [exact_product(torch.full((4, 1), 1e38), torch.ones(1, 8), scale) for scale in (1.0, -1.0)]
-    assert CertainSum(products, DType.BF16).round(weight, 0, torch.empty(4, 8, dtype=torch.bfloat16)) is None
+    assert CertainSum(products, DType.BF16).round(weight, 0, torch.empty(4, 8, dtype=torch.bfloat16), None) is None
     torch.testing.assert_close(
         add_rounded(weight, products, DType.BF16), torch.full((4, 8), value).bfloat16(), equal_nan=True
     )

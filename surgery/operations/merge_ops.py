@@ -26,7 +26,7 @@ from surgery.survival import Watch
 if TYPE_CHECKING:
     import torch
 
-_FRACTION_BITS = {DType.F8_E4M3: 3, DType.F8_E5M2: 2, DType.BF16: 7, DType.F16: 10, DType.F32: 23, DType.F64: 52}
+FRACTION_BITS = {DType.F8_E4M3: 3, DType.F8_E5M2: 2, DType.BF16: 7, DType.F16: 10, DType.F32: 23, DType.F64: 52}
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def prediction(
 def coarsened(merged: torch.Tensor, guess: torch.Tensor, dtype: DType) -> Coarsened | None:
     """What tells where a prediction is likely to be wrong; nothing does where it is the merged tensor itself."""
     tells = guess is not merged and guess.dtype == merged.dtype
-    return Coarsened(bytes_from_tensor(merged), _FRACTION_BITS[dtype]) if tells else None
+    return Coarsened(bytes_from_tensor(merged), FRACTION_BITS[dtype]) if tells else None
 
 
 def uncertain_elements(

@@ -20,6 +20,7 @@ from surgery.errors import AlreadyMerged, NotMergeable, Unsupported
 from surgery.methods import additive, check_modules, workspace
 from surgery.operations.adapters import WeighedAdapter, replacements, weighed_modules
 from surgery.operations.merge_ops import Add, Copy, Merge, Shed
+from surgery.operations.merge_rows import MergeRows, piece_workspace
 from surgery.operations.outline import Outline
 from surgery.operations.scaled_ops import merge_step
 from surgery.operations.stored_dtype import Storage, as_numbers
@@ -191,13 +192,16 @@ class _Work:
             return Step(spec.name, tuple(inputs), (spec,), Copy(spec.name))
         inputs += [ref for module, _ in modules for _, ref in sorted(module.factors.items())]
         undo = self.undo and spec.name not in self.outline.surplus
+        asides = (correction_spec(replace(spec, name=source.name)),) if undo else ()
+        needed = workspace(modules, spec) + (correction_workspace(spec.dtype.itemsize) if undo else 0)
+        if modules and not replaced and all(additive(module) for module, _ in modules):
+            rows = MergeRows(spec, spec.name, result.dtype, modules, undo)
+            return Step(spec.name, tuple(inputs), (result,), rows, needed + piece_workspace(spec), asides=asides)
         op = Merge(spec.name, result.dtype, modules, tuple(full.rows for full in replaced), keep, undo)
-        needed = workspace(modules, spec)
         if not all(additive(module) for module, _ in modules):
             needed += 8 * spec.size  # the result in float64
         if undo:
-            needed += 2 * spec.nbytes + correction_workspace(spec.dtype.itemsize)
-        asides = (correction_spec(replace(spec, name=source.name)),) if undo else ()
+            needed += 2 * spec.nbytes
         return Step(spec.name, tuple(inputs), (result,), op, needed, asides=asides)
 
     def receipt(self, adapters: Sequence[WeighedAdapter]) -> Receipt:

@@ -21,6 +21,7 @@ from surgery.methods import transforming
 from surgery.operations.adapters import AdapterPaths, open_for_merge
 from surgery.operations.merge_ops import Merge
 from surgery.operations.merge_plan import plan_merge
+from surgery.operations.merge_rows import MergeRows
 from surgery.operations.outline import tied_head
 from surgery.operations.stored_dtype import dtype_in
 from surgery.plan import Op, Outcome, Plan, Step, TakesOver
@@ -162,7 +163,7 @@ class Replay:
         for spec, ours, theirs in zip(self.specs, self.op(*own).tensors, found, strict=True):
             assert ours is not None  # merging writes everything it declares
             verdict = EXACT if tensor_hash(ours) == tensor_hash(theirs) else DIFFERS
-            if verdict is DIFFERS and self.tolerant and isinstance(self.op, Merge) and self.op.modules:
+            if verdict is DIFFERS and self.tolerant and isinstance(self.op, (Merge, MergeRows)) and self.op.modules:
                 units = _DORA_UNITS if any(transforming(module) for module, _ in self.op.modules) else 1.0
                 verdict = ROUNDING if is_within_rounding(theirs, ours, own[0], units) else DIFFERS
             verdicts[spec.name] = verdict

@@ -18,6 +18,7 @@ from formats.paths import open_checkpoint
 from surgery.operations.adapters import open_adapters
 from surgery.operations.merge_plan import plan_merge
 from surgery.operations.unmerge import plan_unmerge
+from surgery.plan import Step, Streams
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -60,10 +61,21 @@ def test_a_step_takes_no_more_memory_than_it_declares(tmp_path: Path, name: str)
     for plan in plans:
         (step,) = plan.steps
         inputs = [tensors[ref.name] for ref in step.inputs]
-        declared = step.nbytes - sum(tensor.nbytes for tensor in inputs)
-        taken = most_allocated(lambda step=step, inputs=inputs: step.op(*inputs))
+        held = inputs[1:] if isinstance(step.op, Streams) else inputs
+        taken = most_allocated(lambda step=step, inputs=inputs: run(step, inputs))
+        declared = step.nbytes - sum(tensor.nbytes for tensor in held)
         assert taken <= declared
         assert name not in FILLS or taken > 0.4 * declared
+
+
+def run(step: Step, inputs: list[torch.Tensor]) -> object:
+    """The step's work, in pieces where the engine would do it so."""
+    if not isinstance(step.op, Streams):
+        return step.op(*inputs)
+    flat = inputs[0].view(-1)
+    return step.op.streamed(
+        lambda begin, count: flat[begin : begin + count], tuple(inputs[1:]), lambda begin, tensor: None
+    )
 
 
 def most_allocated(work: Callable[[], object]) -> int:
