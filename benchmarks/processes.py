@@ -31,6 +31,7 @@ class Contender:
         argv: the command.
         reads: files that are put into the page cache before each run.
         writes: what it makes; removed before each run.
+        cold: whether the files it reads are put out of the page cache instead.
         imports: name of the contender that only starts and loads what this one loads. Without one, what counts is
             what the process itself says, as "seconds" in a JSON document on stdout.
     """
@@ -40,6 +41,7 @@ class Contender:
     reads: tuple[str, ...] = ()
     writes: str | None = None
     imports: str | None = None
+    cold: bool = False
 
     @property
     def shown(self) -> str:
@@ -93,8 +95,8 @@ def _run(contender: Contender, folder: Path, number: int) -> Run:
     if contender.writes:
         (folder / contender.writes).parent.mkdir(parents=True, exist_ok=True)
         _remove(folder / contender.writes)
-    _warm(folder / name for name in contender.reads)
     os.sync()  # what the last command left to be written must not slow this one down
+    (_cool if contender.cold else _warm)(folder / name for name in contender.reads)
     load, busy = os.getloadavg()[0], _busy_s()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         start = time.perf_counter()
@@ -133,6 +135,12 @@ def _warm(paths: Iterable[Path]) -> None:
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
+
+
+def _cool(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _remove(path: Path) -> None:

@@ -20,7 +20,7 @@ from formats.errors import CorruptFile, IncompleteOutput, NotACheckpoint, PathNo
 from formats.layout import MAX_HEADER, layout
 from formats.names import unknown_tensor
 from formats.spec import CheckpointRef, DType, TensorRef, TensorSpec, shape_text
-from formats.staging import Staging, copy_range, disk_errors, write_at
+from formats.staging import Staging, copy_range, disk_errors, send, write_at
 from formats.tensors import Bytes, bytes_from_tensor, spec_of, tensor_from_bytes
 
 if TYPE_CHECKING:
@@ -246,6 +246,7 @@ class SafetensorsWriter:
             )
         with disk_errors(self._staging.target):
             write_at(self._descriptor, payload.data, self._layout.offsets[name])
+        send(self._descriptor, self._layout.offsets[name], payload.nbytes)
 
     @contextlib.contextmanager
     def parts(self, name: str) -> Iterator[Callable[[int, memoryview], None]]:
@@ -262,6 +263,7 @@ class SafetensorsWriter:
             written += piece.nbytes
 
         yield put
+        send(self._descriptor, offset, written)
         if written != nbytes:
             raise IncompleteOutput("a payload came in part", where=name, expected=nbytes, found=written)
 

@@ -231,13 +231,19 @@ def _sync_folder(path: Path) -> None:
 
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """Writes all of `data` at `offset`, in as many calls as the system wants."""
-    view, begin = memoryview(data), offset
+    view = memoryview(data)
     while view:
         written = os.pwrite(descriptor, view[:_CHUNK], offset)
         view, offset = view[written:], offset + written
-    if offset - begin >= _SENT and hasattr(os, "posix_fadvise"):
-        # Linux then sends the pages to disk, and keeps them: they are not clean yet. `commit` finds little left to do.
-        os.posix_fadvise(descriptor, begin, offset - begin, os.POSIX_FADV_DONTNEED)
+
+
+def send(descriptor: int, offset: int, size: int) -> None:
+    """Lets the system put what was written there on disk while we go on, so that `commit` finds little left to do.
+
+    Linux does on this advice, and keeps the pages, which are not clean yet.
+    """
+    if size >= _SENT and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def copy_range(source: int, source_offset: int, target: int, target_offset: int, size: int) -> None:

@@ -81,7 +81,7 @@ def run(
     writers = (writer, aside)
     with _Readers() as readers, torch_threads():
         # Largest first: the last step to finish is then a small one.
-        order = sorted(range(len(plan.steps)), key=lambda index: -plan.steps[index].nbytes)
+        order = sorted(range(len(plan.steps)), key=lambda index: -plan.steps[index].volume)
         pool = ThreadPoolExecutor(workers, "surgery", initializer=torch.set_num_threads, initargs=(intra_op,))
         futures: dict[int, Future[Outcome]] = {}
         try:

@@ -107,6 +107,11 @@ class Step:
     asides: tuple[TensorSpec, ...] = ()
 
     @property
+    def volume(self) -> int:
+        """Bytes to read and to write."""
+        return sum(ref.spec.nbytes for ref in self.inputs) + sum(spec.nbytes for spec in self.outputs)
+
+    @property
     def nbytes(self) -> int:
         """Bytes in memory while the step runs."""
         if isinstance(self.op, Streams):

@@ -19,7 +19,7 @@ from surgery.survival import Watch
 if TYPE_CHECKING:
     import torch
 
-_BLOCK_ELEMENTS = 1 << 18  # of a block in float32: larger than the cache, since more calls keep other threads waiting
+_BLOCK_ELEMENTS = 1 << 19  # of a block in float32: larger than the cache, since more calls keep other threads waiting
 
 
 class RoundedSum:
