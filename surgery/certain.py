@@ -87,14 +87,13 @@ class CertainSum:
         plain = all(_has_plain_float32(product.left.device) for product in products)
         return plain and dtype in _NARROW and sum(product.left.shape[1] for product in products) <= _MOST_TERMS
 
-    def round(self, rows: torch.Tensor, begin: int, out: torch.Tensor, watch: Watch | None) -> Positions | None:
-        """Rounds one block; what is left to the caller, the watch has seen as it stands in `out`.
+    def round(self, rows: torch.Tensor, begin: int, out: torch.Tensor) -> Positions | None:
+        """Rounds one block.
 
         Args:
             rows: (n, columns), any floating dtype: the matrix from row `begin` on.
             begin: its first row.
             out: (n, columns) of the dtype, contiguous, written to.
-            watch: is shown the change that was asked for and the one in `out`.
 
         Returns:
             Positions of the elements that are left to the caller; None if these are the whole block.
@@ -107,23 +106,56 @@ class CertainSum:
         weight, change, total, bound, above = self._scratch(rows)
         first, *others = self._products
         torch.mm(first.left[block], first.right, out=change)
-        reach = first.reach[block]
         for product in others:
             change.addmm_(product.left[block], product.right)
-            reach = reach + product.reach[block]
         torch.add(weight.copy_(rows), change, out=total)
-        # Of the sum itself and of both bounds put on it; then each term's product and addition, and the scale.
-        fixed = reach.mul(_SLACK * _UNIT * (self._terms + 8)).add_(self._lost)
-        torch.add(fixed, torch.abs(total, out=bound), alpha=_SLACK * _UNIT * 4, out=bound)
+        self._bound(total, self._reach(block), bound)
         if not _largest(bound) < _LARGEST:
             return None
         out.copy_(total.sub_(bound))
         open_ = _differing(out, above.copy_(total.add_(bound, alpha=2)))
-        if len(open_) > _MOST_OPEN * out.numel():
-            return None
-        if watch is not None:
-            watch.take(bound.copy_(out).sub_(weight), change)
-        return open_
+        return open_ if len(open_) <= _MOST_OPEN * out.numel() else None
+
+    def show(self, out: torch.Tensor, watch: Watch) -> None:
+        """Shows a watch the latest block's change and what `out` has of it."""
+        weight, change, _, stored, _ = self._scratch(out)
+        watch.take(stored.copy_(out).sub_(weight), change)
+
+    def change(self, rows: torch.Tensor) -> torch.Tensor:
+        """Σ products of the latest block, in float32, until the next.  # (n, columns)"""
+        return self._scratch(rows)[1]
+
+    def decide(self, total: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, Positions]:
+        """Rounds single sums.
+
+        Args:
+            total: (n,) float32, each a weight, exact in float32, plus its products in float32.
+            rows: (n,) their rows.
+
+        Returns:
+            (n,) of the dtype, and the positions of those that are left to the caller.
+        """
+        import torch
+
+        bound = self._bound(total, self._reach(rows)[:, 0], torch.empty_like(total))
+        below = (total - bound).to(self._dtype)
+        above = (total - bound).add_(bound, alpha=2).to(self._dtype)
+        return below, np.flatnonzero((below.view(torch.int16) != above.view(torch.int16)).cpu().numpy())
+
+    def _reach(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """No sum of |left| · |right| of these rows is larger.  # (n, 1) float32"""
+        first, *others = (product.reach[rows] for product in self._products)
+        for reach in others:
+            first = first + reach
+        return first
+
+    def _bound(self, total: torch.Tensor, reach: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """What float32 sums are off by at most: of the sum itself and of both bounds put on it; of each term's product
+        and addition, and the scale."""
+        import torch
+
+        fixed = reach.mul(_SLACK * _UNIT * (self._terms + 8)).add_(self._lost)
+        return torch.add(fixed, torch.abs(total, out=out), alpha=_SLACK * _UNIT * 4, out=out)
 
     def _scratch(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """Four float32 buffers and one of the dtype, of the block's size."""

@@ -108,6 +108,23 @@ class Corrections:
         self._waiting.clear()
         return words, len(words[0])
 
+    def add_where(self, actual: Bytes, positions: Words, predicted: Words, merged: Bytes) -> None:
+        """The same where only some elements, at ascending `positions`, may be predicted otherwise than right; all that
+        are likely to be wrong are among them. `predicted`: their integers."""
+        truth = _words(actual, actual.nbytes, self._itemsize)
+        if self._fraction is None or self._waiting or not _CHUNK // 2 <= len(truth) <= _CHUNK:
+            guess = truth.copy()
+            guess[positions] = predicted
+            self.add(actual, guess.view(np.uint8), merged)
+            return
+        told = Coarsened(merged.view(truth.dtype)[positions].view(np.uint8), self._fraction)
+        likely = _is_likely(predicted, 0, told)
+        difference = truth[positions] - predicted  # modulo 2^bits
+        wrong = difference != 0
+        marked, other = likely & wrong, wrong & ~likely
+        both = np.concatenate([difference[marked], difference[other]])
+        self._put(len(truth), wrong[likely], positions[other], both)
+
     def _add(self, truth: Words, guess: Words, merged: Words | None = None) -> None:
         wrong = truth != guess
         hints = None if merged is None or self._fraction is None else Coarsened(merged.view(np.uint8), self._fraction)
@@ -116,11 +133,14 @@ class Corrections:
         wrong[likely] = False
         others = np.flatnonzero(wrong)
         positions = np.concatenate([likely[marks], others])
-        self._differs = self._differs or bool(len(positions))
-        difference = truth[positions] - guess[positions]  # modulo 2^bits
+        self._put(len(truth), marks, others, truth[positions] - guess[positions])  # modulo 2^bits
+
+    def _put(self, elements: int, marks: Words, others: Words, difference: Words) -> None:
+        """One chunk: whether each likely element differs, where others do, and by how much, the likely ones first."""
+        self._differs = self._differs or bool(len(difference))
         gaps = _gaps(others)
         planes = np.ascontiguousarray(_zigzag(difference).view(np.uint8).reshape(-1, self._itemsize).T)
-        head = _HEAD.pack(len(truth), len(others), len(gaps))
+        head = _HEAD.pack(elements, len(others), len(gaps))
         for part in (head + np.packbits(marks, bitorder="little").tobytes(), gaps, *planes):
             if len(part):
                 self._parts.append(self._stream.compress(bytes(part)))

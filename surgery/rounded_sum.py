@@ -19,7 +19,7 @@ from surgery.survival import Watch
 if TYPE_CHECKING:
     import torch
 
-_BLOCK_ELEMENTS = 1 << 19  # of a block in float32: larger than the cache, since more calls keep other threads waiting
+BLOCK_ELEMENTS = 1 << 19  # of a block in float32: larger than the cache, since more calls keep other threads waiting
 
 
 class RoundedSum:
@@ -35,7 +35,7 @@ class RoundedSum:
         single = (delta for delta in deltas if serves and isinstance(delta, ExactProduct))
         self._single = [(each.left.numpy(), each.right.mT.contiguous().numpy(), each.scale) for each in single]
 
-    def round(self, rows: torch.Tensor, begin: int, out: torch.Tensor, watch: Watch | None = None) -> None:
+    def round(self, rows: torch.Tensor, begin: int, out: torch.Tensor, watch: Watch | None = None) -> Positions | None:
         """Rounds any number of rows.
 
         Args:
@@ -43,46 +43,85 @@ class RoundedSum:
             begin: its first row.
             out: (n, columns) of the dtype, contiguous, written to.
             watch: is shown the change that was asked for, in float32, and the one that is stored.
+
+        Returns:
+            If the rows were one block and float32 decided nearly all of it, the positions of the rest; else None.
         """
-        left = []
-        for first, last in blocks(rows, _BLOCK_ELEMENTS if self._certain else None):
-            block, rounded = rows[first:last], out[first:last]
-            rest = self._certain.round(block, begin + first, rounded, watch) if self._certain else None
-            if rest is None:
-                self._sum(block, begin + first, rounded, watch)
-            elif len(rest):
-                left.append(rest + first * rows.shape[1])
-        if left:
-            self._settle(rows, begin, np.concatenate(left), out, watch)
+        rest: Positions | None = None
+        spans = list(blocks(rows, BLOCK_ELEMENTS if self._certain else None))
+        for first, last in spans:
+            rest = self._block(rows[first:last], begin + first, out[first:last], watch)
+        return rest if len(spans) == 1 else None
+
+    def _block(self, rows: torch.Tensor, begin: int, out: torch.Tensor, watch: Watch | None) -> Positions | None:
+        rest = self._certain.round(rows, begin, out) if self._certain else None
+        if self._certain is None or rest is None:
+            self._sum(rows, begin, out, watch)
+            return None
+        if len(rest):
+            at = _on(rest, out)
+            out.view(-1)[at] = self._single_sums(rows, begin, rest).to(out.device)
+        if watch is not None:
+            self._certain.show(out, watch)
+        return rest
 
     def _sum(self, rows: torch.Tensor, begin: int, out: torch.Tensor, watch: Watch | None) -> None:
-        """Rounds one block in float64."""
+        """Rounds in float64."""
         import torch
 
-        exact = sum_of(self._deltas, begin, begin + len(rows)).to(rows.device)
-        change = None if watch is None else exact.to(torch.float32)
-        exact += rows.to(torch.float64)  # twice as fast as adding across dtypes
-        out.copy_(round_once(exact, self._dtype))
-        if watch is not None and change is not None:
-            watch(rows, change, out)
+        for first, last in blocks(rows):
+            block, rounded = rows[first:last], out[first:last]
+            exact = sum_of(self._deltas, begin + first, begin + last).to(rows.device)
+            change = None if watch is None else exact.to(torch.float32)
+            exact += block.to(torch.float64)  # twice as fast as adding across dtypes
+            rounded.copy_(round_once(exact, self._dtype))
+            if watch is not None and change is not None:
+                watch(block, change, rounded)
 
-    def _settle(
-        self, rows: torch.Tensor, begin: int, positions: Positions, out: torch.Tensor, watch: Watch | None
-    ) -> None:
-        """Computes single elements, with the bits they have as part of a block."""
+    def _single_sums(self, rows: torch.Tensor, begin: int, positions: Positions) -> torch.Tensor:
+        """Single elements, with the bits they have as part of a block.  # (n,) on the CPU"""
         import torch
 
         row, column = np.divmod(positions, rows.shape[1])
-        delta = np.full(len(row), -0.0)  # of which nothing is left in a sum, whatever its sign
+        exact = np.full(len(row), -0.0)  # of which nothing is left in a sum, whatever its sign
         for left, right, scale in self._single:
-            delta += np.vecdot(left[begin + row], right[column]) * scale
-        at = torch.from_numpy(positions).to(rows.device)
-        start = rows.reshape(-1)[at].to("cpu", torch.float64).numpy()
-        flat = out.view(-1)
-        before, now = flat[at], round_once(torch.from_numpy(start + delta), self._dtype).to(out.device)
-        flat[at] = now
-        if watch is not None:
-            watch.amend(start, delta, *(tensor.to("cpu", torch.float64).numpy() for tensor in (before, now)))
+            exact += np.vecdot(left[begin + row], right[column]) * scale
+        exact += rows.reshape(-1)[_on(positions, rows)].to("cpu", torch.float64).numpy()
+        return round_once(torch.from_numpy(exact), self._dtype)
+
+    def change(self, rows: torch.Tensor) -> torch.Tensor:
+        """Σ deltas of the latest block that float32 decided, of as many rows as these, until the next."""
+        assert self._certain is not None
+        return self._certain.change(rows)
+
+    def some(self, rows: torch.Tensor, begin: int, change: torch.Tensor, positions: Positions) -> torch.Tensor:
+        """Single elements of rows + Σ deltas, rounded.
+
+        Args:
+            rows: (n, columns), any dtype that float32 holds: the matrix from row `begin` on.
+            begin: its first row.
+            change: (n, columns) float32: −Σ deltas of these rows, as the sum has it that they are the negatives of.
+            positions: (m,) in the rows seen as flat.
+
+        Returns:
+            (m,) of the dtype, on the CPU.
+        """
+        import torch
+
+        assert self._certain is not None
+        at = _on(positions, rows)
+        total = rows.reshape(-1)[at].to(torch.float32).sub_(change.reshape(-1)[at])
+        rounded, rest = self._certain.decide(total, begin + at // rows.shape[1])
+        rounded = rounded.cpu()
+        if len(rest):
+            rounded[torch.from_numpy(rest)] = self._single_sums(rows, begin, positions[rest])
+        return rounded
+
+
+def _on(positions: Positions, like: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(positions).to(like.device)
 
 
 def segments(deltas: Sequence[Delta], rows: int) -> Iterator[tuple[int, int, Sequence[Delta]]]:

@@ -20,7 +20,6 @@ from surgery.errors import VerificationFailed
 if TYPE_CHECKING:
     import torch
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
 _LINE = 4096  # elements of one float32 sum
 _FLOOR = 1e-30  # below that, float32's squares vanish
 
@@ -68,14 +67,6 @@ class Watch:
         self._stored += squares[1]
         self._along += along
 
-    def amend(self, start: Floats, change: Floats, before: Floats, now: Floats) -> None:
-        """Elements of which it was shown `before` are stored as `now`; all float64."""
-        differ = before != now
-        if differ.any():
-            start, change, before, now = (values[differ] for values in (start, change, before, now))
-            self._stored += float(((now - start) ** 2 - (before - start) ** 2).sum())
-            self._along += float(((now - before) * change).sum())
-
     @property
     def asks(self) -> bool:
         """Whether any change was asked for."""
@@ -89,7 +80,7 @@ class Watch:
     @property
     def surviving(self) -> Surviving:
         """Of all blocks so far."""
-        asked, stored = math.sqrt(self._asked), math.sqrt(max(self._stored, 0.0))
+        asked, stored = math.sqrt(self._asked), math.sqrt(self._stored)
         if not asked:
             return Surviving(1.0, 1.0)
         return Surviving(stored / asked, self._along / (asked * stored) if stored else 0.0)

@@ -133,7 +133,7 @@ def test_add_rounded_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None
     deltas = [exact_product(torch.randn(37, 4), torch.randn(4, 23), 0.5) for _ in range(2)]
     whole = add_rounded(weight, deltas, DType.BF16)
     monkeypatch.setattr("surgery.rounding._BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr("surgery.rounded_sum._BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr("surgery.rounded_sum.BLOCK_ELEMENTS", 1)
     assert torch.equal(add_rounded(weight, deltas, DType.BF16), whole)
 
 
@@ -174,7 +174,7 @@ def test_float32_decides_nearly_everything() -> None:
     torch.manual_seed(0)
     weight = (torch.randn(64, 512) * 0.02).bfloat16()
     product = exact_product(torch.randn(64, 16).bfloat16() * 0.02, torch.randn(16, 512).bfloat16() * 0.02, 0.5)
-    left = CertainSum([product], DType.BF16).round(weight, 0, torch.empty_like(weight), None)
+    left = CertainSum([product], DType.BF16).round(weight, 0, torch.empty_like(weight))
     assert left is not None
     assert len(left) < 0.002 * weight.numel()
 
@@ -184,7 +184,7 @@ def test_float32_decides_nothing_beyond_its_range(value: float) -> None:
     """There float64 does, and what overflows on the way comes back."""
     weight = torch.full((4, 8), value, dtype=torch.float64)
     products = [exact_product(torch.full((4, 1), 1e38), torch.ones(1, 8), scale) for scale in (1.0, -1.0)]
-    assert CertainSum(products, DType.BF16).round(weight, 0, torch.empty(4, 8, dtype=torch.bfloat16), None) is None
+    assert CertainSum(products, DType.BF16).round(weight, 0, torch.empty(4, 8, dtype=torch.bfloat16)) is None
     torch.testing.assert_close(
         add_rounded(weight, products, DType.BF16), torch.full((4, 8), value).bfloat16(), equal_nan=True
     )

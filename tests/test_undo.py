@@ -19,8 +19,13 @@ from test_merge import lora, up
 
 import surgery
 from formats.errors import CorruptFile, OutputExists
-from surgery.correction import correct_from, corrected
+from formats.spec import DType, TensorSpec
+from formats.tensors import bytes_from_tensor, torch_dtype
+from surgery.correction import Coarsened, correct_from, corrected
 from surgery.errors import NotMerged, UndoMismatch
+from surgery.operations import merge_rows
+from surgery.rounded_sum import add_rounded
+from surgery.rounding import exact_product
 
 
 @pytest.fixture
@@ -306,3 +311,29 @@ def test_corrections_lead_back_whatever_the_width_and_the_share(itemsize: int, s
         if correction is not None:
             stored = np.frombuffer(correction, np.uint8)
             assert np.array_equal(corrected(guess, stored, actual.nbytes, itemsize, "here"), actual)
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
+@pytest.mark.parametrize("size", [1e-7, 1e-3, 0.1, 10.0])
+def test_a_correction_by_rows_leads_from_the_whole_prediction_to_the_base(
+    dtype: DType, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where merging looks only at the elements that can be missed, unmerging predicts them all: zeros of either sign,
+    powers of two, deltas of any size, two products."""
+    torch.manual_seed(3)
+    weight = (torch.randn(600, 1024) * 0.02).to(torch_dtype(dtype))
+    weight[3], weight[4, ::2], weight[5], weight[6] = 0, -0.0, 2.0**-5, -(2.0**-14)
+    pairs = [(torch.randn(600, 8), torch.randn(8, 1024) * 0.02 * size / 3, scale) for scale in (0.5, -0.3)]
+    monkeypatch.setattr(
+        merge_rows, "deltas_of", lambda sign, _: [exact_product(b, a, sign * scale) for b, a, scale in pairs]
+    )
+    monkeypatch.setattr(merge_rows, "negated", lambda sign: -sign)
+    op = merge_rows.MergeRows(TensorSpec("w", dtype, (600, 1024)), "w", dtype, 1, True)  # type: ignore[arg-type]
+    outcome = op(weight)
+    (merged,), (correction,) = outcome.tensors, outcome.asides
+    assert merged is not None
+    assert correction is not None
+    guess = add_rounded(merged, [exact_product(b, a, -scale) for b, a, scale in pairs], dtype)
+    hints = Coarsened(bytes_from_tensor(merged), merge_rows.FRACTION_BITS[dtype])
+    back = corrected(bytes_from_tensor(guess), bytes_from_tensor(correction), weight.nbytes, 2, "w", hints)
+    assert back.tobytes() == bytes_from_tensor(weight).tobytes()

@@ -10,26 +10,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
-from formats.tensors import bytes_from_tensor, torch_dtype
+from formats.tensors import Bytes, bytes_from_tensor, torch_dtype
+from surgery.certain import Positions
 from surgery.checks import check_finite, is_finite
 from surgery.correction import Corrections
 from surgery.operations.merge_ops import FRACTION_BITS, as_aside, deltas_of, negated, out_of_range
 from surgery.plan import Fate, Outcome, Sink, Source
 from surgery.provenance import new_hash
-from surgery.rounded_sum import RoundedSum, segments
+from surgery.rounded_sum import BLOCK_ELEMENTS, RoundedSum, segments
 from surgery.survival import Watch
 
 if TYPE_CHECKING:
     import torch
 
-_PIECE = 1 << 20  # elements that are read and written at once
-
 
 def piece_workspace(base: TensorSpec) -> int:
-    """Bytes that a weight's piece takes on its way: as read, as merged and as predicted, and the sums in float32."""
-    return _PIECE * (3 * base.dtype.itemsize + 8)
+    """Bytes that a weight's piece takes on its way: as read, as merged and as predicted, and two sums in float32."""
+    return BLOCK_ELEMENTS * (3 * base.dtype.itemsize + 32)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class MergeRows:
         corrections = Corrections(self.base.dtype.itemsize, self._fraction) if self.undo else None
         for begin, rows, forward, back in self._pieces(source, rest):
             columns = rows.shape[1]
-            merged = _rounded(forward, rows, begin[1], self.dtype, watch)
+            merged, undecided = _rounded(forward, rows, begin[1], self.dtype, watch)
             if not watch.is_finite and not is_finite(merged):
                 check_finite(rows, self.name)
                 raise out_of_range(self.name, merged.dtype)
@@ -73,10 +74,16 @@ class MergeRows:
             before.update(here.data)
             after.update(bytes_from_tensor(merged).data)
             sink(begin[0] * columns, merged)
-            if corrections is not None and back is not None:
-                guess = _rounded(back, merged, begin[1], self.base.dtype)
-                told = bytes_from_tensor(merged) if self._fraction is not None else None
-                corrections.add(here, bytes_from_tensor(guess), told)
+            if corrections is None or back is None:
+                continue
+            told = bytes_from_tensor(merged)
+            if undecided is None or self._fraction is None:
+                guess, _ = _rounded(back, merged, begin[1], self.base.dtype)
+                corrections.add(here, bytes_from_tensor(guess), told if self._fraction is not None else None)
+            else:
+                doubtful = _doubtful(here, told, self.base.dtype, self._fraction, undecided)
+                guesses = back.some(merged, begin[1], forward.change(merged), doubtful)
+                corrections.add_where(here, doubtful, bytes_from_tensor(guesses).view("<u2"), told)
         figures: dict[str, Any] = {
             "base": {self.name: before.hexdigest()},
             "hashes": {self.name: after.hexdigest()},
@@ -100,7 +107,7 @@ class MergeRows:
         assert deltas is not None  # the plan sees to it
         assert backward is not None
         columns = max(1, deltas[0].columns)
-        height = max(1, _PIECE // columns)
+        height = max(1, BLOCK_ELEMENTS // columns)
         rows = self.base.size // columns
         both = zip(segments(deltas, rows), segments(backward, rows), strict=True)
         for (first, last, parts), (_, _, negative) in both:
@@ -114,11 +121,31 @@ class MergeRows:
                 yield (begin, begin - first), piece, *sums
 
 
+def _doubtful(base: Bytes, merged: Bytes, dtype: DType, fraction: int, undecided: Positions) -> Positions:
+    """Where taking the deltas off again, rounded, may miss the base. Elsewhere it cannot.
+
+    What comes off is the base plus the error of rounding the sum. Where the sum's exponent is no larger than the
+    base's, that error is at most half the base's last place, and less wherever float32 told how to round: rounding
+    leads back. But a power of two has closer neighbours below it.
+
+    Args:
+        base, merged: payloads of one size and dtype.
+        dtype: of both, of 16 bits.
+        fraction: bits of its fraction.
+        undecided: positions that float32 left open.
+    """
+    before, after = base.view("<u2"), merged.view("<u2")
+    exponent = np.uint16((1 << (8 * dtype.itemsize - 1)) - (1 << fraction))
+    doubtful = (after & exponent) > (before & exponent)
+    doubtful |= (before & np.uint16((1 << fraction) - 1)) == 0
+    doubtful[undecided] = True
+    return np.flatnonzero(doubtful)
+
+
 def _rounded(
     total: RoundedSum, rows: torch.Tensor, begin: int, dtype: DType, watch: Watch | None = None
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, Positions | None]:
     import torch
 
     result = torch.empty(rows.shape, dtype=torch_dtype(dtype), device=rows.device)
-    total.round(rows, begin, result, watch)
-    return result
+    return result, total.round(rows, begin, result, watch)
