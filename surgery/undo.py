@@ -1,7 +1,7 @@
 """The undo file: what unmerge needs beside the merged file and its adapters to give back the base bit for bit.
 
-A safetensors file. Its tensors are corrections (see `surgery.correction`), by the name of the tensor that they lead
-back to; a tensor that comes out right without one has none. Its metadata names the merge: the receipt, the content
+A safetensors file. Its tensors are corrections (see `surgery.exact.correction`), by the name of the tensor that they
+lead back to; a tensor that comes out right without one has none. Its metadata names the merge: the receipt, the content
 digests of base and result, and for every tensor that merging changed what it was and the BLAKE3 of what it became.
 Knows how it is read and written, and nothing of how a prediction is made.
 """
@@ -19,8 +19,8 @@ from formats.checkpoint import Checkpoint, CheckpointWriter
 from formats.errors import CorruptFile, OutputExists
 from formats.paths import SUFFIXES, Destination, create_checkpoint, names_file, open_checkpoint
 from formats.spec import DType, TensorSpec
-from surgery.correction import correction_limit
 from surgery.errors import UndoMismatch
+from surgery.exact.correction import correction_limit
 from surgery.plan import Plan
 from surgery.provenance import Receipt
 

@@ -53,18 +53,10 @@ def rule(path: Path) -> tuple[str, ...]:
         return (*upper, *files, "surgery.engine", "surgery.plan", "click", "pathlib")
     if place == "surgery/plan.py":
         return (*upper, "formats.paths", "formats.dialects", "surgery.engine", "surgery.methods", "click", "pathlib")
-    if place in (
-        "surgery/linalg.py",
-        "surgery/krylov.py",
-        "surgery/delta.py",
-        "surgery/rounding.py",
-        "surgery/fixed_order.py",
-        "surgery/scaled.py",
-        "surgery/survival.py",
-    ):
+    if place in ("surgery/linalg.py", "surgery/krylov.py", "surgery/delta.py") or place.startswith("surgery/exact/"):
         return (*upper, "formats.paths", "surgery.engine", "surgery.plan", "surgery.methods", "click", "pathlib")
-    figures = ("budget", "charts", "curve", "page", "patterns", "picture", "ranks")
-    if place in {f"surgery/{name}.py" for name in figures}:  # pure: figures, names and texts only
+    figures = {f"surgery/{name}.py" for name in ("budget", "curve", "patterns", "ranks")}
+    if place in figures or place.startswith("surgery/pictures/"):  # pure: figures, names and texts only
         files = ("formats.paths", "formats.checkpoint", "formats.dialects", "pathlib")
         return (*upper, *files, "torch", "surgery.engine", "surgery.plan", "surgery.linalg", "surgery.methods", "click")
     if place.startswith("surgery/cli/"):

@@ -19,8 +19,8 @@ import surgery
 from formats import DType
 from formats.errors import AdapterFormatError, ShapeMismatch, UnmatchedKeys
 from surgery.errors import AlreadyMerged, NotFinite, NothingToDo, NotMerged
+from surgery.exact.rounding import round_once
 from surgery.provenance import RECEIPT
-from surgery.rounding import round_once
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ import surgery
 from formats import DType
 from formats.errors import CorruptFile
 from surgery.errors import AlreadyMerged, NothingToDo, NotMergeable, NotMerged
+from surgery.exact.rounding import round_once
 from surgery.provenance import RECEIPT, Receipt
-from surgery.rounding import round_once
 
 WEIGHT = "layers.0.up.weight"
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from surgery.charts import Plot, Scale, nbytes_text, percent, round_ticks
 from surgery.curve import Spectrum
-from surgery.page import page, poster
-from surgery.picture import MAP_COLUMNS, groups_of, view
+from surgery.pictures.charts import Plot, Scale, nbytes_text, percent, round_ticks
+from surgery.pictures.page import page, poster
+from surgery.pictures.picture import MAP_COLUMNS, groups_of, view
 
 FORMS = pytest.mark.parametrize("form", [page, poster], ids=["page", "poster"])
 

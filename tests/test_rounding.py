@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from formats.spec import DType
 from formats.tensors import torch_dtype
-from surgery.certain import CertainSum
-from surgery.rounded_sum import add_rounded
-from surgery.rounding import StackedProducts, exact_product, fixed_point_bits, round_once
+from surgery.exact.certain import CertainSum
+from surgery.exact.rounded_sum import add_rounded
+from surgery.exact.rounding import StackedProducts, exact_product, fixed_point_bits, round_once
 
 SHAPES = {
     DType.BF16: (8, -126, 127),
@@ -132,8 +132,8 @@ def test_add_rounded_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None
     weight = torch.randn(37, 23, generator=generator).to(torch.bfloat16)
     deltas = [exact_product(torch.randn(37, 4), torch.randn(4, 23), 0.5) for _ in range(2)]
     whole = add_rounded(weight, deltas, DType.BF16)
-    monkeypatch.setattr("surgery.rounding._BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr("surgery.rounded_sum.BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr("surgery.exact.rounding._BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr("surgery.exact.rounded_sum.BLOCK_ELEMENTS", 1)
     assert torch.equal(add_rounded(weight, deltas, DType.BF16), whole)
 
 

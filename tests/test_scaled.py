@@ -16,9 +16,9 @@ import surgery
 from formats.errors import CorruptFile, Quantised, ShapeMismatch
 from formats.safetensors_file import SafetensorsFile
 from formats.spec import DType
-from surgery import scaled
 from surgery.errors import NotFinite, NotMergeable, NotMerged, UndoMismatch
-from surgery.rounding import round_once
+from surgery.exact import scaled
+from surgery.exact.rounding import round_once
 from surgery.undo import UNDO
 
 NAME = "model.up.weight"

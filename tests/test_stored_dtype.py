@@ -15,7 +15,7 @@ import surgery
 from formats import DType
 from formats.errors import UnsupportedDType
 from surgery.errors import NotFinite, NothingToDo
-from surgery.rounding import round_once
+from surgery.exact.rounding import round_once
 
 NAME = "layers.0.up.weight"
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

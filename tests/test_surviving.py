@@ -16,7 +16,7 @@ from test_merge import lora, up
 
 import surgery
 from surgery.errors import VerificationFailed
-from surgery.survival import Watch
+from surgery.exact.survival import Watch
 
 NAME = "layers.0.up.weight"
 

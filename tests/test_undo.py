@@ -21,11 +21,11 @@ import surgery
 from formats.errors import CorruptFile, OutputExists
 from formats.spec import DType, TensorSpec
 from formats.tensors import bytes_from_tensor, torch_dtype
-from surgery.correction import Coarsened, correct_from, corrected
 from surgery.errors import NotMerged, UndoMismatch
+from surgery.exact.correction import Coarsened, correct_from, corrected
+from surgery.exact.rounded_sum import add_rounded
+from surgery.exact.rounding import exact_product
 from surgery.operations import merge_rows
-from surgery.rounded_sum import add_rounded
-from surgery.rounding import exact_product
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import click
 from surgery.cli import options
 
 if TYPE_CHECKING:
-    from surgery.survival import Surviving
+    from surgery.exact.survival import Surviving
 
 _WARN_BELOW = 0.5
 
@@ -77,7 +77,7 @@ def command(
 
 def surviving_lines(surviving: Mapping[str, Surviving]) -> list[str]:
     """What rounding left of the deltas, and a warning where that is less than half."""
-    from surgery.survival import least, middle
+    from surgery.exact.survival import least, middle
 
     name = least(surviving)
     if name is None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from formats.adapter import AdapterModule
 from formats.spec import TensorSpec
+from surgery.exact.rounding import Delta, exact_product
 from surgery.methods.lora import outward
 from surgery.methods.shapes import check_factor, check_matrix, factor_shape
-from surgery.rounding import Delta, exact_product
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
-from surgery.rounding import Delta
+from surgery.exact.rounding import Delta
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from formats.adapter import AdapterModule
 from formats.spec import TensorSpec
+from surgery.exact.rounding import Delta, RowsOf
 from surgery.methods.lora import check_weight
-from surgery.rounding import Delta, RowsOf
 
 if TYPE_CHECKING:
     import torch

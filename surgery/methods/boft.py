@@ -12,7 +12,7 @@ from formats.adapter import AdapterModule
 from formats.errors import ShapeMismatch
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotMerged
-from surgery.fixed_order import inverse, multiplier
+from surgery.exact.fixed_order import inverse, multiplier
 from surgery.methods.oft import INVERSE, cayley
 from surgery.methods.shapes import PLAIN, change_outputs, check_matrix
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.layers import LayerKind
 from formats.spec import TensorSpec
+from surgery.exact.rounding import Delta, RowsOf
 from surgery.methods.shapes import check_matrix, factor_shape
-from surgery.rounding import Delta, RowsOf
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotMergeable
-from surgery.fixed_order import multiplier
+from surgery.exact.fixed_order import multiplier
 from surgery.methods.shapes import change_outputs, check_factor, check_matrix, factor_shape, matrix_shape
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.layers import LayerKind
 from formats.spec import TensorSpec
-from surgery.fixed_order import norms
+from surgery.exact.fixed_order import norms
+from surgery.exact.rounding import Delta, exact_product
 from surgery.methods.shapes import check_factor, check_matrix, factor_shape
-from surgery.rounding import Delta, exact_product
 
 if TYPE_CHECKING:
     import torch

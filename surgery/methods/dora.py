@@ -17,8 +17,8 @@ from formats.spec import DType, TensorSpec, shape_text
 from formats.tensors import torch_dtype
 from surgery.checks import is_finite
 from surgery.errors import NotFinite
+from surgery.exact.rounding import exact_product, lengthen
 from surgery.methods.lora import check_weight, delta_shape, outward
-from surgery.rounding import exact_product, lengthen
 
 if TYPE_CHECKING:
     import torch

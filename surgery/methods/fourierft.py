@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, TypeVar
 from formats.adapter import AdapterModule
 from formats.spec import TensorSpec
 from surgery.errors import NotMergeable
-from surgery.fixed_order import fine_product
+from surgery.exact.fixed_order import fine_product
+from surgery.exact.rounding import Delta, RowsOf
 from surgery.methods.shapes import TRANSPOSED, check_matrix, factor_shape, matrix_shape
-from surgery.rounding import Delta, RowsOf
 
 if TYPE_CHECKING:
     import torch

@@ -13,10 +13,10 @@ from formats.errors import AdapterFormatError
 from formats.layers import LayerKind
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotMerged
-from surgery.fixed_order import matmul
+from surgery.exact.fixed_order import matmul
+from surgery.exact.rounding import Delta, RowsOf, exact_product, round_once
 from surgery.methods.lora import check_weight
 from surgery.methods.shapes import change_outputs, check_factor, check_matrix, factor_shape
-from surgery.rounding import Delta, RowsOf, exact_product, round_once
 
 if TYPE_CHECKING:
     import torch

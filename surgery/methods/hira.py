@@ -11,8 +11,8 @@ from formats.errors import AdapterFormatError
 from formats.layers import LayerKind
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotMerged
+from surgery.exact.rounding import exact_product
 from surgery.methods.shapes import TRANSPOSED, change_outputs, check_factor, check_matrix, factor_shape
-from surgery.rounding import exact_product
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotFinite
-from surgery.fixed_order import matmul, multiplier, norms
+from surgery.exact.fixed_order import matmul, multiplier, norms
 from surgery.methods.shapes import PLAIN, change_outputs, check_matrix, factor_shape, matrix_shape
 
 if TYPE_CHECKING:

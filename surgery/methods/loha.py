@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.errors import AdapterFormatError
 from formats.spec import TensorSpec
-from surgery.fixed_order import matmul
+from surgery.exact.fixed_order import matmul
+from surgery.exact.rounding import Delta, ExactProduct, RowsOf, exact_product
 from surgery.methods.shapes import PLAIN, check_factor, check_matrix, factor_shape
-from surgery.rounding import Delta, ExactProduct, RowsOf, exact_product
 
 if TYPE_CHECKING:
     import torch

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.errors import AdapterFormatError
 from formats.spec import TensorSpec
-from surgery.fixed_order import matmul
+from surgery.exact.fixed_order import matmul
+from surgery.exact.rounding import Delta, RowsOf
 from surgery.methods.loha import cored
 from surgery.methods.shapes import PLAIN, check_matrix, factor_shape
-from surgery.rounding import Delta, RowsOf
 
 if TYPE_CHECKING:
     import torch

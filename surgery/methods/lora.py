@@ -14,7 +14,7 @@ from formats.errors import ShapeMismatch
 from formats.layers import LayerKind
 from formats.spec import TensorSpec, shape_text
 from surgery.errors import NotMergeable
-from surgery.rounding import Delta, StackedProducts, exact_product
+from surgery.exact.rounding import Delta, StackedProducts, exact_product
 
 if TYPE_CHECKING:
     import torch

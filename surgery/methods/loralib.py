@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.layers import LayerKind
 from formats.spec import TensorSpec
+from surgery.exact.rounding import Delta, RowsOf, exact_product
 from surgery.methods.lora import check_weight
 from surgery.methods.shapes import factor_shape
-from surgery.rounding import Delta, RowsOf, exact_product
 
 if TYPE_CHECKING:
     import torch

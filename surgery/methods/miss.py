@@ -13,9 +13,9 @@ from formats.adapter import AdapterModule
 from formats.errors import ShapeMismatch
 from formats.layers import LayerKind
 from formats.spec import DType, TensorSpec
-from surgery.fixed_order import matmul
+from surgery.exact.fixed_order import matmul
+from surgery.exact.rounding import Delta, RowsOf
 from surgery.methods.shapes import change_outputs, check_factor, check_matrix, factor_shape, matrix_shape
-from surgery.rounding import Delta, RowsOf
 
 if TYPE_CHECKING:
     import torch

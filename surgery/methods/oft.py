@@ -14,7 +14,7 @@ from formats.adapter import AdapterModule
 from formats.errors import ShapeMismatch
 from formats.spec import DType, TensorSpec, shape_text
 from surgery.errors import NotMergeable
-from surgery.fixed_order import definite_inverse, inverse, matmul, multiplier, norms
+from surgery.exact.fixed_order import definite_inverse, inverse, matmul, multiplier, norms
 from surgery.methods.shapes import PLAIN, change_outputs, check_matrix, factor_shape, matrix_shape
 
 if TYPE_CHECKING:

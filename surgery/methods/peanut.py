@@ -10,7 +10,7 @@ from formats.adapter import AdapterModule
 from formats.layers import LayerKind
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotMergeable
-from surgery.fixed_order import matmul
+from surgery.exact.fixed_order import matmul
 from surgery.methods.shapes import change_outputs, check_factor, check_matrix, factor_shape, matrix_shape
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from formats.adapter import AdapterModule
 from formats.errors import ShapeMismatch
 from formats.spec import TensorSpec
 from surgery.errors import NotMergeable
-from surgery.fixed_order import fine_product
+from surgery.exact.fixed_order import fine_product
+from surgery.exact.rounding import Delta
 from surgery.methods.lora import outward
 from surgery.methods.shapes import check_factor, check_matrix, factor_shape, matrix_shape
-from surgery.rounding import Delta
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,8 @@ from formats.layers import LayerKind
 from formats.spec import DType, TensorSpec, shape_text
 from formats.tensors import torch_dtype
 from surgery.errors import NotMergeable
+from surgery.exact.rounding import change_rows
 from surgery.methods.lora import check_weight
-from surgery.rounding import change_rows
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,9 @@ from formats.errors import ShapeMismatch
 from formats.layers import LayerKind
 from formats.spec import TensorSpec
 from surgery.errors import NotMergeable
+from surgery.exact.rounding import Delta, RowsOf, exact_product
 from surgery.methods.fourierft import check_places, drawn_places
 from surgery.methods.shapes import TRANSPOSED, check_factor, check_matrix, factor_shape, matrix_shape
-from surgery.rounding import Delta, RowsOf, exact_product
 
 if TYPE_CHECKING:
     import torch

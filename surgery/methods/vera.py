@@ -15,9 +15,9 @@ from formats.adapter import AdapterModule
 from formats.errors import ShapeMismatch
 from formats.spec import TensorSpec, shape_text
 from surgery.errors import NotMergeable
+from surgery.exact.rounding import Delta, exact_product
 from surgery.methods.lora import outward
 from surgery.methods.shapes import check_factor, check_matrix, factor_shape, matrix_shape
-from surgery.rounding import Delta, exact_product
 
 if TYPE_CHECKING:
     import torch

@@ -12,6 +12,7 @@ from formats.spec import DType
 from surgery import engine
 from surgery.engine import Resources
 from surgery.errors import NothingToDo
+from surgery.exact.survival import Surviving, check_surviving
 from surgery.operations.adapters import AdapterPaths, adapter_paths, open_for_merge
 from surgery.operations.merge_plan import plan_merge
 from surgery.operations.outline import Outline
@@ -27,7 +28,6 @@ from surgery.operations.vocabulary import (
 from surgery.plan import Outcome, Plan, ledger
 from surgery.provenance import Original, Receipt, content_digest
 from surgery.report import Report, Stopwatch, peak_rss
-from surgery.survival import Surviving, check_surviving
 from surgery.undo import Change, UndoRecord, create_with_undo, undo_destination
 
 

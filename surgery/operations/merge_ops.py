@@ -14,14 +14,14 @@ from formats.quantized import FLOAT8
 from formats.spec import DType, TensorSpec
 from formats.tensors import bytes_from_tensor, dtype_of, torch_dtype
 from surgery.checks import check_finite, is_finite
-from surgery.correction import Coarsened, correct_from, uncertain
 from surgery.errors import NotFinite, NotMerged
+from surgery.exact.correction import Coarsened, correct_from, uncertain
+from surgery.exact.rounded_sum import add_rounded, store_rounded
+from surgery.exact.rounding import Delta, round_once
+from surgery.exact.survival import Watch
 from surgery.methods import additive, transforming
 from surgery.plan import Fate, Outcome
 from surgery.provenance import Original, tensor_hash
-from surgery.rounded_sum import add_rounded, store_rounded
-from surgery.rounding import Delta, round_once
-from surgery.survival import Watch
 
 if TYPE_CHECKING:
     import torch

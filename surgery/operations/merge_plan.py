@@ -15,8 +15,8 @@ from formats.checkpoint import Checkpoint
 from formats.errors import AdapterFormatError
 from formats.quantized import Scaled, refuse_foreign
 from formats.spec import DType, TensorSpec
-from surgery.correction import correction_workspace
 from surgery.errors import AlreadyMerged, NotMergeable, Unsupported
+from surgery.exact.correction import correction_workspace
 from surgery.methods import additive, check_modules, workspace
 from surgery.operations.adapters import WeighedAdapter, replacements, weighed_modules
 from surgery.operations.merge_ops import Add, Copy, Merge, Shed

@@ -15,14 +15,14 @@ import numpy as np
 from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
 from formats.tensors import Bytes, bytes_from_tensor, torch_dtype
-from surgery.certain import Positions
 from surgery.checks import check_finite, is_finite
-from surgery.correction import Corrections
+from surgery.exact.certain import Positions
+from surgery.exact.correction import Corrections
+from surgery.exact.rounded_sum import BLOCK_ELEMENTS, RoundedSum, segments
+from surgery.exact.survival import Watch
 from surgery.operations.merge_ops import FRACTION_BITS, as_aside, deltas_of, negated, out_of_range
 from surgery.plan import Fate, Outcome, Sink, Source
 from surgery.provenance import new_hash
-from surgery.rounded_sum import BLOCK_ELEMENTS, RoundedSum, segments
-from surgery.survival import Watch
 
 if TYPE_CHECKING:
     import torch

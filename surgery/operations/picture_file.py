@@ -9,7 +9,7 @@ from pathlib import Path
 from formats.staging import Staging, disk_errors, write_at
 from surgery.curve import Spectrum
 from surgery.errors import SurgeryError
-from surgery.page import page, poster
+from surgery.pictures.page import page, poster
 
 _PICTURES = {".html": page, ".svg": poster}
 

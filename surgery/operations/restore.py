@@ -18,8 +18,8 @@ from formats.errors import CorruptFile
 from formats.quantized import Scaled
 from formats.spec import TensorRef, TensorSpec
 from formats.tensors import bytes_from_tensor, tensor_from_bytes
-from surgery.correction import corrected, correction_workspace
 from surgery.errors import UndoMismatch
+from surgery.exact.correction import corrected, correction_workspace
 from surgery.methods import workspace
 from surgery.operations.adapters import WeighedAdapter, check_receipt, weighed_modules
 from surgery.operations.merge_ops import Copy, Drop, coarsened, prediction

@@ -1,6 +1,6 @@
 """Merging into, and taking off, a float8 weight that has scales: the weight and its scales are one step's two outputs.
 
-Steps and ops. Arithmetic is `surgery.scaled`'s, names and layouts are `formats.quantized`'s.
+Steps and ops. Arithmetic is `surgery.exact.scaled`'s, names and layouts are `formats.quantized`'s.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from formats.quantized import Scaled
 from formats.spec import DType, TensorRef, TensorSpec
 from formats.tensors import Bytes, bytes_from_tensor, tensor_from_bytes, torch_dtype
 from surgery.checks import is_finite
-from surgery.correction import correct_from, corrected, correction_workspace
 from surgery.errors import NotFinite
+from surgery.exact.correction import correct_from, corrected, correction_workspace
+from surgery.exact.rounding import round_once, sum_of
+from surgery.exact.scaled import Dequantised, Rows, requantised
+from surgery.exact.survival import Watch
 from surgery.methods import additive
 from surgery.operations.merge_ops import apply_modules, as_aside, deltas_of, negated, out_of_range
 from surgery.plan import Fate, Outcome, Step
 from surgery.provenance import tensor_hash
-from surgery.rounding import round_once, sum_of
-from surgery.scaled import Dequantised, Rows, requantised
-from surgery.survival import Watch
 from surgery.undo import changed_since, correction_spec, leads_elsewhere
 
 if TYPE_CHECKING:

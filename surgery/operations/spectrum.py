@@ -1,7 +1,7 @@
 """spectrum: how much error and size each rank would mean, before one is chosen.
 
 Pairs the tensors as extract does, and reads both files once; nothing is factored and no adapter written. Knows no
-printing; the picture is `surgery.page`'s.
+printing; the picture is `surgery.pictures.page`'s.
 """
 
 from __future__ import annotations

@@ -252,8 +252,8 @@ def test_threads_and_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.Monk
         made_by_peft(folder, build, dtype=torch.bfloat16, **settings)
         outputs = set()
         for jobs, block in [(1, 1 << 17), (2, 64), (3, 1)]:
-            monkeypatch.setattr("surgery.rounding._BLOCK_ELEMENTS", block)
-            monkeypatch.setattr("surgery.rounded_sum.BLOCK_ELEMENTS", block)
+            monkeypatch.setattr("surgery.exact.rounding._BLOCK_ELEMENTS", block)
+            monkeypatch.setattr("surgery.exact.rounded_sum.BLOCK_ELEMENTS", block)
             monkeypatch.setattr("surgery.operations.merge_rows.BLOCK_ELEMENTS", block)
             merged = folder / f"{jobs}.st"
             surgery.merge(folder / "base.st", folder / "adapter", merged, resources=surgery.Resources(jobs, 1 << 30))

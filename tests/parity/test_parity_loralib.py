@@ -112,8 +112,8 @@ def test_threads_and_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.Monk
         told = surgery.Told(alpha=ALPHA, enable_lora=QV)
         outputs = set()
         for jobs, block in [(1, 1 << 17), (2, 64), (3, 1)]:
-            monkeypatch.setattr("surgery.rounding._BLOCK_ELEMENTS", block)
-            monkeypatch.setattr("surgery.rounded_sum.BLOCK_ELEMENTS", block)
+            monkeypatch.setattr("surgery.exact.rounding._BLOCK_ELEMENTS", block)
+            monkeypatch.setattr("surgery.exact.rounded_sum.BLOCK_ELEMENTS", block)
             monkeypatch.setattr("surgery.operations.merge_rows.BLOCK_ELEMENTS", block)
             resources = surgery.Resources(jobs, 1 << 30)
             out = tmp_path / "merged.st"

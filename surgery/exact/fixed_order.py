@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from surgery.rounding import EXACT_TERMS, RowsOf, fixed_point, fixed_point_bits
+from surgery.exact.rounding import EXACT_TERMS, RowsOf, fixed_point, fixed_point_bits
 
 if TYPE_CHECKING:
     import torch

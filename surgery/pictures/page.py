@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from surgery.charts import escape, text_at
 from surgery.curve import Spectrum
-from surgery.picture import HEAT, SHADES, View, view
+from surgery.pictures.charts import escape, text_at
+from surgery.pictures.picture import HEAT, SHADES, View, view
 
 _HEADS = ("rank", "size", "error", "energy", "error", "energy")
 _LIGHT = {

@@ -16,7 +16,7 @@ import numpy as np
 
 from formats.spec import DType
 from formats.tensors import torch_dtype
-from surgery.survival import Watch
+from surgery.exact.survival import Watch
 
 if TYPE_CHECKING:
     import torch

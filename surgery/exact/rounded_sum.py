@@ -12,9 +12,9 @@ import numpy as np
 
 from formats.spec import DType
 from formats.tensors import torch_dtype
-from surgery.certain import CertainSum, Positions
-from surgery.rounding import Delta, ExactProduct, StackedProducts, blocks, round_once, sum_of
-from surgery.survival import Watch
+from surgery.exact.certain import CertainSum, Positions
+from surgery.exact.rounding import Delta, ExactProduct, StackedProducts, blocks, round_once, sum_of
+from surgery.exact.survival import Watch
 
 if TYPE_CHECKING:
     import torch

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 from formats.spec import DType
 from formats.tensors import torch_dtype
 from surgery.errors import NotFinite
-from surgery.rounding import round_once
+from surgery.exact.rounding import round_once
 
 if TYPE_CHECKING:
     import torch
 
-    from surgery.survival import Watch
+    from surgery.exact.survival import Watch
 
 Rows = Callable[[int, int], "torch.Tensor"]
 # What still rounds to the largest number, 448 or 57344: up to half a step beyond it.
