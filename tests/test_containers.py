@@ -160,6 +160,33 @@ def test_an_adapter_in_torchs_container_merges_and_converts(cli: Cli, cli_json: 
     assert {change["name"] for change in differ} == {f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1)}
 
 
+def test_loralibs_own_files_merge(cli_json: CliJson, tmp_path: Path) -> None:
+    """torch.save(lora_state_dict(model)), and what a training script keeps beside it."""
+    import loralib
+
+    layer = loralib.Linear(6, 4, r=2, lora_alpha=8, merge_weights=False)
+    torch.nn.init.normal_(layer.lora_B)
+    model = torch.nn.ModuleDict({"proj": layer})
+    save_file({"proj.weight": layer.weight.detach(), "proj.bias": layer.bias.detach()}, tmp_path / "base.st")
+    torch.save({"model_state_dict": loralib.lora_state_dict(model), "step": 7}, tmp_path / "ckpt.pt")
+    arguments = (tmp_path / "base.st", tmp_path / "ckpt.pt", "-o", tmp_path / "merged.st", "--alpha", 8)
+    assert any("left behind: step" in note for note in cli_json("merge", *arguments)["notes"])
+    expected = layer.weight + 4.0 * layer.lora_B @ layer.lora_A
+    assert torch.allclose(load_file(tmp_path / "merged.st")["proj.weight"], expected, atol=1e-6)
+
+
+def test_files_that_are_not_converted_are_named(cli_json: CliJson, tmp_path: Path) -> None:
+    """A Trainer's folder: its weights and its configs come along, its optimiser stays."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin"):
+        torch.save({"w": torch.ones(3)}, folder / name)
+    (folder / "trainer_state.json").write_text("{}")
+    (note,) = cli_json("convert", folder, "-o", tmp_path / "out")["notes"]
+    assert note.endswith(": optimizer.pt, training_args.bin")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"model.safetensors", "trainer_state.json"}
+
+
 def test_extract_takes_torch_files_as_it_takes_safetensors(cli_json: CliJson, tmp_path: Path) -> None:
     """The same adapter, tied embedding included."""
     model = tiny_models.build("gpt2")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def open_adapter(
     """
     checkpoint, config = open_adapter_file(path)
     with checkpoint:
-        return _dialect_of(checkpoint, config, path).read(checkpoint, config, base, names or {}, told)
+        read = _dialect_of(checkpoint, config, path).read(checkpoint, config, base, names or {}, told)
+        return replace(read, notes=checkpoint.notes)
 
 
 def open_adapter_file(path: str | Path) -> tuple[Checkpoint, Mapping[str, Any] | None]:

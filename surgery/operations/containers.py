@@ -82,7 +82,7 @@ def convert_container(
         seconds=watch.seconds,
         peak_rss_bytes=peak_rss(),
         ledger=ledger(outcomes),
-        notes=plan.notes,
+        notes=(*plan.notes, *_left(Path(source), destination)),
         source=read,
         container=container,
         digest=content_digest((spec, hashes[spec.name]) for spec in plan.outputs),
@@ -98,6 +98,15 @@ def plan_container(checkpoint: Checkpoint, *, torch: bool) -> Plan:
     lost = sorted(metadata.keys() - _OF_TORCH.keys()) if torch else []
     notes = (f"torch's container holds no metadata, left behind: {', '.join(lost)}",) if lost else ()
     return Plan("convert", steps, {} if torch else metadata, (*checkpoint.notes, *notes))
+
+
+def _left(source: Path, destination: Destination) -> tuple[str, ...]:
+    """A note of the source folder's files that are neither converted nor copied, such as an optimiser's state."""
+    if not destination.is_folder or not source.is_dir():
+        return ()
+    taken = {path.name for path in (*destination.inputs, *destination.companions)}
+    left = sorted(path.name for path in source.iterdir() if path.is_file() and path.name not in taken)
+    return (f"files left where they are: {', '.join(left)}",) if left else ()
 
 
 def _destination(source: Path, out: Path, checkpoint: Checkpoint, force: bool) -> Destination:
