@@ -123,7 +123,7 @@ class TorchFile:
             self._mapped.madvise(mmap.MADV_DONTNEED)  # one tensor's pages are enough in memory
 
     def _map(self, name: str) -> mmap.mmap:
-        """The file in memory's view, for tensors whose elements lie scattered."""
+        """The file mapped, for tensors whose elements lie scattered: reading these one by one would take for ever."""
         with self._lock:
             if self._mapped is None:
                 self._mapped = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)

@@ -18,6 +18,7 @@ from formats.errors import CorruptFile, UnsafeFile
 from formats.spec import DType
 
 MAX_PICKLE = 32_000_000  # bytes; more than a hundred thousand tensors
+MAX_STEPS = 8_000_000  # opcodes; a tensor takes 32, and the smallest makes an object of 64 bytes
 _MAX_SIDE = 1 << 63
 _MAX_DIMENSIONS = 64
 # The classes of storages that torch writes by name; all other dtypes lie in an UntypedStorage, counted in bytes.
@@ -185,7 +186,9 @@ def read_pickle(stream: BinaryIO, where: object) -> Any:
     """
     machine = _Machine(where)
     try:
-        for opcode, argument, _ in pickletools.genops(cast(BinaryIO, _Limited(stream))):
+        for step, (opcode, argument, _) in enumerate(pickletools.genops(cast(BinaryIO, _Limited(stream)))):
+            if step == MAX_STEPS:
+                raise ValueError(f"it has more than {MAX_STEPS} opcodes")
             machine.step(opcode.name, argument)
         (result,) = machine.stack
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:

@@ -208,6 +208,16 @@ def test_a_truncated_file_is_an_error(tmp_path: Path, kept: float, zipped: bool)
         open_checkpoint(tmp_path / "a.pt")
 
 
+def test_a_pickle_may_not_grow_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by its length nor by the number of its objects."""
+    monkeypatch.setattr("formats.torch_pickle.MAX_STEPS", 1000)
+    with pytest.raises(CorruptFile, match="opcodes"):
+        open_checkpoint(archive(tmp_path / "a.pt", b"\x80\x02" + b"]" * 2000 + b"."))
+    monkeypatch.setattr("formats.torch_archive.MAX_PICKLE", 1000)
+    with pytest.raises(CorruptFile, match="too large"):
+        open_checkpoint(archive(tmp_path / "a.pt", b"\x80\x02" + b"]" * 2000 + b"."))
+
+
 def test_compressed_members_are_refused(tmp_path: Path) -> None:
     """torch stores them; a bomb would not."""
     with pytest.raises(CorruptFile, match="compressed"):

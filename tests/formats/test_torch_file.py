@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from pathlib import Path
@@ -18,6 +19,8 @@ from formats.errors import IncompleteOutput, NotACheckpoint, UnsupportedDType
 from formats.spec import DType, TensorSpec
 from formats.tensors import bytes_from_tensor, torch_dtype
 from formats.torch_file import TorchFile
+from formats.torch_pickle import read_pickle
+from formats.torch_writer import _Member, state_dict_pickle
 
 FORMS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older"])
 
@@ -252,11 +255,6 @@ def test_an_incomplete_output_never_appears(tmp_path: Path) -> None:
 
 def test_a_large_tensor_is_described_in_64_bits() -> None:
     """Sizes and offsets beyond 4 GiB; nothing of that size is written."""
-    import io
-
-    from formats.torch_pickle import read_pickle
-    from formats.torch_writer import _Member, state_dict_pickle
-
     specs = [TensorSpec("big", DType.F8_E4M3, (1 << 20, 1 << 13)), TensorSpec("wide", DType.BF16, (3_000_000_000,))]
     views = read_pickle(io.BytesIO(state_dict_pickle(specs)), "x")
     assert [views[spec.name].shape for spec in specs] == [spec.shape for spec in specs]
