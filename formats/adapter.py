@@ -77,13 +77,15 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A whole adapter, resolved against its base's names. `config` is the dialect's own, as read."""
+    """A whole adapter, resolved against its base's names. `config` is the dialect's own, as read; `notes` are its
+    file's."""
 
     ref: CheckpointRef
     dialect: str
     config: Mapping[str, Any]
     modules: tuple[AdapterModule, ...]
     replacements: tuple[Replacement, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> tuple[TensorRef, ...]:

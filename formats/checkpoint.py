@@ -31,6 +31,10 @@ class Checkpoint(Protocol):
     def metadata(self) -> Mapping[str, str]:
         """The container's own string-to-string metadata."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how it was read: what in it is no tensor, or a tensor under two names."""
+
     def tensor(self, name: str) -> TensorRef:
         """A reference to one tensor. Raises UnknownTensor with the nearest names."""
 

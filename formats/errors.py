@@ -5,6 +5,7 @@
         ├── PathNotFound          nothing at that path
         ├── NotACheckpoint        something is there, but no container we read
         ├── CorruptFile           a container whose header and bytes contradict each other
+        ├── UnsafeFile            a pickle that names what no state dict consists of, such as a function
         ├── UnsupportedDType      a dtype the operation cannot handle
         ├── Quantised             weights in a quantised form that nothing can be added to, or without their scales
         ├── UnknownTensor         a name the checkpoint does not have
@@ -68,6 +69,10 @@ class NotACheckpoint(FormatError):
 
 class CorruptFile(FormatError):
     """A container whose header and bytes contradict each other."""
+
+
+class UnsafeFile(FormatError):
+    """A pickle that names what no state dict consists of, such as a function. Nothing of it was run."""
 
 
 class UnsupportedDType(FormatError):

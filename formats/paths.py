@@ -17,44 +17,44 @@ from formats.safetensors_file import SafetensorsFile, SafetensorsWriter
 from formats.sharded import ShardedCheckpoint, ShardedWriter
 from formats.spec import TensorSpec
 from formats.staging import Staging, disk_errors, write_at
+from formats.torch_file import TORCH_SUFFIXES, TorchFile
+from formats.torch_writer import TorchWriter
 
 SUFFIXES = (".safetensors", ".st")
-INDEX_SUFFIX = ".safetensors.index.json"
-WEIGHTS = "model.safetensors"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+INDEX_SUFFIX, TORCH_INDEX_SUFFIX = ".safetensors.index.json", ".bin.index.json"
+WEIGHTS, TORCH_WEIGHTS = "model.safetensors", "pytorch_model.bin"
+ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 ADAPTER_CONFIG = "adapter_config.json"
 # Files of a model's folder that hold weights, in whatever container: never copied along as "the rest".
 _WEIGHT_PATTERNS = (
     "*.safetensors", "*.st", f"*{INDEX_SUFFIX}", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack",
-    "*.onnx", "*.onnx_data", "*.ot", "*.gguf", ADAPTER_CONFIG,
+    "*.ckpt", "*.onnx", "*.onnx_data", "*.ot", "*.gguf", ADAPTER_CONFIG,
 )  # fmt: skip
+# What transformers' Trainer leaves beside the weights in torch's container.
+_TRAINING = ("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*")
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a safetensors file, an index of shards, or a folder that holds either.
+    """Opens a safetensors or torch file, an index of shards, or a folder that holds any of them.
 
-    Reads headers only. In a folder the index is preferred, then `model.safetensors`, then the only safetensors
-    file there is.
+    Reads headers only. In a folder safetensors comes before torch's container; of either the index is preferred, then
+    the file that is called as transformers and peft call it, then the only one there is.
 
     Raises:
         PathNotFound: nothing there.
         NotACheckpoint: nothing there that we read.
         CorruptFile: header and bytes contradict each other.
+        UnsafeFile: a torch file whose pickle names what no state dict consists of.
     """
     path = Path(path)
     if path.is_dir():
         path = _weights_of(path)
     if not path.exists():
         raise PathNotFound("no such file or folder", where=path)
-    if path.name.endswith(INDEX_SUFFIX):
+    if path.name.endswith((INDEX_SUFFIX, TORCH_INDEX_SUFFIX)):
         return ShardedCheckpoint(path)
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise NotACheckpoint(
-            "torch's own container is not read yet",
-            where=path,
-            expected="a .safetensors or .st file, or a folder with one",
-            then="save it with safetensors.torch.save_file and pass that file",
-        )
+    if path.suffix in TORCH_SUFFIXES:
+        return TorchFile(path)
     if path.suffix == ".gguf":
         raise NotACheckpoint(
             "a GGUF file holds weights quantised for llama.cpp",
@@ -65,23 +65,38 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return SafetensorsFile(path)
 
 
+def container_of(checkpoint: Checkpoint) -> str:
+    """What it is stored in, for people: `safetensors`, `torch`, `torch, 2 shards`."""
+    shards = set(checkpoint.shards.values()) if isinstance(checkpoint, ShardedCheckpoint) else set()
+    files = shards or {checkpoint.ref.path}
+    name = "torch" if all(names_torch_file(file) for file in files) else "safetensors"
+    return f"{name}, {len(shards)} shards" if shards else name
+
+
 def _weights_of(folder: Path) -> Path:
-    indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
-    if len(indexes) == 1:
-        return indexes[0]
-    preferred = [folder / f"{WEIGHTS}.index.json", folder / WEIGHTS, folder / ADAPTER_WEIGHTS]
-    for candidate in preferred:
-        if candidate.exists():
-            return candidate
-    files = sorted(file for suffix in SUFFIXES for file in folder.glob(f"*{suffix}"))
-    if len(files) == 1:
-        return files[0]
+    found: list[Path] = []
+    for suffixes, index, names in (
+        (SUFFIXES, INDEX_SUFFIX, (WEIGHTS, ADAPTER_WEIGHTS)),
+        (TORCH_SUFFIXES, TORCH_INDEX_SUFFIX, (TORCH_WEIGHTS, TORCH_ADAPTER_WEIGHTS)),
+    ):
+        indexes = sorted(folder.glob(f"*{index}"))
+        if len(indexes) == 1:
+            return indexes[0]
+        for candidate in (f"{names[0].rpartition('.')[0]}{index}", *names):
+            if (folder / candidate).exists():
+                return folder / candidate
+        files = sorted(file for suffix in suffixes for file in folder.glob(f"*{suffix}"))
+        found = [file for file in files if not any(file.match(pattern) for pattern in _TRAINING)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            break
     raise NotACheckpoint(
-        "which weights of this folder?" if files else "no safetensors weights in this folder",
+        "which weights of this folder?" if found else "no safetensors or torch weights in this folder",
         where=folder,
-        expected=f"{WEIGHTS}, an index of shards, or a single safetensors file",
-        found=", ".join(file.name for file in (files or sorted(folder.iterdir()))[:6]) or "an empty folder",
-        then="name the file itself" if files else None,
+        expected=f"{WEIGHTS}, {TORCH_WEIGHTS}, an index of shards, or a single file of weights",
+        found=", ".join(file.name for file in (found or sorted(folder.iterdir()))[:6]) or "an empty folder",
+        then="name the file itself" if found else None,
     )
 
 
@@ -90,17 +105,23 @@ def names_file(path: str | Path) -> bool:
     return Path(path).suffix in SUFFIXES
 
 
+def names_torch_file(path: str | Path) -> bool:
+    """Whether an output path means one file in torch's container."""
+    return Path(path).suffix in TORCH_SUFFIXES
+
+
 @dataclass(frozen=True)
 class Destination:
     """An output: where, in which shape, and what comes along.
 
     Attributes:
-        path: a `.safetensors` or `.st` file, or a folder.
+        path: a `.safetensors` or `.st` file, or a folder; with `torch` a file in torch's container.
         weights: the name of the weights' file or index in a folder.
         shards: tensor → shard's filename, for a sharded folder.
         companions: files copied along into a folder as they are (config, tokenizer, …).
         inputs: paths that the output must not replace.
         force: whether what stands at `path` may be replaced.
+        torch: whether it may be torch's container, which holds no metadata and so no receipt.
     """
 
     path: Path
@@ -109,15 +130,27 @@ class Destination:
     companions: tuple[Path, ...] = ()
     inputs: tuple[Path, ...] = ()
     force: bool = False
+    torch: bool = False
 
     @property
     def is_folder(self) -> bool:
         """Whether the output is a folder."""
-        return not names_file(self.path)
+        return not names_file(self.path) and not names_torch_file(self.path)
 
     def check(self) -> None:
-        """Refuses what `create_checkpoint` would refuse, before long work. Raises OutputExists."""
-        Staging(self.path, folder=self.is_folder, inputs=self.inputs, force=self.force)
+        """Refuses what `create_checkpoint` would refuse, before long work. Raises OutputExists or FormatError."""
+        self.staging().discard()
+
+    def staging(self) -> Staging:
+        """The output, begun. Raises OutputExists, or FormatError for torch's container where it must not be."""
+        if names_torch_file(self.path) and not self.torch:
+            raise FormatError(
+                "only convert writes torch's container: it has no room for what a safetensors file says of itself",
+                where=self.path,
+                expected="a folder, or a .safetensors or .st file",
+                then="write that, and turn it into this by surgery convert",
+            )
+        return Staging(self.path, folder=self.is_folder, inputs=self.inputs, force=self.force)
 
 
 def destination_like(
@@ -146,7 +179,8 @@ def destination_like(
         )
     if names_file(out):
         return Destination(out, inputs=guarded, force=force)
-    folder = source if source.is_dir() else source.parent if source.name.endswith(INDEX_SUFFIX) else None
+    indexes = (INDEX_SUFFIX, TORCH_INDEX_SUFFIX)
+    folder = source if source.is_dir() else source.parent if source.name.endswith(indexes) else None
     companions = () if folder is None else _companions(folder)
     if max_shard is not None:
         own = shards_by_size(specs, max_shard)
@@ -157,8 +191,19 @@ def destination_like(
         if not isinstance(checkpoint, ShardedCheckpoint):
             return Destination(out, companions=companions, inputs=guarded, force=force)
         last = max(checkpoint.shards.values())
-        shards = {spec.name: checkpoint.shards.get(spec.name, last) for spec in specs}
-        return Destination(out, checkpoint.path.name, shards, companions, guarded, force)
+        shards = {spec.name: as_safetensors(checkpoint.shards.get(spec.name, last)) for spec in specs}
+        return Destination(out, as_safetensors(checkpoint.path.name), shards, companions, guarded, force)
+
+
+def as_safetensors(name: str) -> str:
+    """What the safetensors file, or index, in place of one of torch's is called; a safetensors file keeps its name."""
+    stem = name.removesuffix(TORCH_INDEX_SUFFIX)
+    tail = INDEX_SUFFIX if stem != name else SUFFIXES[0]
+    if stem == name:
+        if Path(name).suffix not in TORCH_SUFFIXES:
+            return name
+        stem = Path(name).stem
+    return (stem.replace("pytorch_", "", 1) if stem.startswith("pytorch_model") else stem) + tail
 
 
 def _companions(folder: Path) -> tuple[Path, ...]:
@@ -173,13 +218,13 @@ class _Output:
     def __init__(
         self, destination: Destination, specs: Iterable[TensorSpec], metadata: Mapping[str, str], reserve: bool
     ) -> None:
-        self._staging = Staging(
-            destination.path, folder=destination.is_folder, inputs=destination.inputs, force=destination.force
-        )
+        self._staging = destination.staging()
         self._settled = False
-        self._container: SafetensorsWriter | ShardedWriter
+        self._container: SafetensorsWriter | ShardedWriter | TorchWriter
         try:
-            if destination.shards is not None:
+            if names_torch_file(destination.path):
+                self._container = TorchWriter(self._staging, specs)
+            elif destination.shards is not None:
                 self._container = ShardedWriter(
                     self._staging, destination.weights, destination.shards, specs, metadata, reserve=reserve
                 )

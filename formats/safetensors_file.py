@@ -19,6 +19,7 @@ import numpy as np
 from formats.errors import CorruptFile, IncompleteOutput, NotACheckpoint, PathNotFound
 from formats.layout import MAX_HEADER, layout
 from formats.names import unknown_tensor
+from formats.reading import fill
 from formats.spec import CheckpointRef, DType, TensorRef, TensorSpec, shape_text
 from formats.staging import Staging, copy_range, disk_errors, send, write_at
 from formats.tensors import Bytes, bytes_from_tensor, spec_of, tensor_from_bytes
@@ -27,17 +28,18 @@ if TYPE_CHECKING:
     import torch
 
 _DTYPES = {dtype.label: dtype for dtype in DType}
-_CHUNK = 1 << 30  # the kernel moves at most 2 GiB a call
 
 
 class SafetensorsFile:
-    """A readable safetensors file.
+    """A readable safetensors file. It says nothing beside its tensors, so `notes` is empty.
 
     Raises:
         PathNotFound: no such file.
         NotACheckpoint: not a safetensors file.
         CorruptFile: header and payload contradict each other.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -70,16 +72,8 @@ class SafetensorsFile:
 
     def read_into(self, name: str, begin: int, buffer: Bytes) -> None:
         """Fills a buffer with the payload from byte `begin` on."""
-        offset, done = self._offsets[self._spec(name).name] + begin, 0
-        while done < buffer.nbytes:
-            got = os.preadv(self._descriptor, [buffer.data[done : done + _CHUNK]], offset + done)
-            if not got:
-                raise CorruptFile(
-                    "the file became shorter while it was read",
-                    where=f"{self.path}: {name}",
-                    then="copy it again",
-                )
-            done += got
+        offset = self._offsets[self._spec(name).name] + begin
+        fill(self._descriptor, offset, buffer, f"{self.path}: {name}")
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor on the CPU, in its stored dtype and shape."""

@@ -1,4 +1,4 @@
-"""Several safetensors files that are one checkpoint, by an index file.
+"""Several safetensors or torch files that are one checkpoint, by an index file.
 
 The index may name files in its own folder only. Knows nothing of what the folder holds besides.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from formats.safetensors_file import SafetensorsFile, SafetensorsWriter
 from formats.spec import CheckpointRef, TensorRef, TensorSpec
 from formats.staging import Staging, disk_errors, write_at
 from formats.tensors import Bytes
+from formats.torch_file import TORCH_SUFFIXES, TorchFile
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +37,12 @@ class ShardedCheckpoint:
     def __init__(self, index: Path) -> None:
         self.path = index
         self.shards, own = _read_index(index)
-        self._files: dict[str, SafetensorsFile] = {}
+        self._files: dict[str, SafetensorsFile | TorchFile] = {}
         try:
             for filename in sorted(set(self.shards.values())):
                 if not (index.parent / filename).exists():
                     raise PathNotFound("the index names a shard that is not there", where=index.parent / filename)
-                self._files[filename] = SafetensorsFile(index.parent / filename)
+                self._files[filename] = _open_shard(index.parent / filename)
             self.specs = self._gather()
         except BaseException:
             self.close()
@@ -49,6 +51,7 @@ class ShardedCheckpoint:
         for file in self._files.values():
             self.metadata |= file.metadata
         self.metadata |= own
+        self.notes = tuple(dict.fromkeys(note for file in self._files.values() for note in file.notes))
 
     def _gather(self) -> dict[str, TensorSpec]:
         specs: dict[str, TensorSpec] = {}
@@ -63,7 +66,8 @@ class ShardedCheckpoint:
                         found=filename,
                     )
                 specs[name] = spec
-        absent = sorted(set(self.shards) - set(specs))
+        tied = {name for file in self._files.values() if isinstance(file, TorchFile) for name in chain(*file.shared)}
+        absent = sorted(set(self.shards) - set(specs) - tied)
         if absent:
             raise CorruptFile(
                 "the index names tensors that its shards do not hold",
@@ -93,8 +97,8 @@ class ShardedCheckpoint:
         """Fills a buffer with the payload from byte `begin` on."""
         self._file(name).read_into(name, begin, buffer)
 
-    def _file(self, name: str) -> SafetensorsFile:
-        if name not in self.shards:
+    def _file(self, name: str) -> SafetensorsFile | TorchFile:
+        if name not in self.specs:
             raise unknown_tensor(name, self.specs, self.path)
         return self._files[self.shards[name]]
 
@@ -108,6 +112,10 @@ class ShardedCheckpoint:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _open_shard(path: Path) -> SafetensorsFile | TorchFile:
+    return TorchFile(path) if path.suffix in TORCH_SUFFIXES else SafetensorsFile(path)
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:

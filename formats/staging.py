@@ -66,9 +66,10 @@ class Staging:
 
     def _refuse_inputs(self, inputs: Iterable[Path]) -> None:
         mine = self.target.resolve()
+        replaces = not self.folder and os.path.lexists(self.target)  # a file, which in an input's folder is part of it
         for path in inputs:
             theirs = path.resolve()
-            if mine == theirs or mine in theirs.parents:
+            if mine == theirs or mine in theirs.parents or (replaces and theirs == self.target.parent.resolve()):
                 raise OutputExists(
                     "the output would overwrite an input", where=path, then="choose another output with -o"
                 )

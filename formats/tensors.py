@@ -70,6 +70,7 @@ def bytes_from_tensor(tensor: torch.Tensor) -> Bytes:
     """The tensor's payload as stored: contiguous, little-endian, flat; shares memory where it can."""
     import torch
 
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    whole = tensor.detach().cpu().contiguous()
+    flat = whole.as_strided((whole.numel(),), (1,))  # a lone element counts as contiguous whatever its stride
     array: Bytes = flat.view(torch.uint8).numpy()
     return array

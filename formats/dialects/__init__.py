@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from formats.checkpoint import Checkpoint
 from formats.dialects.loralib import Loralib
 from formats.dialects.peft import Peft
 from formats.errors import AdapterFormatError, CorruptFile, PathNotFound
-from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_checkpoint
+from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, open_checkpoint
 from formats.spec import TensorSpec
 
 DIALECTS: tuple[Dialect, ...] = (Peft(), Loralib())
 ASKING = ("loralib",)  # those that have no config, and ask the caller instead
+_WEIGHTS = (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS)
 CONFIG_KEY = "adapter_config"  # where a single-file adapter keeps its config, in the header's metadata
 
 
@@ -32,7 +34,7 @@ def open_adapter(
     """Reads an adapter's headers and config, resolved against its base's tensors.
 
     Args:
-        path: an adapter's folder, or a single safetensors file with its config in the metadata.
+        path: an adapter's folder, or a single file; a safetensors file may have its config in the metadata.
         base: the base's tensors.
         names: what the model calls tensors that the base's file calls otherwise, by their names in the file.
         told: what the caller says of an adapter whose dialect has no config.
@@ -44,7 +46,8 @@ def open_adapter(
     """
     checkpoint, config = open_adapter_file(path)
     with checkpoint:
-        return _dialect_of(checkpoint, config, path).read(checkpoint, config, base, names or {}, told)
+        read = _dialect_of(checkpoint, config, path).read(checkpoint, config, base, names or {}, told)
+        return replace(read, notes=checkpoint.notes)
 
 
 def open_adapter_file(path: str | Path) -> tuple[Checkpoint, Mapping[str, Any] | None]:
@@ -53,15 +56,17 @@ def open_adapter_file(path: str | Path) -> tuple[Checkpoint, Mapping[str, Any] |
     folder = path if path.is_dir() else path.parent
     if not path.exists():
         raise PathNotFound("no such adapter", where=path)
-    weights = path / ADAPTER_WEIGHTS
-    if path.is_dir() and not weights.exists() and (path / ADAPTER_CONFIG).exists():
-        raise PathNotFound("the adapter's folder has a config and no weights", where=path, expected=ADAPTER_WEIGHTS)
-    checkpoint = open_checkpoint(weights if weights.exists() else path)
+    weights = [path / name for name in _WEIGHTS if (path / name).exists()]
+    if path.is_dir() and not weights and (path / ADAPTER_CONFIG).exists():
+        raise PathNotFound(
+            "the adapter's folder has a config and no weights", where=path, expected=" or ".join(_WEIGHTS)
+        )
+    checkpoint = open_checkpoint(weights[0] if weights else path)
     if CONFIG_KEY in checkpoint.metadata:
         return checkpoint, _parse(checkpoint.metadata[CONFIG_KEY], path)
     beside = folder / ADAPTER_CONFIG
     # A lone file takes the config of its folder only under the name that the config belongs to.
-    if beside.exists() and (path.is_dir() or path.name == ADAPTER_WEIGHTS):
+    if beside.exists() and (path.is_dir() or path.name in _WEIGHTS):
         return checkpoint, _parse(beside.read_text(encoding="utf-8"), beside)
     return checkpoint, None
 

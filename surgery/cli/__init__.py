@@ -21,6 +21,7 @@ COMMANDS = {
     "verify": "surgery.cli.verify",
     "export-onnx": "surgery.cli.export_onnx",
     "bench": "surgery.cli.bench",
+    "convert": "surgery.cli.convert",
     "inspect": "surgery.cli.inspect",
     "diff": "surgery.cli.diff",
 }

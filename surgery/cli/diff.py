@@ -27,4 +27,5 @@ def command(base: str, tuned: str, headers: bool, jobs: int, memory: int, device
         for change in report.changes:
             measured = ["" if figure is None else f"{figure:.3g}" for figure in (change.relative, change.largest)]
             rows.add_row(change.name, change.how, *measured, change.before or "–", change.after or "–")
+        options.show(*(f"note: {note}" for note in report.notes))
         options.show(rows, f"{len(report.changes)} tensors differ, {report.ledger['identical']} are identical")

@@ -31,6 +31,7 @@ def command(path: str, tensors: bool, as_json: bool) -> None:
             **{f"merged adapter {index}": digest[:16] for index, digest in enumerate(report.merged, 1)},
         }
         options.show(options.facts(report.kind, ((name, str(value)) for name, value in known.items())))
+        options.show(*(f"note: {note}" for note in report.notes))
         if tensors:
             listing = options.table("tensor", "dtype", "shape")
             for spec in report.tensors:

@@ -92,6 +92,7 @@ def diff(
         output=None,
         seconds=watch.seconds,
         peak_rss_bytes=peak_rss(),
+        notes=tuple(dict.fromkeys((*before.notes, *after.notes))),
         ledger={"identical": identical} | Counter(change.how for change in changes),
         base=str(base),
         tuned=str(tuned),

@@ -69,7 +69,7 @@ def export_onnx(model: str | Path, out: str | Path, *, force: bool = False, veri
     """Writes OUT.onnx and, beside it, `model.safetensors`.
 
     Args:
-        model: a Hugging Face folder: config.json, and safetensors weights in one file or in shards.
+        model: a Hugging Face folder: config.json, and weights in one file or in shards.
         out: the `.onnx` file. Its folder must hold no other model's `model.safetensors`.
         force: replace what stands there; never the model itself.
         verify: compare with torch before anything appears under its name.
@@ -100,7 +100,7 @@ def export_onnx(model: str | Path, out: str | Path, *, force: bool = False, veri
         seconds=watch.seconds,
         peak_rss_bytes=peak_rss(),
         ledger=no_fates() | {Fate.COPIED.value: len(template.weights), Fate.UNUSED.value: len(unused)},
-        notes=() if verify else ("not compared with torch",),
+        notes=checkpoint.notes if verify else (*checkpoint.notes, "not compared with torch"),
         payload=str(target.parent / PAYLOAD),
         graph_sha256=hashlib.sha256(graph).hexdigest(),
         payload_sha256=payload_sha256,

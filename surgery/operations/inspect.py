@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.dialects import DIALECTS, open_adapter_file
-from formats.sharded import ShardedCheckpoint
+from formats.paths import container_of
 from formats.spec import TensorSpec
 from surgery.provenance import RECEIPT, Receipt
 from surgery.report import Report, Stopwatch, peak_rss
@@ -21,7 +21,7 @@ class InspectReport(Report):
     Attributes:
         path: as given.
         kind: "model" or "adapter".
-        container: "safetensors", or "safetensors, N shards".
+        container: "safetensors" or "torch", of shards with their number: "safetensors, 3 shards".
         parameters: elements in all tensors.
         nbytes: payload bytes.
         dtypes: parameters by dtype.
@@ -58,7 +58,6 @@ def inspect(path: str | Path) -> InspectReport:
             dtypes[spec.dtype.label] = dtypes.get(spec.dtype.label, 0) + spec.size
         dialect = next((d.name for d in DIALECTS if d.recognises(checkpoint, config)), None)
         receipt = Receipt.read(checkpoint.metadata, path)
-        shards = len(set(checkpoint.shards.values())) if isinstance(checkpoint, ShardedCheckpoint) else 0
         return InspectReport(
             operation="inspect",
             output=None,
@@ -67,7 +66,8 @@ def inspect(path: str | Path) -> InspectReport:
             ledger={},
             path=str(path),
             kind="adapter" if dialect else "model",
-            container=f"safetensors, {shards} shards" if shards else "safetensors",
+            container=container_of(checkpoint),
+            notes=checkpoint.notes,
             parameters=sum(spec.size for spec in specs),
             nbytes=sum(spec.nbytes for spec in specs),
             dtypes=dtypes,

@@ -234,6 +234,9 @@ class _Work:
 
     def notes(self, adapters: Sequence[WeighedAdapter]) -> Iterator[str]:
         """What the user should be told."""
+        yield from self.base.notes
+        for each in adapters:
+            yield from each.adapter.notes
         back = "unmerge needs the undo file" if self.undo else "unmerge will refuse this file"
         if self.too_large:
             yield f"{len(self.whole)} tensors are replaced and too large for the receipt: {back}"

@@ -367,7 +367,8 @@ def _notes(
     removed: Sequence[str],
     left: Sequence[str],
 ) -> list[str]:
-    notes = [
+    notes = list(dict.fromkeys((*base.notes, *tuned.notes)))
+    notes += [
         f"{owner(name)} is also the head: carried in full if it changed, since peft, which merges the factors of tied "
         "weights twice, could not both load and merge them"
         for name in tied

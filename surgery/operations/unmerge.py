@@ -229,7 +229,8 @@ def plan_unmerge(
             steps.append(_subtract_step(merged.tensor(name), spec, by_target.get(name, ()), base))
         else:
             steps.append(Step(name, (merged.tensor(name),), (replace(spec, name=ours),), Copy(ours)))
-    notes = () if receipt else ("no receipt in this file: nothing tells whether the base came back bit for bit",)
+    unknown = "no receipt in this file: nothing tells whether the base came back bit for bit"
+    notes = merged.notes if receipt else (*merged.notes, unknown)
     metadata = receipt.base_metadata if receipt else merged.metadata
     return Plan("unmerge", tuple(steps), dict(metadata), notes)
 

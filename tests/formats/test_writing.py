@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from formats import Destination, create_checkpoint, destination_like, open_checkpoint
 from formats.errors import IncompleteOutput, OutputExists
+from formats.spec import DType, TensorSpec
 from formats.staging import Staging
 from formats.tensors import spec_of
 
@@ -173,3 +174,24 @@ def test_smaller_tensors_lay_the_file_out_again(tmp_path: Path) -> None:
         create_checkpoint(tmp_path / "more.st", exact, {}) as writer,
     ):
         writer.write("a", torch.randn(4, 4), smaller=True)
+
+
+def test_a_file_of_an_input_folder_is_never_replaced(tmp_path: Path) -> None:
+    """Not by force either; a new file in that folder is no harm."""
+    folder = tmp_path / "base"
+    write(folder)
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(OutputExists, match="overwrite an input"):
+        write(Destination(folder / "model.safetensors", inputs=(folder,), force=True))
+    assert (folder / "model.safetensors").read_bytes() == before
+    write(Destination(folder / "other.st", inputs=(folder,), force=True))
+    assert (folder / "other.st").exists()
+
+
+def test_a_lone_element_is_stored_whatever_its_stride(tmp_path: Path) -> None:
+    """torch calls it contiguous, and yet does not see its bytes."""
+    tensor = torch.arange(3.0)[1::2]
+    assert tensor.stride() == (2,)
+    with create_checkpoint(tmp_path / "a.st", [TensorSpec("a", DType.F32, (1,))], {}) as writer:
+        writer.write("a", tensor)
+    assert load_file(tmp_path / "a.st")["a"].item() == 1.0

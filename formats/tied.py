@@ -1,0 +1,36 @@
+"""Which of the names of one tensor stand in a file that holds every tensor once.
+
+transformers' save_pretrained leaves the names of a tied weight out but for the one that the others are tied to, and
+from_pretrained ties them again where config.json says so. Without config.json nothing would bring a name back, so all
+stay. Knows names only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_EMBEDDING = re.compile(r"(^|[._])(w[tp]e|shared|tok\w*|\w*embed\w*)([._]|$)")
+_OUTPUT = re.compile(r"out|unembed|head|predict")
+
+
+def kept_once(shared: Iterable[Sequence[str]], config: Mapping[str, Any]) -> dict[str, str]:
+    """The names to leave out, each with the name that it is tied to.
+
+    Args:
+        shared: groups of names of one tensor.
+        config: the model's config.json; its `tie_word_embeddings` is true unless it says otherwise, as transformers
+            has it. Empty without one, then nothing is left out.
+
+    The one kept is the input embedding, by its name; of several the shortest, as in T5, where encoder.embed_tokens and
+    lm_head are tied to shared. A group without an embedding is kept whole: what ties it is not that setting.
+    """
+    tied = config.get("tie_word_embeddings", True) is True and ("architectures" in config or "model_type" in config)
+    left: dict[str, str] = {}
+    for names in shared if tied else ():
+        inputs = [name for name in names if _EMBEDDING.search(name) and not _OUTPUT.search(name)]
+        embeddings = sorted(inputs, key=lambda name: (len(name), name))
+        if embeddings:
+            left |= {name: embeddings[0] for name in names if name != embeddings[0]}
+    return left

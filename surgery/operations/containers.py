@@ -1,0 +1,129 @@
+"""convert, where no adapter's dialect changes: the same tensors in another container.
+
+Tied weights. Torch's container can hold one tensor under several names; safetensors cannot. Where config.json beside
+the weights ties the embeddings, the names tied to the embedding are left out, as transformers' save_pretrained leaves
+them out: from_pretrained ties them again, and the embedding is not stored twice. Where nothing says so, a name left out
+would be missing when the file is loaded, so every name is written in full. Either is told in the notes. All else,
+overlapping views too, is written as tensors of their own. `formats.torch_file` does all this while reading, so that
+every verb sees the same tensors as the converted file has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from formats.checkpoint import Checkpoint
+from formats.paths import (
+    ADAPTER_CONFIG,
+    Destination,
+    as_safetensors,
+    container_of,
+    create_checkpoint,
+    destination_like,
+    names_torch_file,
+    open_checkpoint,
+)
+from formats.sharded import ShardedCheckpoint
+from surgery import engine
+from surgery.engine import Resources
+from surgery.operations.merge_ops import Copy
+from surgery.plan import Plan, Step, ledger
+from surgery.provenance import content_digest
+from surgery.report import Report, Stopwatch, peak_rss
+
+_OF_TORCH = {"format": "pt"}  # what transformers asks of a safetensors file, and all that torch's container implies
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContainerReport(Report):
+    """What was converted.
+
+    Attributes:
+        source: the container that was read: "torch", "safetensors, 3 shards" ….
+        container: the one that was written.
+        digest: content address of all tensors, the same in any container.
+    """
+
+    source: str
+    container: str
+    digest: str
+
+
+def convert_container(
+    source: str | Path, out: str | Path, *, force: bool = False, resources: Resources | None = None
+) -> ContainerReport:
+    """Writes the tensors of a file or folder in another container, byte for byte.
+
+    Args:
+        source: a safetensors or torch file, an index of shards, or a folder of a model or an adapter.
+        out: a `.safetensors`/`.st` file; a `.bin`, `.pt`, `.pth` or `.ckpt` file in torch's container; or a folder,
+            which gets safetensors in the source's shards, and the source folder's other files.
+        force: replace what stands at `out`.
+        resources: threads; memory is not needed.
+
+    Raises:
+        FormatError: see formats.errors; UnsafeFile and UnsupportedDType where the source is more than a state dict.
+    """
+    watch = Stopwatch(loading="torch")
+    with open_checkpoint(source) as checkpoint:
+        plan = plan_container(checkpoint, torch=names_torch_file(out))
+        destination = _destination(Path(source), Path(out), checkpoint, force)
+        with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
+            outcomes = engine.run(plan, writer, resources)
+        hashes = {name: digest for outcome in outcomes for name, digest in outcome.figures["hashes"].items()}
+        read = container_of(checkpoint)
+    with open_checkpoint(out) as written:
+        container = container_of(written)
+    return ContainerReport(
+        operation="convert",
+        output=str(out),
+        seconds=watch.seconds,
+        peak_rss_bytes=peak_rss(),
+        ledger=ledger(outcomes),
+        notes=(*plan.notes, *_left(Path(source), destination)),
+        source=read,
+        container=container,
+        digest=content_digest((spec, hashes[spec.name]) for spec in plan.outputs),
+    )
+
+
+def plan_container(checkpoint: Checkpoint, *, torch: bool) -> Plan:
+    """Every tensor copied; the metadata too, unless the output is torch's container, which has room for none."""
+    steps = tuple(
+        Step(name, (checkpoint.tensor(name),), (spec,), Copy(name)) for name, spec in checkpoint.specs.items()
+    )
+    metadata = _OF_TORCH | dict(checkpoint.metadata)
+    lost = sorted(metadata.keys() - _OF_TORCH.keys()) if torch else []
+    notes = (f"torch's container holds no metadata, left behind: {', '.join(lost)}",) if lost else ()
+    return Plan("convert", steps, {} if torch else metadata, (*checkpoint.notes, *notes))
+
+
+def _left(source: Path, destination: Destination) -> tuple[str, ...]:
+    """A note of the source folder's files that are neither converted nor copied, such as an optimiser's state."""
+    if not destination.is_folder or not source.is_dir():
+        return ()
+    taken = {path.name for path in (*destination.inputs, *destination.companions)}
+    left = sorted(path.name for path in source.iterdir() if path.is_file() and path.name not in taken)
+    return (f"files left where they are: {', '.join(left)}",) if left else ()
+
+
+def _destination(source: Path, out: Path, checkpoint: Checkpoint, force: bool) -> Destination:
+    inputs = (source, *_files(checkpoint))
+    if names_torch_file(out):
+        return Destination(out, inputs=inputs, force=force, torch=True)
+    found = destination_like(source, out, checkpoint.specs.values(), inputs=inputs, force=force)
+    if not found.is_folder or found.shards is not None or not source.is_dir():
+        return found
+    config = source / ADAPTER_CONFIG
+    companions = (*found.companions, config) if config.exists() else found.companions
+    return replace(found, weights=as_safetensors(Path(checkpoint.ref.path).name), companions=companions)
+
+
+def _files(checkpoint: Checkpoint) -> Iterator[Path]:
+    """The files that are read."""
+    path = Path(checkpoint.ref.path)
+    yield path
+    if isinstance(checkpoint, ShardedCheckpoint):
+        yield from (path.parent / shard for shard in set(checkpoint.shards.values()))
