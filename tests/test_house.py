@@ -56,6 +56,8 @@ def rule(path: Path) -> tuple[str, ...]:
     if place in (
         "surgery/linalg.py",
         "surgery/krylov.py",
+        "surgery/thin.py",
+        "surgery/mixing.py",
         "surgery/delta.py",
         "surgery/rounding.py",
         "surgery/fixed_order.py",
