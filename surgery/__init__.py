@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from surgery.engine import Resources
     from surgery.errors import FormatError, ReportedError, SurgeryError
     from surgery.operations.bench import BenchReport, bench
+    from surgery.operations.combine import CombineReport, combine
     from surgery.operations.diff import DiffReport, diff
     from surgery.operations.export_onnx import ExportReport, export_onnx
     from surgery.operations.extract import ExtractReport, extract
     from surgery.operations.inspect import InspectReport, inspect
     from surgery.operations.merge import MergeReport, merge
+    from surgery.operations.resize import ResizeReport, resize
     from surgery.operations.spectrum import SpectrumReport, spectrum
     from surgery.operations.unmerge import UnmergeReport, unmerge
     from surgery.operations.verify import VerifyReport, verify
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "bench": "surgery.operations.bench",
     "BenchReport": "surgery.operations.bench",
+    "combine": "surgery.operations.combine",
+    "CombineReport": "surgery.operations.combine",
     "diff": "surgery.operations.diff",
     "DiffReport": "surgery.operations.diff",
     "export_onnx": "surgery.operations.export_onnx",
@@ -55,6 +59,8 @@ _HOMES = {
     "MergeReport": "surgery.operations.merge",
     "open_checkpoint": "formats",
     "ReportedError": "surgery.errors",
+    "resize": "surgery.operations.resize",
+    "ResizeReport": "surgery.operations.resize",
     "Resources": "surgery.engine",
     "spectrum": "surgery.operations.spectrum",
     "SpectrumReport": "surgery.operations.spectrum",
@@ -78,6 +84,7 @@ __all__ = [
     "BenchReport",
     "Bounded",
     "Budget",
+    "CombineReport",
     "DiffReport",
     "EnergyRule",
     "ExportReport",
@@ -90,6 +97,7 @@ __all__ = [
     "RatioRule",
     "ReportedError",
     "ResidualRule",
+    "ResizeReport",
     "Resources",
     "SpectrumReport",
     "SurgeryError",
@@ -99,12 +107,14 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "bench",
+    "combine",
     "diff",
     "export_onnx",
     "extract",
     "inspect",
     "merge",
     "open_checkpoint",
+    "resize",
     "spectrum",
     "unmerge",
     "verify",
