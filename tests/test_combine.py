@@ -171,6 +171,24 @@ def test_what_one_carries_in_full(tmp_path: Path) -> None:
         surgery.combine([one, third], tmp_path / "e", how="cat")
 
 
+def test_single_tokens(tmp_path: Path) -> None:
+    """The rows that one adapter replaces go along; those of two are refused."""
+    settings: dict[str, Any] = {"target_modules": ["linear"], "trainable_token_indices": {"wte": [1, 5]}}
+    one = adapter(tmp_path, "a", **settings)
+    key = "base_model.model.wte.token_adapter.trainable_tokens_delta"
+    tensors = load_file(one / "adapter_model.safetensors")
+    tensors[key] += 1
+    save_file(tensors, one / "adapter_model.safetensors", metadata={"format": "pt"})
+    other, base = adapter(tmp_path, "b", 2, target_modules=["linear"]), tmp_path / "base.st"
+    surgery.combine([one, other], tmp_path / "c", how="cat", base=base)
+    assert_same(deltas(tmp_path, tmp_path / "c"), deltas(tmp_path, one, other))
+    surgery.resize(one, tmp_path / "d", rank=4, base=base)
+    assert_same(deltas(tmp_path, tmp_path / "d"), deltas(tmp_path, one))
+    loaded(tmp_path, tmp_path / "c")
+    with pytest.raises(Unsupported, match="replaces tokens"):
+        surgery.combine([one, adapter(tmp_path, "e", 3, **settings)], tmp_path / "f", how="cat", base=base)
+
+
 def test_refused(tmp_path: Path) -> None:
     """What is no combination, or of different models: each with its reason."""
     one, other = two(tmp_path)

@@ -143,8 +143,8 @@ class Casting:
 
     @classmethod
     def of(cls, adapters: tuple[WeighedAdapter, ...]) -> Casting:
-        """Raises Unsupported for adapters that name the same weight differently, or whose lora_bias differ;
-        NotMergeable for a tensor that two of them carry in full."""
+        """Raises Unsupported for adapters that name the same weight differently, or differ in what peft has for a whole
+        adapter; NotMergeable for a tensor that two of them carry in full."""
         found: dict[str, dict[str, Source]] = {}  # by weight, by adapter
         biases: dict[str, tuple[Source, ...]] = {}
         copied: dict[str, TensorRef] = {}
@@ -169,12 +169,13 @@ class Casting:
             copied |= _second_copies(each)
         targeted = {entry for each in adapters for entry in each.adapter.config.get("target_parameters") or ()}
         slots = tuple(_slot(name, tuple(sources.values()), targeted) for name, sources in sorted(found.items()))
-        if len({bool(each.adapter.config.get("lora_bias")) for each in adapters}) > 1:
-            raise Unsupported(
-                "some of the adapters change biases with their factors (lora_bias) and some do not",
-                where=", ".join(each.adapter.ref.path for each in adapters),
-                then="peft has that setting for a whole adapter: merge them into the base instead",
-            )
+        for setting in ("lora_bias", "layer_replication"):
+            if len({json.dumps(each.adapter.config.get(setting) or None) for each in adapters}) > 1:
+                raise Unsupported(
+                    f"the adapters differ in {setting}, which peft has for a whole adapter",
+                    where=", ".join(each.adapter.ref.path for each in adapters),
+                    then="merge them into the base instead",
+                )
         return cls(adapters, slots, biases, tuple(copied[name] for name in sorted(copied)))
 
     def config(self, ranks: Mapping[str, int]) -> dict[str, Any]:
