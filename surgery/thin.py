@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from surgery.linalg import Factors, RankChoice, TruncatedSVD, oriented, squared_distance, stored
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 
 def thin_svd(b: torch.Tensor, a: torch.Tensor, rank: int | RankChoice) -> TruncatedSVD:
@@ -38,8 +40,8 @@ def thin_svd(b: torch.Tensor, a: torch.Tensor, rank: int | RankChoice) -> Trunca
     return oriented(left, values[:chosen], right, total, tail, values.numpy())
 
 
-def refactor(b: torch.Tensor, a: torch.Tensor, rank: int | RankChoice, dtype: torch.dtype) -> Factors:
-    """BA at another rank, B = U√Σ and A = √ΣVᵀ; where the rank is the inner dimension, B and A themselves.
+def refactor(b: torch.Tensor, a: torch.Tensor, rank: int | RankChoice, dtype: torch.dtype) -> tuple[Factors, float]:
+    """BA at another rank, B = U√Σ and A = √ΣVᵀ, and ‖BA‖²; where the rank is the inner dimension, B and A themselves.
 
     Args:
         b, a: as for `thin_svd`.
@@ -47,22 +49,26 @@ def refactor(b: torch.Tensor, a: torch.Tensor, rank: int | RankChoice, dtype: to
         dtype: of the factors.
     """
     svd = thin_svd(b, a, rank)
-    return as_they_are(b, a, dtype, svd) if len(svd.singular_values) == a.shape[0] else stored(svd, dtype)
+    if len(svd.singular_values) < a.shape[0]:
+        return stored(svd, dtype), svd.total
+    return _rounded(b, a, dtype, svd.total, svd.spectrum), svd.total
 
 
-def as_they_are(b: torch.Tensor, a: torch.Tensor, dtype: torch.dtype, svd: TruncatedSVD | None = None) -> Factors:
-    """B and A stored as `dtype`, and what their rounding loses; without a decomposition no spectrum is told."""
+def as_they_are(b: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> tuple[Factors, float]:
+    """B and A stored as `dtype`, with what their rounding loses and no spectrum, and ‖BA‖²."""
     import numpy as np
+    import torch
 
+    core_b, core_a = torch.linalg.qr(b, mode="r").R, torch.linalg.qr(a.mT, mode="r").R
+    total = float((core_b @ core_a.mT).square().sum())
+    return _rounded(b, a, dtype, total, np.empty(0)), total
+
+
+def _rounded(
+    b: torch.Tensor, a: torch.Tensor, dtype: torch.dtype, total: float, spectrum: NDArray[np.float64]
+) -> Factors:
     b, a = b.cpu(), a.cpu()
     lora_b, lora_a = b.to(dtype).contiguous(), a.to(dtype).contiguous()
-    total = svd.total if svd is not None else squared_norm(b, a)
     loss = squared_distance(b, a, lora_b.to(b.dtype), lora_a.to(a.dtype))
     left_out = loss / total if total else 0.0
-    spectrum = svd.spectrum if svd is not None else np.empty(0)
     return Factors(lora_a, lora_b, a.shape[0], 1.0 - left_out, left_out**0.5, spectrum)
-
-
-def squared_norm(b: torch.Tensor, a: torch.Tensor) -> float:
-    """‖BA‖² by thin products only: the trace of (BᵀB)(AAᵀ)."""
-    return max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum()))

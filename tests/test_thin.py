@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from surgery.ranks import EnergyRule, FixedRank
-from surgery.thin import refactor, thin_svd
+from surgery.thin import as_they_are, refactor, thin_svd
 
 
 def product(rows: int, columns: int, inner: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,17 +32,18 @@ def test_truncation_is_the_optimum() -> None:
     b, a = product(30, 20, 8)
     dense = b @ a
     values = np.linalg.svd(dense.numpy(), compute_uv=False)
-    factors = refactor(b, a, 3, torch.float64)
+    factors, total = refactor(b, a, 3, torch.float64)
     left = float((dense - factors.lora_B @ factors.lora_A).norm())
     assert left == pytest.approx(float(np.sqrt((values[3:] ** 2).sum())), rel=1e-10)
     assert factors.residual == pytest.approx(left / float(dense.norm()), rel=1e-10)
+    assert total == pytest.approx(float(dense.square().sum()), rel=1e-12)
 
 
 def test_signs_are_fixed() -> None:
     """The same product from other factors gives the same factors."""
     b, a = product(12, 9, 4)
     turn = torch.linalg.qr(product(4, 4, 4, seed=3)[0]).Q
-    one, other = refactor(b, a, 2, torch.float64), refactor(-b @ turn, -turn.mT @ a, 2, torch.float64)
+    (one, _), (other, _) = refactor(b, a, 2, torch.float64), refactor(-b @ turn, -turn.mT @ a, 2, torch.float64)
     torch.testing.assert_close(one.lora_A, other.lora_A)
     torch.testing.assert_close(one.lora_B, other.lora_B)
 
@@ -51,7 +52,7 @@ def test_the_whole_rank_keeps_the_factors() -> None:
     """Nothing is decomposed that need not be: the factors themselves come back."""
     b, a = product(12, 9, 4)
     for rule in (4, FixedRank(9), EnergyRule(1.0)):
-        factors = refactor(b, a, rule, torch.float64)
+        factors, _ = refactor(b, a, rule, torch.float64)
         assert torch.equal(factors.lora_A, a)
         assert torch.equal(factors.lora_B, b)
         assert factors.residual == 0
@@ -61,7 +62,22 @@ def test_zero_has_a_rank_too() -> None:
     """A module that was never trained (B = 0) keeps nothing but its place."""
     b, a = product(12, 9, 4)
     for rule in (2, EnergyRule(0.9)):
-        factors = refactor(0 * b, a, rule, torch.float32)
+        factors, _ = refactor(0 * b, a, rule, torch.float32)
         assert not (factors.lora_B @ factors.lora_A).any()
         assert factors.residual == 0
         assert factors.energy == 1
+
+
+def test_what_nearly_cancels_keeps_its_norm() -> None:
+    """‖BA‖² of the sum of a product and almost its negative, not of the rounding between two large terms."""
+    b, a = product(12, 9, 4)
+    both_b, both_a = torch.cat([b, -b], dim=1), torch.cat([a, (1 + 1e-9) * a])
+    expected = float((1e-9 * b @ a).square().sum())
+    for rule in (None, 2):
+        factors, total = (
+            as_they_are(both_b, both_a, torch.float64)
+            if rule is None
+            else refactor(both_b, both_a, rule, torch.float64)
+        )
+        assert total == pytest.approx(expected, rel=1e-4)
+        assert factors.rank == (8 if rule is None else rule)

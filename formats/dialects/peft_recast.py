@@ -38,8 +38,8 @@ def recast_config(
     """
     first = configs[0]
     config = {name: value for name, value in first.items() if all(each.get(name) == value for each in configs)}
-    agreed = set(config)
-    if len(set(modules)) > 1 or not agreed.issuperset(name for name in _CHOOSING if any(map(_has(name), configs))):
+    said = {name for name in _CHOOSING if any(each.get(name) for each in configs)}
+    if len(set(modules)) > 1 or not said <= config.keys():
         layers = [module for module in ranks if module not in parameters]
         config |= dict.fromkeys(_CHOOSING)
         config |= {
@@ -61,7 +61,3 @@ def recast_config(
         "trainable_token_indices": indices[0] if indices else None,
     }
     return config | rank_settings(ranks, max(ranks.values()))
-
-
-def _has(name: str) -> Any:
-    return lambda config: config.get(name)

@@ -25,7 +25,7 @@ from surgery.operations.carry import as_stored, spectrum_of
 from surgery.operations.pairing import Matrix
 from surgery.plan import Fate, Outcome
 from surgery.ranks import RankRule
-from surgery.thin import as_they_are, refactor, squared_norm, thin_svd
+from surgery.thin import as_they_are, refactor, thin_svd
 
 if TYPE_CHECKING:
     import torch
@@ -192,8 +192,7 @@ class Recast:
                 return factorise(delta, self.rule, dtype, self.mix.seed), delta.total
             return _nothing(self.slot.matrix.sides, dtype), 0.0
         b, a = concatenated(products)
-        factors = as_they_are(b, a, dtype) if self.rule is None else refactor(b, a, self.rule, dtype)
-        return factors, squared_norm(b, a)
+        return as_they_are(b, a, dtype) if self.rule is None else refactor(b, a, self.rule, dtype)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,8 @@ def resize(
 def open_resize(adapter: str | Path, how: Extraction, base: str | Path | None) -> Casting:
     """The adapter's weights. Raises as `resize`."""
     casting = Casting.of(open_loras(adapter, base))
-    _ = how.stored, how.overridden(slot.name for slot in casting.slots)
+    _ = how.stored
+    how.overridden(slot.name for slot in casting.slots)
     return casting
 
 
