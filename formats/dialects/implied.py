@@ -32,7 +32,7 @@ def implied_base(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> di
             where=where,
             expected="LoRA in peft's names, without target_parameters, layer_replication or trainable tokens",
             found=str(config.get("peft_type", "no config")),
-            then="name the base: --base",
+            then="name the base: --base" if config.get("peft_type") == "LORA" else None,
         )
     factors: dict[str, dict[str, TensorSpec]] = {}
     base: dict[str, TensorSpec] = {}
