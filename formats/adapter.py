@@ -17,11 +17,12 @@ from formats.spec import CheckpointRef, TensorRef, TensorSpec
 
 @dataclass(frozen=True)
 class ExpertPart:
-    """Which piece of a stack of experts a tensor of the base is: of one expert's outputs, `first` up to `last`."""
+    """Which piece of a `stack` of experts a tensor of the base is: of one expert's outputs, `first` up to `last`."""
 
     expert: int
     first: int
     last: int
+    stack: str = ""
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from surgery.engine import Resources
     from surgery.errors import FormatError, ReportedError, SurgeryError
     from surgery.operations.bench import BenchReport, bench
+    from surgery.operations.combine import CombineReport, combine
     from surgery.operations.containers import ContainerReport, convert_container
     from surgery.operations.diff import DiffReport, diff
     from surgery.operations.export_onnx import ExportReport, export_onnx
     from surgery.operations.extract import ExtractReport, extract
     from surgery.operations.inspect import InspectReport, inspect
     from surgery.operations.merge import MergeReport, merge
+    from surgery.operations.resize import ResizeReport, resize
     from surgery.operations.spectrum import SpectrumReport, spectrum
     from surgery.operations.unmerge import UnmergeReport, unmerge
     from surgery.operations.verify import VerifyReport, verify
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "bench": "surgery.operations.bench",
     "BenchReport": "surgery.operations.bench",
+    "combine": "surgery.operations.combine",
+    "CombineReport": "surgery.operations.combine",
     "convert_container": "surgery.operations.containers",
     "ContainerReport": "surgery.operations.containers",
     "diff": "surgery.operations.diff",
@@ -58,6 +62,8 @@ _HOMES = {
     "MergeReport": "surgery.operations.merge",
     "open_checkpoint": "formats",
     "ReportedError": "surgery.errors",
+    "resize": "surgery.operations.resize",
+    "ResizeReport": "surgery.operations.resize",
     "Resources": "surgery.engine",
     "spectrum": "surgery.operations.spectrum",
     "SpectrumReport": "surgery.operations.spectrum",
@@ -81,6 +87,7 @@ __all__ = [
     "BenchReport",
     "Bounded",
     "Budget",
+    "CombineReport",
     "ContainerReport",
     "DiffReport",
     "EnergyRule",
@@ -94,6 +101,7 @@ __all__ = [
     "RatioRule",
     "ReportedError",
     "ResidualRule",
+    "ResizeReport",
     "Resources",
     "SpectrumReport",
     "SurgeryError",
@@ -103,6 +111,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "bench",
+    "combine",
     "convert_container",
     "diff",
     "export_onnx",
@@ -110,6 +119,7 @@ __all__ = [
     "inspect",
     "merge",
     "open_checkpoint",
+    "resize",
     "spectrum",
     "unmerge",
     "verify",

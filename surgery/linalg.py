@@ -5,7 +5,7 @@ A Krylov space for large matrices, a dense decomposition for small ones; the sig
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,9 @@ __all__ = [
     "TruncatedSVD",
     "factorise",
     "leading_values",
+    "oriented",
+    "squared_distance",
+    "stored",
     "truncated_svd",
     "workspace",
 ]
@@ -88,7 +91,7 @@ def truncated_svd(delta: Delta, rank: int | RankChoice, seed: int = 0, *, exact:
         raise ValueError("a rank rule must decide once it has seen all singular values")
     tail = float(values[chosen:].square().sum()) if whole else delta.total - float(values[:chosen].square().sum())
     left, right = left[:, :chosen].cpu(), right[:chosen].cpu()
-    return _oriented(left, values[:chosen], right, delta.total, max(0.0, tail), spectrum)
+    return oriented(left, values[:chosen], right, delta.total, max(0.0, tail), spectrum)
 
 
 def leading_values(delta: Delta, count: int, seed: int = 0, *, exact: bool = False) -> NDArray[np.float64]:
@@ -96,7 +99,7 @@ def leading_values(delta: Delta, count: int, seed: int = 0, *, exact: bool = Fal
     return truncated_svd(delta, min(count, *delta.shape), seed, exact=exact).spectrum
 
 
-def _oriented(
+def oriented(
     left: torch.Tensor,
     values: torch.Tensor,
     right: torch.Tensor,
@@ -175,19 +178,25 @@ def factorise(
     """
     import torch
 
-    svd = truncated_svd(delta, rank, seed, exact=exact)
+    factors = stored(truncated_svd(delta, rank, seed, exact=exact), dtype)
+    if factors.residual**2 >= _CANCELLATION:
+        return factors
+    thin = (factor.to(delta.device, torch.float32) for factor in (factors.lora_B, factors.lora_A))
+    left_out = delta.squared_distance(*thin) / delta.total
+    return replace(factors, energy=1.0 - left_out, residual=left_out**0.5)
+
+
+def stored(svd: TruncatedSVD, dtype: torch.dtype) -> Factors:
+    """B = U√Σ and A = √ΣVᵀ as `dtype`, on the CPU, with the loss as the tail and that of rounding add up to."""
     root = svd.singular_values.sqrt().to(svd.left.dtype)
     exact_a, exact_b = root[:, None] * svd.right, svd.left * root  # (rank, columns), (rows, rank)
     lora_a, lora_b = exact_a.to(dtype).contiguous(), exact_b.to(dtype).contiguous()
-    loss = _squared_distance(exact_b, exact_a, lora_b.to(exact_b.dtype), lora_a.to(exact_a.dtype))
-    left_out = (svd.tail + loss) / svd.total
-    if left_out < _CANCELLATION:
-        thin = (factor.to(delta.device, torch.float32) for factor in (lora_b, lora_a))
-        left_out = delta.squared_distance(*thin) / svd.total
+    loss = squared_distance(exact_b, exact_a, lora_b.to(exact_b.dtype), lora_a.to(exact_a.dtype))
+    left_out = (svd.tail + loss) / svd.total if svd.total else 0.0
     return Factors(lora_a, lora_b, len(root), 1.0 - left_out, left_out**0.5, svd.spectrum)
 
 
-def _squared_distance(b: torch.Tensor, a: torch.Tensor, other_b: torch.Tensor, other_a: torch.Tensor) -> float:
+def squared_distance(b: torch.Tensor, a: torch.Tensor, other_b: torch.Tensor, other_a: torch.Tensor) -> float:
     """‖BA − B̃Ã‖² by thin products only: [B − B̃, B̃] [A; A − Ã], a sum of two small terms without cancellation."""
     import torch
 

@@ -25,13 +25,14 @@ def implied_base(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> di
         AdapterFormatError: another method or dialect, whose factors do not tell.
     """
     where, config = checkpoint.ref.path, config or {}
-    if config.get("peft_type") != "LORA" or config.get("target_parameters") or config.get("layer_replication"):
+    untold = ("target_parameters", "layer_replication", "trainable_token_indices")
+    if config.get("peft_type") != "LORA" or any(config.get(setting) for setting in untold):
         raise AdapterFormatError(
             "this adapter's factors do not tell what it adapts",
             where=where,
-            expected="LoRA in peft's names, without target_parameters or layer_replication",
+            expected="LoRA in peft's names, without target_parameters, layer_replication or trainable tokens",
             found=str(config.get("peft_type", "no config")),
-            then="name the base: --base",
+            then="name the base: --base" if config.get("peft_type") == "LORA" else None,
         )
     factors: dict[str, dict[str, TensorSpec]] = {}
     base: dict[str, TensorSpec] = {}
@@ -39,7 +40,7 @@ def implied_base(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> di
         name = key.removeprefix(PREFIX)
         match = _FACTOR.match(name)
         if match is not None:
-            factors.setdefault(match["module"], {})[match["role"]] = spec
+            factors.setdefault(match["module"].replace(_WRAPPED, ""), {})[match["role"]] = spec
         elif not re.search(r"\.lora_(magnitude_vector|B\.bias)", name):
             plain = name.replace(_WRAPPED, "").replace(".modules_to_save", "")
             base[plain] = TensorSpec(plain, spec.dtype, spec.shape)

@@ -92,10 +92,8 @@ def lora_config(extracted: Extracted) -> dict[str, Any]:
         "task_type": None,
         "base_model_name_or_path": extracted.base,
         "inference_mode": True,
-        "r": extracted.rank,
-        "lora_alpha": extracted.rank,
+        **rank_settings({**extracted.ranks, **extracted.parameters}, extracted.rank),
         "lora_dropout": 0.0,
-        "use_rslora": False,
         "use_dora": extracted.dora,
         "lora_bias": extracted.lora_bias,
         "fan_in_fan_out": extracted.transposed,
@@ -103,17 +101,32 @@ def lora_config(extracted: Extracted) -> dict[str, Any]:
         "target_modules": [] if extracted.parameters and not targets else _targets(targets, extracted.modules),
         "target_parameters": sorted(extracted.parameters) or None,
         "modules_to_save": list(extracted.saved) or None,
-        "rank_pattern": _rank_pattern(extracted),
         "init_lora_weights": True,
     }
-    config["alpha_pattern"] = dict(config["rank_pattern"])
     return config
+
+
+def rank_settings(ranks: Mapping[str, int], common: int) -> dict[str, Any]:
+    """What a config says of ranks and alphas where the scaling is 1, so that alpha is the rank.
+
+    Args:
+        ranks: of every adapted module, and of every adapted parameter by its full name.
+        common: the rank that the others are exceptions from.
+    """
+    pattern = _rank_pattern(ranks, common)
+    settings = {"r": common, "lora_alpha": common, "rank_pattern": pattern, "alpha_pattern": dict(pattern)}
+    return {**settings, "use_rslora": False}
+
+
+def exactly(modules: Iterable[str]) -> str:
+    """The regular expression by which `target_modules` names just these modules, whatever others a model has."""
+    return "|".join(re.escape(module) for module in sorted(modules))
 
 
 def _targets(targets: list[str], modules: frozenset[str]) -> list[str] | str:
     """Full names; a regular expression where a name is also the tail of a module that was not adapted."""
     stray = caught_by_tail(targets, modules)
-    return "|".join(re.escape(target) for target in targets) if stray or not targets else targets
+    return exactly(targets) if stray or not targets else targets
 
 
 def caught_by_tail(names: Iterable[str], modules: Iterable[str]) -> set[str]:
@@ -129,11 +142,10 @@ def caught_by_tail(names: Iterable[str], modules: Iterable[str]) -> set[str]:
     return caught
 
 
-def _rank_pattern(extracted: Extracted) -> dict[str, int]:
+def _rank_pattern(ranks: Mapping[str, int], common: int) -> dict[str, int]:
     """Modules and parameters whose rank is not the common one, longest name first: peft takes the first pattern that
     matches a tail, so whoever would be caught by another's pattern gets one of its own before it."""
-    ranks = {**extracted.ranks, **extracted.parameters}
-    pattern = {module: rank for module, rank in ranks.items() if rank != extracted.rank}
+    pattern = {module: rank for module, rank in ranks.items() if rank != common}
     caught = {
         module: rank
         for module, rank in ranks.items()

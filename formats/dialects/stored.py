@@ -109,7 +109,7 @@ def _stacked(name: str, layers: list[list[TensorSpec]]) -> dict[str, Stored]:
     first = 0
     for experts in layers:
         last = first + experts[0].shape[0]
-        pieces += [(spec.name, ExpertPart(number, first, last)) for number, spec in enumerate(experts)]
+        pieces += [(spec.name, ExpertPart(number, first, last, name)) for number, spec in enumerate(experts)]
         first = last
     if any(len(experts[0].shape) != 2 or experts[0].shape[1] != layers[0][0].shape[1] for experts in layers):
         return {}

@@ -18,6 +18,8 @@ COMMANDS = {
     "extract": "surgery.cli.extract",
     "merge": "surgery.cli.merge",
     "unmerge": "surgery.cli.unmerge",
+    "resize": "surgery.cli.resize",
+    "combine": "surgery.cli.combine",
     "verify": "surgery.cli.verify",
     "export-onnx": "surgery.cli.export_onnx",
     "bench": "surgery.cli.bench",

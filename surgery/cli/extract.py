@@ -23,11 +23,7 @@ from surgery.cli import options
     show_default=True,
     help="Of adapted layers: in full, or its change with the factors (peft's lora_bias).",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Of the factors; by default each tuned weight's own.",
-)
+@options.factor_dtype_option("each tuned weight's own")
 @click.option("--exact", is_flag=True, help="Decompose in full instead of in a Krylov space: slow, for comparison.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the Krylov space's random start.")
 @click.option("--allow-removed", is_flag=True, help="Leave tensors that tuned lacks as they are in base.")

@@ -67,6 +67,18 @@ def output_options(function: Callable[..., None]) -> Callable[..., None]:
     return click.option("-o", "--output", "out", type=PATH, required=True, help="Where to write.")(function)
 
 
+def base_option(function: Callable[..., None]) -> Callable[..., None]:
+    """--base, of commands that mostly need none."""
+    text = "The adapters' base, where their factors do not tell what they adapt (experts, tokens)."
+    return click.option("--base", type=PATH, help=text)(function)
+
+
+def factor_dtype_option(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """--dtype of the factors; `default` says what they are without."""
+    kinds = click.Choice(["float32", "float16", "bfloat16"])
+    return click.option("--dtype", type=kinds, help=f"Of the factors; by default {default}.")
+
+
 def engine_options(function: Callable[..., None]) -> Callable[..., None]:
     """--jobs, --memory and --device."""
     function = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …")(
@@ -174,8 +186,11 @@ def rank_options(function: Callable[..., None]) -> Callable[..., None]:
     )(function)
 
 
-def chosen_ranks(how: dict[str, Any]) -> dict[str, Any]:
-    """Turns the options of `rank_options` into the library's `rank` and `overrides`; a usage error where that fails."""
+def chosen_ranks(how: dict[str, Any], *, needed: bool = True) -> dict[str, Any]:
+    """Turns the options of `rank_options` into the library's `rank` and `overrides`; a usage error where that fails.
+
+    Where none is `needed`, none of them means no rank.
+    """
     from surgery.budget import Budget
     from surgery.patterns import rank_override
     from surgery.ranks import rank_rule
@@ -185,6 +200,8 @@ def chosen_ranks(how: dict[str, Any]) -> dict[str, Any]:
     rules = {name.replace("-", "_"): how.pop(name.replace("-", "_")) for name, _ in _RULES}
     bounds = {"minimum": how.pop("min_rank"), "maximum": how.pop("max_rank")}
     budget = how.pop("budget")
+    if not needed and not given and all(each is None for each in (budget, *rules.values(), *bounds.values())):
+        return {**how, "rank": None, "overrides": {}}
     if budget is not None and (plain or any(value is not None for value in rules.values())):
         raise click.UsageError("--budget chooses the ranks: no other rule goes with it, but for --rank PATTERN=N")
     rank: Budget | RankRule
@@ -309,6 +326,18 @@ def show_plan(plan: Plan) -> None:
     for row in plan.rows():
         rows.add_row(*row)
     show(rows, *(f"note: {note}" for note in plan.notes), f"{len(plan.steps)} steps, nothing written")
+
+
+def show_recast(report: Any) -> None:
+    """The table of resize and combine: every weight's new factors, and the sizes."""
+    rows = table("weight", "shape", "rank", "energy", "residual")
+    for module in report.modules:
+        ranks = f"{' + '.join(map(str, module.ranks))} → {module.rank}"
+        shape = " × ".join(map(str, module.shape))
+        rows.add_row(module.name, shape, ranks, f"{module.energy:.2%}", f"{module.residual:.4f}")
+    rows.add_section()
+    rows.add_row("all", "", "", f"{report.energy:.2%}", f"{report.residual:.4f}")
+    show(rows, f"{report.nbytes_before:,} bytes before, {report.nbytes:,} after")
 
 
 def show_ending(report: Any) -> None:

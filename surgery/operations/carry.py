@@ -227,7 +227,7 @@ def factor(
             return None, Fate.FULL
         found, magnitude, kept = [done.factors], done.magnitude, done.kept_lora
         left_out = done.factors.residual**2 * total
-    lora_a, lora_b = _stored(found, matrix, rank, dtype)
+    lora_a, lora_b = as_stored(found, matrix, rank, dtype)
     for role, tensor in (("lora_A", lora_a), ("lora_B", lora_b)):
         check_finite(tensor, f"{role} of {name}", "the factors overflow their dtype: --dtype float32")
     if magnitude is not None:
@@ -272,8 +272,8 @@ def matrices_of(weight: torch.Tensor, matrix: Matrix) -> list[torch.Tensor]:
     return [one.mT for one in stack] if swapped else stack
 
 
-def _stored(
-    found: list[Factors | None], matrix: Matrix, rank: int, dtype: torch.dtype
+def as_stored(
+    found: Sequence[Factors | None], matrix: Matrix, rank: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The factors as peft stores them; those of a stack of experts filled up to their common rank."""
     import torch

@@ -17,6 +17,7 @@ import surgery
 from formats.dialects.peft_writing import Extracted, factor_keys, lora_config, parameter_keys
 from formats.errors import AdapterFormatError, UnmatchedKeys
 from formats.layers import LayerKind
+from surgery.errors import Unsupported
 from surgery.methods.lora import pack_experts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -149,3 +150,38 @@ def test_experts_that_are_not_all_there_are_refused(tmp_path: Path) -> None:
     save_file({key: torch.zeros(12, 16, 16)}, tmp_path / "adapter/adapter_model.safetensors")
     with pytest.raises(AdapterFormatError, match="in pieces"):
         surgery.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_stacked_experts_at_another_rank(tmp_path: Path) -> None:
+    """The adapter has the stacks and the file the experts one by one: each expert gets its own optimum, under the
+    model's names, with other ranks for either stack; peft computes what the merged model does."""
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
+    config = peft.LoraConfig(r=4, lora_alpha=3, target_modules=["q_proj"], target_parameters=targets)
+    adapted = peft.get_peft_model(save_base(tmp_path, "mixtral"), config).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(random(*parameter.shape))
+    adapted.save_pretrained(tmp_path / "adapter")
+    settings: dict[str, Any] = {"base": tmp_path / "base", "overrides": {"*.down_proj": 1}}
+    report = surgery.resize(tmp_path / "adapter", tmp_path / "small", rank=2, **settings)
+    assert {module.rank for module in report.modules if module.name.endswith("down_proj")} == {1}
+    whole, merged = tmp_path / "merged-whole", tmp_path / "merged"
+    surgery.merge(tmp_path / "base", tmp_path / "adapter", whole, dtype="float32")
+    surgery.merge(tmp_path / "base", tmp_path / "small", merged)
+    before, full, after = (load_file(path / "model.safetensors") for path in (tmp_path / "base", whole, merged))
+    name = "model.layers.1.block_sparse_moe.experts.7.w2.weight"
+    delta, rest = (full[name] - before[name]).double(), (full[name] - after[name]).double()
+    optimum = torch.linalg.svdvals(delta)[1:].square().sum().sqrt()
+    torch.testing.assert_close(rest.norm(), optimum, rtol=1e-4, atol=0)
+    theirs = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "small").eval()
+    torch.testing.assert_close(logits(theirs), logits(load(merged)), atol=1e-4, rtol=1e-4)
+
+
+def test_a_parameter_that_the_file_calls_otherwise_keeps_its_rank(tmp_path: Path) -> None:
+    """Its name in the model, which the config must say, is not in the adapter's keys: refused."""
+    targets = ["block_sparse_moe.experts.gate_up_proj"]
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=targets, init_lora_weights=False)
+    peft.get_peft_model(save_base(tmp_path, "granitemoe"), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(Unsupported, match="another name"):
+        surgery.resize(tmp_path / "adapter", tmp_path / "small", rank=2, base=tmp_path / "base")

@@ -198,3 +198,24 @@ def test_replication_that_drops_layers_is_refused(tmp_path: Path) -> None:
     made_by_peft(tmp_path / "plain", target_modules=["q_proj"])
     with pytest.raises(NotMergeable, match="different depth"):
         surgery.merge(tmp_path / "base", [tmp_path / "adapter", tmp_path / "plain/adapter"], tmp_path / "merged")
+
+
+def test_repeated_layers_at_another_rank(tmp_path: Path) -> None:
+    """With the base, whose layers the keys do not name; peft computes what the merged model does."""
+    made_by_peft(tmp_path, **REPLICATED)
+    base, adapter, small = tmp_path / "base", tmp_path / "adapter", tmp_path / "small"
+    with pytest.raises(surgery.FormatError, match="name the base"):
+        surgery.resize(adapter, small, rank=1)
+    surgery.resize(adapter, small, rank=1, base=base)
+    surgery.merge(base, small, tmp_path / "merged")
+    theirs = peft.PeftModel.from_pretrained(models.load("llama", base), small).eval()
+    ours = models.load("llama", tmp_path / "merged")
+    torch.testing.assert_close(models.logits(ours), models.logits(theirs), atol=2e-5, rtol=1e-4)
+
+
+def test_a_tied_head_needs_no_base_for_another_rank(tmp_path: Path) -> None:
+    """Its factors are its own, whatever the base does with its weight."""
+    expected = made_by_peft(tmp_path, target_modules=["lm_head"])
+    surgery.resize(tmp_path / "adapter", tmp_path / "same", rank=2)
+    theirs = peft.PeftModel.from_pretrained(models.load("llama", tmp_path / "base"), tmp_path / "same").eval()
+    torch.testing.assert_close(models.logits(theirs), expected, atol=2e-5, rtol=1e-4)

@@ -1,0 +1,61 @@
+"""`surgery combine`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from surgery.cli import options
+
+
+@click.command("combine", epilog="Example: surgery combine style/:0.7 subject/:0.5 --how svd --rank 16 -o both/")
+@click.argument("adapters", type=options.WeighedPath(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
+@click.option(
+    "--how",
+    type=click.Choice(["cat", "svd", "ties", "dare", "magnitude-prune"]),
+    required=True,
+    help="cat: factors side by side, exact; svd: the same sum at a rank; the others prune each delta first.",
+)
+@options.rank_options
+@click.option("--density", type=float, help="ties, dare, magnitude-prune: share of elements to keep [0.5].")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what dare drops, and of the SVD's start.")
+@options.base_option
+@options.factor_dtype_option("their own; of cat float32 where theirs would round")
+@options.output_options
+@options.dry_run_option
+@options.engine_options
+@options.json_option
+def command(
+    adapters: tuple[tuple[str, float | None], ...],
+    base: str | None,
+    out: str,
+    force: bool,
+    dry_run: bool,
+    jobs: int,
+    memory: int,
+    device: str,
+    as_json: bool,
+    **how: Any,
+) -> None:
+    """Combine LoRA adapters into one: ΔW = Σ weight · ΔW of each, whatever their order.
+
+    cat needs no rank: the ranks add up. All other ways need one of the options that choose it.
+    """
+    from surgery.operations import combine as operation
+
+    how = options.chosen_ranks(how, needed=False)
+    with options.usage_errors():
+        asked = operation.Combination(**how)
+        asked.check()
+    with options.reporting("combine", as_json):
+        if dry_run:
+            options.show_plan(operation.plan_combine(operation.open_combine(adapters, asked, base), asked))
+            return
+        with options.resources(jobs, memory, device) as resources:
+            report = operation.combine(adapters, out, base=base, force=force, resources=resources, **how)
+        if as_json:
+            options.print_json(report)
+            return
+        options.show_recast(report)
+        options.show_ending(report)

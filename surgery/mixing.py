@@ -1,0 +1,118 @@
+"""Sums of low-rank deltas of which each keeps only some elements: TIES, DARE, magnitude pruning.
+
+An element of a delta is kept or dropped by its size or by chance, so these need the deltas themselves, and not their
+factors. They are formed by blocks of rows; only the result, and one delta while its threshold is sought, is ever whole.
+Deltas are pruned, and signs elected, weight by weight. Knows tensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    import torch
+
+DENSE = ("ties", "dare", "magnitude-prune")
+_BLOCK_ELEMENTS = 1 << 20  # of a block of rows; the random numbers of dare depend on it
+
+Product = tuple["torch.Tensor", "torch.Tensor", float]  # (rows, rank), (rank, columns), both float64; a weight
+
+
+def check_density(density: float) -> None:
+    """Raises SurgeryError for a share of elements that cannot be kept."""
+    if not 0 < density <= 1:
+        raise SurgeryError(
+            "no such share of elements",
+            expected="above 0, at most 1",
+            found=density,
+            then="choose it with --density",
+        )
+
+
+def mixed(how: str, products: Sequence[Product], density: float, seeds: Sequence[int]) -> torch.Tensor:
+    """The sum of what is kept of each wᵢ BᵢAᵢ, (rows, columns) float32, on the device of the factors.
+
+    Args:
+        how: "ties", "dare" or "magnitude-prune".
+        products: Bᵢ, Aᵢ and the weight wᵢ.
+        density: the share of elements to keep of each, above 0, at most 1.
+        seeds: of dare's random numbers, one for each product.
+    """
+    import torch
+
+    rows, columns = products[0][0].shape[0], products[0][1].shape[1]
+    result = torch.empty(rows, columns, dtype=torch.float32, device=products[0][0].device)
+    keep = _dropping(density, seeds) if how == "dare" else _trimming(products, density)
+    add = elected_mean if how == "ties" else _sum
+    for part in _blocks(rows, columns):
+        kept = [keep(index, b[part] @ a) for index, (b, a, _) in enumerate(products)]
+        result[part] = add(torch.stack([weight * block for block, (*_, weight) in zip(kept, products, strict=True)]))
+    return result
+
+
+def elected_mean(deltas: torch.Tensor) -> torch.Tensor:
+    """TIES's second and third step (Yadav et al., arXiv 2306.01708, section 3.1), on trimmed and weighed deltas.
+
+    The sign of an element is that of the sum over all deltas, which has the larger total mass; the result is the mean
+    over those deltas that have this sign there, and zero where none has.
+
+    Args:
+        deltas: (adapters, rows, columns).
+    """
+    import torch
+
+    signs = torch.where(deltas.sum(dim=0) >= 0, 1.0, -1.0)  # (rows, columns)
+    agreeing = deltas.sign() == signs
+    return (deltas * agreeing).sum(dim=0) / agreeing.sum(dim=0).clamp_min(1)
+
+
+def _sum(deltas: torch.Tensor) -> torch.Tensor:
+    return deltas.sum(dim=0)
+
+
+def _trimming(products: Sequence[Product], density: float) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """Keeps the largest elements of each delta: TIES's first step. Elements of the size of the last one kept stay."""
+    thresholds = [_threshold(product, density) for product in products]
+
+    def keep(index: int, block: torch.Tensor) -> torch.Tensor:
+        return block * (block.float().abs() >= thresholds[index])
+
+    return keep
+
+
+def _dropping(density: float, seeds: Sequence[int]) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """Drops elements at random and makes up for them in the others (DARE, Yu et al., arXiv 2311.03099, equation 3)."""
+    import torch
+
+    generators = [torch.Generator(device="cpu").manual_seed(seed) for seed in seeds]
+
+    def keep(index: int, block: torch.Tensor) -> torch.Tensor:
+        chance = torch.rand(block.shape, generator=generators[index]).to(block.device)
+        return block * (chance < density) / density
+
+    return keep
+
+
+def _threshold(product: Product, density: float) -> float:
+    """The size of the smallest element among this share of the largest, and among one at least."""
+    import torch
+
+    b, a, _ = product
+    rows, columns = b.shape[0], a.shape[1]
+    if density == 1:
+        return 0.0
+    sizes = torch.empty(rows, columns, dtype=torch.float32)
+    for part in _blocks(rows, columns):
+        sizes[part] = (b[part] @ a).float().abs()
+    flat = sizes.flatten().numpy()
+    last = flat.size - max(1, int(density * flat.size))
+    flat.partition(last)
+    return float(flat[last])
+
+
+def _blocks(rows: int, columns: int) -> list[slice]:
+    step = max(1, _BLOCK_ELEMENTS // max(1, columns))
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
