@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from surgery.engine import Resources
     from surgery.errors import FormatError, ReportedError, SurgeryError
     from surgery.operations.bench import BenchReport, bench
+    from surgery.operations.convert import ConvertReport, convert
     from surgery.operations.diff import DiffReport, diff
     from surgery.operations.export_onnx import ExportReport, export_onnx
     from surgery.operations.extract import ExtractReport, extract
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "bench": "surgery.operations.bench",
     "BenchReport": "surgery.operations.bench",
+    "convert": "surgery.operations.convert",
+    "ConvertReport": "surgery.operations.convert",
     "diff": "surgery.operations.diff",
     "DiffReport": "surgery.operations.diff",
     "export_onnx": "surgery.operations.export_onnx",
@@ -78,6 +81,7 @@ __all__ = [
     "BenchReport",
     "Bounded",
     "Budget",
+    "ConvertReport",
     "DiffReport",
     "EnergyRule",
     "ExportReport",
@@ -99,6 +103,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "bench",
+    "convert",
     "diff",
     "export_onnx",
     "extract",

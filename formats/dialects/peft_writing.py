@@ -7,6 +7,7 @@ Knows no mathematics.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +83,7 @@ class Extracted:
     parameters: Mapping[str, int] = field(default_factory=dict)  # adapted parameters by full name, with their ranks
     lora_bias: bool = False  # whether every adapted layer comes with the change of its bias
     dora: bool = False  # whether every adapted layer comes with a magnitude
+    alphas: Mapping[str, float] = field(default_factory=dict)  # of adapted modules, where the scaling is not 1
 
 
 def lora_config(extracted: Extracted) -> dict[str, Any]:
@@ -100,17 +102,27 @@ def lora_config(extracted: Extracted) -> dict[str, Any]:
         "lora_bias": extracted.lora_bias,
         "fan_in_fan_out": extracted.transposed,
         "bias": "all" if extracted.biases else "none",
-        "target_modules": [] if extracted.parameters and not targets else _targets(targets, extracted.modules),
+        "target_modules": [] if extracted.parameters and not targets else target_names(targets, extracted.modules),
         "target_parameters": sorted(extracted.parameters) or None,
         "modules_to_save": list(extracted.saved) or None,
-        "rank_pattern": _rank_pattern(extracted),
+        "rank_pattern": pattern_of({**extracted.ranks, **extracted.parameters}, extracted.rank),
         "init_lora_weights": True,
     }
     config["alpha_pattern"] = dict(config["rank_pattern"])
+    if extracted.alphas:
+        config["lora_alpha"] = commonest(extracted.alphas.values())
+        config["alpha_pattern"] = pattern_of(extracted.alphas, config["lora_alpha"])
     return config
 
 
-def _targets(targets: list[str], modules: frozenset[str]) -> list[str] | str:
+def commonest(values: Iterable[float]) -> Any:
+    """The value that occurs most often, the smallest of several; a whole number as an int."""
+    counts = Counter(values)
+    value = min(counts, key=lambda each: (-counts[each], each))
+    return int(value) if value == int(value) else value
+
+
+def target_names(targets: list[str], modules: frozenset[str]) -> list[str] | str:
     """Full names; a regular expression where a name is also the tail of a module that was not adapted."""
     stray = caught_by_tail(targets, modules)
     return "|".join(re.escape(target) for target in targets) if stray or not targets else targets
@@ -129,15 +141,14 @@ def caught_by_tail(names: Iterable[str], modules: Iterable[str]) -> set[str]:
     return caught
 
 
-def _rank_pattern(extracted: Extracted) -> dict[str, int]:
-    """Modules and parameters whose rank is not the common one, longest name first: peft takes the first pattern that
-    matches a tail, so whoever would be caught by another's pattern gets one of its own before it."""
-    ranks = {**extracted.ranks, **extracted.parameters}
-    pattern = {module: rank for module, rank in ranks.items() if rank != extracted.rank}
+def pattern_of(values: Mapping[str, float], common: float) -> dict[str, Any]:
+    """Modules and parameters whose rank or alpha is not the common one, longest name first: peft takes the first
+    pattern that matches a tail, so whoever would be caught by another's pattern gets one of its own before it."""
+    pattern = {module: value for module, value in values.items() if value != common}
     caught = {
-        module: rank
-        for module, rank in ranks.items()
-        if module not in pattern and first_match(pattern, module, rank) != rank
+        module: value
+        for module, value in values.items()
+        if module not in pattern and first_match(pattern, module, value) != value
     }
     ordered = sorted((pattern | caught).items(), key=lambda item: (-len(item[0]), item[0]))
-    return {re.escape(module): rank for module, rank in ordered}
+    return {re.escape(module): int(value) if value == int(value) else value for module, value in ordered}

@@ -19,6 +19,7 @@ COMMANDS = {
     "merge": "surgery.cli.merge",
     "unmerge": "surgery.cli.unmerge",
     "verify": "surgery.cli.verify",
+    "convert": "surgery.cli.convert",
     "export-onnx": "surgery.cli.export_onnx",
     "bench": "surgery.cli.bench",
     "inspect": "surgery.cli.inspect",

@@ -1,0 +1,53 @@
+"""`surgery convert`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from surgery.cli import options
+
+_DIALECTS = ("peft", "kohya", "lycoris", "comfyui", "diffusers", "loralib")
+
+
+@click.command("convert", epilog="Example: surgery convert style.safetensors --to diffusers --base unet/ -o style/")
+@click.argument("adapter", type=options.PATH)
+@click.option("--to", type=click.Choice(_DIALECTS), required=True, help="The dialect to write.")
+@click.option("--base", type=options.PATH, help="The model that ADAPTER adapts [what its own names and shapes tell].")
+@click.option(
+    "--drop",
+    multiple=True,
+    type=click.Choice(["bias", "full"]),
+    help="Leave these behind where the dialect cannot express them: changed biases, tensors carried in full.",
+)
+@options.output_options
+@options.told_options
+@options.dry_run_option
+@options.engine_options
+@options.json_option
+def command(
+    adapter: str, to: str, out: str, dry_run: bool, jobs: int, memory: int, device: str, as_json: bool, **how: Any
+) -> None:
+    """Write ADAPTER in another dialect, with the same ΔW."""
+    from formats.dialects import open_adapter_file
+    from surgery.operations import convert as operation
+
+    how = options.told(how)
+    with options.reporting("convert", as_json):
+        if dry_run:
+            checkpoint, config = open_adapter_file(adapter)
+            with checkpoint:
+                planned = operation.plan_convert(checkpoint, config, adapter, to, how["base"], how["told"], how["drop"])
+                options.show_plan(planned[0])
+            return
+        with options.resources(jobs, memory, device) as resources:
+            report = operation.convert(adapter, out, to, **how, resources=resources)
+        if as_json:
+            options.print_json(report)
+            return
+        weights = ", ".join(f"{count} {method}" for method, count in sorted(report.weights.items()))
+        part = f" for {report.component}" if report.component else ""
+        options.show(f"{report.source} → {report.target}{part}: {weights or 'as it is'}")
+        options.show(f"{report.copied} tensors with their bytes as they are, {report.computed} computed")
+        options.show_ending(report)
