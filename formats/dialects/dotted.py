@@ -128,11 +128,12 @@ def _resolved(groups: list[Group], base: Mapping[str, TensorSpec], where: str) -
     try:
         rename = resolver(wanted, base, where)
     except UnmatchedKeys:
-        prefix = groups[0].prefix
-        with_part = [prefix + name for name in wanted]
-        if not any(name.endswith(with_part[0]) for name in base):
+        prefixes = (groups[0].prefix, *COMFYUI)
+        found = [each for each in prefixes if each and any(name.endswith(each + wanted[0]) for name in base)]
+        if not found:
             raise
-        rename = resolver(with_part, base, where)
+        prefix = found[0]
+        rename = resolver([prefix + name for name in wanted], base, where)
     return lambda name: rename(f"{prefix}{name}.weight").removesuffix(".weight")
 
 
