@@ -118,6 +118,7 @@ By merge, unmerge, verify, inspect and convert.
 | diffusers | `unet.LAYER.lora_A.weight`; `transformer.`, `text_encoder.`, `text_encoder_2.`, `text_encoder_3.`; `.lora.down`, `.lora_linear_layer.down`, `.processor.to_q_lora.down` | `lora_adapter_metadata`, or a tensor; without either the rank | the model's |
 | comfyui | `diffusion_model.LAYER.lora_up.weight`, or any factor above; `text_encoders.clip_l.transformer.`, `clip_g`, `t5xxl` | a tensor; without one the rank | the model's |
 | loralib | `LAYER.lora_A` | told: `--alpha` | the model's |
+| adapterhub | `LAYER.loras.NAME.lora_A`, LoRA only | the config's; the rank in files of adapters before 1.1, which scaled so | the model's |
 
 A file of several parts of a pipeline is read for one of them, the base's: `--component unet`. `unet` and `transformer`
 mean the same where a dialect tells no difference. Without `--base`, convert takes the names and shapes that LoRA's own

@@ -13,6 +13,7 @@ from typing import Any
 
 from formats.adapter import NOTHING_TOLD, Adapter, Dialect, Told
 from formats.checkpoint import Checkpoint
+from formats.dialects.adapterhub import AdapterHub
 from formats.dialects.dotted import ComfyUi, Diffusers
 from formats.dialects.groups import SUFFIXES
 from formats.dialects.kohya import Kohya, Lycoris
@@ -26,10 +27,11 @@ from formats.errors import AdapterFormatError, CorruptFile, PathNotFound
 from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_checkpoint
 from formats.spec import TensorSpec
 
-DIALECTS: tuple[Dialect, ...] = (Peft(), Kohya(), Lycoris(), Diffusers(), ComfyUi(), Loralib())
+DIALECTS: tuple[Dialect, ...] = (Peft(), AdapterHub(), Kohya(), Lycoris(), Diffusers(), ComfyUi(), Loralib())
 WRITERS: tuple[DialectWriter, ...] = (PeftWriter(), *ALPHA_WRITERS, DiffusersWriter(), LoralibWriter())
 ASKING = ("loralib",)  # those that have no config, and ask the caller instead
 IN_PARTS = ("kohya", "lycoris", "diffusers", "comfyui")  # those whose files may adapt several parts of a pipeline
+_WEIGHTS = (ADAPTER_WEIGHTS, "adapter.safetensors")  # of peft's folders and of AdapterHub's
 CONFIG_KEY = "adapter_config"  # where a single-file adapter keeps its config, in the header's metadata
 
 
@@ -63,7 +65,7 @@ def open_adapter_file(path: str | Path) -> tuple[Checkpoint, Mapping[str, Any] |
     folder = path if path.is_dir() else path.parent
     if not path.exists():
         raise PathNotFound("no such adapter", where=path)
-    weights = path / ADAPTER_WEIGHTS
+    weights = next((path / name for name in _WEIGHTS if (path / name).exists()), path / ADAPTER_WEIGHTS)
     if path.is_dir() and not weights.exists() and (path / ADAPTER_CONFIG).exists():
         raise PathNotFound("the adapter's folder has a config and no weights", where=path, expected=ADAPTER_WEIGHTS)
     checkpoint = open_checkpoint(weights if weights.exists() else path)
@@ -71,7 +73,7 @@ def open_adapter_file(path: str | Path) -> tuple[Checkpoint, Mapping[str, Any] |
         return checkpoint, _parse(checkpoint.metadata[CONFIG_KEY], path)
     beside = folder / ADAPTER_CONFIG
     # A lone file takes the config of its folder only under the name that the config belongs to.
-    if beside.exists() and (path.is_dir() or path.name == ADAPTER_WEIGHTS):
+    if beside.exists() and (path.is_dir() or path.name in _WEIGHTS):
         return checkpoint, _parse(beside.read_text(encoding="utf-8"), beside)
     return checkpoint, None
 
@@ -97,7 +99,7 @@ def dialect_of(checkpoint: Checkpoint, config: Mapping[str, Any] | None, where: 
     raise AdapterFormatError(
         "not an adapter in a dialect we read",
         where=where,
-        expected=" or ".join(dialect.name for dialect in DIALECTS),
+        expected=", ".join(dialect.name for dialect in DIALECTS),
         found=", ".join(keys[:3]) + (" …" if len(keys) > 3 else ""),
         then=f"the keys' ends are near {', '.join(near[:4])}: check what is before them" if near else None,
     )

@@ -142,7 +142,7 @@ def _all_split(checkpoint: Checkpoint, prefixes: Mapping[str, str]) -> bool:
     keys = list(checkpoint.specs)
     if prefixes is DOTTED and keys and all(_PROCESSOR.search(key) for key in keys):
         return True
-    return any(suffix_of(_modern(key)) for key in keys) and all(split_part(key, prefixes) for key in keys)
+    return all(split_part(key, prefixes) for key in keys) and any(suffix_of(_modern(key)) for key in keys)
 
 
 def _modern(key: str) -> str:

@@ -6,19 +6,21 @@ from typing import Any
 
 import click
 
+from formats.dialects import WRITERS
+from formats.dialects.writing import DROPS
 from surgery.cli import options
-
-_DIALECTS = ("peft", "kohya", "lycoris", "comfyui", "diffusers", "loralib")
 
 
 @click.command("convert", epilog="Example: surgery convert style.safetensors --to diffusers --base unet/ -o style/")
 @click.argument("adapter", type=options.PATH)
-@click.option("--to", type=click.Choice(_DIALECTS), required=True, help="The dialect to write.")
+@click.option(
+    "--to", type=click.Choice([writer.name for writer in WRITERS]), required=True, help="The dialect to write."
+)
 @click.option("--base", type=options.PATH, help="The model that ADAPTER adapts [what its own names and shapes tell].")
 @click.option(
     "--drop",
     multiple=True,
-    type=click.Choice(["bias", "full"]),
+    type=click.Choice(DROPS),
     help="Leave these behind where the dialect cannot express them: changed biases, tensors carried in full.",
 )
 @options.output_options

@@ -24,7 +24,8 @@ ADAPTER = GOLDEN / "pytorch_lora_weights.safetensors"
 def test_each_part_merges_as_diffusers_fuses_it(tmp_path: Path, part: str) -> None:
     """Today's names and the older ones, with the ranks and alphas of the metadata."""
     base = GOLDEN / f"{part}.st"
-    surgery.merge(base, ADAPTER, tmp_path / "m.st", told=surgery.Told(component=part))
+    report = surgery.merge(base, ADAPTER, tmp_path / "m.st", told=surgery.Told(component=part))
+    assert any("of other parts of the pipeline" in note for note in report.notes)
     expected, merged, before = load_file(GOLDEN / f"{part}-fused.st"), load_file(tmp_path / "m.st"), load_file(base)
     assert {name for name in before if not torch.equal(before[name], merged[name])} == set(expected)
     for name, tensor in expected.items():
