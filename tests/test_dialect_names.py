@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import surgery
 from formats.dialects import dialect_of, open_adapter_file
+from formats.dialects.underscored import restored, underscored
+from formats.errors import AdapterFormatError
+from formats.spec import DType, TensorSpec
 
 LAYER = "down_blocks.0.attn1"
 SIDES = (".down.weight", ".up.weight")
@@ -52,6 +58,33 @@ def test_every_form_of_a_key_finds_its_layer(tmp_path: Path, form: str, prefix: 
     checkpoint, config = open_adapter_file(tmp_path / "lora.safetensors")
     with checkpoint:
         assert dialect_of(checkpoint, config, tmp_path).name == form.partition(",")[0]
+
+
+def test_a_linear_layer_may_be_called_like_an_embedding(tmp_path: Path) -> None:
+    """With the base its bias tells what it is, and without one the factors are taken as they are."""
+    lora = {"lora_A.weight": torch.randn(2, 6), "lora_B.weight": torch.randn(4, 2)}
+    save_file({f"unet.time_emb_proj.{name}": tensor for name, tensor in lora.items()}, tmp_path / "lora.safetensors")
+    layer = {"time_emb_proj.weight": torch.zeros(4, 6), "time_emb_proj.bias": torch.zeros(4)}
+    save_file(layer, tmp_path / "base.st")
+    for base in (None, tmp_path / "base.st"):
+        for to, key in (("kohya", "lora_unet_time_emb_proj.lora_down.weight"), ("peft", None)):
+            out = tmp_path / f"{to}.safetensors"
+            surgery.convert(tmp_path / "lora.safetensors", out, to, base=base, force=True)
+            key = key or "base_model.model.time_emb_proj.lora_A.weight"
+            assert torch.equal(load_file(out)[key], lora["lora_A.weight"])
+
+
+@given(st.lists(st.from_regex(r"[ab_]{1,3}(\.[ab0_]{1,3}){0,3}", fullmatch=True), min_size=1, max_size=8, unique=True))
+def test_names_come_back_from_their_underscores(modules: list[str]) -> None:
+    """Every one whose form is no other's; those of two modules are refused."""
+    base = {f"{module}.weight": TensorSpec(f"{module}.weight", DType.F32, (1, 1)) for module in modules}
+    forms = Counter(map(underscored, modules))
+    for module in modules:
+        if forms[underscored(module)] == 1:
+            assert restored([underscored(module)], base, "file") == {underscored(module): module}
+        else:
+            with pytest.raises(AdapterFormatError, match="several modules"):
+                restored([underscored(module)], base, "file")
 
 
 def test_a_name_with_one_part_more_than_the_base(tmp_path: Path) -> None:

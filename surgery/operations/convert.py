@@ -200,7 +200,8 @@ def plan_convert(
         _check_told(told, source, to, path)
         specs = _base_specs(checkpoint, config, source, base, told)
         read = open_adapter_of(base if base is not None else path, path, specs, told)
-        kinds = layer_kinds(specs) if source in IN_PARTS else {}
+        # Without a base there are no biases, and a bias is what tells a layer called `time_emb` from an embedding.
+        kinds = layer_kinds(specs) if source in IN_PARTS and base is not None else {}
         wanted = Wanted(specs, "" if base is None else str(base), _component(read, told), frozenset(drop), kinds)
         written = writer.write(read, checkpoint.metadata, wanted)
     notes = [*written.notes]
