@@ -120,7 +120,8 @@ By merge, unmerge, verify, inspect and convert.
 | loralib | `LAYER.lora_A` | told: `--alpha` | the model's |
 | adapterhub | `LAYER.loras.NAME.lora_A`, LoRA only | the config's; the rank in files of adapters before 1.1, which scaled so | the model's |
 
-A file of several parts of a pipeline is read for one of them, the base's: `--component unet`. `unet` and `transformer`
+A file of several parts of a pipeline is read for one of them, the base's: `--component unet`. convert takes all at once,
+with a base for each: `--base unet=unet/ --base text_encoder=text_encoder/`. `unet` and `transformer`
 mean the same where a dialect tells no difference. Without `--base`, convert takes the names and shapes that LoRA's own
 factors tell, in dotted names (peft, diffusers, ComfyUI).
 

@@ -5,12 +5,15 @@ Data, the protocol, and the forms that several dialects share. Knows no containe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
 from formats.adapter import Adapter, AdapterModule
+from formats.dialects.dotted import CONFIGS
 from formats.errors import AdapterFormatError
 from formats.layers import LayerKind, owner
 from formats.spec import DType, TensorRef, TensorSpec
@@ -258,6 +261,26 @@ def without_dropped(
             f"nothing is left that {dialect} can express", where=adapter.ref.path, found=", ".join(dropped[:3])
         )
     return replace(adapter, modules=tuple(modules), replacements=tuple(replacements)), tuple(dropped)
+
+
+def joined(parts: Sequence[Written]) -> Written:
+    """The parts of a pipeline as one file: diffusers' settings of all of them, of other metadata the first part's.
+
+    Raises:
+        AdapterFormatError: two parts that the dialect gives one name.
+    """
+    pieces = tuple(piece for part in parts for piece in part.pieces)
+    twice = [name for name, count in Counter(piece.output.name for piece in pieces).items() if count > 1]
+    if twice:
+        raise AdapterFormatError("the dialect gives two of the parts one name", found=", ".join(twice[:3]))
+    metadata = {key: text for part in reversed(parts) for key, text in part.metadata.items()}
+    settings: dict[str, Any] = {}
+    for part in parts:
+        settings |= json.loads(part.metadata.get(CONFIGS, "{}"))
+    if settings:
+        metadata[CONFIGS] = json.dumps(settings, indent=2, sort_keys=True)
+    dropped = tuple(name for part in parts for name in part.dropped)
+    return Written(pieces, metadata, None, dropped, tuple(dict.fromkeys(note for part in parts for note in part.notes)))
 
 
 def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from formats.dialects import WRITERS
+from formats.dialects.parts import PARTS
 from formats.dialects.writing import DROPS
 from surgery.cli import options
 
@@ -16,7 +17,13 @@ from surgery.cli import options
 @click.option(
     "--to", type=click.Choice([writer.name for writer in WRITERS]), required=True, help="The dialect to write."
 )
-@click.option("--base", type=options.PATH, help="The model that ADAPTER adapts [what its own names and shapes tell].")
+@click.option(
+    "--base",
+    "bases",
+    multiple=True,
+    metavar="PATH|PART=PATH",
+    help="The model that ADAPTER adapts, or each part's of a pipeline [what ADAPTER's own names and shapes tell].",
+)
 @click.option(
     "--drop",
     multiple=True,
@@ -36,6 +43,7 @@ def command(
     from surgery.operations import convert as operation
 
     how = options.told(how)
+    how["base"] = _bases(how.pop("bases"))
     with options.reporting("convert", as_json):
         if dry_run:
             checkpoint, config = open_adapter_file(adapter)
@@ -53,3 +61,11 @@ def command(
         options.show(f"{report.source} → {report.target}{part}: {weights or 'as it is'}")
         options.show(f"{report.copied} tensors with their bytes as they are, {report.computed} computed")
         options.show_ending(report)
+
+
+def _bases(given: tuple[str, ...]) -> str | dict[str, str] | None:
+    """One model, or that of each part."""
+    parts = {part: path for part, _, path in (text.partition("=") for text in given) if part in PARTS and path}
+    if len(parts) < len(given) and len(given) > 1:
+        raise click.UsageError("--base takes one PATH, or PART=PATH for each of several parts")
+    return parts or (given[0] if given else None)

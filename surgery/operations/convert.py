@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from formats.adapter import NOTHING_TOLD, Adapter, Told
 from formats.checkpoint import Checkpoint
 from formats.dialects import ASKING, CONFIG_KEY, IN_PARTS, WRITERS, dialect_of, open_adapter_file
 from formats.dialects.implied import implied_base, implied_part
-from formats.dialects.writing import DROPS, DialectWriter, Making, Piece, Wanted, Written, taken
+from formats.dialects.writing import DROPS, DialectWriter, Making, Piece, Wanted, Written, joined, taken
 from formats.errors import AdapterFormatError
 from formats.layers import layer_kinds
 from formats.paths import ADAPTER_CONFIG, Destination, create_checkpoint, open_checkpoint
@@ -32,6 +32,8 @@ from surgery.report import Report, Stopwatch, peak_rss
 
 if TYPE_CHECKING:
     import torch
+
+Bases = str | Path | Mapping[str, str | Path] | None  # one model, or that of each part of a pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,7 @@ def convert(
     out: str | Path,
     to: str,
     *,
-    base: str | Path | None = None,
+    base: Bases = None,
     told: Told = NOTHING_TOLD,
     drop: Iterable[str] = (),
     force: bool = False,
@@ -124,7 +126,8 @@ def convert(
         adapter: a folder or a file in any dialect that merge reads.
         out: a folder, or a `.safetensors`/`.st` file; peft's config is then in its metadata.
         to: "peft", "kohya", "lycoris", "comfyui", "diffusers" or "loralib".
-        base: the model it adapts; dialects with dotted names do without, for LoRA.
+        base: the model it adapts; dialects with dotted names do without, for LoRA. For an adapter of several parts of
+            a pipeline, every part's model by its name: {"unet": …, "text_encoder": …}; one file comes of all.
         told: alpha and layout of loralib's files; the part of a pipeline.
         drop: "bias", "full": what to leave behind where the dialect cannot express it.
         force: replace what stands at `out`.
@@ -138,7 +141,8 @@ def convert(
     checkpoint, config = open_adapter_file(adapter)
     with checkpoint:
         plan, written, read = plan_convert(checkpoint, config, adapter, to, base, told, drop)
-        inputs = tuple(Path(path) for path in (adapter, base) if path is not None)
+        bases = base.values() if isinstance(base, Mapping) else (base,)
+        inputs = tuple(Path(path) for path in (adapter, *bases) if path is not None)
         destination = Destination(Path(out), weights=_writer(to).weights, inputs=inputs, force=force)
         metadata = dict(plan.metadata)
         text = None if written.config is None else json.dumps(written.config, indent=2)
@@ -161,7 +165,7 @@ def convert(
             notes=plan.notes,
             source=read.dialect,
             target=to,
-            component=_component(read, told),
+            component=told.component or read.component,
             weights=weights,
             copied=copied,
             computed=len(written.pieces) - copied,
@@ -173,7 +177,7 @@ def plan_convert(
     config: Mapping[str, Any] | None,
     path: str | Path,
     to: str,
-    base: str | Path | None = None,
+    base: Bases = None,
     told: Told = NOTHING_TOLD,
     drop: Iterable[str] = (),
 ) -> tuple[Plan, Written, Adapter]:
@@ -191,19 +195,30 @@ def plan_convert(
     unknown = set(drop) - set(DROPS)
     if unknown:
         raise AdapterFormatError("nothing to drop by that name", expected=", ".join(DROPS), found=", ".join(unknown))
-    if source == to and told == NOTHING_TOLD and not drop:
-        pieces = tuple(taken(name, checkpoint.tensor(name)) for name in checkpoint.specs)
-        metadata = {key: text for key, text in checkpoint.metadata.items() if key != CONFIG_KEY}
-        written = Written(pieces, metadata, config, (), (f"the adapter is in {to} already: copied as it is",))
-        read = Adapter(checkpoint.ref, source, config or {}, (), ())
+    job = _Job(checkpoint, config, path, source, writer, frozenset(drop))
+    if isinstance(base, Mapping):
+        if {source, to} - set(IN_PARTS) or told.component is not None:
+            raise AdapterFormatError(
+                "a base for each part of a pipeline, where parts are not to be told apart",
+                where=path,
+                expected=f"dialects of several parts ({', '.join(IN_PARTS)}), and no component",
+                found=f"{source} → {to}, component {told.component}",
+                then="name one base: --base PATH",
+            )
+        done = [job.part(model, replace(told, component=part)) for part, model in base.items()]
+        written = joined([each for each, _ in done])
+        adapters = [adapter for _, adapter in done]
+        left = set(adapters[0].left).intersection(*(adapter.left for adapter in adapters))
+        read = replace(
+            adapters[0],
+            modules=tuple(module for adapter in adapters for module in adapter.modules),
+            component=", ".join(base),
+            left=tuple(sorted(left)),
+        )
+    elif source == to and told == NOTHING_TOLD and not drop:
+        written, read = job.copied()
     else:
-        _check_told(told, source, to, path)
-        specs = _base_specs(checkpoint, config, source, base, told)
-        read = open_adapter_of(base if base is not None else path, path, specs, told)
-        # Without a base there are no biases, and a bias is what tells a layer called `time_emb` from an embedding.
-        kinds = layer_kinds(specs) if source in IN_PARTS and base is not None else {}
-        wanted = Wanted(specs, "" if base is None else str(base), _component(read, told), frozenset(drop), kinds)
-        written = writer.write(read, checkpoint.metadata, wanted)
+        written, read = job.part(base, told)
     notes = [*written.notes]
     if read.left:
         notes.append(f"{len(read.left)} tensors of other parts of the pipeline are left behind")
@@ -211,6 +226,37 @@ def plan_convert(
         notes.append(f"{len(written.dropped)} tensors are left behind, as asked")
     metadata = {**written.metadata, "surgery": f"{TOOL} convert"}
     return Plan("convert", tuple(_step(piece) for piece in written.pieces), metadata, tuple(notes)), written, read
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One conversion: the adapter's file, opened, its dialect, and the way to write it."""
+
+    checkpoint: Checkpoint
+    config: Mapping[str, Any] | None
+    path: str | Path
+    source: str
+    writer: DialectWriter
+    drop: frozenset[str]
+
+    def part(self, base: str | Path | None, told: Told) -> tuple[Written, Adapter]:
+        """The adapter of one base, as it will be written and as it was read."""
+        _check_told(told, self.source, self.writer.name, self.path)
+        specs = _base_specs(self.checkpoint, self.config, self.source, base, told)
+        read = open_adapter_of(base if base is not None else self.path, self.path, specs, told)
+        # Without a base there are no biases, and a bias is what tells a layer called `time_emb` from an embedding.
+        kinds = layer_kinds(specs) if self.source in IN_PARTS and base is not None else {}
+        name = "" if base is None else str(base)
+        wanted = Wanted(specs, name, told.component or read.component, self.drop, kinds)
+        return self.writer.write(read, self.checkpoint.metadata, wanted), read
+
+    def copied(self) -> tuple[Written, Adapter]:
+        """The adapter as it is."""
+        checkpoint = self.checkpoint
+        pieces = tuple(taken(name, checkpoint.tensor(name)) for name in checkpoint.specs)
+        metadata = {key: text for key, text in checkpoint.metadata.items() if key != CONFIG_KEY}
+        note = f"the adapter is in {self.source} already: copied as it is"
+        return Written(pieces, metadata, self.config, (), (note,)), Adapter(checkpoint.ref, self.source, {}, (), ())
 
 
 def _step(piece: Piece) -> Step:
@@ -227,10 +273,6 @@ def _writer(to: str) -> DialectWriter:
     raise AdapterFormatError(
         "no dialect of that name is written", expected=", ".join(writer.name for writer in WRITERS), found=to
     )
-
-
-def _component(adapter: Adapter, told: Told) -> str:
-    return told.component or adapter.component
 
 
 def _check_told(told: Told, source: str, to: str, where: object) -> None:

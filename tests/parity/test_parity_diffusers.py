@@ -87,3 +87,41 @@ def test_diffusers_gets_its_own_file_back(tmp_path: Path) -> None:
         surgery.merge(GOLDEN / "unet.st", source, out, told=told)
     one, two = map(load_file, merged)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_all_parts_go_through_kohya_in_one_file(tmp_path: Path, cli_json: Callable[..., Any]) -> None:
+    """With a base for each: every tensor comes along, and every part merges as diffusers fuses it."""
+    bases = [f"--base={part}={GOLDEN / part}.st" for part in ("unet", "text_encoder")]
+    report = cli_json("convert", ADAPTER, "--to", "kohya", *bases, "-o", tmp_path / "k.safetensors")
+    assert (report["component"], report["ledger"]["copied"], report["ledger"]["refused"]) == (
+        "unet, text_encoder",
+        60,
+        0,
+    )
+    surgery.convert(
+        tmp_path / "k.safetensors",
+        tmp_path / "d.safetensors",
+        "diffusers",
+        base={part: GOLDEN / f"{part}.st" for part in ("unet", "text_encoder")},
+    )
+    with safe_open(tmp_path / "d.safetensors", "pt") as opened:
+        config = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert (config["unet.lora_alpha"], config["text_encoder.lora_alpha"]) == (3, 2)
+    for part in ("unet", "text_encoder"):
+        for source in ("k", "d"):
+            told = surgery.Told(component=part)
+            surgery.merge(
+                GOLDEN / f"{part}.st", tmp_path / f"{source}.safetensors", tmp_path / "m.st", told=told, force=True
+            )
+            merged = load_file(tmp_path / "m.st")
+            for name, tensor in load_file(GOLDEN / f"{part}-fused.st").items():
+                torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=1e-6)
+
+
+def test_bases_of_parts_are_for_dialects_that_have_them(tmp_path: Path, cli: Callable[..., Result]) -> None:
+    """peft's adapters are of one model; and one base, or one for each part, never both."""
+    out = tmp_path / "out"
+    result = cli("convert", ADAPTER, "--to", "peft", f"--base=unet={GOLDEN / 'unet.st'}", "-o", out)
+    assert (result.exit_code, "not to be told apart" in result.stderr) == (1, True)
+    result = cli("convert", ADAPTER, "--to", "kohya", "--base=unet=a", "--base=b", "-o", out)
+    assert result.exit_code == 2
