@@ -24,7 +24,7 @@ class Kohya:
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
         """Keys with kohya's prefixes, LoRA's factors and nothing else."""
-        roles = underscored_roles(checkpoint)
+        roles = _roles(checkpoint)
         return bool(roles) and roles <= LORA_ROLES and not any(key.startswith("lycoris_") for key in checkpoint.specs)
 
     def read(
@@ -36,31 +36,47 @@ class Kohya:
         told: Told,
     ) -> Adapter:
         """The adapter of one part of a pipeline, resolved against that part's tensors."""
-        where = checkpoint.ref.path
-        groups = groups_of(checkpoint, lambda key: split_part(key, UNDERSCORED))
-        part = chosen_part((UNDERSCORED[group.prefix] for group in groups), told.component, where)
-        ours = [group for group in groups if same_part(UNDERSCORED[group.prefix] or part, part)]
-        modules = restored((group.name for group in ours), base, where)
-        adapted = []
-        for group in ours:
-            ref = group.factors.get("alpha")
-            scaling = Scaling(None if ref is None else scalar(checkpoint, ref))
-            adapted += group_modules(group, modules[group.name], base, scaling, where)
-        left = tuple(ref.name for group in groups if group not in ours for ref in group.factors.values())
-        return Adapter(checkpoint.ref, self.name, {}, tuple(adapted), (), part, left)
+        return _read(self.name, checkpoint, base, told)
 
 
-class Lycoris(Kohya):
+class Lycoris:
     """The dialect of LyCORIS, in kohya's names: LoCon, LoHa, LoKr, whole differences, norms, DoRA."""
 
     name = "lycoris"
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
         """Keys with kohya's or LyCORIS's prefixes, and any factors."""
-        return bool(underscored_roles(checkpoint))
+        return bool(_roles(checkpoint))
+
+    def read(
+        self,
+        checkpoint: Checkpoint,
+        config: Mapping[str, Any] | None,
+        base: Mapping[str, TensorSpec],
+        names: Mapping[str, str],
+        told: Told,
+    ) -> Adapter:
+        """The adapter of one part of a pipeline, resolved against that part's tensors."""
+        return _read(self.name, checkpoint, base, told)
 
 
-def underscored_roles(checkpoint: Checkpoint) -> set[str]:
+def _read(dialect: str, checkpoint: Checkpoint, base: Mapping[str, TensorSpec], told: Told) -> Adapter:
+    """The adapter of one part, whichever of the two wrote it."""
+    where = checkpoint.ref.path
+    groups = groups_of(checkpoint, lambda key: split_part(key, UNDERSCORED))
+    part = chosen_part((UNDERSCORED[group.prefix] for group in groups), told.component, where)
+    ours = [group for group in groups if same_part(UNDERSCORED[group.prefix] or part, part)]
+    modules = restored((group.name for group in ours), base, where)
+    adapted = []
+    for group in ours:
+        ref = group.factors.get("alpha")
+        scaling = Scaling(None if ref is None else scalar(checkpoint, ref))
+        adapted += group_modules(group, modules[group.name], base, scaling, where)
+    left = tuple(ref.name for group in groups if group not in ours for ref in group.factors.values())
+    return Adapter(checkpoint.ref, dialect, {}, tuple(adapted), (), part, left)
+
+
+def _roles(checkpoint: Checkpoint) -> set[str]:
     """The roles of all factors whose keys have kohya's or LyCORIS's prefixes; empty where another key has none."""
     roles = set()
     for key in checkpoint.specs:
