@@ -1,17 +1,19 @@
-"""Writes docs/cli.md from the commands' own help, and docs/methods.md from the tables of methods. A test fails where a
-file and its source differ: `make docs` mends it."""
+"""Writes docs/cli.md from the commands' own help, docs/methods.md from the tables of methods and docs/dialects.md from
+the dialects' writers. A test fails where a file and its source differ: `make docs` mends it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import click
+from dialect_table import dialects
 
 from formats.dialects.peft_methods import REFUSED, REPLACING, SCHEMES, VARIANTS
 from surgery.cli import COMMANDS, main
 from surgery.methods import ADDITIVE, TRANSFORMING
 
 TARGET = Path(__file__).parent / "cli.md"
+DIALECTS = Path(__file__).parent / "dialects.md"
 METHODS = Path(__file__).parent / "methods.md"
 
 
@@ -67,4 +69,5 @@ _REFUSED = """
 
 if __name__ == "__main__":
     TARGET.write_text(reference(), encoding="utf-8")
+    DIALECTS.write_text(dialects(), encoding="utf-8")
     METHODS.write_text(methods(), encoding="utf-8")

@@ -78,14 +78,25 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A whole adapter, resolved against its base's names. `config` is the dialect's own, as read; `notes` are its
-    file's."""
+    """A whole adapter, resolved against its base's names.
+
+    Attributes:
+        ref: its file.
+        dialect: in which it is written.
+        config: the dialect's own, as read.
+        modules, replacements: what it does to the base.
+        component: the part of a pipeline that the base is, as diffusers calls it; empty where nobody says.
+        left: tensors of the file that are of other parts.
+        notes: what the file's reader has to say.
+    """
 
     ref: CheckpointRef
     dialect: str
     config: Mapping[str, Any]
     modules: tuple[AdapterModule, ...]
     replacements: tuple[Replacement, ...]
+    component: str = ""
+    left: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -97,17 +108,19 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Told:
-    """What a caller says of adapters whose files do not: loralib's have no config.
+    """What a caller says of adapters whose files do not: loralib's have no config, a pipeline's have several parts.
 
     Attributes:
         alpha: of every module; None where nobody said.
         enable_lora: which slices of a fused layer are adapted, as loralib's MergedLinear was given it.
         fan_in_fan_out: whether square weights of which nothing else tells are stored (in, out).
+        component: which part of a pipeline the base is, where the adapter has several.
     """
 
     alpha: float | None = None
     enable_lora: tuple[bool, ...] = ()
     fan_in_fan_out: bool = False
+    component: str | None = None
 
 
 NOTHING_TOLD = Told()

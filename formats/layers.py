@@ -31,6 +31,12 @@ def owner(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
 
+def ancestors(module: str) -> list[str]:
+    """The modules around a module, the outermost first."""
+    parts = module.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
 def layer_kinds(specs: Mapping[str, TensorSpec]) -> dict[str, LayerKind]:
     """The kind of every module with a `.weight` of two to five dimensions, by module name.
 

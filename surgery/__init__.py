@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from surgery.operations.bench import BenchReport, bench
     from surgery.operations.combine import CombineReport, combine
     from surgery.operations.containers import ContainerReport, convert_container
+    from surgery.operations.convert import ConvertReport, convert
     from surgery.operations.diff import DiffReport, diff
     from surgery.operations.export_onnx import ExportReport, export_onnx
     from surgery.operations.extract import ExtractReport, extract
@@ -49,6 +50,8 @@ _HOMES = {
     "CombineReport": "surgery.operations.combine",
     "convert_container": "surgery.operations.containers",
     "ContainerReport": "surgery.operations.containers",
+    "convert": "surgery.operations.convert",
+    "ConvertReport": "surgery.operations.convert",
     "diff": "surgery.operations.diff",
     "DiffReport": "surgery.operations.diff",
     "export_onnx": "surgery.operations.export_onnx",
@@ -89,6 +92,7 @@ __all__ = [
     "Budget",
     "CombineReport",
     "ContainerReport",
+    "ConvertReport",
     "DiffReport",
     "EnergyRule",
     "ExportReport",
@@ -112,6 +116,7 @@ __all__ = [
     "__version__",
     "bench",
     "combine",
+    "convert",
     "convert_container",
     "diff",
     "export_onnx",

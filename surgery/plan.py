@@ -24,7 +24,7 @@ class Fate(StrEnum):
     MERGED = "merged"  # a delta was added to it
     UNMERGED = "unmerged"  # a delta was taken off it
     FULL = "full"  # carried, replaced or restored whole
-    CONVERTED = "converted"  # taken over in another dtype
+    CONVERTED = "converted"  # taken over in another dtype or form
     COPIED = "copied"  # taken over byte for byte
     IDENTICAL = "identical"  # the same in both inputs: nothing to carry
     REMOVED = "removed"  # belonged to the adapter, or to a dtype that the result no longer has

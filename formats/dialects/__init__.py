@@ -1,10 +1,11 @@
 """The dialects adapters are written in, and the one function that opens whichever it is.
 
-A new dialect is a file here and one line in `DIALECTS`.
+A new dialect is a file here and one line in `DIALECTS`; its way back one in `WRITERS`.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,15 +14,25 @@ from typing import Any
 
 from formats.adapter import NOTHING_TOLD, Adapter, Dialect, Told
 from formats.checkpoint import Checkpoint
+from formats.dialects.adapterhub import AdapterHub
+from formats.dialects.dotted import ComfyUi, Diffusers
+from formats.dialects.groups import SUFFIXES
+from formats.dialects.kohya import Kohya, Lycoris
 from formats.dialects.loralib import Loralib
+from formats.dialects.loralib_writing import LoralibWriter
+from formats.dialects.lycoris_writing import WRITERS as ALPHA_WRITERS
 from formats.dialects.peft import Peft
+from formats.dialects.peft_converting import DiffusersWriter, PeftWriter
+from formats.dialects.writing import DialectWriter
 from formats.errors import AdapterFormatError, CorruptFile, PathNotFound
 from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, open_checkpoint
 from formats.spec import TensorSpec
 
-DIALECTS: tuple[Dialect, ...] = (Peft(), Loralib())
+DIALECTS: tuple[Dialect, ...] = (Peft(), AdapterHub(), Kohya(), Lycoris(), Diffusers(), ComfyUi(), Loralib())
+WRITERS: tuple[DialectWriter, ...] = (PeftWriter(), *ALPHA_WRITERS, DiffusersWriter(), LoralibWriter())
 ASKING = ("loralib",)  # those that have no config, and ask the caller instead
-_WEIGHTS = (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS)
+IN_PARTS = ("kohya", "lycoris", "diffusers", "comfyui")  # those whose files may adapt several parts of a pipeline
+_WEIGHTS = (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, "adapter.safetensors")  # of peft's folders and of AdapterHub's
 CONFIG_KEY = "adapter_config"  # where a single-file adapter keeps its config, in the header's metadata
 
 
@@ -46,7 +57,7 @@ def open_adapter(
     """
     checkpoint, config = open_adapter_file(path)
     with checkpoint:
-        read = _dialect_of(checkpoint, config, path).read(checkpoint, config, base, names or {}, told)
+        read = dialect_of(checkpoint, config, path).read(checkpoint, config, base, names or {}, told)
         return replace(read, notes=checkpoint.notes)
 
 
@@ -81,13 +92,22 @@ def _parse(text: str, where: Path) -> Mapping[str, Any]:
     return config
 
 
-def _dialect_of(checkpoint: Checkpoint, config: Mapping[str, Any] | None, where: str | Path) -> Dialect:
+def dialect_of(checkpoint: Checkpoint, config: Mapping[str, Any] | None, where: str | Path) -> Dialect:
+    """The dialect of an adapter's names. Raises AdapterFormatError for one we do not know, with the nearest keys."""
     for dialect in DIALECTS:
         if dialect.recognises(checkpoint, config):
             return dialect
+    keys = list(checkpoint.specs)
+    endings = [suffix for suffix in SUFFIXES if any(key.endswith(f".{suffix}") for key in keys)]
+    near = endings or sorted({each for key in keys[:50] for each in difflib.get_close_matches(_ending(key), SUFFIXES)})
     raise AdapterFormatError(
         "not an adapter in a dialect we read",
         where=where,
-        expected=" or ".join(dialect.name for dialect in DIALECTS),
-        found=", ".join(list(checkpoint.specs)[:3]) + (" …" if len(checkpoint.specs) > 3 else ""),
+        expected=", ".join(dialect.name for dialect in DIALECTS),
+        found=", ".join(keys[:3]) + (" …" if len(keys) > 3 else ""),
+        then=f"the keys' ends are near {', '.join(near[:4])}: check what is before them" if near else None,
     )
+
+
+def _ending(key: str) -> str:
+    return ".".join(key.rsplit(".", 2)[-2:])

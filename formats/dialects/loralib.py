@@ -54,7 +54,7 @@ class Loralib:
         full = {_bias_of(name, targets): ref for name, ref in full.items()}
         context = Context.of({}, resolver(targets.values(), base, where), base, where)
         adapted = [
-            _adapted(module, factors, context.rename(targets[module]), _Reading(alpha, told, context))
+            adapted_layer(module, factors, context.rename(targets[module]), Reading(alpha, told, context))
             for module, factors in sorted(modules.items())
         ]
         replaced = replacements(full, context)
@@ -63,7 +63,7 @@ class Loralib:
 
 
 @dataclass(frozen=True)
-class _Reading:
+class Reading:
     """What reading a module needs to know."""
 
     alpha: float
@@ -121,7 +121,7 @@ def _bias_of(name: str, targets: Mapping[str, str]) -> str:
     return f"{holder}.bias".removeprefix(".") if inside else name
 
 
-def _adapted(module: str, factors: Factors, target: str, reading: _Reading) -> AdapterModule:
+def adapted_layer(module: str, factors: Factors, target: str, reading: Reading) -> AdapterModule:
     """The adapted weight of one layer."""
     where = f"{reading.context.where}: {module}"
     a, b = pair(factors, ("lora_A", "lora_B"), where)
@@ -142,7 +142,7 @@ def _adapted(module: str, factors: Factors, target: str, reading: _Reading) -> A
 
 
 def _convolution(
-    a: tuple[int, ...], b: tuple[int, ...], factors: Factors, weight: TensorSpec, reading: _Reading
+    a: tuple[int, ...], b: tuple[int, ...], factors: Factors, weight: TensorSpec, reading: Reading
 ) -> AdapterModule | None:
     """A (rank · k, in · k) and B (out / groups · k, rank · k), whose product is the weight in another shape."""
     kernel = weight.shape[2]
@@ -156,7 +156,7 @@ def _convolution(
 
 
 def _matrix(
-    a: tuple[int, ...], b: tuple[int, ...], factors: Factors, weight: TensorSpec, reading: _Reading
+    a: tuple[int, ...], b: tuple[int, ...], factors: Factors, weight: TensorSpec, reading: Reading
 ) -> AdapterModule | None:
     """A (rank · n, in) and B (height · n, rank) for n adapted slices of `height` outputs; a plain layer has one."""
     rank, count = b[1], a[0] // b[1]
@@ -179,7 +179,7 @@ def _matrix(
     )
 
 
-def _square_kind(weight: TensorSpec, reading: _Reading) -> LayerKind:
+def _square_kind(weight: TensorSpec, reading: Reading) -> LayerKind:
     """How a square weight is stored: an embedding by its name, a layer like its neighbours, or as the caller says."""
     kinds = reading.context.kinds
     kind = kinds.get(owner(weight.name), LayerKind.LINEAR)
@@ -189,7 +189,7 @@ def _square_kind(weight: TensorSpec, reading: _Reading) -> LayerKind:
     return LayerKind.TRANSPOSED if turned else LayerKind.LINEAR
 
 
-def _enabled(weight: TensorSpec, slices: int, count: int, reading: _Reading) -> tuple[bool, ...]:
+def _enabled(weight: TensorSpec, slices: int, count: int, reading: Reading) -> tuple[bool, ...]:
     """Which slices are adapted, as the caller says. Raises AdapterFormatError where that is missing or another."""
     enabled = reading.told.enable_lora
     if len(enabled) != slices or sum(enabled) != count:

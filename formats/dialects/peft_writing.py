@@ -7,6 +7,7 @@ Knows no mathematics.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +83,7 @@ class Extracted:
     parameters: Mapping[str, int] = field(default_factory=dict)  # adapted parameters by full name, with their ranks
     lora_bias: bool = False  # whether every adapted layer comes with the change of its bias
     dora: bool = False  # whether every adapted layer comes with a magnitude
+    alphas: Mapping[str, float] = field(default_factory=dict)  # of adapted modules, where the scaling is not 1
 
 
 def lora_config(extracted: Extracted) -> dict[str, Any]:
@@ -98,11 +100,14 @@ def lora_config(extracted: Extracted) -> dict[str, Any]:
         "lora_bias": extracted.lora_bias,
         "fan_in_fan_out": extracted.transposed,
         "bias": "all" if extracted.biases else "none",
-        "target_modules": [] if extracted.parameters and not targets else _targets(targets, extracted.modules),
+        "target_modules": [] if extracted.parameters and not targets else target_names(targets, extracted.modules),
         "target_parameters": sorted(extracted.parameters) or None,
         "modules_to_save": list(extracted.saved) or None,
         "init_lora_weights": True,
     }
+    if extracted.alphas:
+        config["lora_alpha"] = commonest(extracted.alphas.values())
+        config["alpha_pattern"] = pattern_of(extracted.alphas, config["lora_alpha"])
     return config
 
 
@@ -113,7 +118,7 @@ def rank_settings(ranks: Mapping[str, int], common: int) -> dict[str, Any]:
         ranks: of every adapted module, and of every adapted parameter by its full name.
         common: the rank that the others are exceptions from.
     """
-    pattern = _rank_pattern(ranks, common)
+    pattern = pattern_of(ranks, common)
     settings = {"r": common, "lora_alpha": common, "rank_pattern": pattern, "alpha_pattern": dict(pattern)}
     return {**settings, "use_rslora": False}
 
@@ -123,7 +128,14 @@ def exactly(modules: Iterable[str]) -> str:
     return "|".join(re.escape(module) for module in sorted(modules))
 
 
-def _targets(targets: list[str], modules: frozenset[str]) -> list[str] | str:
+def commonest(values: Iterable[float]) -> Any:
+    """The value that occurs most often, the smallest of several; a whole number as an int."""
+    counts = Counter(values)
+    value = min(counts, key=lambda each: (-counts[each], each))
+    return int(value) if value == int(value) else value
+
+
+def target_names(targets: list[str], modules: frozenset[str]) -> list[str] | str:
     """Full names; a regular expression where a name is also the tail of a module that was not adapted."""
     stray = caught_by_tail(targets, modules)
     return exactly(targets) if stray or not targets else targets
@@ -142,14 +154,14 @@ def caught_by_tail(names: Iterable[str], modules: Iterable[str]) -> set[str]:
     return caught
 
 
-def _rank_pattern(ranks: Mapping[str, int], common: int) -> dict[str, int]:
-    """Modules and parameters whose rank is not the common one, longest name first: peft takes the first pattern that
-    matches a tail, so whoever would be caught by another's pattern gets one of its own before it."""
-    pattern = {module: rank for module, rank in ranks.items() if rank != common}
+def pattern_of(values: Mapping[str, float], common: float) -> dict[str, Any]:
+    """Modules and parameters whose rank or alpha is not the common one, longest name first: peft takes the first
+    pattern that matches a tail, so whoever would be caught by another's pattern gets one of its own before it."""
+    pattern = {module: value for module, value in values.items() if value != common}
     caught = {
-        module: rank
-        for module, rank in ranks.items()
-        if module not in pattern and first_match(pattern, module, rank) != rank
+        module: value
+        for module, value in values.items()
+        if module not in pattern and first_match(pattern, module, value) != value
     }
     ordered = sorted((pattern | caught).items(), key=lambda item: (-len(item[0]), item[0]))
-    return {re.escape(module): rank for module, rank in ordered}
+    return {re.escape(module): int(value) if value == int(value) else value for module, value in ordered}

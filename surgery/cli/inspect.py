@@ -26,7 +26,7 @@ def command(path: str, tensors: bool, as_json: bool) -> None:
             "parameters": f"{report.parameters:,}",
             "bytes": f"{report.nbytes:,}",
             **{f"  {dtype}": f"{count:,}" for dtype, count in report.dtypes.items()},
-            **(report.adapter or {}),
+            **{name: value for name, value in (report.adapter or {}).items() if value is not None},
             **report.metadata,
             **{f"merged adapter {index}": digest[:16] for index, digest in enumerate(report.merged, 1)},
         }

@@ -121,8 +121,12 @@ class Slices(click.ParamType[tuple[bool, ...]]):
         return tuple(part == "1" for part in parts)
 
 
+TOLD = ("alpha", "enable_lora", "fan_in_fan_out", "component")
+
+
 def told_options(function: Callable[..., None]) -> Callable[..., None]:
-    """What a loralib adapter's file does not say; `told` reads them."""
+    """What an adapter's file does not say; `told` reads them."""
+    function = component_option(function)
     function = click.option(
         "--fan-in-fan-out", is_flag=True, help="loralib: square weights that nothing else tells of are (in, out)."
     )(function)
@@ -136,11 +140,20 @@ def told_options(function: Callable[..., None]) -> Callable[..., None]:
     return click.option("--alpha", type=float, help="loralib: the lora_alpha, which its files do not hold.")(function)
 
 
+def component_option(function: Callable[..., None]) -> Callable[..., None]:
+    """--component."""
+    return click.option(
+        "--component",
+        metavar="PART",
+        help="Which part of a pipeline the base is: unet, transformer, text_encoder, text_encoder_2, text_encoder_3.",
+    )(function)
+
+
 def told(how: dict[str, Any]) -> dict[str, Any]:
     """Turns the options of `told_options` into the library's `told`."""
     from formats.adapter import Told
 
-    said = Told(how.pop("alpha"), how.pop("enable_lora"), how.pop("fan_in_fan_out"))
+    said = Told(*(how.pop(name) for name in TOLD))
     return {**how, "told": said}
 
 

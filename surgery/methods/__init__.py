@@ -17,6 +17,7 @@ from surgery.methods.deft import Deft
 from surgery.methods.delora import DeLora
 from surgery.methods.dora import Dora
 from surgery.methods.fourierft import FourierFt
+from surgery.methods.full import Full
 from surgery.methods.glora import Glora
 from surgery.methods.gralora import GraLora
 from surgery.methods.hira import Hira
@@ -32,6 +33,7 @@ from surgery.methods.peanut import Peanut
 from surgery.methods.randlora import RandLora
 from surgery.methods.road import Road
 from surgery.methods.sparse import Shira, Supertuning, WaveFt
+from surgery.methods.tucker import TuckerLora
 from surgery.methods.vblora import UniLora, VbLora
 from surgery.methods.vera import PVera, Vera
 
@@ -42,6 +44,8 @@ ADDITIVE: tuple[AdditiveMethod, ...] = (
     LoraBias(),
     FusedLora(),
     KernelLora(),
+    TuckerLora(),
+    Full(),
     AdaLora(),
     Beft(),
     C3a(),

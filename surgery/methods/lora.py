@@ -102,8 +102,8 @@ def delta_shape(module: AdapterModule, dims: int) -> tuple[int, ...]:
     out, into = b[0], a[1]
     if module.part is not None:
         return (module.part.last - module.part.first, into)
-    if module.kind is LayerKind.CONV:
-        return (out, *a[1:])
+    if module.kind is LayerKind.CONV:  # one of a single point is a linear layer in some files
+        return (out, into, *((1,) * (dims - 2) if set(a[2:]) <= {1} else a[2:]))
     if module.kind is LayerKind.PARAMETER and dims == 3:
         return (a[0] // module.rank, *((into, out) if module.transposed else (out, into)))
     return (out, into) if module.kind in (LayerKind.LINEAR, LayerKind.PARAMETER) else (into, out)

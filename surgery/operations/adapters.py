@@ -6,12 +6,12 @@ The order is that of their digests, so that no command line's can show in the su
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from formats.adapter import NOTHING_TOLD, Adapter, AdapterModule, Replacement, Told
-from formats.dialects import ASKING
+from formats.dialects import ASKING, IN_PARTS
 from formats.errors import AdapterFormatError, UnmatchedKeys
 from formats.spec import TensorRef, TensorSpec
 from surgery.errors import NotFinite, NothingToDo, NotMergeable, NotMerged
@@ -101,14 +101,28 @@ def open_adapters(
         found[digest] = WeighedAdapter(adapter, factor, digest, tensors)
     if not found:
         raise NothingToDo("no adapter was named", where=model)
-    if told != NOTHING_TOLD and not any(each.adapter.dialect in ASKING for each in found.values()):
+    _check_asked(told, [each.adapter for each in found.values()])
+    return tuple(found[digest] for digest in sorted(found))
+
+
+def _check_asked(told: Told, adapters: Collection[Adapter]) -> None:
+    """Refuses what is told and none of the adapters asks for."""
+    where = ", ".join(adapter.ref.path for adapter in adapters)
+    dialects = {adapter.dialect for adapter in adapters}
+    if replace(told, component=None) != NOTHING_TOLD and dialects.isdisjoint(ASKING):
         raise AdapterFormatError(
-            "the adapter's own config tells its alpha and its layers",
-            where=", ".join(each.adapter.ref.path for each in found.values()),
+            "the adapter's own config or file tells its alpha and its layers",
+            where=where,
             found=told,
             then="leave --alpha, --enable-lora and --fan-in-fan-out out: they are for loralib's files",
         )
-    return tuple(found[digest] for digest in sorted(found))
+    if told.component is not None and dialects.isdisjoint(IN_PARTS):
+        raise AdapterFormatError(
+            "the adapter's dialect knows no parts of a pipeline",
+            where=where,
+            found=", ".join(sorted(dialects)),
+            then=f"leave --component out: it is for {', '.join(IN_PARTS)}",
+        )
 
 
 def open_for_merge(

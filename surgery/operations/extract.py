@@ -17,7 +17,7 @@ from formats.dialects.peft_writing import (
     Extracted,
     lora_config,
 )
-from formats.layers import LayerKind, owner
+from formats.layers import LayerKind, ancestors, owner
 from formats.paths import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -31,7 +31,7 @@ from surgery.engine import Resources
 from surgery.errors import NothingToDo
 from surgery.operations.carry import ModuleReport
 from surgery.operations.extract_plan import Extraction, pair_for, plan_extract
-from surgery.operations.pairing import Pairing, prefixes
+from surgery.operations.pairing import Pairing
 from surgery.operations.picture_file import picture_file
 from surgery.operations.spend import ranks_within
 from surgery.plan import Fate, Outcome, ledger
@@ -192,7 +192,7 @@ def _describe(
         lora_bias=how.bias == "lora",
         dora=how.method == "dora",
         transposed=any(report.kind is LayerKind.TRANSPOSED for report in reports),
-        modules=frozenset(holders.union(*map(prefixes, holders))),
+        modules=frozenset(holders.union(*map(ancestors, holders))),
         rank=max((report.rank for report in reports), default=1),
         base=name,
     )

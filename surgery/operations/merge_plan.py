@@ -247,6 +247,12 @@ class _Work:
             )
         if any(each.adapter.replacements and each.strength != 1 for each in adapters):
             yield "tensors that an adapter carries in full replace the base's whole, whatever its weight"
+        for each in adapters:
+            if each.adapter.left:
+                parts = (
+                    f"{len(each.adapter.left)} tensors of {each.adapter.ref.path} are of other parts of the pipeline"
+                )
+                yield f"{parts} than {each.adapter.component}, and left out"
         if self.storage.stored is not None and self.storage.scaled:
             yield f"{len(self.storage.scaled)} float8 weights are dequantised, their scales dropped: {back}"
         if self.outline.config:

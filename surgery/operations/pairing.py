@@ -13,7 +13,7 @@ from typing import Any
 
 from formats.checkpoint import Checkpoint
 from formats.errors import ShapeMismatch
-from formats.layers import LayerKind, owner
+from formats.layers import LayerKind, ancestors, owner
 from formats.spec import TensorSpec, shape_text
 from surgery.errors import NothingToDo, SurgeryError
 from surgery.operations.stored_dtype import refuse_quantised
@@ -307,7 +307,7 @@ def _awkward_parameters(matrices: Sequence[Matrix], modules: Iterable[str]) -> s
     """Parameters that peft's wrapper cannot adapt: of the model itself, of an adapted layer, and beside layers that
     store (in, out); or of a module with modules inside, the keys of all of which would change with it."""
     transposed = any(matrix.kind is LayerKind.TRANSPOSED for matrix in matrices)
-    above = {prefix for module in modules for prefix in prefixes(module)}
+    above = {prefix for module in modules for prefix in ancestors(module)}
     above |= {matrix.module for matrix in matrices if matrix.kind is not LayerKind.PARAMETER}
     return {
         matrix.spec.name
@@ -335,18 +335,12 @@ def _saved_modules(base: Checkpoint, tuned: Checkpoint, layers: set[str]) -> fro
     """Modules that peft's `modules_to_save` can carry: leaves, none of `layers`, whose name it cannot mistake for
     another's tail."""
     holders = {owner(name) for name in (*tuned.specs, *base.specs)}
-    parents = {prefix for module in holders for prefix in prefixes(module)}
+    parents = {prefix for module in holders for prefix in ancestors(module)}
     plain = {module for module in holders if module and module not in parents} - layers
     # peft compares ends of names without regard to dots: `norm` would take `input_layernorm` too.
     return frozenset(
         module for module in plain if not any(other != module and other.endswith(module) for other in holders | parents)
     )
-
-
-def prefixes(module: str) -> list[str]:
-    """The modules around a module, the outermost first."""
-    parts = module.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def _is_tied(name: str, tuned: Checkpoint, structure: Structure) -> bool:

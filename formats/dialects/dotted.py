@@ -1,0 +1,154 @@
+"""Reading what diffusers and ComfyUI write: a part's prefix, the layer's own dotted name, and the factor.
+
+Knows no mathematics.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from formats.adapter import Adapter, AdapterModule, Told
+from formats.checkpoint import Checkpoint
+from formats.dialects.groups import Group, Scaling, group_modules, groups_of, scalar, suffix_of
+from formats.dialects.parts import COMFYUI, DOTTED, chosen_part, same_part, split_part
+from formats.dialects.peft_factors import Context
+from formats.dialects.resolve import Rename, resolver
+from formats.errors import CorruptFile, UnmatchedKeys
+from formats.spec import TensorSpec
+
+CONFIGS = "lora_adapter_metadata"  # where diffusers keeps each part's config, in the header's metadata
+# The names of diffusers' attention processors, which held the layers' factors once.
+_PROCESSOR = re.compile(r"\.processor\.(?P<layer>to_\w+?)_lora\.(?P<side>down|up)\.weight$")
+_INSIDE = {"to_out": "to_out.0"}
+
+
+class Diffusers:
+    """The dialect of Hugging Face's diffusers: peft's factors behind the name of a pipeline's part, and the names of
+    older versions. Alpha is in the header's metadata, or a tensor; without either it is the rank."""
+
+    name = "diffusers"
+
+    def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
+        """The metadata that diffusers writes, or keys that start with a part of a pipeline and end as factors do."""
+        return config is None and (CONFIGS in checkpoint.metadata or _all_split(checkpoint, DOTTED))
+
+    def read(
+        self,
+        checkpoint: Checkpoint,
+        config: Mapping[str, Any] | None,
+        base: Mapping[str, TensorSpec],
+        names: Mapping[str, str],
+        told: Told,
+    ) -> Adapter:
+        """The adapter of one part of a pipeline, resolved against that part's tensors."""
+        groups, part = part_groups(checkpoint, DOTTED, told)
+        return _read(self.name, checkpoint, groups, part, _config(checkpoint, groups), base)
+
+
+class ComfyUi:
+    """The dialect of ComfyUI's own names: `diffusion_model.` or `text_encoders.`, and any factors. Alpha is a tensor;
+    without one the product is not scaled, that is, alpha is the rank."""
+
+    name = "comfyui"
+
+    def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
+        """Keys that start with a part as ComfyUI calls it."""
+        return config is None and _all_split(checkpoint, COMFYUI)
+
+    def read(
+        self,
+        checkpoint: Checkpoint,
+        config: Mapping[str, Any] | None,
+        base: Mapping[str, TensorSpec],
+        names: Mapping[str, str],
+        told: Told,
+    ) -> Adapter:
+        """The adapter of one part of a pipeline, resolved against that part's tensors."""
+        groups, part = part_groups(checkpoint, COMFYUI, told)
+        return _read(self.name, checkpoint, groups, part, {}, base)
+
+
+def part_groups(checkpoint: Checkpoint, prefixes: Mapping[str, str], told: Told) -> tuple[list[Group], str]:
+    """The layers of the part that is meant, and its name.
+
+    Raises:
+        AdapterFormatError: as `groups_of` and `chosen_part`.
+    """
+    groups = groups_of(checkpoint, lambda key: split_part(_modern(key), prefixes) or ("", _modern(key)))
+    meant = {"": "", **prefixes}
+    part = chosen_part((meant[group.prefix] for group in groups), told.component, checkpoint.ref.path)
+    return [group for group in groups if same_part(meant[group.prefix] or part, part)], part
+
+
+def _read(
+    dialect: str,
+    checkpoint: Checkpoint,
+    groups: list[Group],
+    part: str,
+    config: Mapping[str, Any],
+    base: Mapping[str, TensorSpec],
+) -> Adapter:
+    where = checkpoint.ref.path
+    rename = _resolved(groups, base, where)
+    context = Context.of(config, rename, base, where)
+    adapted: list[AdapterModule] = []
+    for group in groups:
+        if "alpha" in group.factors:
+            scaling = Scaling(scalar(checkpoint, group.factors["alpha"]))
+        elif "r" in config:
+            scaling = Scaling(context.alpha(group.name), context.rslora, context.rank(group.name))
+        else:
+            scaling = Scaling()
+        adapted += group_modules(group, rename(group.name), base, scaling, where)
+    ours = {ref.name for group in groups for ref in group.factors.values()}
+    left = tuple(key for key in checkpoint.specs if key not in ours)
+    return Adapter(checkpoint.ref, dialect, config, tuple(adapted), (), part, left)
+
+
+def _config(checkpoint: Checkpoint, groups: list[Group]) -> dict[str, Any]:
+    """The config of a part as diffusers keeps it: all parts' settings in one object, each behind its part's name."""
+    if CONFIGS not in checkpoint.metadata:
+        return {}
+    try:
+        settings = json.loads(checkpoint.metadata[CONFIGS])
+        items = list(settings.items())
+    except (ValueError, AttributeError) as error:
+        raise CorruptFile(f"{CONFIGS} is not a JSON object: {error}", where=checkpoint.ref.path) from error
+    prefixes = {group.prefix for group in groups}
+    return {key[len(prefix) :]: value for key, value in items for prefix in prefixes if key.startswith(prefix)}
+
+
+def _resolved(groups: list[Group], base: Mapping[str, TensorSpec], where: str) -> Rename:
+    """The way from a layer's name to the base's module; a base that is a whole pipeline has the part before it."""
+    wanted = [f"{group.name}.weight" for group in groups]
+    prefix = ""
+    try:
+        rename = resolver(wanted, base, where)
+    except UnmatchedKeys:
+        prefixes = (groups[0].prefix, *COMFYUI)
+        found = [each for each in prefixes if each and any(name.endswith(each + wanted[0]) for name in base)]
+        if not found:
+            raise
+        prefix = found[0]
+        rename = resolver([prefix + name for name in wanted], base, where)
+    return lambda name: rename(f"{prefix}{name}.weight").removesuffix(".weight")
+
+
+def _all_split(checkpoint: Checkpoint, prefixes: Mapping[str, str]) -> bool:
+    """Whether all keys start with such a prefix and some end as factors do; those of old processors have none."""
+    keys = list(checkpoint.specs)
+    if prefixes is DOTTED and keys and all(_PROCESSOR.search(key) for key in keys):
+        return True
+    return all(split_part(key, prefixes) for key in keys) and any(suffix_of(_modern(key)) for key in keys)
+
+
+def _modern(key: str) -> str:
+    """A key in today's form."""
+    match = _PROCESSOR.search(key)
+    if match is None:
+        return key
+    layer = _INSIDE.get(match["layer"], match["layer"])
+    return f"{key[: match.start()]}.{layer}.lora.{match['side']}.weight"

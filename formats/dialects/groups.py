@@ -1,0 +1,310 @@
+"""The factors of one layer under the names that kohya, LyCORIS, diffusers and ComfyUI give them, and what they are.
+
+They share their factors and differ in how they name a layer, so that is all that their own files say. Tested against
+LyCORIS and peft. Knows no mathematics.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from formats.adapter import AdapterModule
+from formats.checkpoint import Checkpoint
+from formats.dialects.peft_factors import Factors
+from formats.errors import AdapterFormatError, ShapeMismatch, UnmatchedKeys
+from formats.layers import LayerKind
+from formats.spec import DType, TensorRef, TensorSpec, shape_text
+
+_PAIRS = {
+    "lora_up.weight": "lora_B",
+    "lora_down.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_A.weight": "lora_A",
+}
+_OLDER = {
+    f"{stem}.{side}.weight": role
+    for stem in ("lora", "lora_linear_layer")
+    for side, role in (("up", "lora_B"), ("down", "lora_A"))
+}
+_SAME = (
+    "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a", "lokr_w1_b",
+    "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm",
+    "lora_B.bias",
+)  # fmt: skip
+# Endings of a key behind the layer's name, and the role of the tensor.
+SUFFIXES: Mapping[str, str] = {
+    **_PAIRS,
+    **_OLDER,
+    **{name: name for name in _SAME},
+    "lora_mid.weight": "lora_mid",
+    "lora_magnitude_vector": "dora_scale",
+    "lora_magnitude_vector.weight": "dora_scale",
+}
+LORA_ROLES = frozenset({"lora_A", "lora_B", "alpha"})
+_OFT = "it turns the outputs by blocks, which no method here does"
+_REFUSED = {
+    "oft_blocks": f"OFT is not supported yet: {_OFT}",
+    "rescale": f"OFT is not supported yet: {_OFT}",
+    "a1.weight": "GLoRA in LyCORIS's layout is not supported yet",
+    "on_input": "(IA)³ in LyCORIS's layout is not supported yet",
+    "reshape_weight": "it gives a weight another shape, which a base's checkpoint cannot have",
+    "set_weight": "it replaces a weight, which ComfyUI does without regard to the base",
+    "lokr_t1": "a core in LoKr's first factor is read by nobody",
+}
+_METHODS = ("lora_A", "lora_B"), ("hada_w1_a",), ("lokr_w1", "lokr_w1_a"), ("diff",), ("w_norm",)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The factors of one layer.
+
+    Attributes:
+        name: the layer's, as the file has it behind the part's prefix.
+        prefix: of its part.
+        factors: by role.
+    """
+
+    name: str
+    prefix: str
+    factors: Factors
+
+
+Split = Callable[[str], tuple[str, str] | None]  # a key → the part's prefix, and the rest of the key
+
+
+def suffix_of(key: str) -> str | None:
+    """The longest ending of a key that is a factor's; None where it has none."""
+    found = [suffix for suffix in SUFFIXES if key.endswith(f".{suffix}")]
+    return max(found, key=len, default=None)
+
+
+def groups_of(checkpoint: Checkpoint, split: Split) -> list[Group]:
+    """Every layer's factors, in the order of their names.
+
+    Raises:
+        AdapterFormatError: a key that is no factor's, with the nearest; two of one role; one that is not supported.
+    """
+    found: dict[tuple[str, str], Factors] = {}
+    where = checkpoint.ref.path
+    for key in checkpoint.specs:
+        parts = split(key)
+        suffix = suffix_of(parts[1]) if parts is not None else None
+        if parts is None or suffix is None:
+            raise _unknown(key, where)
+        prefix, rest = parts
+        factors = found.setdefault((prefix, rest.removesuffix(f".{suffix}")), {})
+        role = SUFFIXES[suffix]
+        if role in factors:
+            raise AdapterFormatError("the same factor twice", where=where, found=f"{factors[role].name} and {key}")
+        factors[role] = checkpoint.tensor(key)
+    return [Group(name, prefix, factors) for (prefix, name), factors in sorted(found.items())]
+
+
+def _unknown(key: str, where: str) -> AdapterFormatError:
+    for ending, reason in _REFUSED.items():
+        if key.endswith(f".{ending}"):
+            return AdapterFormatError(reason, where=f"{where}: {key}")
+    ending = ".".join(key.rsplit(".", 2)[-2:]) if key.endswith(".weight") else key.rpartition(".")[2]
+    near = difflib.get_close_matches(ending, SUFFIXES, n=3, cutoff=0.3)
+    return AdapterFormatError(
+        "a key that no dialect of adapters has",
+        where=where,
+        expected=", ".join(near or ["lora_down.weight", "lora_up.weight", "alpha"]) + " behind a layer's name",
+        found=key,
+    )
+
+
+def scalar(checkpoint: Checkpoint, ref: TensorRef) -> float:
+    """A tensor of one number. Raises AdapterFormatError for another, or a number that scales nothing."""
+    spec, payload = ref.spec, checkpoint.read_bytes(ref.name)
+    plain = {
+        DType.F64: np.float64,
+        DType.F32: np.float32,
+        DType.F16: np.float16,
+        DType.I64: np.int64,
+        DType.I32: np.int32,
+    }
+    value = math.nan
+    if spec.size == 1 and spec.dtype is DType.BF16:
+        value = float((payload.view(np.uint16).astype(np.uint32) << 16).view(np.float32)[0])
+    elif spec.size == 1 and spec.dtype in plain:
+        value = float(payload.view(plain[spec.dtype])[0])
+    if not math.isfinite(value) or value == 0:
+        raise AdapterFormatError(
+            "alpha is not a number to scale by",
+            where=f"{checkpoint.ref.path}: {ref.name}",
+            expected="one finite number other than 0",
+            found=f"{spec.dtype} {shape_text(spec.shape)}" if spec.size != 1 else value,
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How a layer's product is scaled: alpha None means its rank, that is a factor of 1."""
+
+    alpha: float | None = None
+    rslora: bool = False
+    rank: int | None = None  # as a config says; None where none does
+
+
+def group_modules(
+    group: Group, module: str, base: Mapping[str, TensorSpec], scaling: Scaling, where: str
+) -> list[AdapterModule]:
+    """The weights that a layer's factors adapt.
+
+    Args:
+        group: the factors.
+        module: the layer's name in the base.
+        base: the base's tensors, with the layer's weight among them.
+        scaling: of the layer.
+        where: the file.
+
+    Raises:
+        AdapterFormatError: factors that are not complete, of several methods, or of contradictory ranks.
+        ShapeMismatch: factors that do not fit the base's weight.
+    """
+    where, factors = f"{where}: {group.name}", group.factors
+    methods = [names[0] for names in _METHODS if any(name in factors for name in names)]
+    if len(methods) > 1 or not (methods or factors.keys() & {"diff_b", "b_norm", "lora_B.bias"}):
+        raise AdapterFormatError(
+            "factors of several methods on one layer" if methods else "a layer without factors",
+            where=where,
+            found=", ".join(factors),
+        )
+    target, bias = f"{module}.weight", f"{module}.bias"
+    found: list[AdapterModule] = []
+    if methods:
+        spec = base[target]
+        kind = LayerKind.CONV if len(spec.shape) > 2 else LayerKind.LINEAR
+        make = {"lora_A": _lora, "hada_w1_a": _loha, "lokr_w1": _lokr}.get(methods[0], _full)
+        found.append(make(factors, spec, kind, scaling, where))
+    beside = [factors[role] for role in ("diff_b", "b_norm", "lora_B.bias") if role in factors]
+    if beside and bias not in base:
+        raise UnmatchedKeys("a change of a bias that the base does not have", where=where, expected=bias)
+    for role in ("diff_b", "b_norm"):
+        if role in factors:
+            found.append(AdapterModule(bias, "full", LayerKind.LINEAR, {"diff": factors[role]}, 1, 1.0))
+    if "lora_B.bias" in factors:
+        first = found[0]
+        ours = {"lora_B.bias": factors["lora_B.bias"]}
+        found.append(AdapterModule(bias, "lora_bias", LayerKind.LINEAR, ours, first.rank, first.alpha, first.rslora))
+    return found
+
+
+def _lora(factors: Factors, weight: TensorSpec, kind: LayerKind, scaling: Scaling, where: str) -> AdapterModule:
+    _complete(factors, ("lora_A", "lora_B"), where)
+    a, b = factors["lora_A"].spec.shape, factors["lora_B"].spec.shape
+    rank, mid = (a[0] if a else 0), factors.get("lora_mid")
+    dims = len(a) == len(b) >= 2 and b[1] == rank > 0
+    core = mid is None or (len(mid.spec.shape) == len(a) and mid.spec.shape[:2] == (rank, rank))
+    if not dims or not core or scaling.rank not in (None, rank):
+        raise AdapterFormatError(
+            "the factors' ranks contradict each other",
+            where=where,
+            expected=f"rank {scaling.rank or rank} of all",
+            found=_shapes(factors),
+        )
+    kernel = a[2:] if mid is None else mid.spec.shape[2:]
+    inner = () if mid is None else a[2:]
+    fits = weight.shape == (b[0], a[1], *kernel) and {*b[2:], *inner} <= {1}
+    # A convolution of one point is saved as a linear layer by some, and the other way round.
+    point = mid is None and {*kernel, *weight.shape[2:]} <= {1} and weight.shape[:2] == (b[0], a[1])
+    if not fits and not point:
+        raise _misfit(factors, weight, where)
+    kind = LayerKind.CONV if len(a) > 2 else kind
+    alpha = float(rank) if scaling.alpha is None else scaling.alpha
+    named = {"lora_A": factors["lora_A"], "lora_B": factors["lora_B"]}
+    magnitude = factors.get("dora_scale")
+    if mid is not None:
+        if magnitude is not None:
+            raise AdapterFormatError("DoRA around a product with a core is not supported yet", where=where)
+        return AdapterModule(weight.name, "lora_tucker", kind, {**named, "lora_mid": mid}, rank, alpha, scaling.rslora)
+    if magnitude is None:
+        return AdapterModule(weight.name, "lora", kind, named, rank, alpha, scaling.rslora)
+    shape = magnitude.spec.shape
+    if magnitude.spec.size != b[0] or (len(shape) == 2 and shape[0] == 1 and shape[1] == a[1] and a[1] > 1):
+        raise AdapterFormatError(
+            "DoRA's magnitudes are of the inputs, and only those of the outputs are known here",
+            where=where,
+            expected=f"{b[0]} × 1",
+            found=shape_text(shape),
+        )
+    named["lora_magnitude_vector"] = magnitude
+    return AdapterModule(weight.name, "dora", kind, named, rank, alpha, scaling.rslora)
+
+
+def _loha(factors: Factors, weight: TensorSpec, kind: LayerKind, scaling: Scaling, where: str) -> AdapterModule:
+    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    _complete(factors, names, where)
+    _no_dora(factors, where)
+    rank = _rank(factors, ("hada_w1_b", "hada_w2_b"), where)
+    named = {role: ref for role, ref in factors.items() if role.startswith("hada_")}
+    alpha = float(rank) if scaling.alpha is None else scaling.alpha
+    return AdapterModule(weight.name, "loha", kind, named, rank, alpha, scaling.rslora)
+
+
+def _lokr(factors: Factors, weight: TensorSpec, kind: LayerKind, scaling: Scaling, where: str) -> AdapterModule:
+    _no_dora(factors, where)
+    named = {role: ref for role, ref in factors.items() if role.startswith("lokr_")}
+    low = [role for role in ("lokr_w1_b", "lokr_w2_b") if role in named]
+    if "lokr_w2" in named and len(named["lokr_w2"].spec.shape) == 3:
+        raise AdapterFormatError(
+            "LoKr with a whole w2 on a one-dimensional convolution: LyCORIS and peft put its parts in different places",
+            where=where,
+        )
+    if not low:  # two whole factors: no rank, and a scale of 1 whatever alpha says
+        return AdapterModule(weight.name, "lokr", kind, named, 1, 1.0)
+    rank = _rank(factors, low, where)
+    alpha = float(rank) if scaling.alpha is None else scaling.alpha
+    return AdapterModule(weight.name, "lokr", kind, named, rank, alpha, scaling.rslora)
+
+
+def _full(factors: Factors, weight: TensorSpec, kind: LayerKind, scaling: Scaling, where: str) -> AdapterModule:
+    _no_dora(factors, where)
+    ref = factors["diff"] if "diff" in factors else factors["w_norm"]
+    if ref.spec.shape != weight.shape:
+        raise _misfit(factors, weight, where)
+    return AdapterModule(weight.name, "full", kind, {"diff": ref}, 1, 1.0)
+
+
+def _no_dora(factors: Factors, where: str) -> None:
+    if "dora_scale" in factors:
+        raise AdapterFormatError(
+            "DoRA around another product than LoRA's is not supported yet", where=where, found=", ".join(factors)
+        )
+
+
+def _complete(factors: Factors, roles: Iterable[str], where: str) -> None:
+    missing = [role for role in roles if role not in factors]
+    if missing:
+        raise AdapterFormatError(
+            "a layer lacks some of its factors", where=where, expected=", ".join(roles), found=", ".join(factors)
+        )
+
+
+def _rank(factors: Factors, roles: Iterable[str], where: str) -> int:
+    """The common rank of factors (rank, …)."""
+    ranks = {factors[role].spec.shape[0] if factors[role].spec.shape else 0 for role in roles}
+    if len(ranks) != 1 or 0 in ranks:
+        raise AdapterFormatError("the factors' ranks contradict each other", where=where, found=_shapes(factors))
+    return ranks.pop()
+
+
+def _shapes(factors: Factors) -> str:
+    return ", ".join(f"{role} {shape_text(ref.spec.shape)}" for role, ref in sorted(factors.items()) if role != "alpha")
+
+
+def _misfit(factors: Factors, weight: TensorSpec, where: str) -> ShapeMismatch:
+    return ShapeMismatch(
+        "the adapter does not fit the base's weight",
+        where=f"{where} → {weight.name}",
+        expected=f"the base's {shape_text(weight.shape)}",
+        found=_shapes(factors),
+        then="check that the adapter was made for this base",
+    )

@@ -1,0 +1,177 @@
+"""Writing the dialects that keep alpha in a tensor: kohya, LyCORIS, ComfyUI. `kohya` and `dotted` are the way back.
+
+Knows no mathematics.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from formats.adapter import Adapter, AdapterModule
+from formats.dialects.parts import COMFYUI, UNDERSCORED, prefix_of
+from formats.dialects.peft_writing import commonest
+from formats.dialects.underscored import underscored
+from formats.dialects.writing import (
+    SIDES,
+    Piece,
+    Product,
+    Wanted,
+    Written,
+    cannot,
+    constant,
+    kept_metadata,
+    named,
+    relative,
+    taken,
+    turned,
+    without_dropped,
+)
+from formats.errors import AdapterFormatError
+from formats.layers import LayerKind, owner
+
+_PLAIN = (LayerKind.LINEAR, LayerKind.CONV)
+_MODULES = {"kohya": "networks.lora", "lycoris": "lycoris.kohya"}
+
+
+@dataclass(frozen=True)
+class AlphaWriter:
+    """A dialect of `lora_up`, `lora_down` and `alpha`.
+
+    Attributes:
+        name: of the dialect.
+        lyco: whether it has LyCORIS's factors and DoRA too.
+        dotted: whether it names layers as the base does; its readers then add to any weight by name, so that layers
+            that store (in, out) can be written as their weights lie there, and biases go along.
+    """
+
+    name: str
+    lyco: bool
+    dotted: bool
+    weights: str = "lora.safetensors"
+
+    def write(self, adapter: Adapter, metadata: Mapping[str, str], wanted: Wanted) -> Written:
+        """The adapter in this dialect."""
+        whole = {owner(module.target) for module in adapter.modules if module.method == "full" and _is_weight(module)}
+
+        def has(bias: AdapterModule) -> bool:  # LyCORIS reads a bias beside a whole difference only
+            return self.lyco and (self.dotted or (bias.method == "full" and owner(bias.target) in whole))
+
+        adapter, dropped = without_dropped(adapter, self.name, wanted, biases=has, whole=self.lyco)
+        prefix = self._prefix(wanted)
+        pieces: list[Piece] = []
+        for module in adapter.modules:
+            name = relative(owner(module.target))
+            pieces += self._module(prefix + (name if self.dotted else underscored(name)), module, wanted)
+        self._check_names(pieces)
+        kept = kept_metadata(metadata)
+        if not self.dotted:
+            kept = self._training(adapter, wanted) | kept
+            family = "lycoris" if self.lyco else "networks"
+            if not kept["ss_network_module"].startswith(family):
+                kept["ss_network_module"] = _MODULES[self.name]
+        unsaid = not wanted.component and prefix != "lycoris_"
+        note = f"nobody says which part of a pipeline this is: written as {prefix}…; --component says another"
+        return Written(tuple(pieces), kept, None, dropped, (note,) if unsaid else ())
+
+    def _prefix(self, wanted: Wanted) -> str:
+        """The prefix of the part; the denoiser's where nobody says, and LyCORIS's own for any model."""
+        table = COMFYUI if self.dotted else UNDERSCORED
+        if not wanted.component:
+            return "lycoris_" if self.name == "lycoris" else next(iter(table))
+        found = prefix_of(wanted.component, table)
+        if found is None:
+            raise AdapterFormatError(
+                f"{self.name} has no name for this part", expected=", ".join(table.values()), found=wanted.component
+            )
+        return found
+
+    def _module(self, layer: str, module: AdapterModule, wanted: Wanted) -> Iterator[Piece]:
+        """The tensors of one adapted weight or bias."""
+        weight = wanted.base.get(f"{owner(module.target)}.weight")
+        vector = weight is not None and len(weight.shape) == 1  # a norm's
+        product = wanted.product(module)
+        if module.method == "lora_tucker" and self.lyco:
+            yield taken(f"{layer}.lora_mid.weight", module.factors["lora_mid"])
+            yield taken(f"{layer}.lora_down.weight", module.factors["lora_A"])
+            yield taken(f"{layer}.lora_up.weight", module.factors["lora_B"])
+            yield constant(f"{layer}.alpha", module.scaling * module.rank)
+        elif product is not None:
+            yield from self._product(layer, product)
+        elif self.lyco and module.method in ("loha", "lokr") and module.kind in _PLAIN:
+            yield from self._kronecker(layer, module)
+        elif self.lyco and module.method == "full":
+            norm, plain = ("b_norm", "diff_b") if module.target.endswith(".bias") else ("w_norm", "diff")
+            yield taken(f"{layer}.{norm if vector else plain}", module.factors["diff"])
+        elif self.dotted and module.method == "lora_bias":
+            yield taken(f"{layer}.diff_b", module.factors["lora_B.bias"], factor=module.scaling)
+        else:
+            raise cannot(self.name, "this", module, None if self.lyco else "--to lycoris or comfyui has more methods")
+
+    def _product(self, layer: str, product: Product) -> Iterator[Piece]:
+        module, a, b = product.module, product.a, product.b
+        if product.magnitude is not None and not self.lyco:
+            raise cannot(self.name, "DoRA", module, "--to lycoris, peft, diffusers or comfyui keeps it")
+        if module.kind in SIDES:
+            if not self.dotted:
+                raise cannot(self.name, "layers that are neither linear nor a convolution", module)
+            if product.magnitude is not None or module.method == "lora_fused":
+                raise cannot(self.name, f"{module.method} on a weight stored (in, out)", module)
+            a, b = turned(b), turned(a)  # ΔWᵀ = Aᵀ Bᵀ, as the weight lies in the base
+        yield named(b, f"{layer}.lora_up.weight")
+        yield named(a, f"{layer}.lora_down.weight")
+        yield constant(f"{layer}.alpha", product.alpha)
+        if product.magnitude is not None:
+            shape = (b.output.shape[0], *(1 for _ in a.output.shape[1:]))
+            yield taken(f"{layer}.dora_scale", product.magnitude, shape)
+
+    def _kronecker(self, layer: str, module: AdapterModule) -> Iterator[Piece]:
+        """LoHa or LoKr. No reader scales two whole factors of LoKr by alpha, so their scaling goes into the first."""
+        whole = module.method == "lokr" and {"lokr_w1", "lokr_w2"} <= module.factors.keys()
+        if "lokr_w2" in module.factors and len(module.factors["lokr_w2"].spec.shape) == 3:
+            raise cannot(self.name, "LoKr with a whole w2 on a one-dimensional convolution", module)
+        for role, ref in sorted(module.factors.items()):
+            yield taken(f"{layer}.{role}", ref, factor=module.scaling if whole and role == "lokr_w1" else 1.0)
+        yield constant(f"{layer}.alpha", 1.0 if whole else module.scaling * module.rank)
+
+    def _check_names(self, pieces: list[Piece]) -> None:
+        seen: dict[str, Piece] = {}
+        for piece in pieces:
+            other = seen.setdefault(piece.output.name, piece)
+            if other is not piece:
+                raise AdapterFormatError(
+                    f"{self.name} gives two layers one name, because it writes dots as underscores",
+                    where=piece.output.name,
+                    found=" and ".join(each.sources[0].name for each in (other, piece) if each.sources),
+                    then="use a dialect with dotted names: --to diffusers, comfyui or peft",
+                )
+
+    def _training(self, adapter: Adapter, wanted: Wanted) -> dict[str, str]:
+        """The metadata by which web interfaces tell the network's module, rank and alpha."""
+        methods = {module.method for module in adapter.modules}
+        made = {"ss_network_module": _MODULES[self.name]}
+        ranked = [module for module in adapter.modules if module.method not in ("full", "lora_bias")]
+        sizes = [
+            (product.rank, product.alpha) if product else (module.rank, module.alpha)
+            for module, product in ((each, wanted.product(each)) for each in ranked)
+        ]
+        if sizes:
+            made["ss_network_dim"] = str(commonest(rank for rank, _ in sizes))
+            made["ss_network_alpha"] = str(commonest(alpha for _, alpha in sizes))
+        if self.lyco:
+            algorithms = [each for each in ("loha", "lokr", "full") if methods <= {each, "full"}]
+            dora = {"dora_wd": "True"} if "dora" in methods else {}
+            made["ss_network_args"] = json.dumps({"algo": algorithms[0] if algorithms else "locon", **dora})
+        return made
+
+
+def _is_weight(module: AdapterModule) -> bool:
+    return module.target.endswith(".weight")
+
+
+WRITERS = (
+    AlphaWriter("kohya", lyco=False, dotted=False),
+    AlphaWriter("lycoris", lyco=True, dotted=False),
+    AlphaWriter("comfyui", lyco=True, dotted=True),
+)

@@ -1,0 +1,79 @@
+"""The parts of a pipeline (denoiser, text encoders) that one file may adapt together, and how each dialect marks them.
+
+A base is one part's checkpoint, so an adapter is read for one part at a time. Knows no factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from formats.errors import AdapterFormatError
+
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # as diffusers calls them
+_DENOISERS = ("unet", "transformer")  # the others make no difference between the two
+# The prefix of a key, and the part it stands for; the first of several is the one that is written.
+UNDERSCORED = {
+    "lora_unet_": "unet",
+    "lora_te1_": "text_encoder",
+    "lora_te_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+    "lycoris_": "",
+}
+DOTTED = {f"{part}.": part for part in PARTS}
+COMFYUI = {
+    "diffusion_model.": "unet",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "text_encoders.t5xxl.transformer.": "text_encoder_3",
+}
+
+
+def split_part(key: str, prefixes: Mapping[str, str]) -> tuple[str, str] | None:
+    """A key's prefix, and the rest of the key; None where it has none of these prefixes."""
+    for prefix in prefixes:
+        if key.startswith(prefix):
+            return prefix, key[len(prefix) :]
+    return None
+
+
+def same_part(one: str, other: str) -> bool:
+    """Whether two names mean the same part."""
+    return one == other or {one, other} == set(_DENOISERS)
+
+
+def prefix_of(part: str, prefixes: Mapping[str, str]) -> str | None:
+    """The prefix that a part's keys are written with; None where the dialect has none for it."""
+    return next((prefix for prefix, meant in prefixes.items() if same_part(meant, part)), None)
+
+
+def chosen_part(present: Iterable[str], told: str | None, where: str) -> str:
+    """The part that is meant.
+
+    Args:
+        present: those that the file's keys are of; an empty name where they do not say.
+        told: what the caller says; None where nobody did.
+        where: the file.
+
+    Raises:
+        AdapterFormatError: several and none is told, or one that is not there.
+    """
+    found = sorted(set(present))
+    if told is not None and told not in PARTS:
+        raise AdapterFormatError("no such part of a pipeline", expected=", ".join(PARTS), found=told)
+    if told is None and len(found) == 1:
+        return found[0]
+    if told is not None and found == [""]:
+        return told
+    matching = [part for part in found if told is not None and same_part(part, told)]
+    if not matching:
+        raise AdapterFormatError(
+            "the adapter is of several parts of a pipeline, and a base is one of them"
+            if told is None
+            else "the adapter has nothing for this part of a pipeline",
+            where=where,
+            expected="one part" if told is None else told,
+            found=", ".join(part or "keys without a part" for part in found),
+            then=f"say which part the base is: --component {found[-1] or 'unet'}",
+        )
+    return str(told)

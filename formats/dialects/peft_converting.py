@@ -1,0 +1,168 @@
+"""Writing an adapter of any dialect in peft's names, with its config, and in diffusers', which are peft's behind the
+name of a pipeline's part. Tested against peft itself.
+
+One config says the method, so all layers must have the same one; ranks and alphas may differ. Knows no mathematics.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from formats.adapter import Adapter, AdapterModule
+from formats.dialects.dotted import CONFIGS
+from formats.dialects.parts import DOTTED, prefix_of
+from formats.dialects.peft import PREFIX
+from formats.dialects.peft_kronecker import kronecker_config
+from formats.dialects.peft_writing import (
+    Extracted,
+    bias_key,
+    commonest,
+    factor_keys,
+    full_key,
+    lora_config,
+    magnitude_key,
+    magnitude_shape,
+)
+from formats.dialects.writing import (
+    Piece,
+    Product,
+    Wanted,
+    Written,
+    cannot,
+    kept_metadata,
+    named,
+    relative,
+    taken,
+    without_dropped,
+)
+from formats.errors import AdapterFormatError
+from formats.layers import LayerKind, ancestors, owner
+from formats.paths import ADAPTER_WEIGHTS
+
+_PRODUCTS = ("lora", "dora", "lora_fused", "lora_tucker")
+
+
+@dataclass(frozen=True)
+class PeftWriter:
+    """The dialect of Hugging Face's peft: LoRA, DoRA, LoHa and LoKr, biases and other tensors in full."""
+
+    name: str = "peft"
+    weights: str = ADAPTER_WEIGHTS
+
+    def write(self, adapter: Adapter, metadata: Mapping[str, str], wanted: Wanted) -> Written:
+        """The adapter in this dialect."""
+        adapter, dropped = without_dropped(adapter, self.name, wanted, biases=lambda module: True, replaced_biases=True)
+        described = {"format": "pt", **kept_metadata(metadata)}
+        methods = {module.method for module in adapter.modules}
+        for method in ("loha", "lokr"):
+            if methods == {method}:
+                pieces = tuple(piece for module in adapter.modules for piece in _kronecker(module))
+                config = kronecker_config(method, adapter, wanted.base) | {"base_model_name_or_path": wanted.base_name}
+                return Written(pieces, described, config, dropped)
+        pieces, config = lora_form(adapter, self.name, wanted)
+        targets = {owner(module.target) for module in adapter.modules}
+        for one in adapter.replacements:
+            key = full_key(one.target, wrappers=1 if owner(one.target) in targets else 0)
+            pieces += (taken(key, one.source),)
+        config["bias"] = "all" if adapter.replacements else "none"
+        return Written(pieces, described, config, dropped)
+
+
+@dataclass(frozen=True)
+class DiffusersWriter:
+    """The dialect of Hugging Face's diffusers: peft's LoRA and DoRA behind the name of a pipeline's part."""
+
+    name: str = "diffusers"
+    weights: str = "pytorch_lora_weights.safetensors"
+
+    def write(self, adapter: Adapter, metadata: Mapping[str, str], wanted: Wanted) -> Written:
+        """The adapter in this dialect. Raises AdapterFormatError too where nobody says which part it is."""
+        adapter, dropped = without_dropped(adapter, self.name, wanted, biases=lambda module: True)
+        if not wanted.component:
+            raise AdapterFormatError(
+                "diffusers' files say which part of a pipeline they adapt, and this adapter does not",
+                where=adapter.ref.path,
+                expected=", ".join(DOTTED.values()),
+                then="say it: --component unet",
+            )
+        for module in adapter.modules:
+            product = wanted.product(module)
+            kind = product.module.kind if product else module.kind
+            if kind not in (LayerKind.LINEAR, LayerKind.CONV):
+                raise cannot(self.name, "layers that are neither linear nor a convolution", module)
+        # diffusers' own name: unet and transformer are two.
+        prefix = f"{wanted.component}." if f"{wanted.component}." in DOTTED else prefix_of(wanted.component, DOTTED)
+        pieces, config = lora_form(adapter, self.name, wanted)
+        pieces = tuple(named(piece, f"{prefix}{_within(piece.output.name)}") for piece in pieces)
+        told = {f"{prefix}{key}": value for key, value in config.items() if value is not None}
+        text = json.dumps(told, indent=2, sort_keys=True)
+        return Written(pieces, {"format": "pt", **kept_metadata(metadata), CONFIGS: text}, None, dropped)
+
+
+def _within(key: str) -> str:
+    return relative(key.removeprefix(PREFIX))
+
+
+def lora_form(adapter: Adapter, dialect: str, wanted: Wanted) -> tuple[tuple[Piece, ...], dict[str, Any]]:
+    """The tensors of LoRA or DoRA under peft's names, and their config.
+
+    Raises:
+        AdapterFormatError: another method; DoRA, or changes of biases, on some of the layers only.
+    """
+    products: dict[str, Product] = {}
+    biases: dict[str, AdapterModule] = {}
+    for module in adapter.modules:
+        if module.target.endswith(".bias"):
+            biases[owner(module.target)] = module
+            continue
+        product = wanted.product(module)
+        if product is None or not module.target.endswith(".weight"):
+            raise cannot(dialect, "this beside LoRA" if module.method not in _PRODUCTS else "this weight", module)
+        products[owner(module.target)] = product
+    for what, some in (
+        ("DoRA", {layer for layer, product in products.items() if product.magnitude is not None}),
+        ("the change of a bias", set(biases)),
+    ):
+        if some and some != set(products):
+            layer = min(some ^ set(products))
+            then = None if what == "DoRA" else "leave biases behind: --drop bias"
+            other = products[layer].module if layer in products else biases[layer]
+            raise cannot(dialect, f"{what} on some layers and not on others", other, then)
+    pieces = tuple(piece for layer, product in products.items() for piece in _product(layer, product, wanted))
+    for layer, module in biases.items():
+        (ref,) = module.factors.values()
+        pieces += (taken(bias_key(layer), ref, factor=module.scaling / products[layer].module.scaling),)
+    holders = {owner(name) for name in wanted.base}
+    ranks = {layer: product.rank for layer, product in products.items()}
+    described = Extracted(
+        ranks=ranks,
+        saved=(),
+        biases=False,
+        transposed=any(product.module.kind is LayerKind.TRANSPOSED for product in products.values()),
+        modules=frozenset(holders.union(*map(ancestors, holders))),
+        rank=commonest(ranks.values()),
+        base=wanted.base_name,
+        lora_bias=bool(biases),
+        dora=any(product.magnitude is not None for product in products.values()),
+        alphas={layer: product.alpha for layer, product in products.items()},
+    )
+    return pieces, lora_config(described)
+
+
+def _product(layer: str, product: Product, wanted: Wanted) -> Iterator[Piece]:
+    key_a, key_b = factor_keys(layer, product.module.kind)
+    yield named(product.a, key_a)
+    yield named(product.b, key_b)
+    if product.magnitude is not None:
+        weight = wanted.base[product.module.target]
+        shape = magnitude_shape(product.module.kind, weight.shape)
+        yield taken(magnitude_key(layer), product.magnitude, shape)
+
+
+def _kronecker(module: AdapterModule) -> Iterator[Piece]:
+    layer = owner(module.target)
+    for role, ref in sorted(module.factors.items()):
+        yield taken(f"{PREFIX}{layer}.{role}", ref)

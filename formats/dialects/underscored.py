@@ -1,0 +1,91 @@
+"""From kohya's layer names, in which dots became underscores, back to the base's modules.
+
+What the underscores were is not in the name, so the base's own names are put into the same form and looked up. One
+leading part more or less is accepted if that explains every key. Knows no factors.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+from formats.errors import AdapterFormatError, UnmatchedKeys
+from formats.layers import owner
+from formats.spec import TensorSpec
+
+
+def underscored(module: str) -> str:
+    """A module's name in kohya's form."""
+    return module.replace(".", "_")
+
+
+def restored(wanted: Iterable[str], base: Mapping[str, TensorSpec], where: object) -> dict[str, str]:
+    """The base's module for every layer's name.
+
+    Raises:
+        UnmatchedKeys: layers that the base does not have, with the nearest names.
+        AdapterFormatError: two modules of the base have the form of one layer's name.
+    """
+    wanted = sorted(set(wanted))
+    modules = sorted({owner(name) for name in base if owner(name)})
+    indexes = [_index(modules, head) for head in ["", *_heads(modules)]]
+    indexes += [_behind(indexes[0], leading) for leading in _leading(wanted)]
+    unmatched, index = min(
+        ((sum(name not in index for name in wanted), index) for index in indexes), key=lambda pair: pair[0]
+    )
+    if unmatched:
+        raise _unmatched([name for name in wanted if name not in index], len(wanted), index, where)
+    for name in wanted:
+        if len(index[name]) > 1:
+            raise AdapterFormatError(
+                "a layer's name stands for several modules of the base, which differ in dots and underscores only",
+                where=f"{where}: {name}",
+                expected="one module",
+                found=", ".join(index[name]),
+                then="use an adapter with dotted names: diffusers', ComfyUI's or peft's",
+            )
+    return {name: index[name][0] for name in wanted}
+
+
+def _heads(modules: Iterable[str]) -> list[str]:
+    """The first one or two parts of the base's names, each with its dot."""
+    found = set()
+    for module in modules:
+        parts = module.split(".")
+        found |= {".".join(parts[:depth]) + "." for depth in (1, 2) if len(parts) > depth}
+    return sorted(found)
+
+
+def _index(modules: Iterable[str], head: str) -> dict[str, list[str]]:
+    """The modules under a head, by the form of what is behind it."""
+    index: dict[str, list[str]] = {}
+    for module in modules:
+        if module.startswith(head):
+            index.setdefault(underscored(module[len(head) :]), []).append(module)
+    return index
+
+
+def _leading(wanted: list[str]) -> list[str]:
+    """The first one to three words that all layers' names begin with."""
+    words = wanted[0].split("_") if wanted else []
+    heads = ["_".join(words[:count]) + "_" for count in range(1, min(4, len(words)))]
+    return [head for head in heads if all(name.startswith(head) for name in wanted)]
+
+
+def _behind(index: Mapping[str, list[str]], leading: str) -> dict[str, list[str]]:
+    return {leading + name: modules for name, modules in index.items()}
+
+
+def _unmatched(names: list[str], total: int, index: Mapping[str, list[str]], where: object) -> UnmatchedKeys:
+    lines = []
+    for name in names[:5]:
+        near = [index[form][0] for form in difflib.get_close_matches(name, index, n=3, cutoff=0.3)]
+        lines.append(f"{name} (nearest: {', '.join(near) or 'nothing alike'})")
+    if len(names) > 5:
+        lines.append(f"and {len(names) - 5} more")
+    return UnmatchedKeys(
+        f"{len(names)} of {total} layers of the adapter match nothing in the base",
+        where=where,
+        found="\n            ".join(lines),
+        then="check that the adapter was made for this base",
+    )
