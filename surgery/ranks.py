@@ -118,8 +118,8 @@ class RatioRule:
 
     def __call__(self, values: np.ndarray, total: float, size: int) -> int | None:
         """Decides once a known value falls to the share or below."""
-        share = min(self.ratio, 1 / self.ratio)
-        return _above(values, share * float(values[0]), size)
+        largest = float(values[0])
+        return _above(values, largest / self.ratio if self.ratio > 1 else self.ratio * largest, size)
 
     def most(self, size: int) -> int:
         """All of it, for a flat spectrum."""
