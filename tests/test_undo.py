@@ -328,7 +328,7 @@ def test_a_correction_by_rows_leads_from_the_whole_prediction_to_the_base(
         merge_rows, "deltas_of", lambda sign, _: [exact_product(b, a, sign * scale) for b, a, scale in pairs]
     )
     monkeypatch.setattr(merge_rows, "negated", lambda sign: -sign)
-    op = merge_rows.MergeRows(TensorSpec("w", dtype, (600, 1024)), "w", dtype, 1, True)  # type: ignore[arg-type]
+    op = merge_rows.MergeRows(TensorSpec("w", dtype, (600, 1024)), dtype, 1, True)  # type: ignore[arg-type]
     outcome = op(weight)
     (merged,), (correction,) = outcome.tensors, outcome.asides
     assert merged is not None

@@ -1,4 +1,4 @@
-"""W0 + Σ ΔW rounded once: by blocks of rows that stay in cache, in float32 where that is certain, else in float64.
+"""W0 + Σ ΔW rounded once: by blocks of rows, in float32 where that is certain, else in float64.
 
 Where the weight is, and with the same bits everywhere. Knows no file and no method.
 """

@@ -1,7 +1,7 @@
 """What rounding leaves of a change: ‖stored(W) − W0‖ / ‖ΔW‖, and the cosine of the angle between the two.
 
 A delta below half a unit in the last place of the stored dtype is rounded away, and a merge that changes nothing looks
-like any other. Measured while a block is still in the cache: products in float32 over at most 4096 elements, each line
+like any other. Measured block by block while merging: products in float32 over at most 4096 elements, each line
 by one call that has one order, and their sums in float64 block by block; threads do not show. Knows no tensor's name.
 """
 

@@ -195,7 +195,7 @@ class _Work:
         asides = (correction_spec(replace(spec, name=source.name)),) if undo else ()
         needed = workspace(modules, spec) + (correction_workspace(spec.dtype.itemsize) if undo else 0)
         if modules and not replaced and all(additive(module) for module, _ in modules):
-            rows = MergeRows(spec, spec.name, result.dtype, modules, undo)
+            rows = MergeRows(spec, result.dtype, modules, undo)
             return Step(spec.name, tuple(inputs), (result,), rows, needed + piece_workspace(spec), asides=asides)
         op = Merge(spec.name, result.dtype, modules, tuple(full.rows for full in replaced), keep, undo)
         if not all(additive(module) for module, _ in modules):

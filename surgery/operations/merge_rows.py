@@ -1,4 +1,4 @@
-"""Merging row by row: a weight is read, added to, hashed, written and corrected in pieces that stay in cache.
+"""Merging row by row: a weight is read, added to, hashed, written and corrected in pieces of a megabyte.
 
 For weights to which deltas are added and nothing else happens, which are nearly all. The bytes are those of
 `merge_ops.Merge`.
@@ -41,7 +41,6 @@ class MergeRows:
     """
 
     base: TensorSpec
-    name: str
     dtype: DType
     modules: tuple[tuple[AdapterModule, float], ...]
     undo: bool = False
@@ -68,8 +67,8 @@ class MergeRows:
             columns = rows.shape[1]
             merged, undecided = _rounded(forward, rows, begin[1], self.dtype, watch)
             if not watch.is_finite and not is_finite(merged):
-                check_finite(rows, self.name)
-                raise out_of_range(self.name, merged.dtype)
+                check_finite(rows, self.base.name)
+                raise out_of_range(self.base.name, merged.dtype)
             here = bytes_from_tensor(rows)
             before.update(here.data)
             after.update(bytes_from_tensor(merged).data)
@@ -85,13 +84,13 @@ class MergeRows:
                 guesses = back.some(merged, begin[1], forward.change(merged), doubtful)
                 corrections.add_where(here, doubtful, bytes_from_tensor(guesses).view("<u2"), told)
         figures: dict[str, Any] = {
-            "base": {self.name: before.hexdigest()},
-            "hashes": {self.name: after.hexdigest()},
-            "surviving": {self.name: watch.surviving},
+            "base": {self.base.name: before.hexdigest()},
+            "hashes": {self.base.name: after.hexdigest()},
+            "surviving": {self.base.name: watch.surviving},
             "changed": watch.asks if self._fraction is None else before.digest() != after.digest(),
         }
         asides = () if corrections is None else (as_aside(corrections.finished()),)
-        return Outcome((), {self.name: Fate.MERGED}, figures, asides)
+        return Outcome((), {self.base.name: Fate.MERGED}, figures, asides)
 
     @property
     def _fraction(self) -> int | None:
