@@ -13,26 +13,12 @@ if TYPE_CHECKING:
     from surgery.onnx.record import BenchReport
 
 
-class _Shape(click.ParamType[tuple[int, int]]):
-    """Batch and sequence: `1x128`."""
-
-    name = "BxS"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        batch, _, sequence = str(value).partition("x")
-        if not (batch.isdigit() and sequence.isdigit()):
-            self.fail(f"{value!r} is not a shape such as 1x128", param, ctx)
-        return int(batch), int(sequence)
-
-
 @click.command("bench", epilog="Example: surgery bench base-onnx/model.onnx merged-onnx/model.onnx --expect equivalent")
 @click.argument("graphs", type=options.PATH, nargs=-1, metavar="REFERENCE GRAPH...")
 @click.option(
     "--shape",
     "shapes",
-    type=_Shape(),
+    type=options.Shape(),
     multiple=True,
     default=("1x128",),
     help="Batch and sequence [1x128]; repeatable.",

@@ -91,14 +91,22 @@ def bench(
 
         from surgery.onnx import feeds as inputs
         from surgery.onnx.machine import condition, machine
-        from surgery.onnx.session import choose_setting
+        from surgery.onnx.session import CUDA, Setting, provider_name
 
+        setting = Setting(provider_name(provider), threads, cuda_graph)
+        if cuda_graph and setting.provider != CUDA:
+            raise Unsupported(
+                "CUDA graphs are of the CUDA provider alone",
+                expected="--provider cuda",
+                found=provider,
+                then="ask for that provider, or leave --cuda-graph out",
+            )
         first = inputs.graph_inputs(models[paths[0]])
         for path in paths[1:]:
             inputs.require_same_inputs(paths[0], path, first, inputs.graph_inputs(models[path]))
         laboratory = _Laboratory(
             reference=paths[0],
-            setting=choose_setting(provider, threads, cuda_graph),
+            setting=setting,
             feeds={shape: inputs.make_feeds(models[paths[0]], paths[0], shape, seed) for shape in shapes},
             tokens={shape: inputs.tokens_per_run(models[paths[0]], shape) for shape in shapes},
             margin=margin,
@@ -126,7 +134,7 @@ def bench(
             ledger={},
             reference=str(reference),
             graphs=tuple(map(str, candidates)),
-            provider=laboratory.setting.provider,
+            provider=setting.provider,
             provider_options=some.options,
             margin=margin,
             seed=seed,
