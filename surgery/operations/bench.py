@@ -173,6 +173,8 @@ class _Laboratory:
         """Runs every graph at every shape, so that what cannot run, or not in the time given, is known beforehand."""
         from surgery.onnx.latency import least_seconds, rehearse
 
+        if self.setting.device == "cuda":  # the first session's time and memory are CUDA's libraries' for the most part
+            rehearse(self.reference, next(iter(self.feeds.values())), self.setting)
         done = {
             (path, shape): rehearse(path, feeds, self.setting)
             for shape, feeds in self.feeds.items()
