@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,13 +59,30 @@ def command(graphs: tuple[str, ...], expect: str | None, replay: str | None, as_
     if replay is None and len(graphs) < 2:
         raise click.UsageError("bench takes a reference and at least one graph to compare with it")
     with options.reporting("bench", as_json):
-        report = bench(*graphs, **how) if replay is None else read_record(replay)
+        if replay is not None:
+            report = read_record(replay)
+        else:
+            with _progress() as progress:
+                report = bench(*graphs, **how, progress=progress)
         if as_json:
             options.print_json(report)
         else:
             _show(report)
     if expect is not None:
         _check(report, expect)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, float], None] | None]:
+    """A line on stderr, if that is a terminal; written between sessions, since a bar that moves would be timed too."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    clear = "\r\033[K"
+    try:
+        yield lambda name, share: click.echo(f"{clear}{name}: {share:.0%} of its time", nl=False, err=True)
+    finally:
+        click.echo(clear, nl=False, err=True)
 
 
 def _show(report: BenchReport) -> None:

@@ -48,6 +48,7 @@ def bench(
     positive_control: str | Path | None = None,
     record: str | Path | None = None,
     force: bool = False,
+    progress: Callable[[str, float], None] | None = None,
 ) -> BenchReport:
     """Compares the latency of graphs with that of a reference which takes the same inputs.
 
@@ -65,6 +66,7 @@ def bench(
         positive_control: a graph that is known to be slower; where it is not found so, nothing else is concluded.
         record: a JSON file to write the report to.
         force: replace what stands at `record`.
+        progress: called after each set of sessions with what is compared and the share of its time that is gone.
 
     Raises:
         PathNotFound, CorruptFile: no graph there.
@@ -113,6 +115,7 @@ def bench(
             seconds=seconds,
             seed=seed,
             start=time.perf_counter(),
+            progress=progress,
         )
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         hashes = {name: digest for path in paths for name, digest in _hashes(path, models[path]).items()}
@@ -158,6 +161,7 @@ class _Laboratory:
 
     feeds, tokens: by shape; tokens of one run are None where the graphs take none.
     start: the clock's reading that blocks' times are told from.
+    progress: told of each set of sessions, if anybody is to be.
     """
 
     reference: Path
@@ -168,6 +172,7 @@ class _Laboratory:
     seconds: float
     seed: int
     start: float
+    progress: Callable[[str, float], None] | None
 
     def rehearse(self, paths: Sequence[Path]) -> dict[tuple[Path, tuple[int, int]], Rehearsal]:
         """Runs every graph at every shape, so that what cannot run, or not in the time given, is known beforehand."""
@@ -220,6 +225,8 @@ class _Laboratory:
                 start=self.start,
             ):
                 kept.append(taken)
+                if self.progress is not None:
+                    self.progress(f"{path} at {shape[0]}×{shape[1]}", taken.share)
                 yield taken.epoch.log_ratios, taken.epoch.control, taken.share
 
         ruling = follow(epochs(), self.margin, seed=self.seed)
