@@ -79,11 +79,11 @@ def bench(
     watch = Stopwatch()
     if not (graphs and shapes and all(min(shape) > 0 for shape in shapes)):
         raise Unsupported("bench needs a graph besides the reference, and positive shapes", found=f"shapes {shapes}")
-    if not (0 < margin < 1 and 0 < seconds < math.inf and (threads is None or threads > 0)):
+    if not (0 < margin < 1 and 0 < seconds < math.inf and (threads is None or threads > 0) and seed >= 0):
         raise Unsupported(
             "bench cannot measure this",
-            expected="a margin between 0 and 1, and positive seconds and threads",
-            found=f"margin {margin}, {seconds} seconds, threads {threads}",
+            expected="a margin between 0 and 1, positive seconds and threads, and a seed that is not negative",
+            found=f"margin {margin}, {seconds} seconds, threads {threads}, seed {seed}",
         )
     candidates = tuple(dict.fromkeys(map(Path, graphs)))
     controls = () if positive_control is None else (Path(positive_control),)
@@ -135,7 +135,7 @@ def bench(
             seconds=watch.seconds,
             peak_rss_bytes=peak_rss(),
             ledger={},
-            reference=str(reference),
+            reference=str(paths[0]),
             graphs=tuple(map(str, candidates)),
             provider=setting.provider,
             provider_options=some.options,

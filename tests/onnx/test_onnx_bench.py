@@ -216,7 +216,7 @@ def test_files_that_are_not_there_or_no_graphs(tmp_path: Path, bert: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    "options", [{"margin": 0.0}, {"margin": 1.5}, {"seconds": 0}, {"seconds": math.inf}, {"threads": 0}]
+    "options", [{"margin": 0.0}, {"margin": 1.5}, {"seconds": 0}, {"seconds": math.inf}, {"threads": 0}, {"seed": -1}]
 )
 def test_what_makes_no_sense(tmp_path: Path, options: dict[str, Any]) -> None:
     """Refused before anything is loaded."""
