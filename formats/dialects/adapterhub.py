@@ -83,7 +83,7 @@ def _checked(own: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     mode = own.get("composition_mode", "add")
     if own.get("architecture") != "lora" or mode not in _ROLES or not own.get("r"):
         raise AdapterFormatError(
-            "of AdapterHub's methods only LoRA and (IA)³ are read",
+            "of AdapterHub's methods only LoRA and (IA)³ are merged into weights",
             where=where,
             expected=f"architecture = lora, composition_mode = {' or '.join(_ROLES)}",
             found=f"architecture = {own.get('architecture')}, composition_mode = {mode}",
