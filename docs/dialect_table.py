@@ -12,6 +12,9 @@ from formats.layers import LayerKind
 from formats.spec import CheckpointRef, DType, TensorRef, TensorSpec
 
 _REF = CheckpointRef("adapter")
+# By names that each dialect has a place for: AdapterHub's adapts layers of known models only.
+_LAYER, _BIAS = (f"encoder.layer.0.output.dense.{tensor}" for tensor in ("weight", "bias"))
+_OTHER = "encoder.layer.0.attention.self.query.weight"
 
 
 def _factors(**shapes: tuple[int, ...]) -> dict[str, TensorRef]:
@@ -29,7 +32,7 @@ _FUSED = _factors(lora_A=(4, 12), lora_B=(8, 2))
 
 
 def _module(method: str, kind: LayerKind, factors: dict[str, TensorRef], **more: object) -> AdapterModule:
-    settings = {"name": "layer.weight", "rank": 2, "alpha": 3.0, **more}
+    settings = {"name": _LAYER, "rank": 2, "alpha": 3.0, **more}
     return AdapterModule(str(settings.pop("name")), method, kind, factors, **settings)  # type: ignore[arg-type]
 
 
@@ -38,13 +41,13 @@ def _adapters() -> Iterator[tuple[str, tuple[int, ...], list[AdapterModule], lis
     linear, conv = LayerKind.LINEAR, LayerKind.CONV
     one = _module("lora", linear, _LINEAR)
     magnitude = _factors(lora_magnitude_vector=(8,))
-    bias = _module("lora_bias", linear, _factors(lora_B__bias=(8,)), name="layer.bias")
+    bias = _module("lora_bias", linear, _factors(lora_B__bias=(8,)), name=_BIAS)
     yield "LoRA, a linear layer", (8, 12), [one], []
     yield "a convolution", _KERNEL, [_module("lora", conv, _CONV)], []
     yield "an embedding", (12, 8), [_module("lora", LayerKind.EMBEDDING, _LINEAR)], []
     yield "a layer that stores (in, out)", (12, 8), [_module("lora", LayerKind.TRANSPOSED, _LINEAR)], []
     yield "rsLoRA", (8, 12), [_module("lora", linear, _LINEAR, rslora=True)], []
-    other = _module("lora", linear, _SQUARE, alpha=5.0, name="other.weight")
+    other = _module("lora", linear, _SQUARE, alpha=5.0, name=_OTHER)
     yield "another alpha for each layer", (8, 12), [one, other], []
     yield (
         "a fused layer of loralib's",
@@ -54,7 +57,7 @@ def _adapters() -> Iterator[tuple[str, tuple[int, ...], list[AdapterModule], lis
     )
     yield "DoRA", (8, 12), [_module("dora", linear, {**_LINEAR, **magnitude})], []
     yield "the change of a bias", (8, 12), [one, bias], []
-    yield "a bias in full", (8, 12), [one], [Replacement("layer.bias", magnitude["lora_magnitude_vector"], False)]
+    yield "a bias in full", (8, 12), [one], [Replacement(_BIAS, magnitude["lora_magnitude_vector"], False)]
     yield (
         "LoCon with a core",
         _KERNEL,
@@ -63,15 +66,17 @@ def _adapters() -> Iterator[tuple[str, tuple[int, ...], list[AdapterModule], lis
     )
     yield "LoHa", (8, 12), [_module("loha", linear, _LOHA)], []
     yield "LoKr", (8, 12), [_module("lokr", linear, _LOKR, rank=1)], []
+    scaled = {"settings": {"feedforward": False}, "rank": 1, "alpha": 1.0}
+    yield "(IA)³ of outputs", (8, 12), [_module("ia3", linear, _factors(ia3_l=(8, 1)), **scaled)], []
     yield "a whole difference", (8, 12), [_module("full", linear, _factors(diff=(8, 12)))], []
 
 
 def _cell(writer: DialectWriter, shape: tuple[int, ...], modules: list[AdapterModule], full: list[Replacement]) -> str:
-    specs = {"layer.weight": shape, "layer.bias": (8,), "other.weight": (8, 8)}
+    specs = {_LAYER: shape, _BIAS: (8,), _OTHER: (8, 8)}
     base = {name: TensorSpec(name, DType.F32, size) for name, size in specs.items()}
     adapter = Adapter(_REF, "any", {}, tuple(modules), tuple(full))
     try:
-        written = writer.write(adapter, {}, Wanted(base, component="unet"))
+        written = writer.write(adapter, {}, Wanted(base, "base", component="unet"))
     except AdapterFormatError as error:
         flag = error.details.get("next", "").rpartition("--drop ")[2]
         return f"`--drop {flag}`" if "--drop" in error.details.get("next", "") else "refused"
@@ -101,6 +106,13 @@ multiplied or put into blocks, in float64 and rounded once. *refused*: the diale
 `--drop`: refused, unless that is to be left behind.
 """
 _READ = """
+AdapterHub's library adapts query, key and value and the two layers of the MLP, of BERT-, RoBERTa-, DistilBERT-, ViT-,
+GPT-2-, GPT-J- and Llama-like models, and one config rules all layers: a smaller rank is filled up with zeros, another
+alpha multiplied into B, a fused layer's A written once for each slice, and what the config reaches beyond the adapter
+gets factors that change nothing. Any other layer is refused, unless `--drop layer` leaves it behind. It loads our
+folders with `use_safetensors=True`. (IA)³ is merged with the bias, as the adapted model has it; the library's own merge
+forgets the bias.
+
 Scalings go where a dialect keeps them: a tensor `alpha` for each layer (kohya, LyCORIS, ComfyUI, always float32), ranks
 and alphas by pattern (peft, diffusers). loralib's files hold none; the report tells the `lora_alpha` to load them with,
 and layers of another alpha get the difference multiplied into B. Of a source's metadata `ss_*` and `modelspec.*` go
@@ -118,7 +130,7 @@ By merge, unmerge, verify, inspect and convert.
 | diffusers | `unet.LAYER.lora_A.weight`; `transformer.`, `text_encoder.`, `text_encoder_2.`, `text_encoder_3.`; `.lora.down`, `.lora_linear_layer.down`, `.processor.to_q_lora.down` | `lora_adapter_metadata`, or a tensor; without either the rank | the model's |
 | comfyui | `diffusion_model.LAYER.lora_up.weight`, or any factor above; `text_encoders.clip_l.transformer.`, `clip_g`, `t5xxl` | a tensor; without one the rank | the model's |
 | loralib | `LAYER.lora_A` | told: `--alpha` | the model's |
-| adapterhub | `LAYER.loras.NAME.lora_A`, LoRA only | the config's; the rank in files of adapters before 1.1, which scaled so | the model's |
+| adapterhub | `LAYER.loras.NAME.lora_A`, `.lora_B`; of (IA)³ `.lora_B` alone | the config's; the rank in files of adapters before 1.1, which scaled so | the model's |
 
 A file of several parts of a pipeline is read for one of them, the base's: `--component unet`. convert takes all at once,
 with a base for each: `--base unet=unet/ --base text_encoder=text_encoder/`. `unet` and `transformer`
