@@ -242,7 +242,7 @@ class _Job:
     def part(self, base: str | Path | None, told: Told) -> tuple[Written, Adapter]:
         """The adapter of one base, as it will be written and as it was read."""
         _check_told(told, self.source, self.writer.name, self.path)
-        specs = _base_specs(self.checkpoint, self.config, self.source, base, told)
+        specs = base_specs(self.checkpoint, self.config, self.source, base, told)
         read = open_adapter_of(base if base is not None else self.path, self.path, specs, told)
         # Without a base there are no biases, and a bias is what tells a layer called `time_emb` from an embedding.
         kinds = layer_kinds(specs) if self.source in IN_PARTS and base is not None else {}
@@ -293,10 +293,11 @@ def _check_told(told: Told, source: str, to: str, where: object) -> None:
         )
 
 
-def _base_specs(
+def base_specs(
     checkpoint: Checkpoint, config: Mapping[str, Any] | None, source: str, base: str | Path | None, told: Told
 ) -> Mapping[str, TensorSpec]:
-    """The base's tensors, or those that the adapter's own factors imply."""
+    """The base's tensors, or those that the adapter's own factors imply. Raises AdapterFormatError where they do not
+    tell."""
     if base is not None:
         with open_checkpoint(base) as opened:
             return dict(opened.specs)
