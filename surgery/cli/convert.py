@@ -14,6 +14,7 @@ from surgery.cli import options
 if TYPE_CHECKING:
     from surgery.engine import Resources
 
+CONTAINERS = ("safetensors", "torch")
 LORA = "lora"  # of --to: no dialect but a method
 
 
@@ -45,6 +46,8 @@ LORA = "lora"  # of --to: no dialect but a method
     type=click.Choice(DROPS),
     help="Leave these behind where the dialect cannot express them: changed biases, tensors carried in full.",
 )
+@click.option("--container", type=click.Choice(CONTAINERS), help="Of an output folder, without --to [safetensors].")
+@options.max_shard_option("INPUT's shards")
 @options.output_options
 @options.told_options
 @options.dry_run_option
@@ -57,30 +60,38 @@ def command(
 
     With --to, INPUT is an adapter. With --to lora its ΔW, whatever the method, is truncated to the rank that is asked
     for, and the report tells what that leaves out. Without --to, INPUT is a file or folder of torch's (.bin, .pt, .pth,
-    .ckpt) or safetensors, and the output's name says which of the two it becomes. A folder gets safetensors, in INPUT's
-    shards, and INPUT's other files. Nothing in a torch file is executed.
+    .ckpt) or safetensors, and the output's name says which of the two it becomes. A folder gets safetensors, or what
+    --container says, in INPUT's shards, and INPUT's other files. Nothing in a torch file is executed.
     """
     how = options.chosen_ranks(how, needed=to == LORA)
     ranked = how["rank"] is not None or how["overrides"] or how["dtype"]
-    if to is None and (how["bases"] or how["drop"] or how["dry_run"] or any(how[name] for name in options.TOLD)):
+    contained = {name: how.pop(name) for name in ("container", "max_shard_size")}
+    if to is None and (how["bases"] or how["drop"] or any(how[name] for name in options.TOLD)):
         raise click.UsageError("without --to, another container is written, which takes no option of adapters")
+    if to is not None and any(contained.values()):
+        raise click.UsageError("--container and --max-shard-size are of models: they go without --to")
     if to != LORA and ranked:
         raise click.UsageError(
             f"a rank and a dtype of the factors go with --to {LORA}; surgery resize changes a LoRA's"
         )
     with options.reporting("convert", as_json), options.resources(jobs, memory, device) as resources:
         if to is None:
-            _container(source, out, force, as_json, resources)
+            _container(source, out, force, as_json, resources, how["dry_run"], contained)
             return
         how["base"] = _bases(how.pop("bases"), parts=to != LORA)
         how = options.told(how)
         (_lora if to == LORA else _adapter)(source, to, out, force, as_json, resources, how)
 
 
-def _container(source: str, out: str, force: bool, as_json: bool, resources: Resources) -> None:
-    from surgery.operations.containers import convert_container
+def _container(
+    source: str, out: str, force: bool, as_json: bool, resources: Resources, dry_run: bool, how: dict[str, Any]
+) -> None:
+    from surgery.operations.containers import convert_container, planned
 
-    report = convert_container(source, out, force=force, resources=resources)
+    if dry_run:
+        options.show_plan(planned(source, out, **how))
+        return
+    report = convert_container(source, out, **how, force=force, resources=resources)
     if as_json:
         options.print_json(report)
         return
