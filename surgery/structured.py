@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+_SMALL = 512  # of the smaller side: up to it a product is decomposed by its factors, whatever their inner dimension
+_THIN = 4  # times the inner dimension that the smaller side has at least, beyond it, for that to be cheap
 _FLOAT32 = 1e-14  # of ‖ΔW‖²: what rounding ΔW to float32 may come to
 
 
@@ -55,7 +57,7 @@ Form = Thin | KroneckerPair | Delta
 
 
 def form_of(delta: rounding.Delta, rows: int, device: torch.device, *, turned: bool) -> Form:
-    """ΔW (out, in) as what it is made of; formed in float32 where it has no structure or that would save nothing.
+    """ΔW (out, in) as what it is made of; formed in float32 where it has no structure, or too much inner dimension.
 
     Args:
         delta: of the weight as the base stores it.
@@ -65,7 +67,7 @@ def form_of(delta: rounding.Delta, rows: int, device: torch.device, *, turned: b
     """
     import torch
 
-    most = min(rows, delta.columns)
+    most = most_inner(min(rows, delta.columns))
     if isinstance(delta, ExactProduct) and delta.right.shape[0] <= most:
         return _thin(delta.left * delta.scale, delta.right, device, turned)
     if isinstance(delta, Hadamard) and delta.first.right.shape[0] * delta.second.right.shape[0] <= most:
@@ -82,6 +84,11 @@ def form_of(delta: rounding.Delta, rows: int, device: torch.device, *, turned: b
     formed = formed.to(device)
     found = Delta.of(formed.mT if turned else formed)
     return found if found.total else nothing(found.shape)
+
+
+def most_inner(small: int) -> int:
+    """The inner dimension up to which a product is decomposed by its factors, by the smaller side of ΔW."""
+    return small if small <= _SMALL else small // _THIN
 
 
 def nothing(sides: tuple[int, int]) -> Thin:

@@ -127,6 +127,23 @@ def test_other_dialects_get_the_names_of_the_base(tmp_path: Path, kind: str, dia
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-5)
 
 
+def test_a_base_of_float8_is_enough_for_what_only_adds(tmp_path: Path) -> None:
+    """Its headers tell names and shapes; what depends on the weights themselves is refused."""
+    made(tmp_path, peft.LoHaConfig(r=2, target_modules=["up"]))
+    plain = surgery.to_lora(tmp_path / "adapter", tmp_path / "a.st", rank=4, base=tmp_path / "base.st")
+    tensors = load_file(tmp_path / "base.st")
+    tensors["up.weight"] = tensors["up.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "float8.st")
+    surgery.to_lora(tmp_path / "adapter", tmp_path / "b.st", rank=4, base=tmp_path / "float8.st")
+    assert (tmp_path / "a.st").stat().st_size == plain.nbytes
+    first, second = load_file(tmp_path / "a.st"), load_file(tmp_path / "b.st")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
+    made(tmp_path, peft.LoraConfig(target_modules=["up"], use_dora=True))
+    with pytest.raises(surgery.SurgeryError, match="nothing can be added to"):
+        surgery.to_lora(tmp_path / "adapter", tmp_path / "c.st", rank=4, base=tmp_path / "float8.st")
+
+
 def test_a_budget_is_kept(tmp_path: Path) -> None:
     """In a file and in a folder; a weight never gets more rank than its ΔW has."""
     made(tmp_path, peft.LoHaConfig(r=2, target_modules=["up", "down"]))

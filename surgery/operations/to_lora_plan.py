@@ -42,6 +42,7 @@ from surgery.operations.to_lora_ops import Change, Lower, Settle, WeighChange
 from surgery.plan import Fate, Plan, Step
 from surgery.provenance import TOOL
 from surgery.structure import Structure, learn_structure
+from surgery.structured import most_inner
 
 _EXPERTS = "surgery resize gives LoRA another rank, whatever it adapts"
 
@@ -329,7 +330,8 @@ def _outputs(lowering: Lowering, name: str, rank: int, dtype: DType) -> tuple[Te
 
 
 def _workspace(change: Change, rank: int) -> int:
-    """What the method takes, and its ΔW formed and decomposed."""
+    """What the method takes, and its ΔW formed and decomposed, or its factors and their QR."""
     out, into = change.matrix.sides
-    formed = (8 if change.reads else 4) * change.matrix.spec.size
-    return method_workspace(((change.module, 1.0),), change.matrix.spec) + workspace(out, into, rank) + formed
+    formed = (8 if change.reads else 4) * change.matrix.spec.size + workspace(out, into, rank)
+    thin = 0 if change.reads else 3 * 8 * (out + into) * most_inner(min(out, into))
+    return method_workspace(((change.module, 1.0),), change.matrix.spec) + max(formed, thin)

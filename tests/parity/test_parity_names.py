@@ -90,6 +90,27 @@ def test_what_is_written_for_peft_has_the_models_names(tmp_path: Path, build: ob
     assert sum("lora_A" in key for key in load_file(out / "adapter_model.safetensors")) >= 3
 
 
+def test_a_lora_of_another_method_keeps_the_adapters_names(tmp_path: Path) -> None:
+    """LoHa on what transformers renames: peft loads the LoRA as it loaded the LoHa."""
+    torch.manual_seed(0)
+    vit().save_pretrained(tmp_path / "base")
+    kind = transformers.ViTForImageClassification
+    config = peft.LoHaConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    adapted = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter")
+    report = surgery.to_lora(tmp_path / "adapter", tmp_path / "lora", rank=4, base=tmp_path / "base")
+    assert report.exact == len(report.modules) == 2
+    again = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "lora").eval()
+    pixels = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        found, expected = again(pixel_values=pixels).logits, adapted.eval()(pixel_values=pixels).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_file_alone_does_not_tell_the_models_names(tmp_path: Path) -> None:
     """Without the config.json beside it nothing can be built, and the mismatch is reported as it is."""
     model = vit()
