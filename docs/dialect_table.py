@@ -65,7 +65,7 @@ def _adapters() -> Iterator[tuple[str, tuple[int, ...], list[AdapterModule], lis
     yield "LoKr", (8, 12), [_module("lokr", linear, _LOKR, rank=1)], []
     yield "DoRA around LoHa, LoKr or a core", (8, 12), [_module("dora_loha", linear, {**_LOHA, **magnitude})], []
     ia3 = _module("lycoris_ia3", linear, _factors(scale=(8,), on_input=()), settings={"on_input": False})
-    yield "LyCORIS's OFT, GLoRA, (IA)³", (8, 12), [ia3], []
+    yield "LyCORIS's OFT, BOFT, GLoRA, (IA)³", (8, 12), [ia3], []
     yield "a whole difference", (8, 12), [_module("full", linear, _factors(diff=(8, 12)))], []
 
 
@@ -130,6 +130,6 @@ factors tell, in dotted names (peft, diffusers, ComfyUI).
 
 What a dialect has no place for can still become a LoRA: `--to lora` truncates the ΔW of any method.
 
-Refused with the reason: LyCORIS's BOFT, DoRA's magnitudes of inputs, LoKr with a whole second factor on a
-one-dimensional convolution (LyCORIS and peft put its parts in different places).
+Refused with the reason: DoRA's magnitudes of inputs, LoKr with a whole second factor on a one-dimensional convolution
+(LyCORIS and peft put its parts in different places).
 """

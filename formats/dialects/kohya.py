@@ -40,7 +40,7 @@ class Kohya:
 
 
 class Lycoris:
-    """The dialect of LyCORIS, in kohya's names: LoCon, LoHa, LoKr, OFT, GLoRA, (IA)³, whole differences, norms."""
+    """The dialect of LyCORIS, in kohya's names: LoCon, LoHa, LoKr, (B)OFT, GLoRA, (IA)³, whole differences, norms."""
 
     name = "lycoris"
 

@@ -1,7 +1,7 @@
-"""LyCORIS's own forms of OFT, GLoRA and (IA)³ among the factors of a layer.
+"""LyCORIS's own forms of OFT, BOFT, GLoRA and (IA)³ among the factors of a layer.
 
-A layer of OFT has `oft_blocks`, perhaps `rescale`, and as `alpha` a constraint; GLoRA has `a1`, `a2`, `b1`, `b2`; (IA)³
-has `weight` and `on_input`. Knows no mathematics.
+A layer of OFT or BOFT has `oft_blocks`, perhaps `rescale`, and as `alpha` a constraint; GLoRA has `a1`, `a2`, `b1`,
+`b2`; (IA)³ has `weight` and `on_input`. Knows no mathematics.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ KEYS = {role: suffix for suffix, role in SUFFIXES.items()} | {SCALE: "weight"}
 _METHODS = {"oft_blocks": "lycoris_oft", "a1": "lycoris_glora", "on_input": "lycoris_ia3"}
 _NEEDED = {
     "lycoris_oft": ("oft_blocks",),
+    "lycoris_boft": ("oft_blocks",),  # of four dimensions
     "lycoris_glora": ("a1", "a2", "b1", "b2"),
     "lycoris_ia3": (SCALE, "on_input"),
 }
@@ -50,18 +51,13 @@ def own_module(
         ShapeMismatch: a weight that is no matrix.
     """
     method = _METHODS[role]
+    if method == "lycoris_oft" and len(factors[role].spec.shape) == 4:
+        method = "lycoris_boft"
     needed = _NEEDED[method]
     missing = [name for name in needed if name not in factors]
     if missing:
         raise AdapterFormatError(
             "a layer lacks some of its factors", where=where, expected=", ".join(needed), found=", ".join(factors)
-        )
-    if method == "lycoris_oft" and len(factors[role].spec.shape) == 4:
-        raise AdapterFormatError(
-            "LyCORIS's BOFT, blocks of several levels, is not read",
-            where=where,
-            expected="oft_blocks of three dimensions",
-            found=shape_text(factors[role].spec.shape),
         )
     if len(weight.shape) < 2:
         raise ShapeMismatch("not a layer's weight", where=f"{where} → {weight.name}", found=shape_text(weight.shape))
@@ -72,7 +68,7 @@ def own_module(
         if not rank or not alpha or alpha != alpha:
             raise AdapterFormatError("no rank or alpha to scale by", where=where, found=f"rank {rank}, alpha {alpha}")
         return AdapterModule(weight.name, method, kind, {name: factors[name] for name in needed}, rank, alpha)
-    setting, number = ("constraint", "alpha") if method == "lycoris_oft" else ("on_input", "on_input")
+    setting, number = ("constraint", "alpha") if role == "oft_blocks" else ("on_input", "on_input")
     value = numbers.get(number, 0.0)
     if value != value:
         raise AdapterFormatError(f"{number} is not a number", where=where, found=factors[number].spec.dtype)

@@ -34,12 +34,13 @@ from formats.layers import LayerKind, owner
 
 _PLAIN = (LayerKind.LINEAR, LayerKind.CONV)
 _MODULES = {"kohya": "networks.lora", "lycoris": "lycoris.kohya"}
-_UNRANKED = ("full", "lora_bias", "lycoris_oft", "lycoris_ia3")
+_UNRANKED = ("full", "lora_bias", "lycoris_oft", "lycoris_boft", "lycoris_ia3")
 # LyCORIS's names of algorithms, and the methods that they mean here.
 _ALGORITHMS = {
     "loha": {"loha", "dora_loha"},
     "lokr": {"lokr", "dora_lokr"},
     "diag-oft": {"lycoris_oft"},
+    "boft": {"lycoris_boft"},
     "glora": {"lycoris_glora"},
     "ia3": {"lycoris_ia3"},
     "full": {"full"},
@@ -154,7 +155,7 @@ class AlphaWriter:
         yield constant(f"{layer}.alpha", 1.0 if whole else module.scaling * module.rank)
 
     def _own(self, layer: str, module: AdapterModule) -> Iterator[Piece]:
-        """LyCORIS's OFT, GLoRA or (IA)³; OFT's alpha is a constraint and stays what it is."""
+        """LyCORIS's OFT, BOFT, GLoRA or (IA)³; OFT's alpha is a constraint and stays what it is."""
         for role, ref in sorted(module.factors.items()):
             yield taken(f"{layer}.{KEYS.get(role, role)}", ref)
         if module.method == "lycoris_glora":

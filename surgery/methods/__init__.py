@@ -27,7 +27,7 @@ from surgery.methods.loha import LoHa
 from surgery.methods.lokr import LoKr
 from surgery.methods.lora import Lora, LoraBias
 from surgery.methods.loralib import FusedLora, KernelLora
-from surgery.methods.lycoris import DifferenceIa3, OutputOft, ProductGlora
+from surgery.methods.lycoris import DifferenceIa3, OutputBoft, OutputOft, ProductGlora
 from surgery.methods.miss import Miss, MissBat
 from surgery.methods.oft import Oft
 from surgery.methods.peanut import Peanut
@@ -79,6 +79,7 @@ TRANSFORMING: tuple[TransformingMethod, ...] = (
     Ia3(),
     MissBat(),
     Oft(),
+    OutputBoft(),
     OutputOft(),
     Peanut(),
     ProductGlora(),

@@ -1,13 +1,13 @@
-"""LyCORIS's own forms of OFT, GLoRA and (IA)³ (Yeh et al., arXiv 2309.14859), as the forward of its modules has them.
+"""LyCORIS's own forms of OFT, BOFT, GLoRA and (IA)³ (Yeh et al., arXiv 2309.14859), as its modules' forward has them.
 
-They differ from peft's: OFT turns outputs instead of inputs, GLoRA multiplies W0 by a matrix instead of element by
-element, and (IA)³ learns the difference to 1. None changes a bias.
+They differ from peft's: OFT and BOFT turn outputs instead of inputs, GLoRA multiplies W0 by a matrix instead of
+element by element, and (IA)³ learns the difference to 1. None changes a bias.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from formats.adapter import AdapterModule
@@ -36,16 +36,7 @@ class OutputOft:
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises ShapeMismatch for blocks that do not fill the weight's outputs, NotMergeable as check_matrix."""
-        blocks, size, other = factor_shape(module, "oft_blocks", 3)
-        rescale = module.factors.get("rescale")
-        if size != other or (rescale is not None and rescale.spec.size != blocks * size):
-            found = [ref.spec.shape for role, ref in sorted(module.factors.items()) if role != "alpha"]
-            raise ShapeMismatch(
-                "the rotations are not square blocks, or their lengths not one for each output",
-                where=weight.name,
-                found=", ".join(map(shape_text, found)),
-            )
-        check_matrix(module, weight, blocks * size, matrix_shape(module, weight)[1], PLAIN)
+        _check_blocks(module, weight, 3)
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
         """The rotations, and what their inverses take."""
@@ -63,26 +54,114 @@ class OutputOft:
         """λ ∘ Rᵀ W0, or R⁻ᵀ (W / λ); the latter raises NotMerged where λ has a zero."""
         import torch
 
-        skew = factors["oft_blocks"].double()
-        skew = skew - skew.mT
-        limit = float(module.settings["constraint"]) * skew.shape[0] * skew.shape[1]
-        length = norms(skew.reshape(1, -1))[0] + 1e-8
-        if limit > 0 and length > limit:
-            skew = skew * limit / length
-        rotations = cayley(-skew)  # (blocks, b, b)
-        size = rotations.shape[-1]
-        turned = multiplier(inverse(rotations) if back else rotations)
-        scale = factors["rescale"].double().flatten() if "rescale" in factors else torch.ones(1, dtype=torch.float64)
-        if back and not scale.all():
-            raise _nothing_left("OFT", module)
+        turned = _rotations(module, factors).mT  # (blocks, b, b)
+        orders = [torch.arange(turned.shape[0] * turned.shape[1])]
+        return _turned(module, weight, turned[None], orders, factors.get("rescale"), dtype, back)
 
-        def rotated(columns: torch.Tensor, _: int, __: int) -> torch.Tensor:
-            columns = columns / scale if back else columns
-            blocks = columns.reshape(len(columns), -1, size).transpose(0, 1)  # (blocks, columns, b)
-            result = turned(blocks).transpose(0, 1).flatten(1)  # (columns, out)
-            return result if back else result * scale
 
-        return change_outputs(module, weight, dtype, rotated, columns=True)
+class OutputBoft:
+    """W = λ ∘ Bₘ … B₁ W0, Bᵢ = Pᵢᵀ blockdiag(Rᵢ) Pᵢ, R as OFT's; the i-th permutation brings together outputs that
+    lie b/2 · 2ⁱ apart.
+
+    Factors and settings: as OFT's, but oft_blocks (levels, blocks, b, b).
+    """
+
+    name = "lycoris_boft"
+    paper = "BOFT in LyCORIS, arXiv 2311.06243"
+    forgets = ""
+
+    def check(self, module: AdapterModule, weight: TensorSpec) -> None:
+        """As OFT's; ShapeMismatch too for levels that do not fit the outputs."""
+        levels, blocks, size, _ = factor_shape(module, "oft_blocks", 4)
+        _check_blocks(module, weight, 4)
+        if size % 2 or blocks * size % (size << (levels - 1)):
+            raise ShapeMismatch(
+                "the levels of a butterfly do not fit the weight's outputs",
+                where=weight.name,
+                expected=f"blocks of even size, a multiple of {size << (levels - 1)} outputs",
+                found=shape_text((levels, blocks, size, size)),
+            )
+
+    def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
+        """The rotations, and what their inverses take."""
+        return INVERSE * module.factors["oft_blocks"].spec.size
+
+    def transform(
+        self,
+        module: AdapterModule,
+        weight: torch.Tensor,
+        factors: Mapping[str, torch.Tensor],
+        dtype: DType,
+        *,
+        back: bool = False,
+    ) -> torch.Tensor:
+        """λ ∘ Bₘ … B₁ W0, or the way back; the latter raises NotMerged where λ has a zero."""
+        import torch
+
+        rotations = _rotations(module, factors)  # (levels, blocks, b, b)
+        levels, blocks, size, _ = rotations.shape
+        places = torch.arange(blocks * size)
+        orders = [places.view(-1, 2, size // 2 << level).mT.flatten() for level in range(levels)]
+        return _turned(module, weight, rotations, orders, factors.get("rescale"), dtype, back)
+
+
+def _check_blocks(module: AdapterModule, weight: TensorSpec, dims: int) -> None:
+    blocks, size, other = factor_shape(module, "oft_blocks", dims)[-3:]
+    rescale = module.factors.get("rescale")
+    if size != other or (rescale is not None and rescale.spec.size != blocks * size):
+        found = [ref.spec.shape for role, ref in sorted(module.factors.items()) if role != "alpha"]
+        raise ShapeMismatch(
+            "the rotations are not square blocks, or their lengths not one for each output",
+            where=weight.name,
+            found=", ".join(map(shape_text, found)),
+        )
+    check_matrix(module, weight, blocks * size, matrix_shape(module, weight)[1], PLAIN)
+
+
+def _rotations(module: AdapterModule, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """R of each block.  # (…, blocks, b, b) float64"""
+    skew = factors["oft_blocks"].double()
+    skew = skew - skew.mT
+    limit = float(module.settings["constraint"]) * skew.shape[-3] * skew.shape[-1]
+    length = norms(skew.reshape(1, -1))[0] + 1e-8
+    return cayley(-(skew * limit / length if 0 < limit < length else skew))
+
+
+def _turned(
+    module: AdapterModule,
+    weight: torch.Tensor,
+    rotations: torch.Tensor,
+    orders: Sequence[torch.Tensor],
+    rescale: torch.Tensor | None,
+    dtype: DType,
+    back: bool,
+) -> torch.Tensor:
+    """The weight's outputs turned level by level, then made longer; or the way back.
+
+    Args:
+        module, weight, dtype, back: as of transform.
+        rotations: (levels, blocks, b, b), which multiply columns.
+        orders: (out,) of each level: which outputs the blocks take, one after the other.
+        rescale: one number for each output.
+    """
+    import torch
+
+    scale = torch.ones(1, dtype=torch.float64) if rescale is None else rescale.double().flatten()
+    if back and not scale.all():
+        raise _nothing_left("OFT", module)
+    turns = [multiplier((inverse(each) if back else each).mT) for each in rotations]
+    levels = list(zip(turns, orders, strict=True))
+
+    def rotated(columns: torch.Tensor, _: int, __: int) -> torch.Tensor:
+        columns = columns / scale if back else columns  # (columns, out)
+        for turn, order in reversed(levels) if back else levels:
+            blocks = columns[:, order].reshape(len(columns), -1, rotations.shape[-1]).transpose(0, 1)
+            placed = torch.empty_like(columns)
+            placed[:, order] = turn(blocks).transpose(0, 1).flatten(1)
+            columns = placed
+        return columns if back else columns * scale
+
+    return change_outputs(module, weight, dtype, rotated, columns=True)
 
 
 class ProductGlora:
