@@ -70,6 +70,7 @@ def test_what_is_carried_in_full_goes_along(tmp_path: Path) -> None:
     report = surgery.to_lora(tmp_path / "adapter", tmp_path / "lora", rank=8, base=tmp_path / "base.st")
     assert report.ledger["low_rank"] == 2
     assert report.ledger["copied"] == 2
+    assert any("up.bias" in note and "in full" in note for note in report.notes)
     said = json.loads((tmp_path / "lora/adapter_config.json").read_text())
     assert (said["modules_to_save"], said["task_type"], said["bias"]) == (["score"], "FEATURE_EXTRACTION", "all")
     before = load_file(tmp_path / "adapter/adapter_model.safetensors")

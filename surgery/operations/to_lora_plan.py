@@ -6,7 +6,7 @@ Reads headers only. Knows no decomposition.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,7 @@ class _Reading:
         holders = {owner(self.structure.names.get(name, name)) for name in self.specs} | set(modules.values())
         return Lowering(
             adapter, changes, modules, tuple(settled), self.tensors, frozenset(holders.union(*map(ancestors, holders))),
-            beside, kept_metadata(self.checkpoint.metadata), base_name, tuple(self._notes(changes, beside)),
+            beside, kept_metadata(self.checkpoint.metadata), base_name, tuple(self._notes(changes, settled, beside)),
         )  # fmt: skip
 
     def _module(self, module: AdapterModule) -> str:
@@ -233,8 +233,13 @@ class _Reading:
             )
         return Matrix(owner(spec.name), spec, kind, False)
 
-    def _notes(self, changes: Mapping[str, Change], beside: Mapping[str, Fate]) -> Iterable[str]:
+    def _notes(
+        self, changes: Mapping[str, Change], settled: Sequence[Settle], beside: Mapping[str, Fate]
+    ) -> Iterable[str]:
         yield from self.checkpoint.notes
+        if settled:
+            names = ", ".join(each.name for each in settled[:3]) + (" …" if len(settled) > 3 else "")
+            yield f"{len(settled)} biases or norms change too and go along in full, as merge makes them: {names}"
         convolutions = sum(change.matrix.kind is LayerKind.CONV for change in changes.values())
         if convolutions and not self.structure.order:
             yield f"{convolutions} convolutions are taken to be without groups and dilation, which no file tells"
