@@ -68,6 +68,9 @@ def _adapters() -> Iterator[tuple[str, tuple[int, ...], list[AdapterModule], lis
     yield "LoKr", (8, 12), [_module("lokr", linear, _LOKR, rank=1)], []
     scaled = {"settings": {"feedforward": False}, "rank": 1, "alpha": 1.0}
     yield "(IA)³ of outputs", (8, 12), [_module("ia3", linear, _factors(ia3_l=(8, 1)), **scaled)], []
+    yield "DoRA around LoHa, LoKr or a core", (8, 12), [_module("dora_loha", linear, {**_LOHA, **magnitude})], []
+    ia3 = _module("lycoris_ia3", linear, _factors(scale=(8,), on_input=()), settings={"on_input": False})
+    yield "LyCORIS's OFT, BOFT, GLoRA, (IA)³", (8, 12), [ia3], []
     yield "a whole difference", (8, 12), [_module("full", linear, _factors(diff=(8, 12)))], []
 
 
@@ -126,7 +129,7 @@ By merge, unmerge, verify, inspect and convert.
 |---|---|---|---|
 | peft | `base_model.model.LAYER.lora_A.weight` | the config's | the model's |
 | kohya | `lora_unet_LAYER.lora_down.weight`; `lora_te_`, `lora_te1_`, `lora_te2_`, `lora_te3_` | a tensor; without one the rank | dots are underscores: restored from the base's names |
-| lycoris | the same, or `lycoris_LAYER.…`: `lora_mid`, `hada_*`, `lokr_*`, `diff`, `diff_b`, `w_norm`, `b_norm`, `dora_scale` | the same; two whole factors of LoKr are not scaled | the same |
+| lycoris | the same, or `lycoris_LAYER.…`: `lora_mid`, `hada_*`, `lokr_*`, `diff`, `diff_b`, `w_norm`, `b_norm`, `dora_scale`, `oft_blocks` and `rescale`, `a1` to `b2`, `weight` beside `on_input` | the same; two whole factors of LoKr are not scaled; OFT's is its constraint | the same |
 | diffusers | `unet.LAYER.lora_A.weight`; `transformer.`, `text_encoder.`, `text_encoder_2.`, `text_encoder_3.`; `.lora.down`, `.lora_linear_layer.down`, `.processor.to_q_lora.down` | `lora_adapter_metadata`, or a tensor; without either the rank | the model's |
 | comfyui | `diffusion_model.LAYER.lora_up.weight`, or any factor above; `text_encoders.clip_l.transformer.`, `clip_g`, `t5xxl` | a tensor; without one the rank | the model's |
 | loralib | `LAYER.lora_A` | told: `--alpha` | the model's |
@@ -137,6 +140,8 @@ with a base for each: `--base unet=unet/ --base text_encoder=text_encoder/`. `un
 mean the same where a dialect tells no difference. Without `--base`, convert takes the names and shapes that LoRA's own
 factors tell, in dotted names (peft, diffusers, ComfyUI).
 
-Refused with the reason: LyCORIS's OFT, GLoRA and (IA)³, DoRA around LoHa, LoKr or a core, DoRA's magnitudes of inputs,
-LoKr with a whole second factor on a one-dimensional convolution (LyCORIS and peft put its parts in different places).
+What a dialect has no place for can still become a LoRA: `--to lora` truncates the ΔW of any method.
+
+Refused with the reason: DoRA's magnitudes of inputs, LoKr with a whole second factor on a one-dimensional convolution
+(LyCORIS and peft put its parts in different places).
 """

@@ -116,7 +116,7 @@ class Destination:
 
     Attributes:
         path: a `.safetensors` or `.st` file, or a folder; with `torch` a file in torch's container.
-        weights: the name of the weights' file or index in a folder.
+        weights: the name of the weights' file or index in a folder; it tells the container.
         shards: tensor → shard's filename, for a sharded folder.
         companions: files copied along into a folder as they are (config, tokenizer, …).
         inputs: paths that the output must not replace.
@@ -161,16 +161,18 @@ def destination_like(
     inputs: Iterable[str | Path],
     force: bool,
     max_shard: int | None = None,
+    torch: bool = False,
 ) -> Destination:
     """An output shaped like its source: a file for a file, a folder with the same shards and companions for a folder.
 
     Tensors of `specs` that the source's shards do not know go into its last shard. With `max_shard` the folder gets
-    shards of at most so many bytes instead of the source's. Raises FormatError for shards of a single file.
+    shards of at most so many bytes instead of the source's; with `torch` they are in torch's container. Raises
+    FormatError for shards of a single file.
     """
     source, out = Path(source), Path(out)
     specs = tuple(specs)
     guarded = tuple(Path(path) for path in inputs)
-    if names_file(out) and max_shard is not None:
+    if (names_file(out) or names_torch_file(out)) and max_shard is not None:
         raise FormatError(
             "a single file has no shards",
             where=out,
@@ -179,20 +181,20 @@ def destination_like(
         )
     if names_file(out):
         return Destination(out, inputs=guarded, force=force)
-    indexes = (INDEX_SUFFIX, TORCH_INDEX_SUFFIX)
+    indexes, (whole, renamed) = (INDEX_SUFFIX, TORCH_INDEX_SUFFIX), _NAMED[torch]
     folder = source if source.is_dir() else source.parent if source.name.endswith(indexes) else None
     companions = () if folder is None else _companions(folder)
     if max_shard is not None:
-        own = shards_by_size(specs, max_shard)
-        return Destination(out, f"{WEIGHTS}.index.json" if own else WEIGHTS, own or None, companions, guarded, force)
+        own = shards_by_size(specs, max_shard, whole)
+        return Destination(out, f"{whole}.index.json" if own else whole, own or None, companions, guarded, force)
     if folder is None:
-        return Destination(out, inputs=guarded, force=force)
+        return Destination(out, whole, inputs=guarded, force=force)
     with open_checkpoint(source) as checkpoint:
         if not isinstance(checkpoint, ShardedCheckpoint):
-            return Destination(out, companions=companions, inputs=guarded, force=force)
+            return Destination(out, whole, companions=companions, inputs=guarded, force=force)
         last = max(checkpoint.shards.values())
-        shards = {spec.name: as_safetensors(checkpoint.shards.get(spec.name, last)) for spec in specs}
-        return Destination(out, as_safetensors(checkpoint.path.name), shards, companions, guarded, force)
+        shards = {spec.name: renamed(checkpoint.shards.get(spec.name, last)) for spec in specs}
+        return Destination(out, renamed(checkpoint.path.name), shards, companions, guarded, force)
 
 
 def as_safetensors(name: str) -> str:
@@ -204,6 +206,21 @@ def as_safetensors(name: str) -> str:
             return name
         stem = Path(name).stem
     return (stem.replace("pytorch_", "", 1) if stem.startswith("pytorch_model") else stem) + tail
+
+
+def as_torch(name: str) -> str:
+    """What torch's file, or index, in place of a safetensors one is called; one of torch's keeps its name."""
+    stem = name.removesuffix(INDEX_SUFFIX)
+    tail = TORCH_INDEX_SUFFIX if stem != name else ".bin"
+    if stem == name:
+        if Path(name).suffix not in SUFFIXES:
+            return name
+        stem = Path(name).stem
+    return (f"pytorch_{stem}" if stem.startswith("model") else stem) + tail
+
+
+# What a folder's weights are called where they are one file, and what becomes of other names: in safetensors, in torch.
+_NAMED = ((WEIGHTS, as_safetensors), (TORCH_WEIGHTS, as_torch))
 
 
 def _companions(folder: Path) -> tuple[Path, ...]:
@@ -223,14 +240,18 @@ class _Output:
         self._container: SafetensorsWriter | ShardedWriter | TorchWriter
         try:
             if names_torch_file(destination.path):
-                self._container = TorchWriter(self._staging, specs)
+                self._container = TorchWriter(self._staging, "", specs)
             elif destination.shards is not None:
                 self._container = ShardedWriter(
                     self._staging, destination.weights, destination.shards, specs, metadata, reserve=reserve
                 )
             else:
                 filename = destination.weights if destination.is_folder else ""
-                self._container = SafetensorsWriter(self._staging, filename, specs, metadata, reserve=reserve)
+                self._container = (
+                    TorchWriter(self._staging, filename, specs)
+                    if names_torch_file(filename)
+                    else SafetensorsWriter(self._staging, filename, specs, metadata, reserve=reserve)
+                )
             if destination.is_folder:
                 for companion in destination.companions:
                     self._staging.copy(companion.name, companion)

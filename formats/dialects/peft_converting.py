@@ -124,7 +124,9 @@ def lora_form(adapter: Adapter, dialect: str, wanted: Wanted) -> tuple[tuple[Pie
             continue
         product = wanted.product(module)
         if product is None or not module.target.endswith(".weight"):
-            raise cannot(dialect, "this beside LoRA" if module.method not in _PRODUCTS else "this weight", module)
+            if module.method in _PRODUCTS:
+                raise cannot(dialect, "this weight", module)
+            raise cannot(dialect, "this beside LoRA", module, "--to lora makes a LoRA of any method's ΔW")
         products[owner(module.target)] = product
     for what, some in (
         ("DoRA", {layer for layer, product in products.items() if product.magnitude is not None}),

@@ -25,7 +25,7 @@ from surgery import engine
 from surgery.checks import check_finite
 from surgery.engine import Resources
 from surgery.methods.loha import cored
-from surgery.operations.model_names import open_adapter_of
+from surgery.operations.model_names import in_model_names, open_adapter_of
 from surgery.plan import Fate, Outcome, Plan, Step, ledger
 from surgery.provenance import TOOL
 from surgery.report import Report, Stopwatch, peak_rss
@@ -255,13 +255,15 @@ class _Job:
     def part(self, base: str | Path | None, told: Told) -> tuple[Written, Adapter]:
         """The adapter of one base, as it will be written and as it was read."""
         _check_told(told, self.source, self.writer.name, self.path)
-        specs = _base_specs(self.checkpoint, self.config, self.source, base, told)
-        read = open_adapter_of(base if base is not None else self.path, self.path, specs, told)
+        specs = base_specs(self.checkpoint, self.config, self.source, base, told)
+        read = found = open_adapter_of(base if base is not None else self.path, self.path, specs, told)
+        if base is not None and self.writer.name == "peft":
+            found, specs = in_model_names(base, read, specs)
         # Without a base there are no biases, and a bias is what tells a layer called `time_emb` from an embedding.
         kinds = layer_kinds(specs) if self.source in IN_PARTS and base is not None else {}
         name = "" if base is None else str(base)
         wanted = Wanted(specs, name, told.component or read.component, self.drop, kinds)
-        return self.writer.write(read, self.checkpoint.metadata, wanted), read
+        return self.writer.write(found, self.checkpoint.metadata, wanted), read
 
     def copied(self) -> tuple[Written, Adapter]:
         """The adapter as it is."""
@@ -306,10 +308,11 @@ def _check_told(told: Told, source: str, to: str, where: object) -> None:
         )
 
 
-def _base_specs(
+def base_specs(
     checkpoint: Checkpoint, config: Mapping[str, Any] | None, source: str, base: str | Path | None, told: Told
 ) -> Mapping[str, TensorSpec]:
-    """The base's tensors, or those that the adapter's own factors imply."""
+    """The base's tensors, or those that the adapter's own factors imply. Raises AdapterFormatError where they do not
+    tell."""
     if base is not None:
         with open_checkpoint(base) as opened:
             return dict(opened.specs)
