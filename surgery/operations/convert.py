@@ -20,10 +20,10 @@ from formats.errors import AdapterFormatError
 from formats.layers import layer_kinds
 from formats.paths import ADAPTER_CONFIG, Destination, create_checkpoint, open_checkpoint
 from formats.spec import TensorSpec
-from formats.tensors import torch_dtype
 from surgery import engine
 from surgery.checks import check_finite
 from surgery.engine import Resources
+from surgery.exact.rounding import round_once
 from surgery.methods.loha import cored
 from surgery.operations.model_names import open_adapter_of
 from surgery.plan import Fate, Outcome, Plan, Step, ledger
@@ -78,9 +78,9 @@ class Make:
         """The tensor, in the output's shape and dtype."""
         piece, (first, *_) = self.piece, (*inputs, None)
         result = _made(piece, inputs).mul(piece.factor) if first is not None else _number(piece.factor)
-        rounded = result.reshape(piece.output.shape).to(torch_dtype(piece.output.dtype))
+        rounded = round_once(result.reshape(piece.output.shape).contiguous(), piece.output.dtype)
         check_finite(rounded, piece.output.name)
-        return Outcome((rounded.contiguous(),), {ref.name: Fate.CONVERTED for ref in piece.sources})
+        return Outcome((rounded,), {ref.name: Fate.CONVERTED for ref in piece.sources})
 
 
 def _number(value: float) -> torch.Tensor:
