@@ -51,7 +51,8 @@ def command(
 
     With --to, INPUT is an adapter. Without, it is a file or folder of torch's (.bin, .pt, .pth, .ckpt) or safetensors,
     and the output's name says which of the two it becomes. A folder gets safetensors, in INPUT's shards, and INPUT's
-    other files. Nothing in a torch file is executed.
+    other files. Nothing in a torch file is executed. An adapter for llama.cpp (--to gguf) is one .gguf file, and needs
+    --base, a folder with config.json, both to be written and to be read.
     """
     if to is None and (how["bases"] or how["drop"] or how["dry_run"] or any(how[name] for name in options.TOLD)):
         raise click.UsageError("without --to, another container is written, which takes no option of adapters")
