@@ -147,9 +147,13 @@ llama.cpp keeps a Llama's queries and keys with their rows in pairs, so that `lo
 embedding's `lora_a` up by rows. Which weights are changed in such ways follows from the model's class. These are known:
 CLASSES. For others nothing is written or read.
 
-float32, float16 and bfloat16 stay; float64 becomes float32. Refused: biases, norms and whole tensors (`--drop`), which
-llama.cpp leaves aside; an embedding that is also the head, since its factors are for tokens only; tables of positions;
-stacks of experts; quantised factors; adapters that single tokens switch on. From convert_lora_to_gguf.py it differs in
-two points: that takes the config's `lora_alpha` for every layer, whatever `alpha_pattern` and `use_rslora` say, and it
-turns the factors of GPT-2's Conv1D, whose shapes llama-adapter.cpp then refuses.
+float32, float16 and bfloat16 stay; float64 becomes float32. With factors in bfloat16 llama.cpp rounds what it multiplies
+them with to bfloat16 too, which moved log-probabilities of a tiny model by 8e-3, with float16 by 7e-4. Refused: biases,
+norms and whole tensors (`--drop`), which llama.cpp leaves aside; an embedding that is also the head, on whose factors it
+aborts; tables of positions; stacks of experts; quantised factors; adapters that single tokens switch on.
+
+llama.cpp itself is the judge: with our file it computes what the merged model does
+(tests/parity/test_parity_llamacpp.py). From its convert_lora_to_gguf.py we differ in two points: that takes the config's
+`lora_alpha` for every layer, whatever `alpha_pattern` and `use_rslora` say, and it turns the factors of GPT-2's Conv1D,
+whose shapes llama-adapter.cpp then refuses.
 """

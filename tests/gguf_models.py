@@ -56,7 +56,7 @@ def llama(**settings: Any) -> nn.Module:
 def gpt2() -> nn.Module:
     """A GPT-2 of one layer."""
     return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30, n_positions=8)
+        transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30, n_positions=64)
     )
 
 

@@ -15,6 +15,7 @@ from gguf_models import KINDS, applied, as_llama_cpp_stores, file_name, gpt2, ll
 from safetensors.torch import load_file
 
 import surgery
+from formats.dialects.gguf_names import ARCHITECTURES, gguf_names
 from formats.errors import AdapterFormatError, ReportedError
 
 WEIGHTS = "base/model.safetensors"
@@ -223,3 +224,13 @@ def test_an_embedding_that_is_the_head(tmp_path: Path) -> None:
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["wte"])).save_pretrained(tmp_path / "peft")
     with pytest.raises(ReportedError, match="the head too"):
         converted(tmp_path, tmp_path / "peft", "peft", "embedding", "gguf")
+
+
+@pytest.mark.parametrize(("whole", "inner"), [("LlamaForCausalLM", "LlamaModel"), ("Qwen3ForCausalLM", "Qwen3Model")])
+def test_a_model_without_its_head_has_the_same_names(whole: str, inner: str) -> None:
+    """As transformers saves the two: with `model.` before the layers, and without."""
+    names = list(llama().state_dict())
+    found = gguf_names(ARCHITECTURES[whole], names)
+    assert len(found) == 2 * 7 + 2  # what is no norm
+    inside = [name.removeprefix("model.") for name in names if name != "lm_head.weight"]
+    assert set(gguf_names(ARCHITECTURES[inner], inside).values()) == set(found.values()) - {"output.weight"}
