@@ -96,7 +96,7 @@ def _check_adapter(metadata: Mapping[str, str], where: object) -> None:
             "a GGUF file of a model holds weights quantised for llama.cpp",
             where=where,
             expected=f"{TYPE} = {ADAPTER}; for a model a .safetensors or .st file, or a folder with one",
-            found=f"{TYPE} = {metadata.get(TYPE)}",
+            found=f"{TYPE} = {metadata.get(TYPE, 'not said')}",
             then="use the model that it was converted from, and convert the result again",
         )
 

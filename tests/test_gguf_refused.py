@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from click.testing import Result
 from gguf_models import made
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import surgery
 from formats.errors import (
@@ -28,6 +28,7 @@ from formats.errors import (
     UnmatchedKeys,
     UnsupportedDType,
 )
+from surgery.errors import NotFinite
 
 Q = "blk.0.attn_q.weight"
 ROWS = {f"{Q}.lora_a": np.ones((2, 24), np.float32), f"{Q}.lora_b": np.ones((24, 2), np.float32)}
@@ -202,6 +203,18 @@ def test_the_container_belongs_to_the_dialect(base: Path, tmp_path: Path) -> Non
         with pytest.raises(FormatError, match="only convert --to gguf"):
             refusal()
     assert not out.exists()
+
+
+def test_a_failure_on_the_way_leaves_nothing(base: Path, tmp_path: Path) -> None:
+    """A factor that is not finite shows while it is computed; the output never appears, and no scratch file stays."""
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"][3, 1] = float("inf")
+    save_file(tensors, path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(NotFinite):
+        surgery.convert(tmp_path / "peft", tmp_path / "a.gguf", "gguf", base=base)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_the_extra_is_named(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

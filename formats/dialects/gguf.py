@@ -175,9 +175,9 @@ class GgufAdapterWriter:
             name = names[module.target]
             self._check_kind(name, product, architecture)
             if name == TOKENS and HEAD not in names.values() and not architecture.encoder:
-                raise cannot(
-                    self.name, "an embedding that is the head too: llama.cpp takes the factors for the head's", module
-                )
+                raise cannot(self.name, "an embedding that is the head too: llama.cpp aborts on its factors", module)
+            if name in products:
+                raise cannot(self.name, f"two changes of {name}", module)
             products[name] = product
         alpha = _common_alpha(product.alpha for product in products.values())
         if not alpha or not math.isfinite(alpha):
