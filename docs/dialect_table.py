@@ -13,11 +13,12 @@ from formats.layers import LayerKind, owner
 from formats.spec import CheckpointRef, DType, TensorRef, TensorSpec
 
 _REF = CheckpointRef("adapter")
-# Names of weights that gguf knows, with the class of model that has them; the other dialects take any.
-_LAYER, _OTHER = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
-_TOKENS, _HEAD = "model.embed_tokens", "lm_head"
-_QUERIES, _CONV1D = "model.layers.0.self_attn.q_proj", "transformer.h.0.mlp.c_fc"
-_MODELS = {_CONV1D: "GPT2LMHeadModel"}
+# By names that each dialect has a place for: AdapterHub's and llama.cpp's adapt layers of known models only.
+_LAYER, _BIAS = (f"encoder.layer.0.output.dense.{tensor}" for tensor in ("weight", "bias"))
+_OTHER = "encoder.layer.0.attention.self.query.weight"
+_TOKENS = "embeddings.word_embeddings.weight"
+_QUERIES, _CONV1D = "model.layers.0.self_attn.q_proj.weight", "transformer.h.0.mlp.c_fc.weight"
+_MODELS = {_QUERIES: "LlamaForCausalLM", _CONV1D: "GPT2LMHeadModel"}  # the others are of a BERT
 
 
 def _factors(**shapes: tuple[int, ...]) -> dict[str, TensorRef]:
@@ -35,7 +36,7 @@ _FUSED = _factors(lora_A=(4, 12), lora_B=(8, 2))
 
 
 def _module(method: str, kind: LayerKind, factors: dict[str, TensorRef], **more: object) -> AdapterModule:
-    settings = {"name": f"{_LAYER}.weight", "rank": 2, "alpha": 3.0, **more}
+    settings = {"name": _LAYER, "rank": 2, "alpha": 3.0, **more}
     return AdapterModule(str(settings.pop("name")), method, kind, factors, **settings)  # type: ignore[arg-type]
 
 
@@ -44,16 +45,16 @@ def _adapters() -> Iterator[tuple[str, tuple[int, ...], list[AdapterModule], lis
     linear, conv = LayerKind.LINEAR, LayerKind.CONV
     one = _module("lora", linear, _LINEAR)
     magnitude = _factors(lora_magnitude_vector=(8,))
-    bias = _module("lora_bias", linear, _factors(lora_B__bias=(8,)), name=f"{_LAYER}.bias")
+    bias = _module("lora_bias", linear, _factors(lora_B__bias=(8,)), name=_BIAS)
     yield "LoRA, a linear layer", (8, 12), [one], []
-    yield "queries and keys of a Llama", (8, 12), [_module("lora", linear, _LINEAR, name=f"{_QUERIES}.weight")], []
+    yield "queries and keys of a Llama", (8, 12), [_module("lora", linear, _LINEAR, name=_QUERIES)], []
     yield "a convolution", _KERNEL, [_module("lora", conv, _CONV)], []
-    tokens = _module("lora", LayerKind.EMBEDDING, _LINEAR, name=f"{_TOKENS}.weight")
+    tokens = _module("lora", LayerKind.EMBEDDING, _LINEAR, name=_TOKENS)
     yield "an embedding", (12, 8), [tokens], []
-    turned = _module("lora", LayerKind.TRANSPOSED, _LINEAR, name=f"{_CONV1D}.weight")
+    turned = _module("lora", LayerKind.TRANSPOSED, _LINEAR, name=_CONV1D)
     yield "a layer that stores (in, out)", (12, 8), [turned], []
     yield "rsLoRA", (8, 12), [_module("lora", linear, _LINEAR, rslora=True)], []
-    other = _module("lora", linear, _SQUARE, alpha=5.0, name=f"{_OTHER}.weight")
+    other = _module("lora", linear, _SQUARE, alpha=5.0, name=_OTHER)
     yield "another alpha for each layer", (8, 12), [one, other], []
     yield (
         "a fused layer of loralib's",
@@ -63,7 +64,7 @@ def _adapters() -> Iterator[tuple[str, tuple[int, ...], list[AdapterModule], lis
     )
     yield "DoRA", (8, 12), [_module("dora", linear, {**_LINEAR, **magnitude})], []
     yield "the change of a bias", (8, 12), [one, bias], []
-    yield "a bias in full", (8, 12), [one], [Replacement(f"{_LAYER}.bias", magnitude["lora_magnitude_vector"], False)]
+    yield "a bias in full", (8, 12), [one], [Replacement(_BIAS, magnitude["lora_magnitude_vector"], False)]
     yield (
         "LoCon with a core",
         _KERNEL,
@@ -72,17 +73,19 @@ def _adapters() -> Iterator[tuple[str, tuple[int, ...], list[AdapterModule], lis
     )
     yield "LoHa", (8, 12), [_module("loha", linear, _LOHA)], []
     yield "LoKr", (8, 12), [_module("lokr", linear, _LOKR, rank=1)], []
+    scaled = {"settings": {"feedforward": False}, "rank": 1, "alpha": 1.0}
+    yield "(IA)³ of outputs", (8, 12), [_module("ia3", linear, _factors(ia3_l=(8, 1)), **scaled)], []
     yield "a whole difference", (8, 12), [_module("full", linear, _factors(diff=(8, 12)))], []
 
 
 def _cell(writer: DialectWriter, shape: tuple[int, ...], modules: list[AdapterModule], full: list[Replacement]) -> str:
-    layer = owner(modules[0].target)
-    specs = {f"{layer}.weight": shape, f"{layer}.bias": (8,), f"{_OTHER}.weight": (8, 8), f"{_HEAD}.weight": (12, 8)}
+    target = modules[0].target
+    specs = {target: shape, f"{owner(target)}.bias": (8,), _OTHER: (8, 8)}
     base = {name: TensorSpec(name, DType.F32, size) for name, size in specs.items()}
     adapter = Adapter(_REF, "any", {}, tuple(modules), tuple(full))
-    model = {"architectures": [_MODELS.get(layer, "LlamaForCausalLM")], "num_attention_heads": 2}
+    model = {"architectures": [_MODELS.get(target, "BertModel")], "num_attention_heads": 2}
     try:
-        written = writer.write(adapter, {}, Wanted(base, component="unet", model=model))
+        written = writer.write(adapter, {}, Wanted(base, "base", component="unet", model=model))
     except AdapterFormatError as error:
         flag = error.details.get("next", "").rpartition("--drop ")[2]
         return f"`--drop {flag}`" if "--drop" in error.details.get("next", "") else "refused"
@@ -112,6 +115,13 @@ transposed, multiplied, put into blocks or its rows into another order, in float
 dialect has no place for it. `--drop`: refused, unless that is to be left behind.
 """
 _READ = """
+AdapterHub's library adapts query, key and value and the two layers of the MLP, of BERT-, RoBERTa-, DistilBERT-, ViT-,
+GPT-2-, GPT-J- and Llama-like models, and one config rules all layers: a smaller rank is filled up with zeros, another
+alpha multiplied into B, a fused layer's A written once for each slice, and what the config reaches beyond the adapter
+gets factors that change nothing. Any other layer is refused, unless `--drop layer` leaves it behind. It loads our
+folders with `use_safetensors=True`. (IA)³ is merged with the bias, as the adapted model has it; the library's own merge
+forgets the bias.
+
 Scalings go where a dialect keeps them: a tensor `alpha` for each layer (kohya, LyCORIS, ComfyUI, always float32), ranks
 and alphas by pattern (peft, diffusers). loralib's files hold none; the report tells the `lora_alpha` to load them with,
 and layers of another alpha get the difference multiplied into B; so do those of a GGUF file, which holds one alpha for
@@ -130,7 +140,7 @@ By merge, unmerge, verify, inspect and convert.
 | comfyui | `diffusion_model.LAYER.lora_up.weight`, or any factor above; `text_encoders.clip_l.transformer.`, `clip_g`, `t5xxl` | a tensor; without one the rank | the model's |
 | loralib | `LAYER.lora_A` | told: `--alpha` | the model's |
 | gguf | `blk.0.attn_q.weight.lora_a`, LoRA only | `adapter.lora.alpha`; without one, or 0, the rank | gguf's, by the class in the base's config.json |
-| adapterhub | `LAYER.loras.NAME.lora_A`, LoRA only | the config's; the rank in files of adapters before 1.1, which scaled so | the model's |
+| adapterhub | `LAYER.loras.NAME.lora_A`, `.lora_B`; of (IA)³ `.lora_B` alone | the config's; the rank in files of adapters before 1.1, which scaled so | the model's |
 
 A file of several parts of a pipeline is read for one of them, the base's: `--component unet`. convert takes all at once,
 with a base for each: `--base unet=unet/ --base text_encoder=text_encoder/`. `unet` and `transformer`

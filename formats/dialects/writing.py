@@ -19,7 +19,7 @@ from formats.layers import LayerKind, owner
 from formats.spec import DType, TensorRef, TensorSpec
 
 SIDES = (LayerKind.TRANSPOSED, LayerKind.EMBEDDING)  # layers that store (in, out)
-DROPS = ("bias", "full")  # what a user may leave behind where a dialect cannot express it
+DROPS = ("bias", "full", "layer")  # what a user may leave behind where a dialect cannot express it
 
 
 class Making(StrEnum):
@@ -29,7 +29,7 @@ class Making(StrEnum):
     TURNED = "turned"  # the transpose of a matrix
     BLOCKS = "blocks"  # (n · height, rank) → blocks on a diagonal of n columns, at the enabled slices of the rows
     CORED = "cored"  # a core (rank, rank, *kernel) and A (rank, in, …) → (rank, in, *kernel)
-    CONSTANT = "constant"  # one number, the factor
+    CONSTANT = "constant"  # the factor, in every element
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class Piece:
         making: how.
         factor: of every element, in float64 before the one rounding to the output's dtype.
         enabled: for BLOCKS, the slices of the rows.
+        laid: where the output has more than what is made, the number of the made block that lies in each of its blocks
+            of rows, with `fill` around it; None for a block of nothing else.
+        fill: there.
         heads: of so many heads the rows go from halves to pairs, as llama.cpp rotates them; negative, the way back.
     """
 
@@ -50,12 +53,14 @@ class Piece:
     making: Making = Making.TAKEN
     factor: float = 1.0
     enabled: tuple[bool, ...] = ()
+    laid: tuple[int | None, ...] = ()
+    fill: float = 0.0
     heads: int = 0
 
     @property
     def is_copy(self) -> bool:
         """Whether the bytes stay what they are."""
-        plain = self.making is Making.TAKEN and self.factor == 1.0 and not self.heads
+        plain = self.making is Making.TAKEN and self.factor == 1.0 and not self.heads and not self.laid
         return plain and self.sources[0].spec.dtype is self.output.dtype
 
 

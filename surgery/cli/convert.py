@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     "--drop",
     multiple=True,
     type=click.Choice(DROPS),
-    help="Leave these behind where the dialect cannot express them: changed biases, tensors carried in full.",
+    help="Leave these behind where the dialect cannot express them: changed biases, tensors carried in full, layers "
+    "that it does not adapt.",
 )
 @options.output_options
 @options.told_options

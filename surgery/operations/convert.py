@@ -78,19 +78,32 @@ class Make:
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
         """The tensor, in the output's shape and dtype."""
-        piece, (first, *_) = self.piece, (*inputs, None)
-        result = _made(piece, inputs).mul(piece.factor) if first is not None else _number(piece.factor)
+        piece = self.piece
+        result = _made(piece, inputs).mul(piece.factor) if inputs else _constant(piece)
         if piece.heads:
             result = paired(result, piece.heads) if piece.heads > 0 else halved(result, -piece.heads)
-        rounded = round_once(result.reshape(piece.output.shape).contiguous(), piece.output.dtype)
+        result = _laid(piece, result) if piece.laid else result.reshape(piece.output.shape)
+        rounded = round_once(result.contiguous(), piece.output.dtype)
         check_finite(rounded, piece.output.name)
         return Outcome((rounded,), {ref.name: Fate.CONVERTED for ref in piece.sources})
 
 
-def _number(value: float) -> torch.Tensor:
+def _constant(piece: Piece) -> torch.Tensor:
     import torch
 
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.full(piece.output.shape, piece.factor, dtype=torch.float64)
+
+
+def _laid(piece: Piece, made: torch.Tensor) -> torch.Tensor:
+    """The made tensor's blocks of rows where they lie in the output.  # (blocks · height, width)"""
+    count = 1 + max(block for block in piece.laid if block is not None)
+    blocks = made.flatten(1).chunk(count)
+    whole = made.new_full(piece.output.shape, piece.fill)
+    for place, block in zip(whole.chunk(len(piece.laid)), piece.laid, strict=True):
+        if block is not None:
+            height, width = blocks[block].shape
+            place[:height, :width] = blocks[block]
+    return whole
 
 
 def _made(piece: Piece, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -105,7 +118,7 @@ def _made(piece: Piece, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
     if piece.making is Making.BLOCKS:
         count = sum(piece.enabled)
         height, rank = tensor.shape[0] // count, tensor.shape[1]
-        blocks = tensor.new_zeros(piece.output.shape)  # (slices · height, count · rank)
+        blocks = tensor.new_zeros(height * len(piece.enabled), count * rank)
         places = [index for index, enabled in enumerate(piece.enabled) if enabled]
         for column, (place, block) in enumerate(zip(places, tensor.chunk(count), strict=True)):
             blocks[place * height : (place + 1) * height, column * rank : (column + 1) * rank] = block
@@ -129,11 +142,11 @@ def convert(
     Args:
         adapter: a folder or a file in any dialect that merge reads.
         out: a folder, or a `.safetensors`/`.st` file; peft's config is then in its metadata. For "gguf" a `.gguf` file.
-        to: "peft", "kohya", "lycoris", "comfyui", "diffusers", "loralib" or "gguf".
+        to: "peft", "kohya", "lycoris", "comfyui", "diffusers", "loralib", "adapterhub" or "gguf".
         base: the model it adapts; dialects with dotted names do without, for LoRA. For an adapter of several parts of
             a pipeline, every part's model by its name: {"unet": …, "text_encoder": …}; one file comes of all.
         told: alpha and layout of loralib's files; the part of a pipeline.
-        drop: "bias", "full": what to leave behind where the dialect cannot express it.
+        drop: "bias", "full", "layer": what to leave behind where the dialect cannot express it.
         force: replace what stands at `out`.
         resources: threads and memory.
 
