@@ -159,8 +159,9 @@ CLASSES. For others nothing is written or read.
 
 float32, float16 and bfloat16 stay; float64 becomes float32. With factors in bfloat16 llama.cpp rounds what it multiplies
 them with to bfloat16 too, which moved log-probabilities of a tiny model by 8e-3, with float16 by 7e-4. Refused: biases,
-norms and whole tensors (`--drop`), which llama.cpp leaves aside; an embedding that is also the head, on whose factors it
-aborts; tables of positions; stacks of experts; quantised factors; adapters that single tokens switch on.
+norms and whole tensors, which llama.cpp leaves aside; an embedding that is also the head, on whose factors it aborts;
+tables of positions and stacks of experts (all these unless `--drop` leaves them behind); quantised factors; adapters that
+single tokens switch on.
 
 llama.cpp itself is the judge: with our file it computes what the merged model does
 (tests/parity/test_parity_llamacpp.py). From its convert_lora_to_gguf.py we differ in two points: that takes the config's

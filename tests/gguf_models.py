@@ -15,6 +15,7 @@ from torch import nn
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 KINDS: dict[str, dict[str, Any]] = {
     "linear": {"target_modules": LAYERS},
+    "attention": {"target_modules": ["q_proj", "k_proj", "v_proj"]},
     "ranks": {
         "target_modules": LAYERS,
         "rank_pattern": {"layers.0.self_attn.q_proj": 2},

@@ -21,7 +21,7 @@ from formats.errors import AdapterFormatError, ReportedError
 WEIGHTS = "base/model.safetensors"
 PART = "text_encoder"
 # What of these kinds the other dialects have.
-PLAIN = {"linear", "ranks", "rsLoRA"}
+PLAIN = {"linear", "attention", "ranks", "rsLoRA"}
 HAS = {
     "peft": set(KINDS),
     "kohya": PLAIN,
@@ -29,6 +29,7 @@ HAS = {
     "comfyui": set(KINDS),
     "diffusers": PLAIN,
     "loralib": set(KINDS),
+    "adapterhub": {"attention"},
     "gguf": set(KINDS),
 }
 PAIRS = [(kind, dialect) for dialect, kinds in HAS.items() for kind in kinds]
@@ -41,9 +42,10 @@ def told_of(dialect: str, kind: str) -> surgery.Told:
 
 def converted(folder: Path, source: Path, dialect: str, kind: str, to: str) -> Path:
     """Converts, with the part of a pipeline where one of the two has any."""
-    parts = {dialect, to} - {"peft", "loralib", "gguf"}
+    parts = {dialect, to} - {"peft", "loralib", "adapterhub", "gguf"}
     told = surgery.Told(alpha=told_of(dialect, kind).alpha, component=PART if parts else None)
-    out = folder / f"{source.name.partition('.')[0]}-{to}.{'gguf' if to == 'gguf' else 'st'}"
+    end = {"gguf": ".gguf", "adapterhub": ""}.get(to, ".st")
+    out = folder / f"{source.name.partition('.')[0]}-{to}{end}"
     surgery.convert(source, out, to, base=folder / "base", told=told)
     return out
 
@@ -224,6 +226,17 @@ def test_an_embedding_that_is_the_head(tmp_path: Path) -> None:
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["wte"])).save_pretrained(tmp_path / "peft")
     with pytest.raises(ReportedError, match="the head too"):
         converted(tmp_path, tmp_path / "peft", "peft", "embedding", "gguf")
+
+
+def test_layers_that_llama_cpp_does_not_adapt_can_be_left_behind(tmp_path: Path, cli_json: Callable[..., Any]) -> None:
+    """GPT-2's tied embedding and its positions, by --drop layer; what is left is written."""
+    made(tmp_path, "Conv1D", target_modules=["wte", "wpe", "c_attn"])
+    how = ("--to", "gguf", "--base", tmp_path / "base", "-o", tmp_path / "a.gguf", "--drop", "layer")
+    assert cli_json("convert", tmp_path / "peft", *how)["ledger"]["refused"] == 4
+    assert applied(tmp_path / "a.gguf").keys() == {"blk.0.attn_qkv.weight"}
+    made(tmp_path, "Conv1D", target_modules=["wte", "wpe"])
+    with pytest.raises(AdapterFormatError, match="nothing is left"):
+        surgery.convert(tmp_path / "peft", tmp_path / "b.gguf", "gguf", base=tmp_path / "base", drop=["layer"])
 
 
 @pytest.mark.parametrize(("whole", "inner"), [("LlamaForCausalLM", "LlamaModel"), ("Qwen3ForCausalLM", "Qwen3Model")])

@@ -166,19 +166,24 @@ class GgufAdapterWriter:
         names = gguf_names(architecture, wanted.base)
         adapter, dropped = without_dropped(adapter, self.name, wanted)
         products: dict[str, Product] = {}
+        beyond: list[str] = []
         for module in adapter.modules:
+            unadapted = _unadapted(module.target, names, architecture)
+            if unadapted and "layer" in wanted.drop:
+                beyond += [ref.name for ref in module.factors.values()]
+                continue
+            if unadapted:
+                raise cannot(self.name, unadapted, module, "leave such layers behind: --drop layer")
             product = wanted.product(module)
             if product is None or product.magnitude is not None:
                 raise cannot(self.name, "DoRA" if module.method == "dora" else "this", module)
-            if module.target not in names:
-                raise cannot(self.name, "a weight to which llama.cpp applies no adapter", module)
             name = names[module.target]
-            self._check_kind(name, product, architecture)
-            if name == TOKENS and HEAD not in names.values() and not architecture.encoder:
-                raise cannot(self.name, "an embedding that is the head too: llama.cpp aborts on its factors", module)
             if name in products:
                 raise cannot(self.name, f"two changes of {name}", module)
+            self._check_kind(name, product, architecture)
             products[name] = product
+        if not products:
+            raise AdapterFormatError(f"nothing is left that {self.name} can express", where=adapter.ref.path)
         alpha = _common_alpha(product.alpha for product in products.values())
         if not alpha or not math.isfinite(alpha):
             raise AdapterFormatError(
@@ -198,13 +203,23 @@ class GgufAdapterWriter:
             pieces.append(_stored(replace(product.b, factor=factor, heads=heads), f"{name}{_ENDS[1]}"))
         said = {TYPE: ADAPTER, ARCHITECTURE: architecture.name, _METHOD: "lora", ALPHA: repr(alpha)}
         note = f"{folded} layers have another alpha: the difference is multiplied into their lora_b"
-        return Written(tuple(pieces), kept_metadata(metadata) | said, None, dropped, (note,) if folded else ())
+        notes = (note,) if folded else ()
+        return Written(tuple(pieces), kept_metadata(metadata) | said, None, (*dropped, *beyond), notes)
 
     def _check_kind(self, name: str, product: Product, architecture: Architecture) -> None:
         """Refuses a layer that is stored otherwise than the model's class stores it."""
         expected = architecture.kind(name, product.module.target)
         if product.module.kind is not expected and not (name == TOKENS and product.module.kind in SIDES):
             raise cannot(self.name, f"this: {name} is of a layer that is {expected}", product.module)
+
+
+def _unadapted(target: str, names: Mapping[str, str], architecture: Architecture) -> str:
+    """What it is about a weight that llama.cpp cannot adapt; empty if it can."""
+    if target not in names:
+        return "a weight to which llama.cpp applies no adapter"
+    if names[target] == TOKENS and HEAD not in names.values() and not architecture.encoder:
+        return "an embedding that is the head too: llama.cpp aborts on its factors"
+    return ""
 
 
 def _common_alpha(alphas: Iterable[float]) -> float:
