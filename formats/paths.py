@@ -12,6 +12,8 @@ from pathlib import Path
 
 from formats.checkpoint import Checkpoint, CheckpointWriter
 from formats.errors import FormatError, NotACheckpoint, PathNotFound
+from formats.gguf_file import GGUF_SUFFIX, GgufFile
+from formats.gguf_writer import GgufWriter
 from formats.layout import shards_by_size
 from formats.safetensors_file import SafetensorsFile, SafetensorsWriter
 from formats.sharded import ShardedCheckpoint, ShardedWriter
@@ -35,7 +37,7 @@ _TRAINING = ("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_st
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a safetensors or torch file, an index of shards, or a folder that holds any of them.
+    """Opens a safetensors or torch file, an index of shards, a folder that holds any of them, or a GGUF adapter.
 
     Reads headers only. In a folder safetensors comes before torch's container; of either the index is preferred, then
     the file that is called as transformers and peft call it, then the only one there is.
@@ -45,6 +47,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         NotACheckpoint: nothing there that we read.
         CorruptFile: header and bytes contradict each other.
         UnsafeFile: a torch file whose pickle names what no state dict consists of.
+        UnsupportedDType: a GGUF adapter's quantised factors.
     """
     path = Path(path)
     if path.is_dir():
@@ -55,18 +58,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return ShardedCheckpoint(path)
     if path.suffix in TORCH_SUFFIXES:
         return TorchFile(path)
-    if path.suffix == ".gguf":
-        raise NotACheckpoint(
-            "a GGUF file holds weights quantised for llama.cpp",
-            where=path,
-            expected="a .safetensors or .st file, or a folder with one",
-            then="use the model that it was converted from, and convert the result again",
-        )
+    if names_gguf_file(path):
+        return GgufFile(path)
     return SafetensorsFile(path)
 
 
 def container_of(checkpoint: Checkpoint) -> str:
-    """What it is stored in, for people: `safetensors`, `torch`, `torch, 2 shards`."""
+    """What it is stored in, for people: `safetensors`, `torch`, `torch, 2 shards`, `gguf`."""
+    if isinstance(checkpoint, GgufFile):
+        return "gguf"
     shards = set(checkpoint.shards.values()) if isinstance(checkpoint, ShardedCheckpoint) else set()
     files = shards or {checkpoint.ref.path}
     name = "torch" if all(names_torch_file(file) for file in files) else "safetensors"
@@ -110,18 +110,25 @@ def names_torch_file(path: str | Path) -> bool:
     return Path(path).suffix in TORCH_SUFFIXES
 
 
+def names_gguf_file(path: str | Path) -> bool:
+    """Whether an output path means one GGUF file."""
+    return Path(path).suffix == GGUF_SUFFIX
+
+
 @dataclass(frozen=True)
 class Destination:
     """An output: where, in which shape, and what comes along.
 
     Attributes:
-        path: a `.safetensors` or `.st` file, or a folder; with `torch` a file in torch's container.
+        path: a `.safetensors` or `.st` file, or a folder; with `torch` a file in torch's container, with `gguf` a
+            `.gguf` file.
         weights: the name of the weights' file or index in a folder; it tells the container.
         shards: tensor → shard's filename, for a sharded folder.
         companions: files copied along into a folder as they are (config, tokenizer, …).
         inputs: paths that the output must not replace.
         force: whether what stands at `path` may be replaced.
         torch: whether it may be torch's container, which holds no metadata and so no receipt.
+        gguf: whether it is an adapter for llama.cpp.
     """
 
     path: Path
@@ -131,24 +138,31 @@ class Destination:
     inputs: tuple[Path, ...] = ()
     force: bool = False
     torch: bool = False
+    gguf: bool = False
 
     @property
     def is_folder(self) -> bool:
         """Whether the output is a folder."""
-        return not names_file(self.path) and not names_torch_file(self.path)
+        return not (names_file(self.path) or names_torch_file(self.path) or names_gguf_file(self.path))
 
     def check(self) -> None:
         """Refuses what `create_checkpoint` would refuse, before long work. Raises OutputExists or FormatError."""
         self.staging().discard()
 
     def staging(self) -> Staging:
-        """The output, begun. Raises OutputExists, or FormatError for torch's container where it must not be."""
+        """The output, begun. Raises OutputExists, or FormatError for a container that it must not be."""
         if names_torch_file(self.path) and not self.torch:
             raise FormatError(
                 "only convert writes torch's container: it has no room for what a safetensors file says of itself",
                 where=self.path,
                 expected="a folder, or a .safetensors or .st file",
                 then="write that, and turn it into this by surgery convert",
+            )
+        if names_gguf_file(self.path) != self.gguf:
+            raise FormatError(
+                "an adapter for llama.cpp is one GGUF file" if self.gguf else "only convert --to gguf writes GGUF",
+                where=self.path,
+                expected="a .gguf file" if self.gguf else "a folder, or a .safetensors or .st file",
             )
         return Staging(self.path, folder=self.is_folder, inputs=self.inputs, force=self.force)
 
@@ -237,10 +251,12 @@ class _Output:
     ) -> None:
         self._staging = destination.staging()
         self._settled = False
-        self._container: SafetensorsWriter | ShardedWriter | TorchWriter
+        self._container: SafetensorsWriter | ShardedWriter | TorchWriter | GgufWriter
         try:
             if names_torch_file(destination.path):
                 self._container = TorchWriter(self._staging, "", specs)
+            elif names_gguf_file(destination.path):
+                self._container = GgufWriter(self._staging, specs, metadata)
             elif destination.shards is not None:
                 self._container = ShardedWriter(
                     self._staging, destination.weights, destination.shards, specs, metadata, reserve=reserve

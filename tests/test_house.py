@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "transformers", "numpy.random", "scipy")
+HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "transformers", "numpy.random", "scipy", "gguf")
 MODULES = sorted(path for package in ("formats", "surgery") for path in (ROOT / package).rglob("*.py"))
 
 

@@ -17,6 +17,7 @@ from formats.checkpoint import Checkpoint
 from formats.dialects.adapterhub import AdapterHub
 from formats.dialects.adapterhub_writing import AdapterHubWriter
 from formats.dialects.dotted import ComfyUi, Diffusers
+from formats.dialects.gguf import Gguf, GgufAdapterWriter
 from formats.dialects.groups import SUFFIXES
 from formats.dialects.kohya import Kohya, Lycoris
 from formats.dialects.loralib import Loralib
@@ -29,13 +30,14 @@ from formats.errors import AdapterFormatError, CorruptFile, PathNotFound
 from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, open_checkpoint
 from formats.spec import TensorSpec
 
-DIALECTS: tuple[Dialect, ...] = (Peft(), AdapterHub(), Kohya(), Lycoris(), Diffusers(), ComfyUi(), Loralib())
+DIALECTS: tuple[Dialect, ...] = (Peft(), AdapterHub(), Kohya(), Lycoris(), Diffusers(), ComfyUi(), Loralib(), Gguf())
 WRITERS: tuple[DialectWriter, ...] = (
     PeftWriter(),
     *ALPHA_WRITERS,
     DiffusersWriter(),
     LoralibWriter(),
     AdapterHubWriter(),
+    GgufAdapterWriter(),
 )
 ASKING = ("loralib",)  # those that have no config, and ask the caller instead
 IN_PARTS = ("kohya", "lycoris", "diffusers", "comfyui")  # those whose files may adapt several parts of a pipeline

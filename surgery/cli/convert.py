@@ -62,7 +62,9 @@ def command(
     With --to, INPUT is an adapter. With --to lora its ΔW, whatever the method, is truncated to the rank that is asked
     for, and the report tells what that leaves out. Without --to, INPUT is a file or folder of torch's (.bin, .pt, .pth,
     .ckpt) or safetensors, and the output's name says which of the two it becomes. A folder gets safetensors, or what
-    --container says, in INPUT's shards, and INPUT's other files. Nothing in a torch file is executed.
+    --container says, in INPUT's shards, and INPUT's other files. Nothing in a torch file is executed. An adapter for
+    llama.cpp (--to gguf) is one .gguf file, and needs --base, a folder with config.json, both to be written and to be
+    read.
     """
     how = options.chosen_ranks(how, needed=to == LORA)
     ranked = how["rank"] is not None or how["overrides"] or how["dtype"]

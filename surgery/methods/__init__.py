@@ -23,6 +23,7 @@ from surgery.methods.gralora import GraLora
 from surgery.methods.hira import Hira
 from surgery.methods.hra import Hra
 from surgery.methods.ia3 import Ia3
+from surgery.methods.llamacpp import PairedLora, RowsLora
 from surgery.methods.loha import LoHa
 from surgery.methods.lokr import LoKr
 from surgery.methods.lora import Lora, LoraBias
@@ -45,6 +46,8 @@ ADDITIVE: tuple[AdditiveMethod, ...] = (
     LoraBias(),
     FusedLora(),
     KernelLora(),
+    PairedLora(),
+    RowsLora(),
     TuckerLora(),
     Full(),
     AdaLora(),

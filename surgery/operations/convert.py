@@ -18,12 +18,14 @@ from formats.dialects.implied import implied_base, implied_part
 from formats.dialects.writing import DROPS, DialectWriter, Making, Piece, Wanted, Written, joined, taken
 from formats.errors import AdapterFormatError
 from formats.layers import layer_kinds
-from formats.paths import ADAPTER_CONFIG, Destination, create_checkpoint, open_checkpoint
+from formats.model_config import model_config
+from formats.paths import ADAPTER_CONFIG, Destination, create_checkpoint, names_gguf_file, open_checkpoint
 from formats.spec import TensorSpec
-from formats.tensors import torch_dtype
 from surgery import engine
 from surgery.checks import check_finite
 from surgery.engine import Resources
+from surgery.exact.rounding import round_once
+from surgery.methods.llamacpp import halved, paired
 from surgery.methods.loha import cored
 from surgery.operations.model_names import in_model_names, open_adapter_of
 from surgery.plan import Fate, Outcome, Plan, Step, ledger
@@ -78,10 +80,12 @@ class Make:
         """The tensor, in the output's shape and dtype."""
         piece = self.piece
         result = _made(piece, inputs).mul(piece.factor) if inputs else _constant(piece)
+        if piece.heads:
+            result = paired(result, piece.heads) if piece.heads > 0 else halved(result, -piece.heads)
         result = _laid(piece, result) if piece.laid else result.reshape(piece.output.shape)
-        rounded = result.to(torch_dtype(piece.output.dtype))
+        rounded = round_once(result.contiguous(), piece.output.dtype)
         check_finite(rounded, piece.output.name)
-        return Outcome((rounded.contiguous(),), {ref.name: Fate.CONVERTED for ref in piece.sources})
+        return Outcome((rounded,), {ref.name: Fate.CONVERTED for ref in piece.sources})
 
 
 def _constant(piece: Piece) -> torch.Tensor:
@@ -137,8 +141,8 @@ def convert(
 
     Args:
         adapter: a folder or a file in any dialect that merge reads.
-        out: a folder, or a `.safetensors`/`.st` file; peft's config is then in its metadata.
-        to: "peft", "kohya", "lycoris", "comfyui", "diffusers", "loralib" or "adapterhub".
+        out: a folder, or a `.safetensors`/`.st` file; peft's config is then in its metadata. For "gguf" a `.gguf` file.
+        to: "peft", "kohya", "lycoris", "comfyui", "diffusers", "loralib", "adapterhub" or "gguf".
         base: the model it adapts; dialects with dotted names do without, for LoRA. For an adapter of several parts of
             a pipeline, every part's model by its name: {"unet": …, "text_encoder": …}; one file comes of all.
         told: alpha and layout of loralib's files; the part of a pipeline.
@@ -156,7 +160,8 @@ def convert(
         plan, written, read = plan_convert(checkpoint, config, adapter, to, base, told, drop)
         bases = base.values() if isinstance(base, Mapping) else (base,)
         inputs = tuple(Path(path) for path in (adapter, *bases) if path is not None)
-        destination = Destination(Path(out), weights=_writer(to).weights, inputs=inputs, force=force)
+        weights = _writer(to).weights
+        destination = Destination(Path(out), weights, inputs=inputs, force=force, gguf=names_gguf_file(weights))
         metadata = dict(plan.metadata)
         text = None if written.config is None else json.dumps(written.config, indent=2)
         if text is not None and not destination.is_folder:
@@ -165,9 +170,9 @@ def convert(
             outcomes = engine.run(plan, writer, resources)
             if text is not None and destination.is_folder:
                 writer.attach(ADAPTER_CONFIG, text.encode() + b"\n")
-        weights: dict[str, int] = {}
+        methods: dict[str, int] = {}
         for module in read.modules:
-            weights[module.method] = weights.get(module.method, 0) + 1
+            methods[module.method] = methods.get(module.method, 0) + 1
         copied = sum(piece.is_copy for piece in written.pieces)
         return ConvertReport(
             operation="convert",
@@ -179,7 +184,7 @@ def convert(
             source=read.dialect,
             target=to,
             component=told.component or read.component,
-            weights=weights,
+            weights=methods,
             copied=copied,
             computed=len(written.pieces) - copied,
         )
@@ -228,7 +233,7 @@ def plan_convert(
             component=", ".join(base),
             left=tuple(sorted(left)),
         )
-    elif source == to and told == NOTHING_TOLD and not drop:
+    elif source == to and told == NOTHING_TOLD and not drop and not names_gguf_file(writer.weights):
         written, read = job.copied()
     else:
         written, read = job.part(base, told)
@@ -262,7 +267,8 @@ class _Job:
         # Without a base there are no biases, and a bias is what tells a layer called `time_emb` from an embedding.
         kinds = layer_kinds(specs) if self.source in IN_PARTS and base is not None else {}
         name = "" if base is None else str(base)
-        wanted = Wanted(specs, name, told.component or read.component, self.drop, kinds)
+        model = {} if base is None else model_config(base)
+        wanted = Wanted(specs, name, told.component or read.component, self.drop, kinds, model)
         return self.writer.write(found, self.checkpoint.metadata, wanted), read
 
     def copied(self) -> tuple[Written, Adapter]:

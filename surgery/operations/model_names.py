@@ -14,6 +14,7 @@ from pathlib import Path
 from formats.adapter import NOTHING_TOLD, Adapter, Told
 from formats.dialects import open_adapter
 from formats.errors import ShapeMismatch, UnmatchedKeys
+from formats.model_config import model_config
 from formats.quantized import foreign, quantization_config, refuse_foreign
 from formats.spec import TensorSpec
 from surgery.meta_model import known_names, may_rename, meta_model
@@ -28,6 +29,7 @@ def open_adapter_of(
     Raises:
         FormatError: as `open_adapter`; Quantised where the model's weights are in a form that nothing can be added to.
     """
+    told = replace(told, model=model_config(model))
     try:
         return open_adapter(adapter, specs, told=told)
     except (UnmatchedKeys, ShapeMismatch) as error:
