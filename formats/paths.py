@@ -13,7 +13,8 @@ from pathlib import Path
 from formats.checkpoint import Checkpoint, CheckpointWriter
 from formats.errors import FormatError, NotACheckpoint, PathNotFound
 from formats.layout import shards_by_size
-from formats.safetensors_file import SafetensorsFile, SafetensorsWriter
+from formats.plain_file import PlainFile, PlainWriter
+from formats.safetensors_file import SAFETENSORS
 from formats.sharded import ShardedCheckpoint, ShardedWriter
 from formats.spec import TensorSpec
 from formats.staging import Staging, disk_errors, write_at
@@ -62,7 +63,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             expected="a .safetensors or .st file, or a folder with one",
             then="use the model that it was converted from, and convert the result again",
         )
-    return SafetensorsFile(path)
+    return PlainFile(path, SAFETENSORS)
 
 
 def container_of(checkpoint: Checkpoint) -> str:
@@ -220,7 +221,7 @@ class _Output:
     ) -> None:
         self._staging = destination.staging()
         self._settled = False
-        self._container: SafetensorsWriter | ShardedWriter | TorchWriter
+        self._container: PlainWriter | ShardedWriter | TorchWriter
         try:
             if names_torch_file(destination.path):
                 self._container = TorchWriter(self._staging, specs)
@@ -230,7 +231,7 @@ class _Output:
                 )
             else:
                 filename = destination.weights if destination.is_folder else ""
-                self._container = SafetensorsWriter(self._staging, filename, specs, metadata, reserve=reserve)
+                self._container = PlainWriter(self._staging, filename, specs, metadata, SAFETENSORS, reserve=reserve)
             if destination.is_folder:
                 for companion in destination.companions:
                     self._staging.copy(companion.name, companion)
