@@ -71,7 +71,7 @@ def _cell(writer: DialectWriter, shape: tuple[int, ...], modules: list[AdapterMo
     base = {name: TensorSpec(name, DType.F32, size) for name, size in specs.items()}
     adapter = Adapter(_REF, "any", {}, tuple(modules), tuple(full))
     try:
-        written = writer.write(adapter, {}, Wanted(base, component="unet"))
+        written = writer.write(adapter, {}, Wanted(base, "base", "unet"))
     except AdapterFormatError as error:
         flag = error.details.get("next", "").rpartition("--drop ")[2]
         return f"`--drop {flag}`" if "--drop" in error.details.get("next", "") else "refused"
@@ -103,8 +103,10 @@ multiplied or put into blocks, in float64 and rounded once. *refused*: the diale
 _READ = """
 Scalings go where a dialect keeps them: a tensor `alpha` for each layer (kohya, LyCORIS, ComfyUI, always float32), ranks
 and alphas by pattern (peft, diffusers). loralib's files hold none; the report tells the `lora_alpha` to load them with,
-and layers of another alpha get the difference multiplied into B. Of a source's metadata `ss_*` and `modelspec.*` go
-along, but for hashes of the old file.
+and layers of another alpha get the difference multiplied into B. In ONNX Runtime's (ort) all scalings are in B; its
+tensors have the base's dtype, since a graph's inputs have one, and the names of the inputs of
+`surgery export-onnx --as inputs`. Of a source's metadata `ss_*` and `modelspec.*` go along, but for hashes of the old
+file.
 
 ## What is read
 
@@ -118,6 +120,7 @@ By merge, unmerge, verify, inspect and convert.
 | diffusers | `unet.LAYER.lora_A.weight`; `transformer.`, `text_encoder.`, `text_encoder_2.`, `text_encoder_3.`; `.lora.down`, `.lora_linear_layer.down`, `.processor.to_q_lora.down` | `lora_adapter_metadata`, or a tensor; without either the rank | the model's |
 | comfyui | `diffusion_model.LAYER.lora_up.weight`, or any factor above; `text_encoders.clip_l.transformer.`, `clip_g`, `t5xxl` | a tensor; without one the rank | the model's |
 | loralib | `LAYER.lora_A` | told: `--alpha` | the model's |
+| ort | `LAYER.lora_A` in an `.onnx_adapter` file | 1: multiplied into B | the model's |
 | adapterhub | `LAYER.loras.NAME.lora_A`, LoRA only | the config's; the rank in files of adapters before 1.1, which scaled so | the model's |
 
 A file of several parts of a pipeline is read for one of them, the base's: `--component unet`. convert takes all at once,

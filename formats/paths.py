@@ -13,6 +13,7 @@ from pathlib import Path
 from formats.checkpoint import Checkpoint, CheckpointWriter
 from formats.errors import FormatError, NotACheckpoint, PathNotFound
 from formats.layout import shards_by_size
+from formats.ort_file import ORT, ORT_SUFFIX, names_ort_file
 from formats.plain_file import PlainFile, PlainWriter
 from formats.safetensors_file import SAFETENSORS
 from formats.sharded import ShardedCheckpoint, ShardedWriter
@@ -29,14 +30,15 @@ ADAPTER_CONFIG = "adapter_config.json"
 # Files of a model's folder that hold weights, in whatever container: never copied along as "the rest".
 _WEIGHT_PATTERNS = (
     "*.safetensors", "*.st", f"*{INDEX_SUFFIX}", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack",
-    "*.ckpt", "*.onnx", "*.onnx_data", "*.ot", "*.gguf", ADAPTER_CONFIG,
+    "*.ckpt", "*.onnx", "*.onnx_data", f"*{ORT_SUFFIX}", "*.ot", "*.gguf", ADAPTER_CONFIG,
 )  # fmt: skip
 # What transformers' Trainer leaves beside the weights in torch's container.
 _TRAINING = ("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*")
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a safetensors or torch file, an index of shards, or a folder that holds any of them.
+    """Opens a safetensors or torch file, an index of shards, or a folder that holds any of them; or ONNX Runtime's file
+    of an adapter.
 
     Reads headers only. In a folder safetensors comes before torch's container; of either the index is preferred, then
     the file that is called as transformers and peft call it, then the only one there is.
@@ -56,6 +58,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return ShardedCheckpoint(path)
     if path.suffix in TORCH_SUFFIXES:
         return TorchFile(path)
+    if names_ort_file(path):
+        return PlainFile(path, ORT)
     if path.suffix == ".gguf":
         raise NotACheckpoint(
             "a GGUF file holds weights quantised for llama.cpp",
@@ -67,7 +71,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def container_of(checkpoint: Checkpoint) -> str:
-    """What it is stored in, for people: `safetensors`, `torch`, `torch, 2 shards`."""
+    """What it is stored in, for people: `safetensors`, `torch`, `torch, 2 shards`, `onnx_adapter`."""
+    if names_ort_file(checkpoint.ref.path):
+        return ORT_SUFFIX.removeprefix(".")
     shards = set(checkpoint.shards.values()) if isinstance(checkpoint, ShardedCheckpoint) else set()
     files = shards or {checkpoint.ref.path}
     name = "torch" if all(names_torch_file(file) for file in files) else "safetensors"
@@ -117,7 +123,8 @@ class Destination:
 
     Attributes:
         path: a `.safetensors` or `.st` file, or a folder; with `torch` a file in torch's container.
-        weights: the name of the weights' file or index in a folder.
+        weights: the name of the weights' file or index in a folder; its suffix also tells whether the file, in a folder
+            or not, is to be ONNX Runtime's.
         shards: tensor → shard's filename, for a sharded folder.
         companions: files copied along into a folder as they are (config, tokenizer, …).
         inputs: paths that the output must not replace.
@@ -136,14 +143,21 @@ class Destination:
     @property
     def is_folder(self) -> bool:
         """Whether the output is a folder."""
-        return not names_file(self.path) and not names_torch_file(self.path)
+        return not (names_file(self.path) or names_torch_file(self.path) or names_ort_file(self.path))
 
     def check(self) -> None:
         """Refuses what `create_checkpoint` would refuse, before long work. Raises OutputExists or FormatError."""
         self.staging().discard()
 
     def staging(self) -> Staging:
-        """The output, begun. Raises OutputExists, or FormatError for torch's container where it must not be."""
+        """The output, begun. Raises OutputExists, or FormatError for a container that it must not be."""
+        if not self.is_folder and names_ort_file(self.path) is not names_ort_file(self.weights):
+            raise FormatError(
+                f"{ORT_SUFFIX} is what convert --to ort writes, and nothing else",
+                where=self.path,
+                expected=f"a {ORT_SUFFIX} file, or a folder" if names_ort_file(self.weights) else "another name",
+                then="choose another output with -o",
+            )
         if names_torch_file(self.path) and not self.torch:
             raise FormatError(
                 "only convert writes torch's container: it has no room for what a safetensors file says of itself",
@@ -231,7 +245,8 @@ class _Output:
                 )
             else:
                 filename = destination.weights if destination.is_folder else ""
-                self._container = PlainWriter(self._staging, filename, specs, metadata, SAFETENSORS, reserve=reserve)
+                form = ORT if names_ort_file(destination.weights) else SAFETENSORS
+                self._container = PlainWriter(self._staging, filename, specs, metadata, form, reserve=reserve)
             if destination.is_folder:
                 for companion in destination.companions:
                     self._staging.copy(companion.name, companion)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from formats.checkpoint import Checkpoint
+from formats.errors import AdapterFormatError
+from formats.ort_file import names_ort_file
 from formats.paths import (
     ADAPTER_CONFIG,
     Destination,
@@ -68,6 +70,12 @@ def convert_container(
     """
     watch = Stopwatch(loading="torch")
     with open_checkpoint(source) as checkpoint:
+        if names_ort_file(checkpoint.ref.path):
+            raise AdapterFormatError(
+                "ONNX Runtime's files hold factors the other way round than others: no mere change of container",
+                where=source,
+                then="say the dialect: --to peft, and --base",
+            )
         plan = plan_container(checkpoint, torch=names_torch_file(out))
         destination = _destination(Path(source), Path(out), checkpoint, force)
         with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
