@@ -127,8 +127,10 @@ forgets the bias.
 
 Scalings go where a dialect keeps them: a tensor `alpha` for each layer (kohya, LyCORIS, ComfyUI, always float32), ranks
 and alphas by pattern (peft, diffusers). loralib's files hold none; the report tells the `lora_alpha` to load them with,
-and layers of another alpha get the difference multiplied into B; so do those of a GGUF file, which holds one alpha for
-all. Of a source's metadata `ss_*` and `modelspec.*` go along, but for hashes of the old file.
+and layers of another alpha get the difference multiplied into B; so do those of a GGUF file, which holds one alpha for all. In ONNX Runtime's (ort) all scalings are in B; its
+tensors have the base's dtype, since a graph's inputs have one, and the names of the inputs of
+`surgery export-onnx --as inputs`. Of a source's metadata `ss_*` and `modelspec.*` go along, but for hashes of the old
+file.
 
 ## What is read
 
@@ -143,6 +145,7 @@ By merge, unmerge, verify, inspect and convert.
 | comfyui | `diffusion_model.LAYER.lora_up.weight`, or any factor above; `text_encoders.clip_l.transformer.`, `clip_g`, `t5xxl` | a tensor; without one the rank | the model's |
 | loralib | `LAYER.lora_A` | told: `--alpha` | the model's |
 | gguf | `blk.0.attn_q.weight.lora_a`, LoRA only | `adapter.lora.alpha`; without one, or 0, the rank | gguf's, by the class in the base's config.json |
+| ort | `LAYER.lora_A` in an `.onnx_adapter` file | 1: multiplied into B | the model's |
 | adapterhub | `LAYER.loras.NAME.lora_A`, `.lora_B`; of (IA)³ `.lora_B` alone | the config's; the rank in files of adapters before 1.1, which scaled so | the model's |
 
 A file of several parts of a pipeline is read for one of them, the base's: `--component unet`. convert takes all at once,

@@ -19,11 +19,13 @@ _RANK = {dtype: rank for rank, dtype in enumerate(DType)}
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where everything goes: `header` (8-byte length and JSON), absolute `offsets` by name, file `size` in bytes."""
+    """Where everything goes: `header` (8-byte length and JSON), absolute `offsets` by name, file `size` in bytes, and
+    `marks`, which are what another container has between its payloads, each with its place."""
 
     header: bytes
     offsets: Mapping[str, int]
     size: int
+    marks: tuple[tuple[int, bytes], ...] = ()
 
 
 def layout(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> Layout:

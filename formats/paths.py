@@ -15,7 +15,9 @@ from formats.errors import FormatError, NotACheckpoint, PathNotFound
 from formats.gguf_file import GGUF_SUFFIX, GgufFile
 from formats.gguf_writer import GgufWriter
 from formats.layout import shards_by_size
-from formats.safetensors_file import SafetensorsFile, SafetensorsWriter
+from formats.ort_file import ORT, ORT_SUFFIX, names_ort_file
+from formats.plain_file import PlainFile, PlainWriter
+from formats.safetensors_file import SAFETENSORS
 from formats.sharded import ShardedCheckpoint, ShardedWriter
 from formats.spec import TensorSpec
 from formats.staging import Staging, disk_errors, write_at
@@ -30,14 +32,15 @@ ADAPTER_CONFIG = "adapter_config.json"
 # Files of a model's folder that hold weights, in whatever container: never copied along as "the rest".
 _WEIGHT_PATTERNS = (
     "*.safetensors", "*.st", f"*{INDEX_SUFFIX}", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack",
-    "*.ckpt", "*.onnx", "*.onnx_data", "*.ot", "*.gguf", ADAPTER_CONFIG,
+    "*.ckpt", "*.onnx", "*.onnx_data", f"*{ORT_SUFFIX}", "*.ot", "*.gguf", ADAPTER_CONFIG,
 )  # fmt: skip
 # What transformers' Trainer leaves beside the weights in torch's container.
 _TRAINING = ("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*")
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a safetensors or torch file, an index of shards, a folder that holds any of them, or a GGUF adapter.
+    """Opens a safetensors or torch file, an index of shards, or a folder that holds any of them; or an adapter in
+    llama.cpp's or ONNX Runtime's own file.
 
     Reads headers only. In a folder safetensors comes before torch's container; of either the index is preferred, then
     the file that is called as transformers and peft call it, then the only one there is.
@@ -60,13 +63,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return TorchFile(path)
     if names_gguf_file(path):
         return GgufFile(path)
-    return SafetensorsFile(path)
+    if names_ort_file(path):
+        return PlainFile(path, ORT)
+    return PlainFile(path, SAFETENSORS)
 
 
 def container_of(checkpoint: Checkpoint) -> str:
-    """What it is stored in, for people: `safetensors`, `torch`, `torch, 2 shards`, `gguf`."""
+    """What it is stored in, for people: `safetensors`, `torch`, `torch, 2 shards`, `gguf`, `onnx_adapter`."""
     if isinstance(checkpoint, GgufFile):
         return "gguf"
+    if names_ort_file(checkpoint.ref.path):
+        return ORT_SUFFIX.removeprefix(".")
     shards = set(checkpoint.shards.values()) if isinstance(checkpoint, ShardedCheckpoint) else set()
     files = shards or {checkpoint.ref.path}
     name = "torch" if all(names_torch_file(file) for file in files) else "safetensors"
@@ -122,7 +129,8 @@ class Destination:
     Attributes:
         path: a `.safetensors` or `.st` file, or a folder; with `torch` a file in torch's container, with `gguf` a
             `.gguf` file.
-        weights: the name of the weights' file or index in a folder; it tells the container.
+        weights: the name of the weights' file or index in a folder; it tells the container. Its suffix also tells
+            whether the file, in a folder or not, is to be ONNX Runtime's.
         shards: tensor → shard's filename, for a sharded folder.
         companions: files copied along into a folder as they are (config, tokenizer, …).
         inputs: paths that the output must not replace.
@@ -143,7 +151,8 @@ class Destination:
     @property
     def is_folder(self) -> bool:
         """Whether the output is a folder."""
-        return not (names_file(self.path) or names_torch_file(self.path) or names_gguf_file(self.path))
+        own = (names_file, names_torch_file, names_gguf_file, names_ort_file)
+        return not any(names(self.path) for names in own)
 
     def check(self) -> None:
         """Refuses what `create_checkpoint` would refuse, before long work. Raises OutputExists or FormatError."""
@@ -151,6 +160,13 @@ class Destination:
 
     def staging(self) -> Staging:
         """The output, begun. Raises OutputExists, or FormatError for a container that it must not be."""
+        if not self.is_folder and names_ort_file(self.path) is not names_ort_file(self.weights):
+            raise FormatError(
+                f"{ORT_SUFFIX} is what convert --to ort writes, and nothing else",
+                where=self.path,
+                expected=f"a {ORT_SUFFIX} file, or a folder" if names_ort_file(self.weights) else "another name",
+                then="choose another output with -o",
+            )
         if names_torch_file(self.path) and not self.torch:
             raise FormatError(
                 "only convert writes torch's container: it has no room for what a safetensors file says of itself",
@@ -251,7 +267,7 @@ class _Output:
     ) -> None:
         self._staging = destination.staging()
         self._settled = False
-        self._container: SafetensorsWriter | ShardedWriter | TorchWriter | GgufWriter
+        self._container: PlainWriter | ShardedWriter | TorchWriter | GgufWriter
         try:
             if names_torch_file(destination.path):
                 self._container = TorchWriter(self._staging, "", specs)
@@ -263,10 +279,11 @@ class _Output:
                 )
             else:
                 filename = destination.weights if destination.is_folder else ""
+                form = ORT if names_ort_file(destination.weights) else SAFETENSORS
                 self._container = (
                     TorchWriter(self._staging, filename, specs)
                     if names_torch_file(filename)
-                    else SafetensorsWriter(self._staging, filename, specs, metadata, reserve=reserve)
+                    else PlainWriter(self._staging, filename, specs, metadata, form, reserve=reserve)
                 )
             if destination.is_folder:
                 for companion in destination.companions:

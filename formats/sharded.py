@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from formats.errors import CorruptFile, PathNotFound
 from formats.names import unknown_tensor
-from formats.safetensors_file import SafetensorsFile, SafetensorsWriter
+from formats.plain_file import PlainFile, PlainWriter
+from formats.safetensors_file import SAFETENSORS
 from formats.spec import CheckpointRef, TensorRef, TensorSpec
 from formats.staging import Staging, disk_errors, write_at
 from formats.tensors import Bytes
@@ -38,7 +39,7 @@ class ShardedCheckpoint:
     def __init__(self, index: Path) -> None:
         self.path = index
         self.shards, own = _read_index(index)
-        self._files: dict[str, SafetensorsFile | TorchFile] = {}
+        self._files: dict[str, PlainFile | TorchFile] = {}
         try:
             for filename in sorted(set(self.shards.values())):
                 if not (index.parent / filename).exists():
@@ -98,7 +99,7 @@ class ShardedCheckpoint:
         """Fills a buffer with the payload from byte `begin` on."""
         self._file(name).read_into(name, begin, buffer)
 
-    def _file(self, name: str) -> SafetensorsFile | TorchFile:
+    def _file(self, name: str) -> PlainFile | TorchFile:
         if name not in self.specs:
             raise unknown_tensor(name, self.specs, self.path)
         return self._files[self.shards[name]]
@@ -115,8 +116,8 @@ class ShardedCheckpoint:
         self.close()
 
 
-def _open_shard(path: Path) -> SafetensorsFile | TorchFile:
-    return TorchFile(path) if path.suffix in TORCH_SUFFIXES else SafetensorsFile(path)
+def _open_shard(path: Path) -> PlainFile | TorchFile:
+    return TorchFile(path) if path.suffix in TORCH_SUFFIXES else PlainFile(path, SAFETENSORS)
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -172,10 +173,10 @@ class ShardedWriter:
         grouped: dict[str, list[TensorSpec]] = {}
         for spec in specs:
             grouped.setdefault(self._shards[spec.name], []).append(spec)
-        self._writers: dict[str, SafetensorsWriter | TorchWriter] = {
+        self._writers: dict[str, PlainWriter | TorchWriter] = {
             filename: TorchWriter(staging, filename, group)
             if Path(filename).suffix in TORCH_SUFFIXES
-            else SafetensorsWriter(staging, filename, group, {"format": "pt"}, reserve=reserve)
+            else PlainWriter(staging, filename, group, {"format": "pt"}, SAFETENSORS, reserve=reserve)
             for filename, group in sorted(grouped.items())
         }
 

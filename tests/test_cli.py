@@ -123,7 +123,7 @@ def test_reports_are_frozen_and_errors_carry_their_details(pair: tuple[Path, Pat
     with pytest.raises(surgery.ReportedError) as caught:
         surgery.merge(pair[0], pair[1], tmp_path / "m.st")
     assert caught.value.exit_code == 1
-    assert caught.value.details["expected"].startswith("peft, adapterhub, kohya")
+    assert "peft, adapterhub, kohya" in caught.value.details["expected"]
 
 
 def test_nothing_but_json_goes_to_stdout(pair: tuple[Path, Path], tmp_path: Path, cli: Callable[..., Result]) -> None:

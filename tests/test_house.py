@@ -49,7 +49,7 @@ def rule(path: Path) -> tuple[str, ...]:
     if place.startswith("formats/"):
         return ("surgery", "click", "rich")
     if place.startswith("surgery/methods/"):
-        files = ("formats.paths", "formats.safetensors_file", "formats.sharded", "formats.dialects", "formats.staging")
+        files = ("formats.paths", "formats.plain_file", "formats.sharded", "formats.dialects", "formats.staging")
         return (*upper, *files, "surgery.engine", "surgery.plan", "click", "pathlib")
     if place == "surgery/plan.py":
         return (*upper, "formats.paths", "formats.dialects", "surgery.engine", "surgery.methods", "click", "pathlib")

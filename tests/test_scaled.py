@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_merge import lora
 
 import surgery
+from formats import open_checkpoint
 from formats.errors import CorruptFile, Quantised, ShapeMismatch
-from formats.safetensors_file import SafetensorsFile
 from formats.spec import DType
 from surgery.errors import NotFinite, NotMergeable, NotMerged, UndoMismatch
 from surgery.exact import scaled
@@ -296,7 +296,7 @@ def test_an_undo_record_that_names_no_blocks_is_damaged(tmp_path: Path) -> None:
     """A size of zero, a weight without a correction of its own: one error, before anything is allocated."""
     base = Base(tmp_path, "fine-grained")
     surgery.merge(base.path, base.adapter, tmp_path / "m", undo=tmp_path / "u.st")
-    tensors, metadata = load_file(tmp_path / "u.st"), SafetensorsFile(tmp_path / "u.st").metadata
+    tensors, metadata = load_file(tmp_path / "u.st"), open_checkpoint(tmp_path / "u.st").metadata
     for scaled_as in ({NAME: [base.scale, 0, 128]}, {NAME: ["nowhere", 128, 128]}):
         document = json.loads(metadata[UNDO])
         document["receipt"] = json.dumps(json.loads(document["receipt"]) | {"scaled": scaled_as})

@@ -23,6 +23,7 @@ from formats.dialects.kohya import Kohya, Lycoris
 from formats.dialects.loralib import Loralib
 from formats.dialects.loralib_writing import LoralibWriter
 from formats.dialects.lycoris_writing import WRITERS as ALPHA_WRITERS
+from formats.dialects.ort import Ort, OrtWriter
 from formats.dialects.peft import Peft
 from formats.dialects.peft_converting import DiffusersWriter, PeftWriter
 from formats.dialects.writing import DialectWriter
@@ -30,7 +31,17 @@ from formats.errors import AdapterFormatError, CorruptFile, PathNotFound
 from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, open_checkpoint
 from formats.spec import TensorSpec
 
-DIALECTS: tuple[Dialect, ...] = (Peft(), AdapterHub(), Kohya(), Lycoris(), Diffusers(), ComfyUi(), Loralib(), Gguf())
+DIALECTS: tuple[Dialect, ...] = (
+    Ort(),
+    Peft(),
+    AdapterHub(),
+    Kohya(),
+    Lycoris(),
+    Diffusers(),
+    ComfyUi(),
+    Loralib(),
+    Gguf(),
+)
 WRITERS: tuple[DialectWriter, ...] = (
     PeftWriter(),
     *ALPHA_WRITERS,
@@ -38,11 +49,13 @@ WRITERS: tuple[DialectWriter, ...] = (
     LoralibWriter(),
     AdapterHubWriter(),
     GgufAdapterWriter(),
+    OrtWriter(),
 )
 ASKING = ("loralib",)  # those that have no config, and ask the caller instead
 IN_PARTS = ("kohya", "lycoris", "diffusers", "comfyui")  # those whose files may adapt several parts of a pipeline
-# Of peft's folders and of AdapterHub's.
-_WEIGHTS = (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, "adapter.safetensors", "pytorch_adapter.bin")
+KINDLESS = (*IN_PARTS, "ort")  # those that lay a product out by the weight, whatever the layer: Wanted.kinds
+# The weights' files in folders of peft's, AdapterHub's and ours for ONNX Runtime.
+_WEIGHTS = (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, "adapter.safetensors", "pytorch_adapter.bin", OrtWriter().weights)
 CONFIG_KEY = "adapter_config"  # where a single-file adapter keeps its config, in the header's metadata
 
 

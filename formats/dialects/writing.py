@@ -28,8 +28,12 @@ class Making(StrEnum):
     TAKEN = "taken"  # the elements in their order, in whatever shape
     TURNED = "turned"  # the transpose of a matrix
     BLOCKS = "blocks"  # (n · height, rank) → blocks on a diagonal of n columns, at the enabled slices of the rows
+    TURNED_BLOCKS = "turned_blocks"  # the transpose of that
     CORED = "cored"  # a core (rank, rank, *kernel) and A (rank, in, …) → (rank, in, *kernel)
     CONSTANT = "constant"  # the factor, in every element
+
+
+_TURNED = {Making.TAKEN: Making.TURNED, Making.BLOCKS: Making.TURNED_BLOCKS}
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Piece:
         sources: what it is made of.
         making: how.
         factor: of every element, in float64 before the one rounding to the output's dtype.
-        enabled: for BLOCKS, the slices of the rows.
+        enabled: for BLOCKS, turned or not, the slices of the rows.
         laid: where the output has more than what is made, the number of the made block that lies in each of its blocks
             of rows, with `fill` around it; None for a block of nothing else.
         fill: there.
@@ -92,7 +96,8 @@ class Wanted:
         base_name: the base's path, for configs; empty without one.
         component: the part of a pipeline; empty where nobody says.
         drop: what may be left behind, of DROPS.
-        kinds: the layers' kinds, where the source's products lie as the base's weights do, whatever the layer.
+        kinds: the layers' kinds, where the source's products lie as the base's weights do, whatever the layer, or the
+            other way round.
         model: the base's config.json; empty without one.
     """
 
@@ -107,8 +112,8 @@ class Wanted:
         """A module as a product of two factors of its layer; None for one that is no such product of the same size."""
         product = product_of(module, self.base[module.target])
         kind = self.kinds.get(owner(module.target))
-        stored = module.method == "lora" and module.kind is LayerKind.LINEAR and kind in SIDES
-        if product is None or kind is None or not stored:
+        matrix = module.method == "lora" and module.kind in (LayerKind.LINEAR, *SIDES)
+        if product is None or kind is None or not matrix or (module.kind in SIDES) == (kind in SIDES):
             return product
         return replace(product, module=replace(module, kind=kind), a=turned(product.b), b=turned(product.a))
 
@@ -196,9 +201,9 @@ def named(piece: Piece, name: str, **changes: Any) -> Piece:
 
 
 def turned(piece: Piece) -> Piece:
-    """A matrix that is taken as it is or transposed, the other way round."""
+    """A matrix the other way round."""
     shape = piece.output.shape[::-1]
-    making = Making.TAKEN if piece.making is Making.TURNED else Making.TURNED
+    making = {**_TURNED, **{turned: plain for plain, turned in _TURNED.items()}}[piece.making]
     return replace(piece, output=replace(piece.output, shape=shape), making=making)
 
 

@@ -2,25 +2,67 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from surgery.cli import options
 
 
-@click.command("export-onnx", epilog="Example: surgery export-onnx merged/ -o merged-onnx/model.onnx")
+@click.command(
+    "export-onnx",
+    epilog="Examples: surgery export-onnx merged/ -o merged-onnx/model.onnx; "
+    "surgery export-onnx base/ --adapter a/ --adapter b/ --as inputs -o base-onnx/model.onnx",
+)
 @click.argument("model", type=options.PATH)
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    type=options.PATH,
+    metavar="ADAPTER",
+    help="A LoRA of linear layers to leave in the graph, beside the weights; with --as inputs any number of them.",
+)
+@click.option(
+    "--as",
+    "adapters_as",
+    type=click.Choice(["branch", "inputs"]),
+    help="The factors are fixed weights of the graph [the default], or inputs that .onnx_adapter files fill.",
+)
 @click.option("--no-verify", is_flag=True, help="Do not compare with torch before the output appears.")
 @options.output_options
+@options.told_options
 @options.json_option
-def command(model: str, out: str, no_verify: bool, force: bool, as_json: bool) -> None:
+def command(
+    model: str,
+    adapters: tuple[str, ...],
+    adapters_as: str | None,
+    out: str,
+    no_verify: bool,
+    force: bool,
+    as_json: bool,
+    **how: Any,
+) -> None:
     """Export MODEL, a Hugging Face folder, as a graph without weights and a safetensors file beside it.
 
     The graph depends on the architecture alone: base and merged give the same bytes, and only the weights differ.
+    A merged adapter costs nothing; one that is left in the graph costs two small products for every adapted weight, and
+    as inputs can be exchanged from run to run: one graph serves many adapters of the same weights.
     """
+    if not adapters and (adapters_as is not None or any(how[name] for name in options.TOLD)):
+        raise click.UsageError("--as and what is told of an adapter need --adapter")
     from surgery.operations.export_onnx import export_onnx
 
     with options.reporting("export-onnx", as_json):
-        report = export_onnx(model, out, force=force, verify=not no_verify)
+        report = export_onnx(
+            model,
+            out,
+            adapters=adapters,
+            adapters_as=adapters_as or "branch",
+            force=force,
+            verify=not no_verify,
+            **options.told(how),
+        )
         if as_json:
             options.print_json(report)
             return
@@ -37,6 +79,12 @@ def command(model: str, out: str, no_verify: bool, force: bool, as_json: bool) -
             known["against torch"] = (
                 f"max error {report.max_abs_error:.2g} abs, {report.max_rel_error:.2g} rel "
                 f"(tolerance {report.tolerance:.2g} rel) at {shapes}"
+            )
+        if report.adapters:
+            known["adapter left as"] = f"{report.adapters}, {len(report.adapted)} weights"
+        if report.adapted_rel_error is not None:
+            known["against merged weights"] = (
+                f"max error {report.adapted_rel_error:.2g} rel (tolerance {report.adapted_tolerance:.2g} rel)"
             )
         options.show(options.facts(report.model_class, known.items()))
         options.show_ending(report)

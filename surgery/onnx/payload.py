@@ -9,19 +9,21 @@ and of what the graph computes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from formats import Checkpoint, TensorSpec
+from formats import TensorSpec
 from formats.layout import Layout, layout
 from formats.staging import disk_errors, write_at
+from formats.tensors import Bytes
 
 if TYPE_CHECKING:
     import onnx
 
 PAYLOAD = "model.safetensors"  # its name is part of the graph's bytes, so it never varies
 METADATA = {"format": "pt"}
+Read = Callable[[str], Bytes]  # a tensor's name → its payload
 
 
 def payload_layout(weights: Iterable[TensorSpec]) -> Layout:
@@ -56,23 +58,21 @@ def attach_payload(model: onnx.ModelProto, weights: Iterable[TensorSpec], where:
     return data
 
 
-def write_payload(
-    descriptor: int, checkpoint: Checkpoint, weights: Iterable[TensorSpec], where: Layout, target: Path
-) -> None:
+def write_payload(descriptor: int, read: Read, weights: Iterable[TensorSpec], where: Layout, target: Path) -> None:
     """Writes the payload into an open file, one tensor in memory at a time. Raises WriteFailed, naming `target`."""
     with disk_errors(target):
         write_at(descriptor, where.header, 0)
         for spec in weights:
-            write_at(descriptor, checkpoint.read_bytes(spec.name).data, where.offsets[spec.name])
+            write_at(descriptor, read(spec.name).data, where.offsets[spec.name])
 
 
-def holds_payload(path: Path, checkpoint: Checkpoint, weights: Iterable[TensorSpec], where: Layout) -> bool:
+def holds_payload(path: Path, read: Read, weights: Iterable[TensorSpec], where: Layout) -> bool:
     """Whether the file at `path` is this very payload, byte for byte."""
     with path.open("rb") as stream:
         if os.fstat(stream.fileno()).st_size != where.size or stream.read(len(where.header)) != where.header:
             return False
         for spec in weights:
             stream.seek(where.offsets[spec.name])
-            if stream.read(spec.nbytes) != checkpoint.read_bytes(spec.name).tobytes():
+            if stream.read(spec.nbytes) != read(spec.name).tobytes():
                 return False
     return True

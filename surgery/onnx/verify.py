@@ -70,7 +70,7 @@ def verify_graph(
     check_structure(graph)
     feeds = random_feeds(architecture, seed)
     expected = _run_torch(architecture, dtype, feeds)
-    names, per_token, found, nodes = _run_onnxruntime(architecture, graph, payload, feeds)
+    names, per_token, found, nodes = run_onnxruntime(architecture, graph, payload, feeds)
     found_by_output: dict[str, tuple[float, float, str]] = {}  # difference, scale, and where the difference is
     for feed, theirs, ours in zip(feeds, expected, found, strict=True):
         mask = feed["attention_mask"].astype(bool) if "attention_mask" in feed else None
@@ -191,7 +191,7 @@ def _run_torch(architecture: Architecture, dtype: DType, feeds: Sequence[Feed]) 
     return outputs
 
 
-def _run_onnxruntime(
+def run_onnxruntime(
     architecture: Architecture, graph: bytes, payload: int, feeds: Sequence[Feed]
 ) -> tuple[list[str], list[bool], list[Outputs], int]:
     """Output names, whether each has one row per token, the outputs by feed, and the number of nodes run."""
@@ -200,6 +200,7 @@ def _run_onnxruntime(
 
     options = onnxruntime.SessionOptions()
     options.enable_profiling = True
+    options.log_severity_level = 3  # it warns of every input that has a default, as adapters' have
     with tempfile.TemporaryDirectory() as scratch, mmap.mmap(payload, 0, prot=mmap.PROT_READ) as mapped:
         options.profile_file_prefix = f"{scratch}/profile"
         view = np.frombuffer(mapped, np.uint8)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from formats.checkpoint import Checkpoint
-from formats.errors import FormatError
+from formats.errors import AdapterFormatError, FormatError
+from formats.ort_file import names_ort_file
 from formats.paths import (
     ADAPTER_CONFIG,
     Destination,
@@ -80,6 +81,12 @@ def convert_container(
     """
     watch = Stopwatch(loading="torch")
     with open_checkpoint(source) as checkpoint:
+        if names_ort_file(checkpoint.ref.path):
+            raise AdapterFormatError(
+                "ONNX Runtime's files hold factors the other way round than others: no mere change of container",
+                where=source,
+                then="say the dialect: --to peft, and --base",
+            )
         torch = _is_torch(out, container)
         plan = plan_container(checkpoint, torch=torch)
         destination = _destination(Path(source), Path(out), checkpoint, torch, max_shard_size, force)

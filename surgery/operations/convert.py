@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from formats.adapter import NOTHING_TOLD, Adapter, Told
 from formats.checkpoint import Checkpoint
-from formats.dialects import ASKING, CONFIG_KEY, IN_PARTS, WRITERS, dialect_of, open_adapter_file
+from formats.dialects import ASKING, CONFIG_KEY, IN_PARTS, KINDLESS, WRITERS, dialect_of, open_adapter_file
 from formats.dialects.implied import implied_base, implied_part
-from formats.dialects.writing import DROPS, DialectWriter, Making, Piece, Wanted, Written, joined, taken
+from formats.dialects.writing import DROPS, DialectWriter, Making, Piece, Wanted, Written, joined, taken, turned
 from formats.errors import AdapterFormatError
 from formats.layers import layer_kinds
 from formats.model_config import model_config
@@ -112,9 +112,9 @@ def _made(piece: Piece, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         core, a = inputs  # (rank, rank, *kernel), (rank, in, 1, …)
         kernel = piece.output.shape[2:]
         return cored(core, a.flatten(1)).reshape(a.shape[0], a.shape[1], *kernel)
+    if piece.making in (Making.TURNED, Making.TURNED_BLOCKS):
+        return _made(turned(piece), inputs).mT
     tensor = inputs[0].double()
-    if piece.making is Making.TURNED:
-        return tensor.mT
     if piece.making is Making.BLOCKS:
         count = sum(piece.enabled)
         height, rank = tensor.shape[0] // count, tensor.shape[1]
@@ -141,8 +141,9 @@ def convert(
 
     Args:
         adapter: a folder or a file in any dialect that merge reads.
-        out: a folder, or a `.safetensors`/`.st` file; peft's config is then in its metadata. For "gguf" a `.gguf` file.
-        to: "peft", "kohya", "lycoris", "comfyui", "diffusers", "loralib", "adapterhub" or "gguf".
+        out: a folder, or a `.safetensors`/`.st` file; peft's config is then in its metadata. For "gguf" a `.gguf` file,
+            for "ort" a folder or an `.onnx_adapter` file.
+        to: "peft", "kohya", "lycoris", "comfyui", "diffusers", "loralib", "adapterhub", "gguf" or "ort".
         base: the model it adapts; dialects with dotted names do without, for LoRA. For an adapter of several parts of
             a pipeline, every part's model by its name: {"unet": …, "text_encoder": …}; one file comes of all.
         told: alpha and layout of loralib's files; the part of a pipeline.
@@ -265,7 +266,7 @@ class _Job:
         if base is not None and self.writer.name == "peft":
             found, specs = in_model_names(base, read, specs)
         # Without a base there are no biases, and a bias is what tells a layer called `time_emb` from an embedding.
-        kinds = layer_kinds(specs) if self.source in IN_PARTS and base is not None else {}
+        kinds = layer_kinds(specs) if self.source in KINDLESS and base is not None else {}
         name = "" if base is None else str(base)
         model = {} if base is None else model_config(base)
         wanted = Wanted(specs, name, told.component or read.component, self.drop, kinds, model)

@@ -1,4 +1,4 @@
-"""export-onnx: a Hugging Face folder → OUT.onnx, and its weights beside it.
+"""export-onnx: a Hugging Face folder → OUT.onnx, and its weights beside it; adapters in it where that is asked for.
 
 Plans the output, builds the graph without weights, writes both files without a name, has them checked against torch,
 and only then lets them appear. What the graph is made of is `surgery.onnx`'s business.
@@ -9,21 +9,23 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from formats import Checkpoint, open_checkpoint
+from formats.adapter import NOTHING_TOLD, Told
 from formats.errors import NotACheckpoint, OutputExists, PathNotFound
 from formats.layout import Layout
 from formats.staging import Staging, disk_errors, write_at
 from surgery.errors import Unsupported
 from surgery.onnx.architecture import read_architecture
-from surgery.onnx.payload import PAYLOAD, attach_payload, holds_payload, payload_layout, write_payload
+from surgery.onnx.payload import PAYLOAD, Read, attach_payload, holds_payload, payload_layout, write_payload
 from surgery.onnx.template import Template, build_template
 from surgery.onnx.verify import check_structure, verify_graph
-from surgery.plan import Fate, no_fates
+from surgery.operations.export_adapters import Keeping
+from surgery.plan import Fate
 from surgery.report import Report, Stopwatch, peak_rss
 
 _OWN_FOLDER = "give each export a folder of its own: base/model.onnx, merged/model.onnx"
@@ -47,6 +49,11 @@ class ExportReport(Report):
         dtype: the checkpoint's floating-point dtype.
         inputs, outputs: the graph's.
         unused: names of the checkpoint's tensors that the graph does not need.
+        adapters: "branch" or "inputs"; empty without adapters.
+        adapted: names of the weights that have an adapter beside them.
+        adapted_rel_error: largest difference from the outputs of the merged weights, as max_rel_error; None if not
+            verified.
+        adapted_tolerance: what it was held against.
     """
 
     payload: str
@@ -63,49 +70,75 @@ class ExportReport(Report):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     unused: tuple[str, ...]
+    adapters: str
+    adapted: tuple[str, ...]
+    adapted_rel_error: float | None
+    adapted_tolerance: float | None
 
 
-def export_onnx(model: str | Path, out: str | Path, *, force: bool = False, verify: bool = True) -> ExportReport:
+def export_onnx(
+    model: str | Path,
+    out: str | Path,
+    *,
+    adapters: Sequence[str | Path] = (),
+    adapters_as: str = "branch",
+    told: Told = NOTHING_TOLD,
+    force: bool = False,
+    verify: bool = True,
+) -> ExportReport:
     """Writes OUT.onnx and, beside it, `model.safetensors`.
 
     Args:
         model: a Hugging Face folder: config.json, and weights in one file or in shards.
         out: the `.onnx` file. Its folder must hold no other model's `model.safetensors`.
+        adapters: LoRA of linear layers, in any dialect that merge reads, to be left beside the weights.
+        adapters_as: "branch": the one adapter's factors are weights of the graph. "inputs": the graph takes them as
+            optional inputs, of any rank, for every weight that one of the adapters changes; ONNX Runtime fills them
+            from `.onnx_adapter` files, which `convert` writes.
+        told: what the adapters' files do not say.
         force: replace what stands there; never the model itself.
         verify: compare with torch before anything appears under its name.
 
     Raises:
-        UnknownArchitecture, Unsupported, MissingTensors, UnsupportedDType: a model that cannot be exported, and why.
+        UnknownArchitecture, Unsupported, MissingTensors, UnsupportedDType: a model that cannot be exported, or an
+            adapter that no graph can take, and why.
         OutputExists: something stands at the output, or the output is the input.
-        VerificationFailed: ONNX Runtime and torch disagree.
+        VerificationFailed: ONNX Runtime and torch disagree, or the graph and the merged weights.
+        ReportedError: the adapters, as merge.
     """
     watch = Stopwatch()
     folder, target = Path(model), Path(out)
-    _check_paths(folder, target, force)
+    guarded = [Path(adapter) for adapter in adapters]
+    _check_paths(folder, target, force, guarded)
     architecture = read_architecture(folder)
     with open_checkpoint(folder) as checkpoint:
-        template = build_template(architecture, checkpoint.specs)
-        _check_ties(template, checkpoint)
+        keeping = Keeping.of(folder, guarded, adapters_as, checkpoint.specs, told)
+        bare = build_template(architecture, checkpoint.specs)
+        _check_ties(bare, checkpoint)
+        template = keeping.grafted(bare)
         where = payload_layout(template.weights)
-        graph = attach_payload(template.model, template.weights, where)
-        dtype = next(spec.dtype for spec in template.weights if spec.dtype.is_float)
-        with _staged(folder, target, graph, checkpoint, template, where, force) as payload:
+        plain, graph = (attach_payload(each.model, template.weights, where) for each in (bare, template))
+        dtype = next(spec.dtype for spec in bare.weights if spec.dtype.is_float)
+        read = keeping.reading(checkpoint)
+        with _staged(folder, target, graph, read, template, where, force, guarded) as payload:
             check_structure(graph)
-            found = verify_graph(architecture, graph, payload, dtype) if verify else None
+            found = verify_graph(architecture, plain, payload, dtype) if verify else None
+            agreed = keeping.agreement(architecture, (plain, graph), payload, dtype, checkpoint) if verify else None
             payload_sha256 = _file_sha256(payload)
-        unused = tuple(sorted(checkpoint.specs.keys() - {spec.name for spec in template.weights}))
+        unused = tuple(sorted(checkpoint.specs.keys() - {spec.name for spec in bare.weights}))
+    fates = [Fate.COPIED] * len(bare.weights) + [Fate.UNUSED] * len(unused) + keeping.fates
     return ExportReport(
         operation="export-onnx",
         output=str(target),
         seconds=watch.seconds,
         peak_rss_bytes=peak_rss(),
-        ledger=no_fates() | {Fate.COPIED.value: len(template.weights), Fate.UNUSED.value: len(unused)},
-        notes=checkpoint.notes if verify else (*checkpoint.notes, "not compared with torch"),
+        ledger={fate.value: fates.count(fate) for fate in Fate},
+        notes=(*checkpoint.notes, *([] if verify else ["not compared with torch"]), *keeping.notes),
         payload=str(target.parent / PAYLOAD),
         graph_sha256=hashlib.sha256(graph).hexdigest(),
         payload_sha256=payload_sha256,
         nodes=len(template.model.graph.node),
-        nodes_run=found.nodes_run if found else None,
+        nodes_run=agreed.nodes_run if agreed else found.nodes_run if found else None,
         max_abs_error=found.max_abs_error if found else None,
         max_rel_error=found.max_rel_error if found else None,
         tolerance=found.tolerance if found else None,
@@ -115,10 +148,14 @@ def export_onnx(model: str | Path, out: str | Path, *, force: bool = False, veri
         inputs=architecture.inputs,
         outputs=tuple(output.name for output in template.model.graph.output),
         unused=unused,
+        adapters=adapters_as if adapters else "",
+        adapted=tuple(branch.weight for branch in keeping.branches),
+        adapted_rel_error=agreed.max_rel_error if agreed else None,
+        adapted_tolerance=agreed.tolerance if agreed else None,
     )
 
 
-def _check_paths(folder: Path, target: Path, force: bool) -> None:
+def _check_paths(folder: Path, target: Path, force: bool, adapters: Sequence[Path]) -> None:
     if not folder.exists():
         raise PathNotFound("no such folder", where=folder)
     if not folder.is_dir():
@@ -136,7 +173,7 @@ def _check_paths(folder: Path, target: Path, force: bool) -> None:
             expected="a name that ends in .onnx",
             then=f"say -o {target / 'model.onnx'}",
         )
-    Staging(target, folder=False, inputs=_files(folder), force=force)
+    Staging(target, folder=False, inputs=[*_files(folder), *adapters], force=force)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -161,10 +198,11 @@ def _staged(
     folder: Path,
     target: Path,
     graph: bytes,
-    checkpoint: Checkpoint,
+    read: Read,
     template: Template,
     where: Layout,
     force: bool,
+    adapters: Sequence[Path],
 ) -> Iterator[int]:
     """Both files, written and nameless; yields the payload's descriptor. On a normal exit they appear.
 
@@ -173,24 +211,25 @@ def _staged(
     """
     beside = target.parent / PAYLOAD
     if not target.parent.exists():
-        with Staging(target.parent, folder=True, inputs=[folder], force=force) as staging:
+        with Staging(target.parent, folder=True, inputs=[folder, *adapters], force=force) as staging:
             _write(staging.create(target.name, len(graph)), graph, target)
             payload = staging.create(PAYLOAD, where.size)
-            write_payload(payload, checkpoint, template.weights, where, beside)
+            write_payload(payload, read, template.weights, where, beside)
             yield payload
-    elif _keeps(folder, beside, checkpoint, template, where, force):
-        with Staging(target, folder=False, inputs=_files(folder), force=force) as staging, beside.open("rb") as kept:
+    elif _keeps(folder, beside, read, template, where, force):
+        guarded = [*_files(folder), *adapters]
+        with Staging(target, folder=False, inputs=guarded, force=force) as staging, beside.open("rb") as kept:
             _write(staging.create("", len(graph)), graph, target)
             yield kept.fileno()
     else:
-        guarded = _files(folder)
+        guarded = [*_files(folder), *adapters]
         with (
             Staging(target, folder=False, inputs=guarded, force=force) as staging,
             Staging(beside, folder=False, inputs=guarded, force=force) as weights,
         ):  # left in reverse: weights first
             _write(staging.create("", len(graph)), graph, target)
             payload = weights.create("", where.size)
-            write_payload(payload, checkpoint, template.weights, where, beside)
+            write_payload(payload, read, template.weights, where, beside)
             yield payload
             with disk_errors(target):
                 os.fsync(payload)  # what can fail has been tried before the old graph goes
@@ -198,7 +237,7 @@ def _staged(
                     target.unlink(missing_ok=True)
 
 
-def _keeps(folder: Path, beside: Path, checkpoint: Checkpoint, template: Template, where: Layout, force: bool) -> bool:
+def _keeps(folder: Path, beside: Path, read: Read, template: Template, where: Layout, force: bool) -> bool:
     """Whether the payload stands there already, to the byte. Raises OutputExists where it must not be replaced."""
     own = beside.parent.resolve() == folder.resolve()
     if not os.path.lexists(beside):
@@ -211,7 +250,7 @@ def _keeps(folder: Path, beside: Path, checkpoint: Checkpoint, template: Templat
             )
         return False
     linked = beside.is_symlink() or beside.stat().st_nlink > 1
-    if not linked and beside.is_file() and holds_payload(beside, checkpoint, template.weights, where):
+    if not linked and beside.is_file() and holds_payload(beside, read, template.weights, where):
         return True
     if own:
         raise OutputExists(

@@ -1,0 +1,126 @@
+"""ONNX Runtime's `.onnx_adapter`: LoRA that a graph takes as inputs, read and written.
+
+Parameters are named as the inputs of the graph that `surgery export-onnx --as inputs` makes: `<module>.lora_A` (in,
+rank) and `<module>.lora_B` (rank, out), the module as the model's file names it, the scaling multiplied into lora_B.
+There is no config. A product x·A·B changes the weight by (AB)ᵀ, so that read as factors of ours the two change places:
+nothing is transposed for it. Knows no graph and no mathematics.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from formats.adapter import Adapter, AdapterModule, Told
+from formats.checkpoint import Checkpoint
+from formats.dialects.peft_factors import Factors, pair
+from formats.dialects.resolve import resolver
+from formats.dialects.writing import Piece, Wanted, Written, cannot, named, turned, without_dropped
+from formats.errors import AdapterFormatError, ShapeMismatch
+from formats.layers import LayerKind, layer_kinds, owner
+from formats.ort_file import ORT_SUFFIX, names_ort_file
+from formats.spec import TensorRef, TensorSpec, shape_text
+
+_FACTOR = re.compile(r"^(?P<module>.+)\.(?P<role>lora_[AB])$")
+_KINDS = (LayerKind.LINEAR, LayerKind.TRANSPOSED)
+_MERGE = "merge it, and export the merged model: surgery merge"
+
+
+class Ort:
+    """The dialect of ONNX Runtime's adapters, under the names of our graphs' inputs."""
+
+    name = "ort"
+
+    def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
+        """ONNX Runtime's own file; its names are those of any dialect."""
+        return names_ort_file(checkpoint.ref.path)
+
+    def read(
+        self,
+        checkpoint: Checkpoint,
+        config: Mapping[str, Any] | None,
+        base: Mapping[str, TensorSpec],
+        names: Mapping[str, str],
+        told: Told,
+    ) -> Adapter:
+        """The adapter, resolved against the base's tensors."""
+        where = checkpoint.ref.path
+        modules: dict[str, Factors] = {}
+        for key in checkpoint.specs:
+            match = _FACTOR.match(key)
+            if match is None:
+                raise AdapterFormatError(
+                    "a parameter that is no input of a graph of ours",
+                    where=where,
+                    expected="….lora_A and ….lora_B",
+                    found=key,
+                    then="only adapters for graphs by surgery export-onnx are read",
+                )
+            modules.setdefault(match["module"], {})[match["role"]] = checkpoint.tensor(key)
+        rename = resolver([f"{module}.weight" for module in modules], base, where)
+        kinds = layer_kinds(base)
+        adapted = []
+        for module, factors in sorted(modules.items()):
+            a, b = pair(factors, ("lora_A", "lora_B"), f"{where}: {module}")
+            weight = base[rename(f"{module}.weight")]
+            adapted.append(_module(a, b, weight, kinds.get(owner(weight.name), LayerKind.LINEAR), where))
+        return Adapter(checkpoint.ref, self.name, {}, tuple(adapted), ())
+
+
+def _module(a: TensorRef, b: TensorRef, weight: TensorSpec, kind: LayerKind, where: str) -> AdapterModule:
+    """An adapted weight. `kind`: its layer's, which decides where the weight is square."""
+    first, second = a.spec.shape, b.spec.shape
+    product = (*first[:1], *second[1:])  # (in, out)
+    fits = len(first) == len(second) == 2 and first[1] == second[0] > 0
+    if not fits or weight.shape not in (product, product[::-1]):
+        raise ShapeMismatch(
+            "the adapter does not fit the base's weight",
+            where=f"{where}: {weight.name}",
+            expected=f"lora_A (in, rank) and lora_B (rank, out) for the base's {shape_text(weight.shape)}",
+            found=f"lora_A {shape_text(first)}, lora_B {shape_text(second)}",
+            then="check that the adapter was made for this base",
+        )
+    square = product[0] == product[1]
+    lies_so = kind is LayerKind.TRANSPOSED if square else weight.shape == product
+    stored = LayerKind.LINEAR if lies_so else LayerKind.TRANSPOSED  # of BA, which is (in, out)
+    return AdapterModule(weight.name, "lora", stored, {"lora_A": b, "lora_B": a}, first[1], float(first[1]))
+
+
+@dataclass(frozen=True)
+class OrtWriter:
+    """The dialect of ONNX Runtime's adapters: LoRA of linear layers, in the dtype of the graph."""
+
+    name: str = "ort"
+    weights: str = f"adapter{ORT_SUFFIX}"
+
+    def write(self, adapter: Adapter, metadata: Mapping[str, str], wanted: Wanted) -> Written:
+        """The adapter in this dialect. Raises AdapterFormatError too without a base, which names a graph's inputs."""
+        if not wanted.base_name:
+            raise AdapterFormatError(
+                "a graph's inputs have the names and the dtype of its model's weights",
+                where=adapter.ref.path,
+                then="name the model that was exported: --base",
+            )
+        adapter, dropped = without_dropped(adapter, self.name, wanted)
+        pieces: list[Piece] = []
+        for module in adapter.modules:
+            product = wanted.product(module)
+            if product is None or module.method == "dora" or product.module.kind not in _KINDS:
+                raise cannot(self.name, {"dora": "DoRA"}.get(module.method, "this"), module, _MERGE)
+            layer, _, last = module.target.rpartition(".")
+            dtype = wanted.base[module.target].dtype
+            if last != "weight" or not dtype.is_weight:
+                raise AdapterFormatError(
+                    "no graph of ours multiplies by this tensor",
+                    where=module.target,
+                    expected="a layer's weight in floating point",
+                    found=dtype,
+                    then=_MERGE,
+                )
+            a, b = turned(product.a), turned(product.b)  # (in, rank), (rank, out)
+            for role, piece, factor in (("lora_A", a, 1.0), ("lora_B", b, product.module.scaling)):
+                output = replace(piece.output, dtype=dtype)
+                pieces.append(named(replace(piece, output=output), f"{layer}.{role}", factor=factor))
+        return Written(tuple(pieces), {}, None, dropped)
