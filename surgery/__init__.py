@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from surgery.budget import Budget
     from surgery.engine import Resources
     from surgery.errors import FormatError, ReportedError, SurgeryError
-    from surgery.operations.bench import BenchReport, bench
+    from surgery.onnx.record import BenchReport
+    from surgery.operations.bench import bench
     from surgery.operations.combine import CombineReport, combine
     from surgery.operations.containers import ContainerReport, convert_container
     from surgery.operations.convert import ConvertReport, convert
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "bench": "surgery.operations.bench",
-    "BenchReport": "surgery.operations.bench",
+    "BenchReport": "surgery.onnx.record",
     "combine": "surgery.operations.combine",
     "CombineReport": "surgery.operations.combine",
     "convert_container": "surgery.operations.containers",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery.cli import options
+
+if TYPE_CHECKING:
+    from surgery.onnx.record import BenchReport
 
 
 class _Shape(click.ParamType[tuple[int, int]]):
@@ -24,50 +28,91 @@ class _Shape(click.ParamType[tuple[int, int]]):
 
 
 @click.command("bench", epilog="Example: surgery bench base-onnx/model.onnx merged-onnx/model.onnx --expect equivalent")
-@click.argument("a", type=options.PATH)
-@click.argument("b", type=options.PATH)
-@click.option("--shape", type=_Shape(), default="1x128", show_default=True, help="Batch and sequence.")
+@click.argument("graphs", type=options.PATH, nargs=-1, metavar="REFERENCE GRAPH...")
+@click.option(
+    "--shape",
+    "shapes",
+    type=_Shape(),
+    multiple=True,
+    default=("1x128",),
+    help="Batch and sequence [1x128]; repeatable.",
+)
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt … It must really run.")
-@click.option("--margin", type=float, default=0.02, show_default=True, help="The difference that does not matter.")
-@click.option("--seconds", type=float, default=60.0, show_default=True, help="How long to measure.")
+@click.option("--cuda-graph", is_flag=True, help="cuda: capture the run into a CUDA graph and time its replay.")
+@click.option("--margin", type=float, default=0.01, show_default=True, help="The difference that does not matter.")
+@click.option(
+    "--seconds", type=float, default=60.0, show_default=True, help="For each graph and shape, at most; less if clear."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of each session [the runtime's choice].")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of inputs, order and bootstrap.")
 @click.option(
+    "--positive-control", type=options.PATH, metavar="GRAPH", help="Must be found slower, or nothing is said."
+)
+@click.option(
     "--expect",
     type=click.Choice(["equivalent", "faster", "slower"]),
-    help="Exit with 3 on another verdict, with 4 on inconclusive.",
+    help="Exit with 3 if any verdict is another, with 4 on inconclusive.",
 )
+@click.option("--record", type=options.PATH, metavar="FILE", help="Write the report, every block in it, as JSON.")
+@click.option("--force", is_flag=True, help="Replace what stands at the record's path.")
+@click.option("--replay", type=options.PATH, metavar="FILE", help="Print the report of a record; nothing is measured.")
 @options.json_option
-def command(
-    a: str,
-    b: str,
-    shape: tuple[int, int],
-    provider: str,
-    margin: float,
-    seconds: float,
-    threads: int | None,
-    seed: int,
-    expect: str | None,
-    as_json: bool,
-) -> None:
-    """Compare the latency of B.onnx with A.onnx: paired blocks, an interval, a verdict against a margin."""
+def command(graphs: tuple[str, ...], expect: str | None, replay: str | None, as_json: bool, **how: Any) -> None:
+    """Compare the latency of graphs with that of REFERENCE: paired blocks, an interval, a verdict against a margin.
+
+    A shape is a batch and a sequence. Where the graphs have a cache, the sequence is what lies in it, and a run
+    computes one token more.
+    """
+    from surgery.onnx.record import read_record
     from surgery.operations.bench import bench
 
+    if replay is not None and graphs:
+        raise click.UsageError("--replay prints a record: it takes no graphs")
+    if replay is None and len(graphs) < 2:
+        raise click.UsageError("bench takes a reference and at least one graph to compare with it")
     with options.reporting("bench", as_json):
-        report = bench(a, b, shape=shape, provider=provider, margin=margin, seconds=seconds, threads=threads, seed=seed)
+        report = bench(*graphs, **how) if replay is None else read_record(replay)
         if as_json:
             options.print_json(report)
         else:
-            low, high = report.interval
-            rows = options.table(f"{report.provider}, {shape[0]}×{shape[1]}", "A", "B", "B/A", "interval")
-            latencies = [f"{1e3 * latency:.3f} ms" for latency in (report.latency_a, report.latency_b)]
-            rows.add_row("median of one run", *latencies, f"{report.ratio:.4f}", f"{low:.4f} – {high:.4f}")
-            first, last = report.control_interval
-            rows.add_row("control: A against A", "", "", f"{report.control_ratio:.4f}", f"{first:.4f} – {last:.4f}")
-            same = "the two graphs are byte-identical" if report.same_graph else "the two graphs differ"
-            options.show(
-                rows, f"{same}; {report.blocks} blocks of {report.runs_per_block} runs in {report.seconds:.0f} s"
-            )
-            options.show(f"verdict: {report.verdict} at a margin of {margin:.1%} ({report.reason})")
-    if expect is not None and report.verdict != expect:
-        sys.exit(4 if report.verdict == "inconclusive" else 3)
+            _show(report)
+    if expect is not None:
+        _check(report, expect)
+
+
+def _show(report: BenchReport) -> None:
+    """The table, and below it each verdict with its reason."""
+    title = f"{report.provider}{', CUDA graph' if report.cuda_graph else ''}"
+    rows = options.table(title, "shape", "reference, ms", "ms", "tokens/s", "ratio", "interval", "reference to itself")
+    for each in report.comparisons:
+        low, high = each.interval
+        first, last = each.control_interval
+        rows.add_row(
+            each.graph,
+            f"{each.shape[0]}×{each.shape[1]}",
+            f"{1e3 * each.latency_reference:.3f}",
+            f"{1e3 * each.latency:.3f}",
+            "" if each.tokens_per_second is None else f"{each.tokens_per_second:,.0f}",
+            f"{each.ratio:.4f}",
+            f"{low:.4f} – {high:.4f}",
+            f"{first:.4f} – {last:.4f}",
+        )
+    options.show(f"reference: {report.reference}", rows)
+    for graph, same in report.same_graph.items():
+        options.show(f"{graph}: the graph is {'the reference’s, byte for byte' if same else 'not the reference’s'}")
+    blocks = sum(len(epoch.log_ratios) for each in report.comparisons for epoch in each.epochs)
+    epochs = sum(len(each.epochs) for each in report.comparisons)
+    options.show(f"{blocks} blocks on {epochs} sets of sessions in {report.seconds:.0f} s, begun {report.started}")
+    for each in report.comparisons:
+        role = " (positive control)" if each.role == "positive control" else ""
+        place = f"{each.graph}{role} at {each.shape[0]}×{each.shape[1]}"
+        options.show(f"{place}: {each.verdict} at a margin of {report.margin:.1%} ({each.reason})")
+    if report.output is not None:
+        options.show(f"record: {report.output}")
+
+
+def _check(report: BenchReport, expected: str) -> None:
+    """Ends with 3 if a candidate's verdict is another one, else with 4 if one is inconclusive."""
+    others = {each.verdict for each in report.comparisons if each.role == "candidate"} - {expected}
+    if others:
+        sys.exit(4 if others == {"inconclusive"} else 3)

@@ -1,4 +1,4 @@
-"""What a graph wants to be fed, and random tokens of that description.
+"""What a graph wants to be fed, and random tokens, pixels and caches of that description.
 
 Reads the graph alone: input names, types and shapes, and the size of the embedding that the tokens index. Knows
 nothing of sessions and clocks.
@@ -16,7 +16,7 @@ from surgery.errors import InputsDiffer, Unsupported
 if TYPE_CHECKING:
     import numpy as np
 
-    Feeds = dict[str, np.ndarray[Any, np.dtype[Any]]]  # input name → (batch, sequence)
+    Feeds = dict[str, np.ndarray[Any, np.dtype[Any]]]  # input name → what it is fed
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
@@ -67,40 +67,109 @@ def _described(inputs: Sequence[GraphInput]) -> str:
 
 
 def make_feeds(model: Any, path: Path, shape: tuple[int, int], seed: int) -> Feeds:
-    """The same inputs for every session: random tokens below the vocabulary's size, masks of ones, no padding.
+    """The same inputs for every session, by each input's name, element type and shape.
+
+    Tokens are random below the vocabulary's size, masks are ones (no padding), everything of floats is standard normal.
+    A batch of B and a sequence of S mean, with a cache, that one new token follows S that are cached.
 
     Raises:
-        Unsupported: an input that is none of those a language model takes, or a shape that the graph does not allow.
+        Unsupported: an input that is none of those, an axis of which B and S do not tell, or one of another length.
     """
     import numpy as np
     import onnx
 
     rng = np.random.default_rng(seed)
+    inputs = graph_inputs(model)
+    extents = _extents(inputs, shape)
     feeds: Feeds = {}
-    for entry in graph_inputs(model):
-        if entry.name not in TOKEN_INPUTS:
+    for entry in inputs:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(entry.element)
+        floats = dtype in (np.float16, np.float32, np.float64)
+        if entry.name not in TOKEN_INPUTS and not floats:
             raise Unsupported(
                 "do not know what to feed this input",
                 where=f"{path}: {entry.name}",
-                expected=", ".join(TOKEN_INPUTS),
-                found=_described([entry]),
+                expected=f"{', '.join(TOKEN_INPUTS)}, or any of float16, float32 or float64",
+                found=f"{_described([entry])} {dtype}",
             )
-        if len(entry.shape) != 2 or any(isinstance(n, int) and n != m for n, m in zip(entry.shape, shape, strict=True)):
-            raise Unsupported(
-                "the graph does not take this shape",
-                where=f"{path}: {entry.name}",
-                expected=_described([entry]),
-                found=" × ".join(map(str, shape)),
-                then="choose another --shape",
-            )
+        size = _sizes(entry, extents, path)
+        array: np.ndarray[Any, np.dtype[Any]]
         if entry.name == "input_ids":
-            array = rng.integers(0, vocabulary(model), shape)  # (batch, sequence)
+            array = rng.integers(0, vocabulary(model), size)
         elif entry.name == "position_ids":
-            array = np.broadcast_to(np.arange(shape[1]), shape)
+            array = np.broadcast_to(np.arange(extents.cached, extents.cached + size[1]), size)
+        elif entry.name in TOKEN_INPUTS:
+            array = np.full(size, int(entry.name == "attention_mask"))
         else:
-            array = np.full(shape, int(entry.name == "attention_mask"))
-        feeds[entry.name] = np.ascontiguousarray(array, onnx.helper.tensor_dtype_to_np_dtype(entry.element))
+            array = rng.standard_normal(size)
+        feeds[entry.name] = np.ascontiguousarray(array, dtype)
     return feeds
+
+
+@dataclass(frozen=True)
+class _Extents:
+    """What --shape means for one graph: the batch, the tokens of a run, and how many are cached before them."""
+
+    batch: int
+    tokens: int
+    cached: int
+
+
+def tokens_per_run(model: Any, shape: tuple[int, int]) -> int | None:
+    """Tokens that one run computes; None where the graph takes none."""
+    inputs = graph_inputs(model)
+    extents = _extents(inputs, shape)
+    return extents.batch * extents.tokens if any(entry.name == "input_ids" for entry in inputs) else None
+
+
+def _extents(inputs: Sequence[GraphInput], shape: tuple[int, int]) -> _Extents:
+    if any(map(_is_cache, inputs)):
+        return _Extents(shape[0], 1, shape[1])
+    return _Extents(shape[0], shape[1], 0)
+
+
+def _is_cache(entry: GraphInput) -> bool:
+    return entry.name.startswith(("past", "cache"))
+
+
+def _sizes(entry: GraphInput, extents: _Extents, path: Path) -> tuple[int, ...]:
+    """The lengths of an input's axes: those that are fixed, and those that batch and sequence tell."""
+    wanted = [_length(entry, axis, extents) for axis in range(len(entry.shape))]
+    rank_fits = entry.name not in TOKEN_INPUTS or len(wanted) == 2
+    sizes = tuple(n for n in wanted if n is not None)
+    fits = all(n == m for n, m in zip(entry.shape, wanted, strict=True) if isinstance(n, int))
+    if not rank_fits or not fits:
+        raise Unsupported(
+            "the graph does not take this shape",
+            where=f"{path}: {entry.name}",
+            expected=_described([entry]),
+            found=" × ".join("?" if n is None else str(n) for n in wanted),
+            then="choose another --shape",
+        )
+    if len(sizes) < len(wanted):
+        raise Unsupported(
+            "batch and sequence do not tell how long this input's axes are",
+            where=f"{path}: {entry.name}",
+            expected="axes that are fixed, or named batch, sequence or past",
+            found=_described([entry]),
+            then="export the graph with those axes fixed",
+        )
+    return sizes
+
+
+def _length(entry: GraphInput, axis: int, extents: _Extents) -> int | None:
+    """How long an axis is to be; None where nothing tells. Other axes than batch and sequence are what they are."""
+    said = entry.shape[axis]
+    if axis == 0:
+        return extents.batch
+    if entry.name in TOKEN_INPUTS:
+        return extents.tokens + (extents.cached if entry.name == "attention_mask" else 0)
+    if isinstance(said, int):
+        return said
+    name = (said or "").lower()
+    if "past" in name or "cache" in name or ("seq" in name and _is_cache(entry)):
+        return extents.cached
+    return extents.tokens if "seq" in name else None
 
 
 def vocabulary(model: Any) -> int:

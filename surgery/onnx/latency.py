@@ -10,145 +10,194 @@ between blocks instead of 2 %). Says nothing about what the numbers mean; that i
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import io
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from surgery.errors import ProviderUnavailable, Unsupported
+from surgery.onnx.machine import device_memory
+from surgery.onnx.record import Epoch
+from surgery.onnx.session import Bound, Setting, assigned, bind, open_session, provider_options
+from surgery.onnx.verdict import FEWEST_EPOCHS
 
 if TYPE_CHECKING:
     import numpy as np
 
     from surgery.onnx.feeds import Feeds
 
-EPOCHS = 16  # times that sessions are made anew, if there is time
+EPOCHS = 16  # times that sessions are made anew, at least, if there is time
+LONGEST = 4.0  # seconds of an epoch, unless loading takes as long: more epochs tell more than longer ones
 ROUNDS = 6  # an epoch, aimed at: a fast model gets more runs a block, not more blocks
 FEWEST_ROUNDS = 3  # an epoch, however little time there is
-WARM_UP = 4  # runs of each session before the first block
-_LOADING_SHARE = 0.5  # of the time given, at most, for making sessions anew
+_LOADING_SHARE = 0.5  # of an epoch, at most, for making sessions anew, if six epochs leave that
+_SETTLED = 0.99  # a pair of runs that is not below so much of the fastest yet: warm
+_FEWEST_WARM = 4  # runs of each session before it can be warm
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """What the clock said.
+class Rehearsal:
+    """What one session of a graph showed before anything was measured.
 
-    log_ratios: for each epoch, log(B / A) of each block, in the order measured.
-    control: log(A' / A), the same for two sessions of A.
-    latency_a, latency_b: median seconds of one run.
-    runs_per_block: runs of each session in a block.
-    provider: the execution provider that ran.
-    threads: intra-op threads asked for; None leaves the number to ONNX Runtime.
+    load: seconds of making and warming it.
+    once: seconds of one run, warm.
+    options: of the provider, as the session has them.
+    nodes: how many each provider got.
+    device_bytes: of the device's memory that it takes; None if unknown.
     """
 
-    log_ratios: tuple[tuple[float, ...], ...]
-    control: tuple[tuple[float, ...], ...]
-    latency_a: float
-    latency_b: float
+    load: float
+    once: float
+    options: Mapping[str, str]
+    nodes: Mapping[str, int]
+    device_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One epoch as the clock gave it.
+
+    epoch: its blocks.
+    times_a, times_b: seconds of every run of A and of B in blocks of A against B.
+    runs_per_block: of either.
+    share: of the time that is gone; 1 for the last.
+    """
+
+    epoch: Epoch
+    times_a: tuple[float, ...]
+    times_b: tuple[float, ...]
     runs_per_block: int
-    provider: str
-    threads: int | None
+    share: float
+
+
+def rehearse(path: Path, feeds: Feeds, setting: Setting) -> Rehearsal:
+    """Makes one session, runs it until it is warm, and lets it go.
+
+    Raises:
+        ProviderUnavailable, Unsupported: see `open_session` and `bind`.
+    """
+    before = device_memory(setting.device)
+    began = time.perf_counter()
+    bound = bind(open_session(path, setting), feeds, path, setting)
+    once = _warm(bound)
+    load = time.perf_counter() - began
+    after = device_memory(setting.device)
+    taken = None if before is None or after is None else after - before
+    return Rehearsal(load, once, provider_options(bound.session, setting.provider), assigned(bound.session), taken)
+
+
+def least_seconds(a: Rehearsal, b: Rehearsal) -> float:
+    """What the fewest epochs that allow a verdict take, each with its fewest rounds of one run a quarter block."""
+    return FEWEST_EPOCHS * (_loading(a, b) + FEWEST_ROUNDS * _round(a, b))
+
+
+def _loading(a: Rehearsal, b: Rehearsal) -> float:
+    return 2 * a.load + b.load
+
+
+def _round(a: Rehearsal, b: Rehearsal) -> float:
+    """Seconds of two blocks with one run in each quarter: six of A or A' and two of B."""
+    return 6 * a.once + 2 * b.once
 
 
 def measure(
-    a: Path, b: Path, feeds: Feeds, *, provider: str, seconds: float, threads: int | None, seed: int
-) -> Measurement:
-    """Times B against A, interleaved, for about `seconds`, loading included.
+    a: tuple[Path, Rehearsal],
+    b: tuple[Path, Rehearsal],
+    feeds: Feeds,
+    setting: Setting,
+    *,
+    seconds: float,
+    seed: int,
+    start: float,
+) -> Iterator[Taken]:
+    """Times B against A, interleaved, for `seconds` at most, loading included; whoever has enough stops asking.
+
+    At least two epochs are given, however little time there is.
+
+    Args:
+        a, b: the graphs, each with its rehearsal.
+        feeds: the same for all sessions.
+        start: the `time.perf_counter()` that blocks' times are told from.
 
     Raises:
-        ProviderUnavailable: the provider asked for is not the one that would run.
-        Unsupported: a graph that ONNX Runtime does not load or run.
+        ProviderUnavailable, Unsupported: see `open_session` and `bind`.
     """
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    start = time.perf_counter()
-    epochs, runs = 2, 1  # until the first sessions have been made and timed
-    done: list[_Epoch] = []
-    while len(done) < epochs:
-        loading = time.perf_counter()
-        sessions = _sessions(a, b, feeds, provider, threads, len(done))
-        if not done:
-            loaded = time.perf_counter() - loading
-            epochs = max(2, min(EPOCHS, int(_LOADING_SHARE * seconds / loaded)))
-            once = float(np.median([_run(sessions["a"]) for _ in range(3)]))
-            left = seconds / epochs - loaded
-            runs = max(1, int(left / (8 * once * ROUNDS)))
-        done.append(_epoch(sessions, runs, start + seconds * (len(done) + 1) / epochs, rng))
+    loading, round_ = _loading(a[1], b[1]), _round(a[1], b[1])
+    aimed = max(loading / _LOADING_SHARE, min(LONGEST, seconds / EPOCHS))
+    length = min(aimed, seconds / (FEWEST_EPOCHS + 1))  # one more than needed, since some take longer than aimed
+    runs = max(1, int((length - loading) / (round_ * ROUNDS)))
+    began = time.perf_counter()
+    share, done = 0.0, 0
+    while share < 1:
+        deadline = time.perf_counter() + length
+        sessions = _sessions(a[0], b[0], feeds, setting, done)
+        epoch, times_a, times_b = _epoch(sessions, runs, deadline, start, rng)
         del sessions  # before the next ones are made: three models in memory, not six
-    return Measurement(
-        log_ratios=tuple(tuple(epoch.log_ratios) for epoch in done),
-        control=tuple(tuple(epoch.control) for epoch in done),
-        latency_a=float(np.median([t for epoch in done for t in epoch.times_a])),
-        latency_b=float(np.median([t for epoch in done for t in epoch.times_b])),
-        runs_per_block=2 * runs,
-        provider=done[0].provider,
-        threads=threads,
-    )
+        done += 1
+        gone = time.perf_counter() - began
+        share = 1.0 if done > 1 and gone + gone / done / 2 > seconds else min(gone / seconds, 0.999)
+        yield Taken(epoch, times_a, times_b, 2 * runs, share)
 
 
-@dataclass(frozen=True)
-class _Epoch:
-    """The blocks of one set of sessions, and the seconds of every run of A and of B in them."""
-
-    log_ratios: list[float]
-    control: list[float]
-    times_a: list[float]
-    times_b: list[float]
-    provider: str
-
-
-def _epoch(sessions: dict[str, Bound], runs: int, deadline: float, rng: np.random.Generator) -> _Epoch:
-    """Rounds of one block each, in an order by lot, until the deadline."""
+def _epoch(
+    sessions: dict[str, Bound], runs: int, deadline: float, start: float, rng: np.random.Generator
+) -> tuple[Epoch, tuple[float, ...], tuple[float, ...]]:
+    """Rounds of one block each, in an order by lot, until the deadline; and the seconds of every run of A and of B."""
     import numpy as np
 
-    epoch = _Epoch([], [], [], [], sessions["a"].provider)
+    blocks: dict[str, list[tuple[float, float, float]]] = {"b": [], "again": []}  # when, seconds of A, log-ratio
+    times_a: list[float] = []
+    times_b: list[float] = []
     collecting = gc.isenabled()
     gc.disable()
     try:
-        while len(epoch.control) < FEWEST_ROUNDS or time.perf_counter() < deadline:
+        while len(blocks["b"]) < FEWEST_ROUNDS or time.perf_counter() < deadline:
             for pair in rng.permutation(["b", "again"]):
+                at = time.perf_counter() - start
                 first, second = _block(sessions["a"], sessions[pair], runs, swap=bool(rng.integers(2)))
-                ratio = math.log(float(np.median(second)) / float(np.median(first)))
-                if pair == "again":
-                    epoch.control.append(ratio)
-                else:
-                    epoch.log_ratios.append(ratio)
-                    epoch.times_a.extend(first)
-                    epoch.times_b.extend(second)
+                median = float(np.median(first))
+                blocks[pair].append((at, median, math.log(float(np.median(second)) / median)))
+                if pair == "b":
+                    times_a.extend(first)
+                    times_b.extend(second)
     finally:
         if collecting:
             gc.enable()
-    return epoch
+    begun, medians, log_ratios = zip(*blocks["b"], strict=True)
+    control_begun, _, control = zip(*blocks["again"], strict=True)
+    epoch = Epoch(log_ratios=log_ratios, control=control, at=begun, control_at=control_begun, seconds=medians)
+    return epoch, tuple(times_a), tuple(times_b)
 
 
-@dataclass(frozen=True)
-class Bound:
-    """A session with its inputs and outputs bound to buffers that stay where they are."""
-
-    session: Any
-    binding: Any
-    buffers: tuple[Any, ...]
-    provider: str
-
-
-def _sessions(a: Path, b: Path, feeds: Feeds, provider: str, threads: int | None, epoch: int) -> dict[str, Bound]:
+def _sessions(a: Path, b: Path, feeds: Feeds, setting: Setting, epoch: int) -> dict[str, Bound]:
     """The three sessions, warm; which is made first changes from epoch to epoch."""
     todo = [("a", a), ("b", b), ("again", a)]
     turn = epoch % 3
     order = todo[turn:] + todo[:turn]
     if epoch % 2:
         order.reverse()
-    sessions = {name: bind(open_session(path, provider, threads), feeds, path) for name, path in order}
-    for _ in range(WARM_UP):
-        for bound in sessions.values():
-            _run(bound)
+    sessions = {name: bind(open_session(path, setting), feeds, path, setting) for name, path in order}
+    for bound in sessions.values():
+        _warm(bound)
     return sessions
+
+
+def _warm(bound: Bound) -> float:
+    """Runs until that makes it no faster: two more runs, neither 1 % below the fastest yet. Seconds of the fastest.
+
+    Each further pair costs a gain of 1 %, so it ends. What makes runs slower again (heat, a neighbour) is no warm-up.
+    """
+    fastest = min(_run(bound) for _ in range(_FEWEST_WARM - 2))
+    while True:
+        pair = min(_run(bound), _run(bound))
+        if pair > _SETTLED * fastest:
+            return min(pair, fastest)
+        fastest = pair
 
 
 def _block(first: Bound, second: Bound, runs: int, swap: bool) -> tuple[list[float], list[float]]:
@@ -162,91 +211,5 @@ def _block(first: Bound, second: Bound, runs: int, swap: bool) -> tuple[list[flo
 
 def _run(bound: Bound) -> float:
     began = time.perf_counter_ns()
-    bound.session.run_with_iobinding(bound.binding)
-    bound.binding.synchronize_outputs()
+    bound.run()
     return (time.perf_counter_ns() - began) * 1e-9
-
-
-def provider_name(wanted: str) -> str:
-    """`cpu` → `CPUExecutionProvider`, as ONNX Runtime spells it. Raises ProviderUnavailable with those there are."""
-    import onnxruntime
-
-    there = onnxruntime.get_available_providers()
-    for name in there:
-        if wanted.lower() in (name.lower(), name.lower().removesuffix("executionprovider")):
-            return str(name)
-    raise ProviderUnavailable(
-        "this ONNX Runtime has no such execution provider",
-        expected=", ".join(name.removesuffix("ExecutionProvider").lower() for name in there),
-        found=wanted,
-        then="choose one of those, or install the ONNX Runtime package that has it",
-    )
-
-
-def open_session(path: Path, provider: str, threads: int | None) -> Any:
-    """A session that really runs on `provider`, on one thread pool that does not spin.
-
-    Raises:
-        ProviderUnavailable: ONNX Runtime fell back to another provider, as it does without an error.
-        Unsupported: it does not load the graph.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.inter_op_num_threads = 1
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    settings = {"use_tf32": "0"} if provider == "CUDAExecutionProvider" else {}
-    try:
-        with _muffled() if provider != "CPUExecutionProvider" else contextlib.nullcontext():
-            if provider == "CUDAExecutionProvider":
-                onnxruntime.preload_dlls()
-            session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])
-    except Exception as error:  # its exceptions share no base class of their own
-        raise Unsupported("ONNX Runtime does not load this graph", where=path, found=error) from error
-    actual = session.get_providers()[0]
-    if actual != provider:
-        raise ProviderUnavailable(
-            "ONNX Runtime would run the graph on another provider",
-            where=path,
-            expected=provider,
-            found=actual,
-            then="install what that provider needs (for CUDA: its libraries and a GPU), or ask for another",
-        )
-    return session
-
-
-@contextlib.contextmanager
-def _muffled() -> Iterator[None]:
-    """Keeps ONNX Runtime from printing why a provider does not load, on stdout of all places: that becomes an error."""
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(4)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        onnxruntime.set_default_logger_severity(2)  # what it starts with
-
-
-def bind(session: Any, feeds: Feeds, path: Path) -> Bound:
-    """Inputs and outputs in buffers on the provider's device, allocated once."""
-    import numpy as np
-    import onnxruntime
-
-    provider = session.get_providers()[0]
-    device = "cuda" if provider == "CUDAExecutionProvider" else "cpu"
-    binding = session.io_binding()
-    try:
-        outputs = session.run(None, feeds)  # for their shapes
-    except Exception as error:  # its exceptions share no base class of their own
-        raise Unsupported("ONNX Runtime does not run this graph", where=path, found=error) from error
-    buffers = []
-    for name, array in feeds.items():
-        buffers.append(onnxruntime.OrtValue.ortvalue_from_numpy(array, device))
-        binding.bind_ortvalue_input(name, buffers[-1])
-    for output, array in zip(session.get_outputs(), outputs, strict=True):
-        buffers.append(onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros_like(array), device))
-        binding.bind_ortvalue_output(output.name, buffers[-1])
-    return Bound(session, binding, tuple(buffers), provider)

@@ -6,10 +6,15 @@ Knows neither clock nor graph.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
+from formats.errors import CorruptFile, PathNotFound
 from surgery.report import Report
 
 Verdict = Literal["equivalent", "slower", "faster", "inconclusive"]
@@ -57,7 +62,7 @@ class Comparison:
         looks: how often the verdict was tried.
         level: error allowed to each claim at the last look.
         seconds: how long it took, loading included.
-        device_bytes: what three sessions take of the device's memory, two of them the reference's; None if unknown.
+        device_bytes_reference, device_bytes: of the device's memory that one session takes; None if unknown.
         epochs: every set of sessions.
     """
 
@@ -81,13 +86,14 @@ class Comparison:
     looks: int
     level: float
     seconds: float
+    device_bytes_reference: int | None
     device_bytes: int | None
     epochs: tuple[Epoch, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport(Report):
-    """What bench found. No tensor is touched, so the ledger is empty; `output` is the record's file, if one was asked for.
+    """What bench found. No tensor is touched, so the ledger is empty; `output` is the record's file, if there is one.
 
     Attributes:
         reference: the graph that the others are compared with.
@@ -123,3 +129,65 @@ class BenchReport(Report):
     machine: Mapping[str, str]
     started: str
     comparisons: tuple[Comparison, ...]
+
+
+def to_json(report: BenchReport) -> str:
+    """The record, which `read_record` reads."""
+    return json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) + "\n"
+
+
+def read_record(path: str | Path) -> BenchReport:
+    """A report from its record.
+
+    Raises:
+        PathNotFound: no file there.
+        CorruptFile: it is no record of a bench, or of one that lacks what ours have.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PathNotFound("no such file", where=path)
+    try:
+        document = json.loads(path.read_bytes())
+        if not isinstance(document, dict) or document.get("operation") != "bench":
+            raise _NotOurs("no document of operation bench")
+        return cast(BenchReport, _restored(BenchReport, document, "record"))
+    except (_NotOurs, ValueError, RecursionError) as error:  # of which JSON's own and Unicode's errors are
+        raise CorruptFile(
+            "not a record of surgery bench",
+            where=path,
+            expected="what `surgery bench --record FILE.json` or `--json` wrote, by a version that writes the same",
+            found=error,
+            then="name such a file, or measure again",
+        ) from error
+
+
+class _NotOurs(Exception):
+    """What in a document is not as a record has it."""
+
+
+def _restored(kind: Any, value: Any, where: str) -> Any:
+    """A value of JSON as the type that a field has; `where` names the field."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise _NotOurs(f"{where} is {type(value).__name__}")
+        kinds = get_type_hints(kind)
+        if kinds.keys() != value.keys():
+            raise _NotOurs(f"{where} has other fields: {', '.join(sorted(kinds.keys() ^ value.keys()))}")
+        return kind(**{name: _restored(each, value[name], f"{where}.{name}") for name, each in kinds.items()})  # type: ignore[operator]
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is tuple and isinstance(value, list):
+        parts = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        if len(parts) == len(value):
+            pairs = zip(parts, value, strict=True)
+            return tuple(_restored(part, each, f"{where}[{i}]") for i, (part, each) in enumerate(pairs))
+    elif origin is Mapping and isinstance(value, dict):
+        return {name: _restored(inner[1], each, f"{where}.{name}") for name, each in value.items()}
+    elif origin is Literal and value in inner:
+        return value
+    elif origin is UnionType:  # of something and None
+        return None if value is None else _restored(inner[0], value, where)
+    elif kind is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is kind:
+        return value
+    raise _NotOurs(f"{where} is {json.dumps(value)[:40]}")

@@ -1,167 +1,292 @@
-"""bench: is B.onnx as fast as A.onnx, within a margin declared beforehand?
+"""bench: are these graphs as fast as the first, within a margin declared beforehand?
 
-Feeds both the same inputs, has the time taken, has the verdict drawn, and keeps with it everything that somebody who
+Feeds all the same inputs, has the time taken, has each verdict drawn, and keeps with it everything that somebody who
 doubts it would ask for. The clock is `surgery.onnx.latency`, the judgement `surgery.onnx.verdict`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import datetime
 import hashlib
+import itertools
 import math
 import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from formats.errors import CorruptFile, PathNotFound
+from formats.staging import Staging, disk_errors, write_at
 from surgery.errors import Unsupported
-from surgery.report import Report, Stopwatch, peak_rss
-from surgery.threads import cores
+from surgery.onnx.record import BenchReport, Comparison, Role, to_json
+from surgery.report import Stopwatch, peak_rss
 from surgery.version import __version__
 
 if TYPE_CHECKING:
-    from surgery.onnx.verdict import Estimate
+    from surgery.onnx.feeds import Feeds
+    from surgery.onnx.latency import Rehearsal, Taken
+    from surgery.onnx.session import Setting
+    from surgery.onnx.verdict import Ruling
 
-
-@dataclass(frozen=True, kw_only=True)
-class BenchReport(Report):
-    """What bench found. Ratios are time of B / time of A. Nothing is written, so the ledger is empty.
-
-    Attributes:
-        a, b: the two graphs.
-        verdict: equivalent, slower, faster or inconclusive, always as against the margin.
-        reason: why, in a sentence.
-        ratio: the mean over epochs of the median block's ratio.
-        interval: its 90 % interval.
-        margin: what was declared: 0.02 means within 2 % of A.
-        p_equivalent: of the two one-sided tests at the margin; small speaks for equivalence.
-        noise_floor: the margin within which two sessions of A itself could be told to be equal.
-        control_ratio, control_interval: the same two sessions' ratio.
-        latency_a, latency_b: median seconds of one run.
-        shape: batch and sequence.
-        provider: the execution provider that really ran, as ONNX Runtime names it.
-        threads: intra-op threads asked for; None leaves it to ONNX Runtime.
-        seed: of inputs, order and bootstrap.
-        blocks, runs_per_block, epochs: how much was measured; an epoch is one set of sessions.
-        log_ratios, control_log_ratios: every block of every epoch, in order.
-        same_graph: whether the two `.onnx` files are byte-identical, so that only weights differ.
-        sha256: of each file read.
-        versions: of everything that computes.
-        machine: processor, cores and system.
-    """
-
-    a: str
-    b: str
-    verdict: str
-    reason: str
-    ratio: float
-    interval: tuple[float, float]
-    margin: float
-    p_equivalent: float
-    noise_floor: float
-    control_ratio: float
-    control_interval: tuple[float, float]
-    latency_a: float
-    latency_b: float
-    shape: tuple[int, int]
-    provider: str
-    threads: int | None
-    seed: int
-    blocks: int
-    runs_per_block: int
-    epochs: int
-    log_ratios: tuple[tuple[float, ...], ...]
-    control_log_ratios: tuple[tuple[float, ...], ...]
-    same_graph: bool
-    sha256: Mapping[str, str]
-    versions: Mapping[str, str]
-    machine: Mapping[str, str]
+_QUANTILES = (0.05, 0.25, 0.75, 0.95, 0.99)
 
 
 def bench(
-    a: str | Path,
-    b: str | Path,
-    *,
-    shape: tuple[int, int] = (1, 128),
+    reference: str | Path,
+    *graphs: str | Path,
+    shapes: Sequence[tuple[int, int]] = ((1, 128),),
     provider: str = "cpu",
-    margin: float = 0.02,
+    margin: float = 0.01,
     seconds: float = 60.0,
     threads: int | None = None,
     seed: int = 0,
+    cuda_graph: bool = False,
+    positive_control: str | Path | None = None,
+    record: str | Path | None = None,
+    force: bool = False,
 ) -> BenchReport:
-    """Compares the latency of two graphs that take the same inputs.
+    """Compares the latency of graphs with that of a reference which takes the same inputs.
 
     Args:
-        a: the reference, a `.onnx` file.
-        b: the graph that is judged.
-        shape: batch and sequence.
+        reference: a `.onnx` file.
+        graphs: those that are judged.
+        shapes: batch and sequence, each compared by itself. Where a graph has a cache, the sequence is what the cache
+            holds, and a run computes one token more.
         provider: `cpu`, `cuda` or another that this ONNX Runtime has; one that would not really run is an error.
         margin: the largest difference that does not matter to you, as a ratio.
-        seconds: how long to measure, loading included.
+        seconds: how long to measure each graph at each shape at most, loading included; less where the answer is clear.
         threads: intra-op threads of each session.
         seed: of inputs, order and bootstrap.
+        cuda_graph: capture each session's run into a CUDA graph and time its replay.
+        positive_control: a graph that is known to be slower; where it is not found so, nothing else is concluded.
+        record: a JSON file to write the report to.
+        force: replace what stands at `record`.
 
     Raises:
         PathNotFound, CorruptFile: no graph there.
-        InputsDiffer: the two graphs take different inputs.
+        InputsDiffer: a graph takes other inputs than the reference.
         ProviderUnavailable: the provider is not there, or would not run.
-        Unsupported: inputs or a shape that we cannot feed, a margin or a time that makes no sense.
+        Unsupported: inputs or a shape that we cannot feed, a margin or a time that makes no sense, or too little time
+            for any verdict.
+        OutputExists, WriteFailed: see Staging.
     """
     watch = Stopwatch()
-    a, b = Path(a), Path(b)
-    if not (0 < margin < 1 and seconds > 0 and min(shape) > 0 and (threads is None or threads > 0)):
+    if not (graphs and shapes and all(min(shape) > 0 for shape in shapes)):
+        raise Unsupported("bench needs a graph besides the reference, and positive shapes", found=f"shapes {shapes}")
+    if not (0 < margin < 1 and 0 < seconds < math.inf and (threads is None or threads > 0)):
         raise Unsupported(
             "bench cannot measure this",
-            expected="a margin between 0 and 1, and positive seconds, shape and threads",
-            found=f"margin {margin}, {seconds} seconds, shape {shape}, threads {threads}",
+            expected="a margin between 0 and 1, and positive seconds and threads",
+            found=f"margin {margin}, {seconds} seconds, threads {threads}",
         )
-    graph_a, graph_b = _load(a), _load(b)
+    candidates = tuple(dict.fromkeys(map(Path, graphs)))
+    controls = () if positive_control is None else (Path(positive_control),)
+    paths = (Path(reference), *controls, *candidates)
+    with _kept(record, paths, force) as keep:
+        models = {path: _load(path) for path in paths}
 
-    from surgery.onnx import feeds as inputs
-    from surgery.onnx.latency import measure, provider_name
-    from surgery.onnx.verdict import decide, equivalence_p, estimate, noise_floor
+        from surgery.onnx import feeds as inputs
+        from surgery.onnx.machine import condition, machine
+        from surgery.onnx.session import choose_setting
 
-    inputs.require_same_inputs(a, b, inputs.graph_inputs(graph_a), inputs.graph_inputs(graph_b))
-    feeds = inputs.make_feeds(graph_a, a, shape, seed)
-    name = provider_name(provider)
-    hashes = _hashes(a, graph_a) | _hashes(b, graph_b)
-    measured = measure(a, b, feeds, provider=name, seconds=seconds, threads=threads, seed=seed)
-    effect, control = estimate(measured.log_ratios, seed=seed), estimate(measured.control, seed=seed)
-    verdict, reason = decide(effect, control, margin)
-    return BenchReport(
-        operation="bench",
-        output=None,
-        seconds=watch.seconds,
-        peak_rss_bytes=peak_rss(),
-        ledger={},
-        a=str(a),
-        b=str(b),
-        verdict=verdict,
-        reason=reason,
-        ratio=math.exp(effect.mean),
-        interval=_ratios(effect),
-        margin=margin,
-        p_equivalent=equivalence_p(effect, margin),
-        noise_floor=noise_floor(control),
-        control_ratio=math.exp(control.mean),
-        control_interval=_ratios(control),
-        latency_a=measured.latency_a,
-        latency_b=measured.latency_b,
-        shape=(shape[0], shape[1]),
-        provider=measured.provider,
-        threads=threads,
-        seed=seed,
-        blocks=sum(map(len, measured.log_ratios)),
-        runs_per_block=measured.runs_per_block,
-        epochs=len(measured.log_ratios),
-        log_ratios=measured.log_ratios,
-        control_log_ratios=measured.control,
-        same_graph=hashes[str(a)] == hashes[str(b)],
-        sha256=hashes,
-        versions=_versions(),
-        machine=_machine(),
+        first = inputs.graph_inputs(models[paths[0]])
+        for path in paths[1:]:
+            inputs.require_same_inputs(paths[0], path, first, inputs.graph_inputs(models[path]))
+        laboratory = _Laboratory(
+            reference=paths[0],
+            setting=choose_setting(provider, threads, cuda_graph),
+            feeds={shape: inputs.make_feeds(models[paths[0]], paths[0], shape, seed) for shape in shapes},
+            tokens={shape: inputs.tokens_per_run(models[paths[0]], shape) for shape in shapes},
+            margin=margin,
+            seconds=seconds,
+            seed=seed,
+            start=time.perf_counter(),
+        )
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        hashes = {name: digest for path in paths for name, digest in _hashes(path, models[path]).items()}
+        described = machine() | condition("before")
+        rehearsed = laboratory.rehearse(paths)
+        graphs_by_role: list[tuple[Path, Role]] = [(path, "positive control") for path in controls]
+        graphs_by_role += [(path, "candidate") for path in candidates]
+        comparisons = [
+            laboratory.compare(path, role, shape, rehearsed)
+            for shape in laboratory.feeds
+            for path, role in graphs_by_role
+        ]
+        some = rehearsed[paths[0], shapes[0]]
+        report = BenchReport(
+            operation="bench",
+            output=None if record is None else str(record),
+            seconds=watch.seconds,
+            peak_rss_bytes=peak_rss(),
+            ledger={},
+            reference=str(reference),
+            graphs=tuple(map(str, candidates)),
+            provider=laboratory.setting.provider,
+            provider_options=some.options,
+            margin=margin,
+            seed=seed,
+            threads=threads,
+            cuda_graph=cuda_graph,
+            sha256=hashes,
+            same_graph={str(path): hashes[str(path)] == hashes[str(paths[0])] for path in paths[1:]},
+            assigned={str(path): rehearsed[path, shapes[0]].nodes for path in paths},
+            versions=_versions(),
+            machine=described | condition("after"),
+            started=started,
+            comparisons=tuple(_believed(comparisons)),
+        )
+        keep(report)
+    return report
+
+
+@dataclass(frozen=True)
+class _Laboratory:
+    """What all comparisons of a bench share.
+
+    feeds, tokens: by shape; tokens of one run are None where the graphs take none.
+    start: the clock's reading that blocks' times are told from.
+    """
+
+    reference: Path
+    setting: Setting
+    feeds: Mapping[tuple[int, int], Feeds]
+    tokens: Mapping[tuple[int, int], int | None]
+    margin: float
+    seconds: float
+    seed: int
+    start: float
+
+    def rehearse(self, paths: Sequence[Path]) -> dict[tuple[Path, tuple[int, int]], Rehearsal]:
+        """Runs every graph at every shape, so that what cannot run, or not in the time given, is known beforehand."""
+        from surgery.onnx.latency import least_seconds, rehearse
+
+        done = {
+            (path, shape): rehearse(path, feeds, self.setting)
+            for shape, feeds in self.feeds.items()
+            for path in dict.fromkeys(paths)
+        }
+        for path, shape in itertools.product(paths[1:], self.feeds):
+            needed = least_seconds(done[self.reference, shape], done[path, shape])
+            if needed > self.seconds:
+                raise Unsupported(
+                    "too little time for any verdict",
+                    where=f"{path} at {shape[0]}×{shape[1]}",
+                    expected=f"about {math.ceil(needed)} seconds or more",
+                    found=f"{self.seconds:g} seconds",
+                    then="give it more --seconds, or choose a smaller --shape",
+                )
+        return done
+
+    def compare(
+        self,
+        path: Path,
+        role: Role,
+        shape: tuple[int, int],
+        rehearsed: Mapping[tuple[Path, tuple[int, int]], Rehearsal],
+    ) -> Comparison:
+        """One graph against the reference at one shape."""
+        import numpy as np
+
+        from surgery.onnx.latency import measure
+        from surgery.onnx.verdict import equivalence_p, follow, noise_floor
+
+        watch = Stopwatch()
+        kept: list[Taken] = []
+
+        def epochs() -> Iterator[tuple[tuple[float, ...], tuple[float, ...], float]]:
+            a, b = rehearsed[self.reference, shape], rehearsed[path, shape]
+            for taken in measure(
+                (self.reference, a),
+                (path, b),
+                self.feeds[shape],
+                self.setting,
+                seconds=self.seconds,
+                seed=self.seed,
+                start=self.start,
+            ):
+                kept.append(taken)
+                yield taken.epoch.log_ratios, taken.epoch.control, taken.share
+
+        ruling = follow(epochs(), self.margin, seed=self.seed)
+        times_a = np.concatenate([taken.times_a for taken in kept])
+        times_b = np.concatenate([taken.times_b for taken in kept])
+        tokens, latency = self.tokens[shape], float(np.median(times_b))
+        return Comparison(
+            graph=str(path),
+            shape=shape,
+            role=role,
+            verdict=ruling.verdict,
+            reason=_reason(ruling, kept, watch.seconds),
+            ratio=math.exp(ruling.effect.mean),
+            interval=_ratios(ruling.effect.interval(ruling.level, seed=self.seed)),
+            p_equivalent=equivalence_p(ruling.effect, self.margin),
+            control_ratio=math.exp(ruling.control.mean),
+            control_interval=_ratios(ruling.control.interval(seed=self.seed)),
+            noise_floor=noise_floor(ruling.control, seed=self.seed),
+            latency_reference=float(np.median(times_a)),
+            latency=latency,
+            quantiles_reference={str(q): float(np.quantile(times_a, q)) for q in _QUANTILES},
+            quantiles={str(q): float(np.quantile(times_b, q)) for q in _QUANTILES},
+            tokens_per_second=None if tokens is None else tokens / latency,
+            runs_per_block=kept[0].runs_per_block,
+            looks=ruling.looks,
+            level=ruling.level,
+            seconds=watch.seconds,
+            device_bytes_reference=rehearsed[self.reference, shape].device_bytes,
+            device_bytes=rehearsed[path, shape].device_bytes,
+            epochs=tuple(taken.epoch for taken in kept),
+        )
+
+
+def _reason(ruling: Ruling, kept: Sequence[Taken], seconds: float) -> str:
+    """The ruling's reason, and what it would take where that is not enough."""
+    if ruling.verdict != "inconclusive":
+        return ruling.reason
+    if ruling.missing is None:
+        return f"{ruling.reason}; more time would hardly tell: declare another margin, or quieten the machine"
+    more = ruling.missing / len(kept)
+    blocks = sum(len(taken.epoch.log_ratios) for taken in kept)
+    return (
+        f"{ruling.reason}; about {ruling.missing} more sets of sessions would tell: {math.ceil(more * blocks)} more "
+        f"blocks, --seconds {math.ceil((1 + more) * seconds)} in all"
     )
+
+
+def _believed(comparisons: Sequence[Comparison]) -> Iterator[Comparison]:
+    """The comparisons; nothing is concluded at a shape whose positive control was not found slower."""
+    failed = {each.shape: each for each in comparisons if each.role == "positive control" and each.verdict != "slower"}
+    for each in comparisons:
+        control = failed.get(each.shape)
+        if control is None or each is control:
+            yield each
+        else:
+            reason = f"the positive control was found {control.verdict} where it must be slower ({control.reason})"
+            yield dataclasses.replace(each, verdict="inconclusive", reason=reason)
+
+
+@contextlib.contextmanager
+def _kept(record: str | Path | None, inputs: Sequence[Path], force: bool) -> Iterator[Callable[[BenchReport], None]]:
+    """Opens the record's file, if one is wanted; the function that it gives writes the report there."""
+    if record is None:
+        yield lambda report: None
+        return
+    staging = Staging(Path(record), folder=False, inputs=inputs, force=force)
+
+    def keep(report: BenchReport) -> None:
+        text = to_json(report).encode()
+        with disk_errors(staging.target):
+            write_at(staging.create(size=len(text)), text, 0)
+        staging.commit()
+
+    try:
+        yield keep
+    finally:
+        staging.discard()
 
 
 def _load(path: Path) -> Any:
@@ -197,8 +322,8 @@ def _hashes(path: Path, graph: Any) -> dict[str, str]:
     return hashes
 
 
-def _ratios(found: Estimate) -> tuple[float, float]:
-    return math.exp(found.low), math.exp(found.high)
+def _ratios(interval: tuple[float, float]) -> tuple[float, float]:
+    return math.exp(interval[0]), math.exp(interval[1])
 
 
 def _versions() -> dict[str, str]:
@@ -213,17 +338,3 @@ def _versions() -> dict[str, str]:
         "numpy": numpy.__version__,
         "python": platform.python_version(),
     }
-
-
-def _machine() -> dict[str, str]:
-    return {"processor": _processor(), "cores": str(cores()), "system": platform.platform()}
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
@@ -16,7 +17,8 @@ import pytest
 from formats.errors import CorruptFile, PathNotFound
 from surgery.errors import InputsDiffer, ProviderUnavailable, Unsupported
 from surgery.onnx import latency
-from surgery.onnx.feeds import graph_inputs, make_feeds, vocabulary
+from surgery.onnx.record import read_record
+from surgery.onnx.session import choose_setting
 from surgery.operations.bench import bench
 
 
@@ -39,36 +41,76 @@ TOKENS: dict[str, tuple[int | str, ...]] = {
 }
 
 
-def test_report_is_plain_and_complete(twins: Callable[[str], Any]) -> None:
-    """A real comparison of base and merged: everything a doubter would ask for is in the report."""
+def test_report_is_plain_and_complete(twins: Callable[[str], Any], tmp_path: Path) -> None:
+    """A real comparison of base and merged at two shapes: everything a doubter would ask for is in the record."""
     base, merged = twins("bert")
-    report = bench(base.onnx, merged.onnx, shape=(2, 9), seconds=1.5, threads=1, seed=4)
-    said = json.loads(json.dumps(dataclasses.asdict(report)))
-    assert said["operation"] == "bench"
-    assert said["output"] is None
-    assert said["verdict"] in ("equivalent", "slower", "faster", "inconclusive")
+    record = tmp_path / "record.json"
+    report = bench(base.onnx, merged.onnx, shapes=[(2, 9), (1, 4)], seconds=1, threads=1, seed=4, record=record)
+    assert read_record(record) == report
+    said = json.loads(record.read_text())
+    assert said == json.loads(json.dumps(dataclasses.asdict(report)))
+    assert (said["operation"], said["output"]) == ("bench", str(record))
+    assert (said["reference"], said["graphs"]) == (str(base.onnx), [str(merged.onnx)])
     assert said["provider"] == "CPUExecutionProvider"
-    assert said["shape"] == [2, 9]
-    assert said["interval"][0] <= said["ratio"] <= said["interval"][1]
-    assert said["epochs"] == len(said["log_ratios"]) == len(said["control_log_ratios"])
-    assert said["blocks"] == sum(map(len, said["log_ratios"])) >= 3 * said["epochs"]
-    assert said["same_graph"] is True
+    assert said["same_graph"] == {str(merged.onnx): True}
+    assert list(said["assigned"][str(base.onnx)]) == ["CPUExecutionProvider"]
     for exported in (base, merged):
         for file in (exported.onnx, exported.onnx.parent / "model.safetensors"):
             assert said["sha256"][str(file)] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert said["versions"]["onnxruntime"] == onnxruntime.__version__
-    assert said["latency_a"] > 0
-    assert said["noise_floor"] >= 0
-    assert said["margin"] == 0.02
+    assert said["machine"].keys() >= {"processor", "cores", "system", "load before", "load after"}
+    assert datetime.datetime.fromisoformat(said["started"]).tzinfo is not None
+    assert [each["shape"] for each in said["comparisons"]] == [[2, 9], [1, 4]]
+    for each in said["comparisons"]:
+        assert each["verdict"] in ("equivalent", "slower", "faster", "inconclusive")
+        assert each["interval"][0] <= each["ratio"] <= each["interval"][1]
+        assert 0 < each["quantiles"]["0.05"] <= each["latency"] <= each["quantiles"]["0.95"]
+        assert each["tokens_per_second"] == pytest.approx(math.prod(each["shape"]) / each["latency"])
+        assert each["noise_floor"] >= 0
+        for epoch in each["epochs"]:
+            assert len(epoch["log_ratios"]) == len(epoch["at"]) == len(epoch["seconds"]) >= 3
+            assert len(epoch["control"]) == len(epoch["control_at"]) >= 3
+        times = [at for epoch in each["epochs"] for at in epoch["at"]]
+        assert times == sorted(times)
 
 
-def test_little_time_is_inconclusive(tmp_path: Path) -> None:
-    """However little time there is, something is measured and nothing claimed."""
+def test_too_little_time_is_an_error(tmp_path: Path) -> None:
+    """It says how much it would take, before anything is measured, and leaves no record."""
     model = _tiny(tmp_path / "a.onnx", TOKENS)
-    report = bench(model, model, seconds=1e-6)
-    assert (report.epochs, report.blocks) == (2, 6)
-    assert all(map(math.isfinite, report.interval))  # or its JSON would be none
-    assert report.verdict == "inconclusive"
+    with pytest.raises(Unsupported, match="too little time") as caught:
+        bench(model, model, seconds=1e-6, record=tmp_path / "record.json")
+    assert "seconds or more" in caught.value.details["expected"]
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_a_slower_graph_is_found_and_serves_as_positive_control(tmp_path: Path) -> None:
+    """A graph of many more nodes is slower beyond any noise, so the run ends early; it also vouches for the rest."""
+    small = _tiny(tmp_path / "a.onnx", TOKENS)
+    large = _tiny(tmp_path / "b.onnx", TOKENS, nodes=400)
+    report = bench(small, large, seconds=4, margin=0.5, threads=1)
+    (found,) = report.comparisons
+    assert (found.verdict, found.role) == ("slower", "candidate")
+    assert found.seconds < 4
+    report = bench(small, small, positive_control=large, seconds=2, margin=0.5, threads=1)
+    assert [each.role for each in report.comparisons] == ["positive control", "candidate"]
+    assert report.graphs == (str(small),)
+
+
+def test_a_positive_control_that_is_not_slower_decides_nothing(tmp_path: Path) -> None:
+    """Where a slower graph would not be found, no equality is claimed."""
+    model = _tiny(tmp_path / "a.onnx", TOKENS)
+    control = _tiny(tmp_path / "b.onnx", TOKENS)
+    report = bench(model, model, positive_control=control, seconds=2, margin=0.5, threads=1)
+    assert report.comparisons[1].verdict == "inconclusive"
+    assert "positive control was found" in report.comparisons[1].reason
+
+
+def test_warm_is_when_runs_get_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two more runs, neither 1 % below the fastest yet; slower runs do not matter."""
+    times = iter([9.0, 8.0, 7.0, 9.0, 5.0, 5.0, 4.99, 6.0, 1.0])
+    monkeypatch.setattr(latency, "_run", lambda bound: next(times))
+    assert latency._warm("session") == 4.99  # type: ignore[arg-type]
+    assert next(times) == 1.0
 
 
 def test_blocks_are_paired_and_balanced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,13 +137,13 @@ def test_different_inputs(tmp_path: Path) -> None:
     a = _tiny(tmp_path / "a.onnx", TOKENS)
     other = _tiny(tmp_path / "b.onnx", {"input_ids": ("batch", "sequence")})
     with pytest.raises(InputsDiffer) as caught:
-        bench(a, other, seconds=0.01)
+        bench(a, other, seconds=0.5)
     assert "attention_mask" in caught.value.details["expected"]
     assert "attention_mask" not in caught.value.details["found"]
     renamed = _tiny(tmp_path / "c.onnx", {"input_ids": ("n", "t"), "attention_mask": ("n", "t")})
-    assert bench(a, renamed, seconds=0.01).same_graph is False
+    assert bench(a, renamed, seconds=2).same_graph == {str(renamed): False}
     with pytest.raises(InputsDiffer):
-        bench(a, _tiny(tmp_path / "d.onnx", dict.fromkeys(TOKENS, (1, 128))), seconds=0.01)
+        bench(a, _tiny(tmp_path / "d.onnx", dict.fromkeys(TOKENS, (1, 128))), seconds=0.5)
 
 
 @pytest.mark.parametrize("provider", ["cuda", "rocm", "nonsense"])
@@ -111,7 +153,7 @@ def test_a_provider_that_would_not_run(tmp_path: Path, capfd: pytest.CaptureFixt
         pytest.skip("CUDA is there")
     model = _tiny(tmp_path / "a.onnx", TOKENS)
     with pytest.raises(ProviderUnavailable):
-        bench(model, model, provider=provider, seconds=0.01)
+        bench(model, model, provider=provider, seconds=0.5)
     assert capfd.readouterr().out == ""
 
 
@@ -124,7 +166,22 @@ def _cuda_runs() -> bool:
 @pytest.mark.parametrize("spelling", ["cpu", "CPU", "CPUExecutionProvider"])
 def test_providers_by_their_short_names(spelling: str) -> None:
     """As ONNX Runtime spells them, or without the suffix."""
-    assert latency.provider_name(spelling) == "CPUExecutionProvider"
+    assert choose_setting(spelling, None, False).provider == "CPUExecutionProvider"
+
+
+def test_cuda_graphs_are_refused_elsewhere(tmp_path: Path) -> None:
+    """Only the CUDA provider captures them."""
+    model = _tiny(tmp_path / "a.onnx", TOKENS)
+    with pytest.raises(Unsupported, match="CUDA provider alone"):
+        bench(model, model, cuda_graph=True)
+
+
+def test_a_shape_that_only_the_runtime_refuses(twins: Callable[[str], Any]) -> None:
+    """More positions than the model has: known before anything is measured, with the shape in the message."""
+    base, merged = twins("bert")
+    with pytest.raises(Unsupported, match="on such inputs") as caught:
+        bench(base.onnx, merged.onnx, shapes=[(1, 8), (1, 65)])
+    assert "input_ids[1, 65]" in caught.value.details["found"]
 
 
 def test_files_that_are_not_there_or_no_graphs(tmp_path: Path, bert: Any) -> None:
@@ -141,7 +198,7 @@ def test_files_that_are_not_there_or_no_graphs(tmp_path: Path, bert: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    "options", [{"margin": 0.0}, {"margin": 1.5}, {"seconds": 0}, {"shape": (0, 128)}, {"threads": 0}]
+    "options", [{"margin": 0.0}, {"margin": 1.5}, {"seconds": 0}, {"seconds": math.inf}, {"threads": 0}]
 )
 def test_what_makes_no_sense(tmp_path: Path, options: dict[str, Any]) -> None:
     """Refused before anything is loaded."""
@@ -149,36 +206,9 @@ def test_what_makes_no_sense(tmp_path: Path, options: dict[str, Any]) -> None:
         bench(tmp_path / "a.onnx", tmp_path / "b.onnx", **options)
 
 
-def test_feeds_follow_the_graph(bert: Any) -> None:
-    """Tokens below the vocabulary, masks of ones, one kind of token, in the graph's own dtypes."""
-    model = onnx.load(bert.onnx, load_external_data=False)
-    assert vocabulary(model) == 100
-    feeds = make_feeds(model, bert.onnx, (2, 7), seed=0)
-    assert feeds.keys() == {entry.name for entry in graph_inputs(model)}
-    assert {(array.dtype, array.shape) for array in feeds.values()} == {(np.dtype(np.int64), (2, 7))}
-    assert feeds["input_ids"].max() < 100
-    assert feeds["attention_mask"].all()
-    assert not feeds["token_type_ids"].any()
-    np.testing.assert_array_equal(feeds["input_ids"], make_feeds(model, bert.onnx, (2, 7), seed=0)["input_ids"])
-
-
-def test_positions_count_up(tmp_path: Path) -> None:
-    """position_ids are positions."""
-    path = _tiny(tmp_path / "a.onnx", {"input_ids": ("b", "s"), "position_ids": ("b", "s")})
-    assert make_feeds(onnx.load(path), path, (2, 3), 0)["position_ids"].tolist() == [[0, 1, 2]] * 2
-
-
-@pytest.mark.parametrize(
-    ("inputs", "reason"),
-    [
-        ({"pixel_values": ("batch", 3)}, "do not know what to feed"),
-        ({"input_ids": (1, 64)}, "does not take this shape"),
-        ({"input_ids": ("batch",)}, "does not take this shape"),
-    ],
-)
-def test_inputs_we_cannot_feed(tmp_path: Path, inputs: dict[str, tuple[int | str, ...]], reason: str) -> None:
-    """Unknown names and fixed shapes are refused by naming them."""
-    model = _tiny(tmp_path / "a.onnx", inputs)
-    with pytest.raises(Unsupported, match=reason) as caught:
-        bench(model, model, seconds=0.01)
-    assert next(iter(inputs)) in caught.value.details["where"]
+def test_a_reference_alone_or_no_shape(tmp_path: Path) -> None:
+    """There is nothing to compare."""
+    with pytest.raises(Unsupported, match="besides the reference"):
+        bench(tmp_path / "a.onnx")
+    with pytest.raises(Unsupported, match="positive shapes"):
+        bench(tmp_path / "a.onnx", tmp_path / "b.onnx", shapes=[(0, 128)])

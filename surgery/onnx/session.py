@@ -1,0 +1,190 @@
+"""An ONNX Runtime session that really runs where it was asked to, with its inputs and outputs in buffers that stay.
+
+ONNX Runtime falls back to the CPU without an error; here that is one. Knows nothing of clocks and verdicts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import ProviderUnavailable, Unsupported
+
+if TYPE_CHECKING:
+    from surgery.onnx.feeds import Feeds
+
+CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How every session of a bench is made.
+
+    provider: the execution provider, as ONNX Runtime spells it.
+    threads: intra-op threads; None leaves the number to ONNX Runtime.
+    cuda_graph: capture a run into a CUDA graph and replay it from then on.
+    """
+
+    provider: str
+    threads: int | None = None
+    cuda_graph: bool = False
+
+    @property
+    def device(self) -> str:
+        """Where buffers are allocated."""
+        return "cuda" if self.provider in (CUDA, TENSORRT) else "cpu"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A session with its inputs and outputs bound to buffers that stay where they are."""
+
+    session: Any
+    binding: Any
+    buffers: tuple[Any, ...]
+
+    def run(self) -> None:
+        """Runs once and waits for the end of it."""
+        self.session.run_with_iobinding(self.binding)
+        self.binding.synchronize_outputs()
+
+
+def choose_setting(provider: str, threads: int | None, cuda_graph: bool) -> Setting:
+    """`cpu` → `CPUExecutionProvider`, and what goes with it.
+
+    Raises:
+        ProviderUnavailable: this ONNX Runtime has no such provider.
+        Unsupported: a CUDA graph on another provider than CUDA.
+    """
+    import onnxruntime
+
+    there = onnxruntime.get_available_providers()
+    short = {name: name.removesuffix("ExecutionProvider").lower() for name in there}
+    named = [name for name in there if provider.lower() in (name.lower(), short[name])]
+    if not named:
+        raise ProviderUnavailable(
+            "this ONNX Runtime has no such execution provider",
+            expected=", ".join(short.values()),
+            found=provider,
+            then="choose one of those, or install the ONNX Runtime package that has it",
+        )
+    if cuda_graph and named[0] != CUDA:
+        raise Unsupported(
+            "CUDA graphs are of the CUDA provider alone",
+            expected="--provider cuda",
+            found=provider,
+            then="ask for that provider, or leave --cuda-graph out",
+        )
+    return Setting(named[0], threads, cuda_graph)
+
+
+def open_session(path: Path, setting: Setting) -> Any:
+    """A session on the provider, on one thread pool that does not spin.
+
+    float32 stays float32: TF32 is off. TensorRT gets no cache of engines: which kernels it chooses is part of what
+    makes two sessions of one model differ, and its cache tells models apart by their graphs, not by their weights.
+
+    Raises:
+        ProviderUnavailable: ONNX Runtime fell back to another provider, or left no node to the one asked for.
+        Unsupported: it does not load the graph.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.inter_op_num_threads = 1
+    if setting.threads is not None:
+        options.intra_op_num_threads = setting.threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    try:
+        with _muffled() if setting.provider != "CPUExecutionProvider" else contextlib.nullcontext():
+            if setting.device == "cuda":
+                onnxruntime.preload_dlls()
+            session = onnxruntime.InferenceSession(str(path), options, providers=_providers(setting))
+    except Exception as error:  # its exceptions share no base class of their own
+        raise Unsupported("ONNX Runtime does not load this graph", where=path, found=error) from error
+    nodes = assigned(session)
+    actual = session.get_providers()[0]
+    if actual != setting.provider or (nodes and setting.provider not in nodes):
+        raise ProviderUnavailable(
+            "ONNX Runtime would run the graph on another provider",
+            where=path,
+            expected=setting.provider,
+            found=actual if actual != setting.provider else ", ".join(nodes),
+            then="install what that provider needs (for CUDA: its libraries and a GPU), or ask for another",
+        )
+    return session
+
+
+def _providers(setting: Setting) -> list[tuple[str, dict[str, str]]]:
+    """What is asked for; CUDA behind TensorRT, for nodes that the latter does not take."""
+    cuda = {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if setting.cuda_graph else {})
+    if setting.provider == TENSORRT:
+        return [(TENSORRT, {}), (CUDA, cuda)]
+    return [(setting.provider, cuda if setting.provider == CUDA else {})]
+
+
+def assigned(session: Any) -> dict[str, int]:
+    """How many nodes each provider got, in the graph as it was optimised; empty if this ONNX Runtime does not tell."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):  # new in ONNX Runtime 1.24
+        return {}
+    nodes: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        nodes[part.ep_name] += len(part.get_nodes())
+    return dict(nodes)
+
+
+def provider_options(session: Any, provider: str) -> Mapping[str, str]:
+    """The provider's options as the session has them."""
+    return {name: str(value) for name, value in sorted(session.get_provider_options().get(provider, {}).items())}
+
+
+@contextlib.contextmanager
+def _muffled() -> Iterator[None]:
+    """Keeps ONNX Runtime from printing why a provider does not load, on stdout of all places: that becomes an error."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(4)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        onnxruntime.set_default_logger_severity(2)  # what it starts with
+
+
+def bind(session: Any, feeds: Feeds, path: Path, setting: Setting) -> Bound:
+    """Inputs and outputs in buffers on the provider's device, allocated once.
+
+    Raises:
+        Unsupported: ONNX Runtime does not run the graph on these inputs.
+    """
+    import numpy as np
+    import onnxruntime
+
+    once = onnxruntime.RunOptions()
+    if setting.cuda_graph:
+        once.add_run_config_entry("gpu_graph_id", "-1")  # this run has buffers of its own: not the one to capture
+    try:
+        outputs = session.run(None, feeds, once)  # for their shapes
+    except Exception as error:  # its exceptions share no base class of their own
+        shapes = ", ".join(f"{name}{list(array.shape)}" for name, array in feeds.items())
+        raise Unsupported(
+            "ONNX Runtime does not run this graph on such inputs",
+            where=path,
+            found=f"{shapes}: {error}",
+            then="choose a --shape that it takes",
+        ) from error
+    binding = session.io_binding()
+    buffers = []
+    for name, array in feeds.items():
+        buffers.append(onnxruntime.OrtValue.ortvalue_from_numpy(array, setting.device))
+        binding.bind_ortvalue_input(name, buffers[-1])
+    for output, array in zip(session.get_outputs(), outputs, strict=True):
+        buffers.append(onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros_like(array), setting.device))
+        binding.bind_ortvalue_output(output.name, buffers[-1])
+    return Bound(session, binding, tuple(buffers))
