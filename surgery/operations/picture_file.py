@@ -10,10 +10,14 @@ from typing import TypeVar
 from formats.staging import Staging, disk_errors, write_at
 from surgery.curve import Spectrum
 from surgery.errors import SurgeryError
+from surgery.onnx.record import BenchReport
+from surgery.pictures.latency_page import latency_page, latency_poster
 from surgery.pictures.page import page, poster
 
 Subject = TypeVar("Subject")
 Forms = Mapping[str, Callable[[Subject], str]]  # suffix → what draws the subject
+
+LATENCY_FORMS: Forms[BenchReport] = {".html": latency_page, ".svg": latency_poster}
 
 
 def spectra_forms(base: str | Path, tuned: str | Path) -> Forms[Sequence[Spectrum]]:
