@@ -104,7 +104,7 @@ def run(options: argparse.Namespace, work: Path) -> None:
     record = None if options.quick else options.results / f"{name}.record.json"
     found = measure(built, shapes, options, record)
     remarks = said(options, size, found, conditions)
-    sheets = [times(built, found), structure(built), report.answers("Answers", answers)]
+    sheets = [times(built, found), structure(built, found), report.answers("Answers", answers)]
     report.show(sheets, remarks)
     if record is None:
         return
@@ -206,13 +206,14 @@ def _ours(comparison: Comparison) -> tuple[str, str, str, str]:
     return f"{1e3 * comparison.latency:.4g}", ours, f"{low:+.1f} … {high:+.1f} %", comparison.verdict
 
 
-def structure(built: Sequence[Built]) -> Sheet:
+def structure(built: Sequence[Built], found: BenchReport) -> Sheet:
     """What was added to the graph; nodes as exported, and after ONNX Runtime's optimisation."""
     headings = (
         "graph",
         "parameters added",
         "nodes",
-        "after ONNX Runtime's optimisation",
+        "run on a CPU",
+        "given to the provider",
         "graph's bytes",
         "from torch",
     )
@@ -222,6 +223,7 @@ def structure(built: Sequence[Built]) -> Sheet:
             f"{each.added:,}",
             str(each.nodes),
             str(each.nodes_run),
+            ", ".join(f"{n} {name.removesuffix('ExecutionProvider')}" for name, n in found.assigned[each.path].items()),
             "the base's" if each.sha256 == built[0].sha256 else "its own",
             f"{each.error:.1e}",
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,26 +15,12 @@ if TYPE_CHECKING:
     from surgery.onnx.record import BenchReport
 
 
-class _Shape(click.ParamType[tuple[int, int]]):
-    """Batch and sequence: `1x128`."""
-
-    name = "BxS"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        batch, _, sequence = str(value).partition("x")
-        if not (batch.isdigit() and sequence.isdigit()):
-            self.fail(f"{value!r} is not a shape such as 1x128", param, ctx)
-        return int(batch), int(sequence)
-
-
 @click.command("bench", epilog="Example: surgery bench base-onnx/model.onnx merged-onnx/model.onnx --expect equivalent")
 @click.argument("graphs", type=options.PATH, nargs=-1, metavar="REFERENCE GRAPH...")
 @click.option(
     "--shape",
     "shapes",
-    type=_Shape(),
+    type=options.Shape(),
     multiple=True,
     default=("1x128",),
     help="Batch and sequence [1x128]; repeatable.",
@@ -90,7 +78,11 @@ def command(
         raise click.UsageError("bench takes a reference and at least one graph to compare with it")
     inputs = graphs if replay is None else (replay,)
     with options.reporting("bench", as_json), picture_file(picture, LATENCY_FORMS, inputs, force=force) as draw:
-        report = bench(*graphs, force=force, **how) if replay is None else read_record(replay)
+        if replay is not None:
+            report = read_record(replay)
+        else:
+            with _progress() as progress:
+                report = bench(*graphs, force=force, **how, progress=progress)
         if as_json:
             options.print_json(report)
         else:
@@ -100,6 +92,19 @@ def command(
         options.show(f"report: {picture}")
     if expect is not None:
         _check(report, expect)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, float], None] | None]:
+    """A line on stderr, if that is a terminal; written between sessions, since a bar that moves would be timed too."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    clear = "\r\033[K"
+    try:
+        yield lambda name, share: click.echo(f"{clear}{name}: {share:.0%} of its time", nl=False, err=True)
+    finally:
+        click.echo(clear, nl=False, err=True)
 
 
 def _show(report: BenchReport) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from surgery.onnx.machine import device_memory
 from surgery.onnx.record import Epoch
-from surgery.onnx.session import Bound, Setting, assigned, bind, open_session, provider_options
+from surgery.onnx.session import Bound, Setting, assigned, bind, provider_options
 from surgery.onnx.verdict import FEWEST_EPOCHS
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ EPOCHS = 16  # times that sessions are made anew, at least, if there is time
 LONGEST = 4.0  # seconds of an epoch, unless loading takes as long: more epochs tell more than longer ones
 ROUNDS = 6  # an epoch, aimed at: a fast model gets more runs a block, not more blocks
 FEWEST_ROUNDS = 3  # an epoch, however little time there is
+_GRACE = 2  # times the time given, for the fewest epochs that allow a verdict, on a machine that has become busy
+_NEARLY = 0.999  # the largest share of an epoch that is not the last
 _LOADING_SHARE = 0.5  # of an epoch, at most, for making sessions anew, if six epochs leave that
 _SETTLED = 0.99  # a pair of runs that is not below so much of the fastest yet: warm
 _FEWEST_WARM = 4  # runs of each session before it can be warm
@@ -76,11 +78,11 @@ def rehearse(path: Path, feeds: Feeds, setting: Setting) -> Rehearsal:
     """Makes one session, runs it until it is warm, and lets it go.
 
     Raises:
-        ProviderUnavailable, Unsupported: see `open_session` and `bind`.
+        ProviderUnavailable, Unsupported: see `bind`.
     """
     before = device_memory(setting.device)
     began = time.perf_counter()
-    bound = bind(open_session(path, setting), feeds, path, setting)
+    bound = bind(path, feeds, setting)
     once = _warm(bound)
     load = time.perf_counter() - began
     after = device_memory(setting.device)
@@ -112,8 +114,9 @@ def measure(
     seed: int,
     start: float,
 ) -> Iterator[Taken]:
-    """Times B against A, interleaved, for `seconds` at most, loading included; whoever has enough stops asking.
+    """Times B against A, interleaved, for `seconds`, loading included; whoever has enough stops asking.
 
+    Where that is too short for a verdict, since all takes longer than in the rehearsal, it goes on for as long again.
     At least two epochs are given, however little time there is.
 
     Args:
@@ -122,7 +125,7 @@ def measure(
         start: the `time.perf_counter()` that blocks' times are told from.
 
     Raises:
-        ProviderUnavailable, Unsupported: see `open_session` and `bind`.
+        ProviderUnavailable, Unsupported: see `bind`.
     """
     import numpy as np
 
@@ -140,7 +143,8 @@ def measure(
         del sessions  # before the next ones are made: three models in memory, not six
         done += 1
         gone = time.perf_counter() - began
-        share = 1.0 if done > 1 and gone + gone / done / 2 > seconds else min(gone / seconds, 0.999)
+        allowed = seconds if done >= FEWEST_EPOCHS else _GRACE * seconds
+        share = 1.0 if done > 1 and gone + gone / done / 2 > allowed else min(gone / seconds, _NEARLY)
         yield Taken(epoch, times_a, times_b, 2 * runs, share)
 
 
@@ -181,7 +185,7 @@ def _sessions(a: Path, b: Path, feeds: Feeds, setting: Setting, epoch: int) -> d
     order = todo[turn:] + todo[:turn]
     if epoch % 2:
         order.reverse()
-    sessions = {name: bind(open_session(path, setting), feeds, path, setting) for name, path in order}
+    sessions = {name: bind(path, feeds, setting) for name, path in order}
     for bound in sessions.values():
         _warm(bound)
     return sessions

@@ -19,25 +19,21 @@ if TYPE_CHECKING:
     from surgery.onnx.feeds import Feeds
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_ON_CUDA = (CUDA, TENSORRT)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How every session of a bench is made.
-
-    provider: the execution provider, as ONNX Runtime spells it.
-    threads: intra-op threads; None leaves the number to ONNX Runtime.
-    cuda_graph: capture a run into a CUDA graph and replay it from then on.
-    """
+    """How every session of a bench is made: see `open_session`."""
 
     provider: str
-    threads: int | None = None
-    cuda_graph: bool = False
+    threads: int | None
+    cuda_graph: bool
 
     @property
     def device(self) -> str:
         """Where buffers are allocated."""
-        return "cuda" if self.provider in (CUDA, TENSORRT) else "cpu"
+        return "cuda" if self.provider in _ON_CUDA else "cpu"
 
 
 @dataclass(frozen=True)
@@ -54,79 +50,73 @@ class Bound:
         self.binding.synchronize_outputs()
 
 
-def choose_setting(provider: str, threads: int | None, cuda_graph: bool) -> Setting:
-    """`cpu` → `CPUExecutionProvider`, and what goes with it.
-
-    Raises:
-        ProviderUnavailable: this ONNX Runtime has no such provider.
-        Unsupported: a CUDA graph on another provider than CUDA.
-    """
+def provider_name(wanted: str) -> str:
+    """`cpu` → `CPUExecutionProvider`, as ONNX Runtime spells it. Raises ProviderUnavailable with those there are."""
     import onnxruntime
 
     there = onnxruntime.get_available_providers()
-    short = {name: name.removesuffix("ExecutionProvider").lower() for name in there}
-    named = [name for name in there if provider.lower() in (name.lower(), short[name])]
-    if not named:
-        raise ProviderUnavailable(
-            "this ONNX Runtime has no such execution provider",
-            expected=", ".join(short.values()),
-            found=provider,
-            then="choose one of those, or install the ONNX Runtime package that has it",
-        )
-    if cuda_graph and named[0] != CUDA:
-        raise Unsupported(
-            "CUDA graphs are of the CUDA provider alone",
-            expected="--provider cuda",
-            found=provider,
-            then="ask for that provider, or leave --cuda-graph out",
-        )
-    return Setting(named[0], threads, cuda_graph)
+    for name in there:
+        if wanted.lower() in (name.lower(), name.lower().removesuffix("executionprovider")):
+            return str(name)
+    raise ProviderUnavailable(
+        "this ONNX Runtime has no such execution provider",
+        expected=", ".join(name.removesuffix("ExecutionProvider").lower() for name in there),
+        found=wanted,
+        then="choose one of those, or install the ONNX Runtime package that has it",
+    )
 
 
-def open_session(path: Path, setting: Setting) -> Any:
-    """A session on the provider, on one thread pool that does not spin.
+def open_session(path: Path, provider: str, threads: int | None, *, cuda_graph: bool = False) -> Any:
+    """A session that really runs on `provider`, on one thread pool that does not spin.
 
     float32 stays float32: TF32 is off. TensorRT gets no cache of engines: which kernels it chooses is part of what
     makes two sessions of one model differ, and its cache tells models apart by their graphs, not by their weights.
 
+    Args:
+        path: the graph.
+        provider: as ONNX Runtime spells it.
+        threads: intra-op threads; None leaves their number to ONNX Runtime.
+        cuda_graph: capture the first run into a CUDA graph, and replay it from then on.
+
     Raises:
-        ProviderUnavailable: ONNX Runtime fell back to another provider, or left no node to the one asked for.
-        Unsupported: it does not load the graph.
+        ProviderUnavailable: ONNX Runtime fell back to another provider, as it does without an error, or left no node to
+            the one asked for.
+        Unsupported: it does not load the graph, or no CUDA graph can be made of it.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.inter_op_num_threads = 1
-    if setting.threads is not None:
-        options.intra_op_num_threads = setting.threads
+    if threads is not None:
+        options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        with _muffled() if setting.provider != "CPUExecutionProvider" else contextlib.nullcontext():
-            if setting.device == "cuda":
+        with _muffled() if provider != "CPUExecutionProvider" else contextlib.nullcontext():
+            if provider in _ON_CUDA:
                 onnxruntime.preload_dlls()
-            session = onnxruntime.InferenceSession(str(path), options, providers=_providers(setting))
+            session = onnxruntime.InferenceSession(str(path), options, providers=_asked(provider, cuda_graph))
     except Exception as error:  # its exceptions share no base class of their own
         raise Unsupported("ONNX Runtime does not load this graph", where=path, found=error) from error
     nodes = assigned(session)
     actual = session.get_providers()[0]
-    if actual != setting.provider or (nodes and setting.provider not in nodes):
+    if actual != provider or (nodes and provider not in nodes):
         raise ProviderUnavailable(
             "ONNX Runtime would run the graph on another provider",
             where=path,
-            expected=setting.provider,
-            found=actual if actual != setting.provider else ", ".join(nodes),
+            expected=provider,
+            found=actual if actual != provider else ", ".join(nodes),
             then="install what that provider needs (for CUDA: its libraries and a GPU), or ask for another",
         )
     return session
 
 
-def _providers(setting: Setting) -> list[tuple[str, dict[str, str]]]:
-    """What is asked for; CUDA behind TensorRT, for nodes that the latter does not take."""
-    cuda = {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if setting.cuda_graph else {})
-    if setting.provider == TENSORRT:
+def _asked(provider: str, cuda_graph: bool) -> list[tuple[str, dict[str, str]]]:
+    """The providers to load, with their options; CUDA behind TensorRT, for nodes that the latter does not take."""
+    cuda = {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if cuda_graph else {})
+    if provider == TENSORRT:
         return [(TENSORRT, {}), (CUDA, cuda)]
-    return [(setting.provider, cuda if setting.provider == CUDA else {})]
+    return [(provider, cuda if provider == CUDA else {})]
 
 
 def assigned(session: Any) -> dict[str, int]:
@@ -157,15 +147,16 @@ def _muffled() -> Iterator[None]:
         onnxruntime.set_default_logger_severity(2)  # what it starts with
 
 
-def bind(session: Any, feeds: Feeds, path: Path, setting: Setting) -> Bound:
-    """Inputs and outputs in buffers on the provider's device, allocated once.
+def bind(path: Path, feeds: Feeds, setting: Setting) -> Bound:
+    """A session with inputs and outputs in buffers on the provider's device, allocated once.
 
     Raises:
-        Unsupported: ONNX Runtime does not run the graph on these inputs.
+        ProviderUnavailable, Unsupported: see `open_session`; or ONNX Runtime does not run the graph on these inputs.
     """
     import numpy as np
     import onnxruntime
 
+    session = open_session(path, setting.provider, setting.threads, cuda_graph=setting.cuda_graph)
     once = onnxruntime.RunOptions()
     if setting.cuda_graph:
         once.add_run_config_entry("gpu_graph_id", "-1")  # this run has buffers of its own: not the one to capture

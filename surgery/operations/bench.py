@@ -48,6 +48,7 @@ def bench(
     positive_control: str | Path | None = None,
     record: str | Path | None = None,
     force: bool = False,
+    progress: Callable[[str, float], None] | None = None,
 ) -> BenchReport:
     """Compares the latency of graphs with that of a reference which takes the same inputs.
 
@@ -65,6 +66,7 @@ def bench(
         positive_control: a graph that is known to be slower; where it is not found so, nothing else is concluded.
         record: a JSON file to write the report to.
         force: replace what stands at `record`.
+        progress: called after each set of sessions with what is compared and the share of its time that is gone.
 
     Raises:
         PathNotFound, CorruptFile: no graph there.
@@ -77,11 +79,11 @@ def bench(
     watch = Stopwatch()
     if not (graphs and shapes and all(min(shape) > 0 for shape in shapes)):
         raise Unsupported("bench needs a graph besides the reference, and positive shapes", found=f"shapes {shapes}")
-    if not (0 < margin < 1 and 0 < seconds < math.inf and (threads is None or threads > 0)):
+    if not (0 < margin < 1 and 0 < seconds < math.inf and (threads is None or threads > 0) and seed >= 0):
         raise Unsupported(
             "bench cannot measure this",
-            expected="a margin between 0 and 1, and positive seconds and threads",
-            found=f"margin {margin}, {seconds} seconds, threads {threads}",
+            expected="a margin between 0 and 1, positive seconds and threads, and a seed that is not negative",
+            found=f"margin {margin}, {seconds} seconds, threads {threads}, seed {seed}",
         )
     candidates = tuple(dict.fromkeys(map(Path, graphs)))
     controls = () if positive_control is None else (Path(positive_control),)
@@ -91,20 +93,29 @@ def bench(
 
         from surgery.onnx import feeds as inputs
         from surgery.onnx.machine import condition, machine
-        from surgery.onnx.session import choose_setting
+        from surgery.onnx.session import CUDA, Setting, provider_name
 
+        setting = Setting(provider_name(provider), threads, cuda_graph)
+        if cuda_graph and setting.provider != CUDA:
+            raise Unsupported(
+                "CUDA graphs are of the CUDA provider alone",
+                expected="--provider cuda",
+                found=provider,
+                then="ask for that provider, or leave --cuda-graph out",
+            )
         first = inputs.graph_inputs(models[paths[0]])
         for path in paths[1:]:
             inputs.require_same_inputs(paths[0], path, first, inputs.graph_inputs(models[path]))
         laboratory = _Laboratory(
             reference=paths[0],
-            setting=choose_setting(provider, threads, cuda_graph),
+            setting=setting,
             feeds={shape: inputs.make_feeds(models[paths[0]], paths[0], shape, seed) for shape in shapes},
             tokens={shape: inputs.tokens_per_run(models[paths[0]], shape) for shape in shapes},
             margin=margin,
             seconds=seconds,
             seed=seed,
             start=time.perf_counter(),
+            progress=progress,
         )
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         hashes = {name: digest for path in paths for name, digest in _hashes(path, models[path]).items()}
@@ -124,9 +135,9 @@ def bench(
             seconds=watch.seconds,
             peak_rss_bytes=peak_rss(),
             ledger={},
-            reference=str(reference),
+            reference=str(paths[0]),
             graphs=tuple(map(str, candidates)),
-            provider=laboratory.setting.provider,
+            provider=setting.provider,
             provider_options=some.options,
             margin=margin,
             seed=seed,
@@ -150,6 +161,7 @@ class _Laboratory:
 
     feeds, tokens: by shape; tokens of one run are None where the graphs take none.
     start: the clock's reading that blocks' times are told from.
+    progress: told of each set of sessions, if anybody is to be.
     """
 
     reference: Path
@@ -160,11 +172,14 @@ class _Laboratory:
     seconds: float
     seed: int
     start: float
+    progress: Callable[[str, float], None] | None
 
     def rehearse(self, paths: Sequence[Path]) -> dict[tuple[Path, tuple[int, int]], Rehearsal]:
         """Runs every graph at every shape, so that what cannot run, or not in the time given, is known beforehand."""
         from surgery.onnx.latency import least_seconds, rehearse
 
+        if self.setting.device == "cuda":  # the first session's time and memory are CUDA's libraries' for the most part
+            rehearse(self.reference, next(iter(self.feeds.values())), self.setting)
         done = {
             (path, shape): rehearse(path, feeds, self.setting)
             for shape, feeds in self.feeds.items()
@@ -210,6 +225,8 @@ class _Laboratory:
                 start=self.start,
             ):
                 kept.append(taken)
+                if self.progress is not None:
+                    self.progress(f"{path} at {shape[0]}×{shape[1]}", taken.share)
                 yield taken.epoch.log_ratios, taken.epoch.control, taken.share
 
         ruling = follow(epochs(), self.margin, seed=self.seed)

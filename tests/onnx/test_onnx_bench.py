@@ -18,7 +18,7 @@ from formats.errors import CorruptFile, PathNotFound
 from surgery.errors import InputsDiffer, ProviderUnavailable, Unsupported
 from surgery.onnx import latency
 from surgery.onnx.record import read_record
-from surgery.onnx.session import choose_setting
+from surgery.onnx.session import provider_name
 from surgery.operations.bench import bench
 
 
@@ -105,6 +105,24 @@ def test_a_positive_control_that_is_not_slower_decides_nothing(tmp_path: Path) -
     assert "positive control was found" in report.comparisons[1].reason
 
 
+def test_a_decoder_with_a_cache_in_half_precision(tmp_path: Path) -> None:
+    """A run computes one token for each of the batch, whatever the cache holds."""
+    tensors = onnx.TensorProto
+    declare = onnx.helper.make_tensor_value_info
+    inputs = [
+        declare("input_ids", tensors.INT64, ("batch", "sequence")),
+        declare("attention_mask", tensors.INT64, ("batch", "total_sequence")),
+        declare("past_key_values.0.key", tensors.FLOAT16, ("batch", 2, "past_sequence", 4)),
+    ]
+    outputs = [declare(f"{entry.name}.out", entry.type.tensor_type.elem_type, None) for entry in inputs]
+    nodes = [onnx.helper.make_node("Identity", [a.name], [b.name]) for a, b in zip(inputs, outputs, strict=True)]
+    graph = onnx.helper.make_graph(nodes, "decoder", inputs, outputs)
+    path = tmp_path / "decoder.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), path)
+    (found,) = bench(path, path, shapes=[(3, 10)], seconds=2, margin=0.5, threads=1).comparisons
+    assert found.tokens_per_second == pytest.approx(3 / found.latency)
+
+
 def test_warm_is_when_runs_get_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two more runs, neither 1 % below the fastest yet; slower runs do not matter."""
     times = iter([9.0, 8.0, 7.0, 9.0, 5.0, 5.0, 4.99, 6.0, 1.0])
@@ -166,7 +184,7 @@ def _cuda_runs() -> bool:
 @pytest.mark.parametrize("spelling", ["cpu", "CPU", "CPUExecutionProvider"])
 def test_providers_by_their_short_names(spelling: str) -> None:
     """As ONNX Runtime spells them, or without the suffix."""
-    assert choose_setting(spelling, None, False).provider == "CPUExecutionProvider"
+    assert provider_name(spelling) == "CPUExecutionProvider"
 
 
 def test_cuda_graphs_are_refused_elsewhere(tmp_path: Path) -> None:
@@ -198,7 +216,7 @@ def test_files_that_are_not_there_or_no_graphs(tmp_path: Path, bert: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    "options", [{"margin": 0.0}, {"margin": 1.5}, {"seconds": 0}, {"seconds": math.inf}, {"threads": 0}]
+    "options", [{"margin": 0.0}, {"margin": 1.5}, {"seconds": 0}, {"seconds": math.inf}, {"threads": 0}, {"seed": -1}]
 )
 def test_what_makes_no_sense(tmp_path: Path, options: dict[str, Any]) -> None:
     """Refused before anything is loaded."""
