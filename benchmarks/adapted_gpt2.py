@@ -59,7 +59,7 @@ class Built:
 
     Attributes:
         name: of the five.
-        path: the `.onnx` file.
+        path: the `.onnx` file, from the folder that all are in.
         added: parameters beyond the base's.
         nodes: in the file.
         nodes_run: that ONNX Runtime executes on the CPU after its own optimisation.
@@ -184,7 +184,15 @@ def _exported(name: str, model: Path, added: int) -> Built:
     report = surgery.export_onnx(model, out)
     assert report.nodes_run is not None
     assert report.max_rel_error is not None
-    return Built(name, str(out), added, report.nodes, report.nodes_run, report.graph_sha256, report.max_rel_error)
+    return Built(
+        name,
+        str(out.relative_to(model.parent)),
+        added,
+        report.nodes,
+        report.nodes_run,
+        report.graph_sha256,
+        report.max_rel_error,
+    )
 
 
 def _factors(size: Size) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ merged one's file must be the base's byte for byte, and merged and branch must a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,12 +89,13 @@ def run(options: argparse.Namespace, work: Path) -> None:
 
     from adapted_gpt2 import TINY, Size, build
 
+    from surgery.onnx.record import to_json
     from surgery.pictures.latency_page import latency_poster
 
     size = TINY if options.quick else replace(Size(), layers=options.layers)
     print(f"building five graphs of {size.layers} layers", file=sys.stderr)
-    built = build(work / f"table1-{size.layers}x{size.width}-{options.dtype}", size, options.dtype)
-    answers = check(built, options.dtype)
+    folder = work / f"table1-{size.layers}x{size.width}-{options.dtype}"
+    built = build(folder, size, options.dtype)
     shapes = options.shape or (
         QUICK_SHAPES if options.quick else CPU_SHAPES if options.provider == "cpu" else list(PAPER)
     )
@@ -101,14 +103,15 @@ def run(options: argparse.Namespace, work: Path) -> None:
     unusual = [f"{size.layers}-layers"] if size != Size() else []
     graphs = ["cuda-graph"] if options.cuda_graph else []
     name = "-".join([conditions["date"], "lora-table1", options.provider, options.dtype, *graphs, *unusual])
-    record = None if options.quick else options.results / f"{name}.record.json"
-    found = measure(built, shapes, options, record)
+    with contextlib.chdir(folder):  # where the record has its paths from
+        answers = check(built, options.dtype)
+        found = measure(built, shapes, options)
     remarks = said(options, size, found, conditions)
     sheets = [times(built, found), structure(built, found), report.answers("Answers", answers)]
     report.show(sheets, remarks)
-    if record is None:
+    if options.quick:
         return
-    command = " ".join(["python", "benchmarks/lora_table1.py", *sys.argv[1:]])
+    command = shown(options, shapes)
     document = {
         "benchmark": "lora_table1",
         "command": command,
@@ -118,17 +121,27 @@ def run(options: argparse.Namespace, work: Path) -> None:
         "graphs": built,
         "answers": answers,
         "table": [dict(zip(sheets[0].headings, row, strict=True)) for row in sheets[0].rows],
-        "record": record.name,
+        "record": f"{name}.record.json",
     }
-    page = report.as_markdown(sheets, {f"blocks and machine: {record.name}": command}, remarks)
+    page = report.as_markdown(sheets, {f"blocks and machine: {name}.record.json": command}, remarks)
     report.write(options.results, name, report.as_json(document), page)
+    (options.results / f"{name}.record.json").write_text(to_json(found), encoding="utf-8")
     (options.results / f"{name}.svg").write_text(latency_poster(found), encoding="utf-8")
 
 
-def measure(
-    built: Sequence[Built], shapes: Sequence[Shape], options: argparse.Namespace, record: Path | None
-) -> BenchReport:
-    """All graphs against the first, shape by shape; `surgery bench --replay` reads the record."""
+def shown(options: argparse.Namespace, shapes: Sequence[Shape]) -> str:
+    """The command line that measures this again."""
+    words = [
+        f"--{name} {getattr(options, name)}" for name in ("provider", "dtype", "layers", "margin", "seconds", "seed")
+    ]
+    words += [f"--threads {options.threads}"] if options.threads else []
+    words += ["--cuda-graph"] if options.cuda_graph else []
+    words += [f"--shape {batch}x{length}" for batch, length in shapes]
+    return " ".join(["python benchmarks/lora_table1.py", *words])
+
+
+def measure(built: Sequence[Built], shapes: Sequence[Shape], options: argparse.Namespace) -> BenchReport:
+    """All graphs against the first, shape by shape."""
     from surgery.operations.bench import bench
 
     base, *others = (each.path for each in built)
@@ -142,8 +155,6 @@ def measure(
         threads=options.threads,
         seed=options.seed,
         cuda_graph=options.cuda_graph,
-        record=record,
-        force=True,
     )
 
 
