@@ -115,12 +115,14 @@ class Told:
         enable_lora: which slices of a fused layer are adapted, as loralib's MergedLinear was given it.
         fan_in_fan_out: whether square weights of which nothing else tells are stored (in, out).
         component: which part of a pipeline the base is, where the adapter has several.
+        model: the base's config.json, for dialects that know layers by the model's class; empty without one.
     """
 
     alpha: float | None = None
     enable_lora: tuple[bool, ...] = ()
     fan_in_fan_out: bool = False
     component: str | None = None
+    model: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 NOTHING_TOLD = Told()

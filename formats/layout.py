@@ -57,9 +57,9 @@ def layout(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> Layout:
     return Layout(len(text).to_bytes(8, "little") + text, offsets, start + begin)
 
 
-def shards_by_size(specs: Iterable[TensorSpec], limit: int) -> dict[str, str]:
+def shards_by_size(specs: Iterable[TensorSpec], limit: int, whole: str) -> dict[str, str]:
     """Which shard each tensor goes to: filled in the order given, none beyond `limit` bytes of payload but for a tensor
-    that is larger by itself. Named as transformers names them; no shards where everything fits in one file."""
+    that is larger by itself. Named as transformers names those of the file `whole`; none where all fits into that."""
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in specs:
@@ -70,8 +70,9 @@ def shards_by_size(specs: Iterable[TensorSpec], limit: int) -> dict[str, str]:
         filled += spec.nbytes
     if len(groups) == 1:
         return {}
+    stem, _, suffix = whole.rpartition(".")
     return {
-        spec.name: f"model-{number:05}-of-{len(groups):05}.safetensors"
+        spec.name: f"{stem}-{number:05}-of-{len(groups):05}.{suffix}"
         for number, group in enumerate(groups, 1)
         for spec in group
     }

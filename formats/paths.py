@@ -12,6 +12,8 @@ from pathlib import Path
 
 from formats.checkpoint import Checkpoint, CheckpointWriter
 from formats.errors import FormatError, NotACheckpoint, PathNotFound
+from formats.gguf_file import GGUF_SUFFIX, GgufFile
+from formats.gguf_writer import GgufWriter
 from formats.layout import shards_by_size
 from formats.safetensors_file import SafetensorsFile, SafetensorsWriter
 from formats.sharded import ShardedCheckpoint, ShardedWriter
@@ -35,7 +37,7 @@ _TRAINING = ("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_st
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a safetensors or torch file, an index of shards, or a folder that holds any of them.
+    """Opens a safetensors or torch file, an index of shards, a folder that holds any of them, or a GGUF adapter.
 
     Reads headers only. In a folder safetensors comes before torch's container; of either the index is preferred, then
     the file that is called as transformers and peft call it, then the only one there is.
@@ -45,6 +47,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         NotACheckpoint: nothing there that we read.
         CorruptFile: header and bytes contradict each other.
         UnsafeFile: a torch file whose pickle names what no state dict consists of.
+        UnsupportedDType: a GGUF adapter's quantised factors.
     """
     path = Path(path)
     if path.is_dir():
@@ -55,18 +58,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return ShardedCheckpoint(path)
     if path.suffix in TORCH_SUFFIXES:
         return TorchFile(path)
-    if path.suffix == ".gguf":
-        raise NotACheckpoint(
-            "a GGUF file holds weights quantised for llama.cpp",
-            where=path,
-            expected="a .safetensors or .st file, or a folder with one",
-            then="use the model that it was converted from, and convert the result again",
-        )
+    if names_gguf_file(path):
+        return GgufFile(path)
     return SafetensorsFile(path)
 
 
 def container_of(checkpoint: Checkpoint) -> str:
-    """What it is stored in, for people: `safetensors`, `torch`, `torch, 2 shards`."""
+    """What it is stored in, for people: `safetensors`, `torch`, `torch, 2 shards`, `gguf`."""
+    if isinstance(checkpoint, GgufFile):
+        return "gguf"
     shards = set(checkpoint.shards.values()) if isinstance(checkpoint, ShardedCheckpoint) else set()
     files = shards or {checkpoint.ref.path}
     name = "torch" if all(names_torch_file(file) for file in files) else "safetensors"
@@ -110,18 +110,25 @@ def names_torch_file(path: str | Path) -> bool:
     return Path(path).suffix in TORCH_SUFFIXES
 
 
+def names_gguf_file(path: str | Path) -> bool:
+    """Whether an output path means one GGUF file."""
+    return Path(path).suffix == GGUF_SUFFIX
+
+
 @dataclass(frozen=True)
 class Destination:
     """An output: where, in which shape, and what comes along.
 
     Attributes:
-        path: a `.safetensors` or `.st` file, or a folder; with `torch` a file in torch's container.
-        weights: the name of the weights' file or index in a folder.
+        path: a `.safetensors` or `.st` file, or a folder; with `torch` a file in torch's container, with `gguf` a
+            `.gguf` file.
+        weights: the name of the weights' file or index in a folder; it tells the container.
         shards: tensor → shard's filename, for a sharded folder.
         companions: files copied along into a folder as they are (config, tokenizer, …).
         inputs: paths that the output must not replace.
         force: whether what stands at `path` may be replaced.
         torch: whether it may be torch's container, which holds no metadata and so no receipt.
+        gguf: whether it is an adapter for llama.cpp.
     """
 
     path: Path
@@ -131,24 +138,31 @@ class Destination:
     inputs: tuple[Path, ...] = ()
     force: bool = False
     torch: bool = False
+    gguf: bool = False
 
     @property
     def is_folder(self) -> bool:
         """Whether the output is a folder."""
-        return not names_file(self.path) and not names_torch_file(self.path)
+        return not (names_file(self.path) or names_torch_file(self.path) or names_gguf_file(self.path))
 
     def check(self) -> None:
         """Refuses what `create_checkpoint` would refuse, before long work. Raises OutputExists or FormatError."""
         self.staging().discard()
 
     def staging(self) -> Staging:
-        """The output, begun. Raises OutputExists, or FormatError for torch's container where it must not be."""
+        """The output, begun. Raises OutputExists, or FormatError for a container that it must not be."""
         if names_torch_file(self.path) and not self.torch:
             raise FormatError(
                 "only convert writes torch's container: it has no room for what a safetensors file says of itself",
                 where=self.path,
                 expected="a folder, or a .safetensors or .st file",
                 then="write that, and turn it into this by surgery convert",
+            )
+        if names_gguf_file(self.path) != self.gguf:
+            raise FormatError(
+                "an adapter for llama.cpp is one GGUF file" if self.gguf else "only convert --to gguf writes GGUF",
+                where=self.path,
+                expected="a .gguf file" if self.gguf else "a folder, or a .safetensors or .st file",
             )
         return Staging(self.path, folder=self.is_folder, inputs=self.inputs, force=self.force)
 
@@ -161,16 +175,18 @@ def destination_like(
     inputs: Iterable[str | Path],
     force: bool,
     max_shard: int | None = None,
+    torch: bool = False,
 ) -> Destination:
     """An output shaped like its source: a file for a file, a folder with the same shards and companions for a folder.
 
     Tensors of `specs` that the source's shards do not know go into its last shard. With `max_shard` the folder gets
-    shards of at most so many bytes instead of the source's. Raises FormatError for shards of a single file.
+    shards of at most so many bytes instead of the source's; with `torch` they are in torch's container. Raises
+    FormatError for shards of a single file.
     """
     source, out = Path(source), Path(out)
     specs = tuple(specs)
     guarded = tuple(Path(path) for path in inputs)
-    if names_file(out) and max_shard is not None:
+    if (names_file(out) or names_torch_file(out)) and max_shard is not None:
         raise FormatError(
             "a single file has no shards",
             where=out,
@@ -179,20 +195,20 @@ def destination_like(
         )
     if names_file(out):
         return Destination(out, inputs=guarded, force=force)
-    indexes = (INDEX_SUFFIX, TORCH_INDEX_SUFFIX)
+    indexes, (whole, renamed) = (INDEX_SUFFIX, TORCH_INDEX_SUFFIX), _NAMED[torch]
     folder = source if source.is_dir() else source.parent if source.name.endswith(indexes) else None
     companions = () if folder is None else _companions(folder)
     if max_shard is not None:
-        own = shards_by_size(specs, max_shard)
-        return Destination(out, f"{WEIGHTS}.index.json" if own else WEIGHTS, own or None, companions, guarded, force)
+        own = shards_by_size(specs, max_shard, whole)
+        return Destination(out, f"{whole}.index.json" if own else whole, own or None, companions, guarded, force)
     if folder is None:
-        return Destination(out, inputs=guarded, force=force)
+        return Destination(out, whole, inputs=guarded, force=force)
     with open_checkpoint(source) as checkpoint:
         if not isinstance(checkpoint, ShardedCheckpoint):
-            return Destination(out, companions=companions, inputs=guarded, force=force)
+            return Destination(out, whole, companions=companions, inputs=guarded, force=force)
         last = max(checkpoint.shards.values())
-        shards = {spec.name: as_safetensors(checkpoint.shards.get(spec.name, last)) for spec in specs}
-        return Destination(out, as_safetensors(checkpoint.path.name), shards, companions, guarded, force)
+        shards = {spec.name: renamed(checkpoint.shards.get(spec.name, last)) for spec in specs}
+        return Destination(out, renamed(checkpoint.path.name), shards, companions, guarded, force)
 
 
 def as_safetensors(name: str) -> str:
@@ -204,6 +220,21 @@ def as_safetensors(name: str) -> str:
             return name
         stem = Path(name).stem
     return (stem.replace("pytorch_", "", 1) if stem.startswith("pytorch_model") else stem) + tail
+
+
+def as_torch(name: str) -> str:
+    """What torch's file, or index, in place of a safetensors one is called; one of torch's keeps its name."""
+    stem = name.removesuffix(INDEX_SUFFIX)
+    tail = TORCH_INDEX_SUFFIX if stem != name else ".bin"
+    if stem == name:
+        if Path(name).suffix not in SUFFIXES:
+            return name
+        stem = Path(name).stem
+    return (f"pytorch_{stem}" if stem.startswith("model") else stem) + tail
+
+
+# What a folder's weights are called where they are one file, and what becomes of other names: in safetensors, in torch.
+_NAMED = ((WEIGHTS, as_safetensors), (TORCH_WEIGHTS, as_torch))
 
 
 def _companions(folder: Path) -> tuple[Path, ...]:
@@ -220,17 +251,23 @@ class _Output:
     ) -> None:
         self._staging = destination.staging()
         self._settled = False
-        self._container: SafetensorsWriter | ShardedWriter | TorchWriter
+        self._container: SafetensorsWriter | ShardedWriter | TorchWriter | GgufWriter
         try:
             if names_torch_file(destination.path):
-                self._container = TorchWriter(self._staging, specs)
+                self._container = TorchWriter(self._staging, "", specs)
+            elif names_gguf_file(destination.path):
+                self._container = GgufWriter(self._staging, specs, metadata)
             elif destination.shards is not None:
                 self._container = ShardedWriter(
                     self._staging, destination.weights, destination.shards, specs, metadata, reserve=reserve
                 )
             else:
                 filename = destination.weights if destination.is_folder else ""
-                self._container = SafetensorsWriter(self._staging, filename, specs, metadata, reserve=reserve)
+                self._container = (
+                    TorchWriter(self._staging, filename, specs)
+                    if names_torch_file(filename)
+                    else SafetensorsWriter(self._staging, filename, specs, metadata, reserve=reserve)
+                )
             if destination.is_folder:
                 for companion in destination.companions:
                     self._staging.copy(companion.name, companion)

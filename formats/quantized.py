@@ -8,7 +8,6 @@ and config.json only.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import Quantised, ShapeMismatch
+from formats.model_config import model_config
 from formats.spec import DType, TensorSpec, shape_text
 
 FLOAT8 = (DType.F8_E4M3, DType.F8_E5M2)
@@ -70,12 +70,8 @@ class Scaled:
 
 def quantization_config(path: str | Path) -> Mapping[str, Any]:
     """What the config.json beside a checkpoint's file says of its quantisation; empty where it says nothing."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    said = config.get("quantization_config", config.get("compression_config")) if isinstance(config, dict) else None
+    config = model_config(path)
+    said = config.get("quantization_config", config.get("compression_config"))
     return said if isinstance(said, dict) else {}
 
 

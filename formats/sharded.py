@@ -19,6 +19,7 @@ from formats.spec import CheckpointRef, TensorRef, TensorSpec
 from formats.staging import Staging, disk_errors, write_at
 from formats.tensors import Bytes
 from formats.torch_file import TORCH_SUFFIXES, TorchFile
+from formats.torch_writer import TorchWriter
 
 if TYPE_CHECKING:
     import torch
@@ -171,8 +172,10 @@ class ShardedWriter:
         grouped: dict[str, list[TensorSpec]] = {}
         for spec in specs:
             grouped.setdefault(self._shards[spec.name], []).append(spec)
-        self._writers = {
-            filename: SafetensorsWriter(staging, filename, group, {"format": "pt"}, reserve=reserve)
+        self._writers: dict[str, SafetensorsWriter | TorchWriter] = {
+            filename: TorchWriter(staging, filename, group)
+            if Path(filename).suffix in TORCH_SUFFIXES
+            else SafetensorsWriter(staging, filename, group, {"format": "pt"}, reserve=reserve)
             for filename, group in sorted(grouped.items())
         }
 

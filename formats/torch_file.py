@@ -7,7 +7,6 @@ Knows one file and the config.json beside it; no adapter, no mathematics.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import threading
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from formats.errors import CorruptFile, NotACheckpoint, PathNotFound, UnsupportedDType
+from formats.model_config import model_config
 from formats.names import unknown_tensor
 from formats.reading import fill
 from formats.spec import CheckpointRef, TensorRef, TensorSpec, shape_text
@@ -74,7 +74,7 @@ class TorchFile:
             self.close()
             raise
         self.shared = _shared(self._views)
-        once = kept_once(self.shared, _config_beside(path))
+        once = kept_once(self.shared, model_config(path))
         self.specs = {name: spec for name, spec in specs.items() if name not in once}
         notes += [f"{left} is {kept} in this file, and config.json ties them: kept once" for left, kept in once.items()]
         notes += [
@@ -239,11 +239,3 @@ def _shared(views: Mapping[str, View]) -> tuple[tuple[str, ...], ...]:
         if view.size:
             groups.setdefault(view, []).append(name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
-
-
-def _config_beside(path: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads((path.parent / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}

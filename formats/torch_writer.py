@@ -74,7 +74,7 @@ class _Member:
 class TorchWriter:
     """Fills one torch file of a staged output, from any thread, in any order. Metadata is not kept."""
 
-    def __init__(self, staging: Staging, specs: Iterable[TensorSpec]) -> None:
+    def __init__(self, staging: Staging, filename: str, specs: Iterable[TensorSpec]) -> None:
         self._staging = staging
         self._specs = {spec.name: spec for spec in specs}
         self._small = {"data.pkl": state_dict_pickle(self._specs.values()), "byteorder": b"little", "version": b"3\n"}
@@ -87,9 +87,14 @@ class TorchWriter:
             position = self._members[name].end
         self._payloads = {name: self._members[f"data/{key}"] for key, name in enumerate(self._specs)}
         self._directory = position
-        self._descriptor = staging.create("", position)
+        self._descriptor = staging.create(filename, position)
         self._pending = set(self._specs)
         self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of payload."""
+        return sum(spec.nbytes for spec in self._specs.values())
 
     def write(self, name: str, tensor: torch.Tensor, *, smaller: bool = False) -> None:
         """Writes one tensor, which must be as declared: nothing here is laid out again."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from surgery.operations.merge import MergeReport, merge
     from surgery.operations.resize import ResizeReport, resize
     from surgery.operations.spectrum import SpectrumReport, spectrum
+    from surgery.operations.to_lora import ToLoraReport, to_lora
     from surgery.operations.unmerge import UnmergeReport, unmerge
     from surgery.operations.verify import VerifyReport, verify
     from surgery.ranks import (
@@ -72,6 +73,8 @@ _HOMES = {
     "spectrum": "surgery.operations.spectrum",
     "SpectrumReport": "surgery.operations.spectrum",
     "SurgeryError": "surgery.errors",
+    "to_lora": "surgery.operations.to_lora",
+    "ToLoraReport": "surgery.operations.to_lora",
     "unmerge": "surgery.operations.unmerge",
     "UnmergeReport": "surgery.operations.unmerge",
     "Bounded": "surgery.ranks",
@@ -111,6 +114,7 @@ __all__ = [
     "SpectrumReport",
     "SurgeryError",
     "ThresholdRule",
+    "ToLoraReport",
     "Told",
     "UnmergeReport",
     "VerifyReport",
@@ -127,6 +131,7 @@ __all__ = [
     "open_checkpoint",
     "resize",
     "spectrum",
+    "to_lora",
     "unmerge",
     "verify",
 ]

@@ -126,6 +126,55 @@ def test_shards_become_shards(cli_json: CliJson, tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_torchs_container_in_shards(cli: Cli, cli_json: CliJson, tmp_path: Path) -> None:
+    """transformers loads them with equal logits; each is a file of torch's; and back they are what they were."""
+    model, folder, out = tiny_models.build("bert"), tmp_path / "m", tmp_path / "out"
+    model.save_pretrained(folder)
+    first = cli_json("convert", folder, "-o", out, "--container", "torch", "--max-shard-size", "20kB")
+    assert first["container"].startswith("torch, ")
+    index = json.loads((out / "pytorch_model.bin.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert files[0] == f"pytorch_model-00001-of-{len(files):05}.bin"
+    assert len(files) > 2
+    shards = [torch.load(out / file, weights_only=True) for file in files]
+    before = load_file(folder / "model.safetensors")
+    assert {name: file for shard, file in zip(shards, files, strict=True) for name in shard} == index["weight_map"]
+    assert all(torch.equal(tensor, before[name]) for shard in shards for name, tensor in shard.items())
+    nbytes = [sum(tensor.nbytes for tensor in shard.values()) for shard in shards]
+    assert index["metadata"]["total_size"] == sum(nbytes)
+    assert all(size <= 20_000 or len(shard) == 1 for size, shard in zip(nbytes, shards, strict=True))
+    assert torch.equal(tiny_models.logits(tiny_models.load("bert", out)), tiny_models.logits(model))
+    same = cli_json("convert", out, "-o", tmp_path / "same")
+    again = cli_json("convert", tmp_path / "same", "-o", tmp_path / "again", "--container", "torch")
+    assert same["container"] == f"safetensors, {len(files)} shards"
+    assert again["container"] == first["container"]
+    assert first["digest"] == same["digest"] == again["digest"]
+    assert (tmp_path / "again/pytorch_model.bin.index.json").read_bytes() == (
+        out / "pytorch_model.bin.index.json"
+    ).read_bytes()
+    whole = cli_json("convert", out, "-o", tmp_path / "whole", "--container", "torch", "--max-shard-size", "1GB")
+    assert whole["digest"] == first["digest"]
+    assert (tmp_path / "whole/pytorch_model.bin").exists()
+    assert not (tmp_path / "whole/pytorch_model.bin.index.json").exists()
+
+
+def test_containers_are_planned_and_contradictions_refused(cli: Cli, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """A dry run writes nothing; a file's name beats --container; one file has no shards."""
+    planned = cli("convert", pair[0], "-o", tmp_path / "out.bin", "--dry-run")
+    assert planned.exit_code == 0, planned.stderr
+    assert "copy" in planned.stdout
+    assert not (tmp_path / "out.bin").exists()
+    refused = cli("convert", pair[0], "-o", tmp_path / "out.st", "--container", "torch")
+    assert refused.exit_code == 1
+    assert "another container" in refused.stderr
+    for name in ("out.st", "out.bin"):
+        refused = cli("convert", pair[0], "-o", tmp_path / name, "--max-shard-size", "2kB")
+        assert refused.exit_code == 1
+        assert "a single file has no shards" in refused.stderr
+    assert cli("convert", pair[0], "--to", "peft", "-o", tmp_path / "o", "--container", "torch").exit_code == 2
+    assert sorted(tmp_path.glob("out*")) == []
+
+
 def test_what_torchs_container_cannot_keep_is_told(cli_json: CliJson, tmp_path: Path) -> None:
     """Metadata."""
     save_file({"w": torch.ones(2)}, tmp_path / "a.st", metadata={"format": "pt", "title": "t", "author": "a"})

@@ -3,11 +3,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from dialect_models import KINDS, PART, changes, made_by_peft
 from safetensors.torch import load_file
 
 import surgery
+from formats.dialects.writing import Piece
 from formats.errors import ReportedError
+from formats.spec import CheckpointRef, DType, TensorRef, TensorSpec
+from surgery.operations.convert import Make
 
 DIALECTS = ("peft", "kohya", "lycoris", "comfyui", "diffusers", "loralib")
 ALPHA = {"linear": 6, "embedding": 6, "Conv1D": 6, "ranks": 6, "rsLoRA": 12, "biases": 6}
@@ -65,3 +69,11 @@ def test_round_trips(tmp_path: Path, kind: str, first: str) -> None:
         for name, delta in expected.items():
             scale = max(delta.abs().max().item(), load_file(base)[name].abs().max().item())
             assert (found[name] - delta).abs().max() <= 1e-6 * scale, (second, name)
+
+
+def test_what_is_computed_is_rounded_once() -> None:
+    """To bfloat16 the nearest of the float64 product, not of the float32 between the two."""
+    value = 1 + 2**-8 + 2**-30  # float32 makes a tie of it, which goes down to 1
+    source = TensorRef(CheckpointRef("adapter"), TensorSpec("lora_B", DType.BF16, (1,)))
+    made = Make(Piece(source.spec, (source,), factor=value))(torch.ones(1, dtype=torch.bfloat16))
+    assert made.tensors[0].item() == 1 + 2**-7

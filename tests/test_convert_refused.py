@@ -75,6 +75,42 @@ def test_unknown_keys_name_the_nearest(kohya: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("layer", "kind", "message"),
+    [
+        ({"oft_blocks": torch.ones(3, 4, 4)}, ShapeMismatch, "does not fit|do not fit"),
+        ({"oft_blocks": torch.ones(2, 4, 3)}, ShapeMismatch, "not square blocks"),
+        ({"oft_blocks": torch.ones(2, 4, 4), "rescale": torch.ones(7)}, ShapeMismatch, "one for each output"),
+        ({"oft_blocks": torch.ones(2, 4, 4), "alpha": torch.ones(2)}, AdapterFormatError, "alpha is not a number"),
+        ({"oft_blocks": torch.ones(1, 2, 4, 3)}, ShapeMismatch, "not square blocks"),
+        ({"oft_blocks": torch.ones(3, 2, 4, 4)}, ShapeMismatch, "levels of a butterfly"),
+        ({"oft_blocks": torch.ones(1, 1, 1, 4, 4)}, ShapeMismatch, "number of dimensions"),
+        ({"rescale": torch.ones(8, 1)}, AdapterFormatError, "without factors"),
+        ({"on_input": torch.tensor(1)}, AdapterFormatError, "lacks some of its factors"),
+        ({"on_input": torch.ones(2), "weight": torch.ones(8)}, AdapterFormatError, "on_input is not a number"),
+        ({"on_input": torch.tensor(1), "weight": torch.ones(8)}, ShapeMismatch, "each channel"),
+        ({"a1.weight": torch.ones(12, 2)}, AdapterFormatError, "lacks some of its factors"),
+        (
+            {"a1.weight": torch.ones(12, 2), "a2.weight": torch.ones(2, 12), "b1.weight": torch.ones(8, 2),
+             "b2.weight": torch.ones(2, 11)},
+            ShapeMismatch,
+            "GLoRA's factors do not fit",
+        ),
+        ({"bm.weight": torch.ones(2, 2)}, AdapterFormatError, "read by nobody"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else getattr(value, "__name__", "_"),
+)  # fmt: skip
+def test_forms_of_lycoris_that_do_not_fit_are_refused(
+    kohya: Path, tmp_path: Path, layer: Tensors, kind: type[ReportedError], message: str
+) -> None:
+    """Its OFT, GLoRA and (IA)³, while planning."""
+    source = tmp_path / "bad.safetensors"
+    save_file({f"{LAYER}.{name}": tensor for name, tensor in layer.items()}, source)
+    with pytest.raises(kind, match=message):
+        surgery.merge(tmp_path / "base.st", source, tmp_path / "merged.st")
+    assert not (tmp_path / "merged.st").exists()
+
+
+@pytest.mark.parametrize(
     ("name", "tensor", "kind", "message"),
     [
         ("lora_up.weight", torch.ones(8, 3), AdapterFormatError, "ranks contradict"),
@@ -84,7 +120,9 @@ def test_unknown_keys_name_the_nearest(kohya: Path, tmp_path: Path) -> None:
         ("alpha", torch.tensor(float("nan")), AdapterFormatError, "not a number to scale by"),
         ("alpha", torch.tensor(0.0), AdapterFormatError, "not a number to scale by"),
         ("hada_w1_a", torch.ones(8, 2), AdapterFormatError, "several methods"),
-        ("oft_blocks", torch.ones(2, 4, 4), AdapterFormatError, "OFT"),
+        ("oft_blocks", torch.ones(2, 4, 4), AdapterFormatError, "several methods"),
+        ("on_input", torch.ones(2), AdapterFormatError, "several methods"),
+        ("oft", torch.ones(2), AdapterFormatError, "no dialect of adapters"),
         ("dora_scale", torch.ones(1, 12), AdapterFormatError, "magnitudes are of the inputs"),
         ("lora_up.weight", None, AdapterFormatError, "lacks some of its factors"),
         ("diff_b", torch.ones(9), ShapeMismatch, "do not fit"),

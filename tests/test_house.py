@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "transformers", "numpy.random", "scipy")
+HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "transformers", "numpy.random", "scipy", "gguf")
 MODULES = sorted(path for package in ("formats", "surgery") for path in (ROOT / package).rglob("*.py"))
 
 
@@ -53,7 +53,7 @@ def rule(path: Path) -> tuple[str, ...]:
         return (*upper, *files, "surgery.engine", "surgery.plan", "click", "pathlib")
     if place == "surgery/plan.py":
         return (*upper, "formats.paths", "formats.dialects", "surgery.engine", "surgery.methods", "click", "pathlib")
-    numbers = {f"surgery/{name}.py" for name in ("delta", "krylov", "linalg", "mixing", "thin")}
+    numbers = {f"surgery/{name}.py" for name in ("delta", "krylov", "linalg", "mixing", "structured", "thin")}
     if place in numbers or place.startswith("surgery/exact/"):
         return (*upper, "formats.paths", "surgery.engine", "surgery.plan", "surgery.methods", "click", "pathlib")
     figures = {f"surgery/{name}.py" for name in ("budget", "curve", "patterns", "ranks")}

@@ -15,7 +15,9 @@ from typing import Any
 from formats.adapter import NOTHING_TOLD, Adapter, Dialect, Told
 from formats.checkpoint import Checkpoint
 from formats.dialects.adapterhub import AdapterHub
+from formats.dialects.adapterhub_writing import AdapterHubWriter
 from formats.dialects.dotted import ComfyUi, Diffusers
+from formats.dialects.gguf import Gguf, GgufAdapterWriter
 from formats.dialects.groups import SUFFIXES
 from formats.dialects.kohya import Kohya, Lycoris
 from formats.dialects.loralib import Loralib
@@ -28,11 +30,19 @@ from formats.errors import AdapterFormatError, CorruptFile, PathNotFound
 from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, open_checkpoint
 from formats.spec import TensorSpec
 
-DIALECTS: tuple[Dialect, ...] = (Peft(), AdapterHub(), Kohya(), Lycoris(), Diffusers(), ComfyUi(), Loralib())
-WRITERS: tuple[DialectWriter, ...] = (PeftWriter(), *ALPHA_WRITERS, DiffusersWriter(), LoralibWriter())
+DIALECTS: tuple[Dialect, ...] = (Peft(), AdapterHub(), Kohya(), Lycoris(), Diffusers(), ComfyUi(), Loralib(), Gguf())
+WRITERS: tuple[DialectWriter, ...] = (
+    PeftWriter(),
+    *ALPHA_WRITERS,
+    DiffusersWriter(),
+    LoralibWriter(),
+    AdapterHubWriter(),
+    GgufAdapterWriter(),
+)
 ASKING = ("loralib",)  # those that have no config, and ask the caller instead
 IN_PARTS = ("kohya", "lycoris", "diffusers", "comfyui")  # those whose files may adapt several parts of a pipeline
-_WEIGHTS = (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, "adapter.safetensors")  # of peft's folders and of AdapterHub's
+# Of peft's folders and of AdapterHub's.
+_WEIGHTS = (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, "adapter.safetensors", "pytorch_adapter.bin")
 CONFIG_KEY = "adapter_config"  # where a single-file adapter keeps its config, in the header's metadata
 
 

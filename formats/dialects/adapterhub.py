@@ -1,7 +1,8 @@
-"""Reading AdapterHub's LoRA (the library adapters). Tested against files that it made.
+"""Reading AdapterHub's LoRA and (IA)³ (the library adapters). Tested against files that it made.
 
-Keys are `<module>.loras.<name>.lora_A` and `lora_B`, laid out as loralib's, fused query, key and value included; the
-config says alpha and which slices are adapted. Knows no mathematics.
+Keys are `<module>.loras.<name>.lora_A` and `lora_B`, laid out as loralib's, fused query, key and value included;
+(IA)³ has lora_B alone, a factor of each output. The config says alpha and which slices are adapted. Knows no
+mathematics.
 """
 
 from __future__ import annotations
@@ -10,26 +11,30 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from formats.adapter import Adapter, Told
+from formats.adapter import Adapter, AdapterModule, Told
 from formats.checkpoint import Checkpoint
+from formats.dialects.adapterhub_sites import SLICES
 from formats.dialects.loralib import Reading, adapted_layer
 from formats.dialects.peft_factors import Context, Factors
 from formats.dialects.resolve import resolver
-from formats.errors import AdapterFormatError
-from formats.spec import TensorSpec
+from formats.errors import AdapterFormatError, ShapeMismatch
+from formats.layers import LayerKind, owner
+from formats.spec import TensorSpec, shape_text
 
 _FACTOR = re.compile(r"^(?P<module>.+)\.loras\.(?P<name>[^.]+)\.(?P<role>lora_[AB])$")
 _VERSION = re.compile(r"^adapters\.(?P<major>\d+)\.(?P<minor>\d+)")
+# What the config's composition_mode makes of the factors, and which of them there are.
+_ROLES = {"add": ("lora_A", "lora_B"), "scale": ("lora_B",)}
 # Other settings than LoRA's plain ones, each with the reason that a user needs.
 _REFUSED = {
     "use_gating": "its gate depends on the input, which no weight can express",
-    "use_dora": "DoRA in its layout is not supported yet",
-    "vera_d": "VeRA in its layout is not supported yet",
+    "use_dora": "its DoRA divides by ‖W0 + BA‖ without alpha and scales the bias too, which no other DoRA does",
+    "vera_d": "its VeRA has other tensors than peft's, and is not read",
 }
 
 
 class AdapterHub:
-    """The dialect of AdapterHub's adapters: LoRA."""
+    """The dialect of AdapterHub's adapters: LoRA and (IA)³."""
 
     name = "adapterhub"
 
@@ -48,42 +53,40 @@ class AdapterHub:
         """The adapter, resolved against the base's tensors; its config says everything."""
         where, config = checkpoint.ref.path, config or {}
         own = _checked(config["config"], where)
+        mode = own.get("composition_mode", "add")
         modules: dict[str, Factors] = {}
         for key in checkpoint.specs:
             match = _FACTOR.match(key)
-            if match is None:
+            if match is None or match["role"] not in _ROLES[mode]:
                 raise AdapterFormatError(
-                    "a tensor that is no factor of LoRA", where=where, expected="….loras.NAME.lora_A", found=key
+                    f"a tensor that is no factor of {'LoRA' if mode == 'add' else '(IA)³'}",
+                    where=where,
+                    expected=" or ".join(f"….loras.NAME.{role}" for role in _ROLES[mode]),
+                    found=key,
                 )
             modules.setdefault(match["module"], {})[match["role"]] = checkpoint.tensor(key)
         rename = resolver([f"{module}.weight" for module in modules], base, where)
         context = Context.of({}, rename, base, where)
         matrices = own.get("attn_matrices") or ()
-        fused = tuple(each in matrices for each in ("q", "k", "v"))
-        said = Told(alpha=_alpha(config, own), enable_lora=fused)
-        reading = Reading(_alpha(config, own), said, context)
-        adapted = [
-            adapted_layer(module, factors, rename(f"{module}.weight"), reading)
-            for module, factors in sorted(modules.items())
-        ]
-        for module in adapted:
-            if module.rank != own["r"]:
-                raise AdapterFormatError(
-                    "the factors' rank contradicts the config",
-                    where=f"{where}: {module.target}",
-                    expected=f"r = {own['r']}",
-                    found=module.rank,
-                )
+        fused = tuple(each in matrices for each in SLICES)
+        reading = Reading(_alpha(config, own), Told(enable_lora=fused), context)
+        adapted: list[AdapterModule] = []
+        for module, factors in sorted(modules.items()):
+            if mode == "add":
+                adapted.append(_low_rank(module, factors, own["r"], reading))
+            else:
+                adapted += _scaled(module, factors, reading)
         return Adapter(checkpoint.ref, self.name, config, tuple(adapted), ())
 
 
 def _checked(own: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    if own.get("architecture") != "lora" or own.get("composition_mode", "add") != "add" or not own.get("r"):
+    mode = own.get("composition_mode", "add")
+    if own.get("architecture") != "lora" or mode not in _ROLES or not own.get("r"):
         raise AdapterFormatError(
-            "of AdapterHub's methods only LoRA is read",
+            "of AdapterHub's methods only LoRA and (IA)³ are merged into weights",
             where=where,
-            expected="architecture = lora, composition_mode = add",
-            found=f"architecture = {own.get('architecture')}, composition_mode = {own.get('composition_mode')}",
+            expected=f"architecture = lora, composition_mode = {' or '.join(_ROLES)}",
+            found=f"architecture = {own.get('architecture')}, composition_mode = {mode}",
         )
     for setting, reason in _REFUSED.items():
         if own.get(setting):
@@ -97,3 +100,44 @@ def _alpha(config: Mapping[str, Any], own: Mapping[str, Any]) -> float:
     version = _VERSION.match(str(config.get("version", "")))
     faulty = version is not None and (int(version["major"]), int(version["minor"])) < (1, 1)
     return float(own["r"] if faulty else own["alpha"])
+
+
+def _low_rank(module: str, factors: Factors, rank: int, reading: Reading) -> AdapterModule:
+    """The weight of one layer with LoRA."""
+    adapted = adapted_layer(module, factors, reading.context.rename(f"{module}.weight"), reading)
+    if adapted.rank != rank:
+        raise AdapterFormatError(
+            "the factors' rank contradicts the config",
+            where=f"{reading.context.where}: {adapted.target}",
+            expected=f"r = {rank}",
+            found=adapted.rank,
+        )
+    return adapted
+
+
+def _scaled(module: str, factors: Factors, reading: Reading) -> list[AdapterModule]:
+    """The weight of one layer with (IA)³, and its bias: the library multiplies the layer's outputs, though its merge
+    leaves the bias as it is (adapters.methods.lora, LoRALinear.merge_adapter, 1.3)."""
+    context = reading.context
+    target, bias = (context.rename(f"{module}.{last}") for last in ("weight", "bias"))
+    weight, vector = context.base[target], factors["lora_B"]
+    kind = context.kinds.get(owner(target), LayerKind.LINEAR)
+    kind = kind if kind is LayerKind.TRANSPOSED else LayerKind.LINEAR
+    enabled = reading.told.enable_lora
+    out = weight.shape[-1] if kind is LayerKind.TRANSPOSED else weight.shape[0]
+    settings: dict[str, Any] = {"feedforward": False}
+    if vector.spec.shape == (out // len(enabled) * sum(enabled), 1) != (out, 1):
+        settings["enabled"] = list(enabled)
+    elif vector.spec.shape != (out, 1):
+        raise ShapeMismatch(
+            "the adapter does not fit the base's weight",
+            where=f"{context.where}: {target}",
+            expected=f"a factor for each of {out} outputs, or for those of the attn_matrices",
+            found=f"lora_B {shape_text(vector.spec.shape)}",
+            then="check that the adapter was made for this base",
+        )
+    adapted = [AdapterModule(target, "ia3", kind, {"ia3_l": vector}, 1, reading.alpha, settings=settings)]
+    if bias in context.base:
+        linear = LayerKind.LINEAR
+        adapted.append(AdapterModule(bias, "ia3", linear, {"ia3_l": vector}, 1, reading.alpha, settings=settings))
+    return adapted

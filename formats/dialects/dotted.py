@@ -96,12 +96,9 @@ def _read(
     context = Context.of(config, rename, base, where)
     adapted: list[AdapterModule] = []
     for group in groups:
-        if "alpha" in group.factors:
-            scaling = Scaling(scalar(checkpoint, group.factors["alpha"]))
-        elif "r" in config:
+        scaling = Scaling(scalar(group, where))
+        if scaling.alpha is None and "r" in config:
             scaling = Scaling(context.alpha(group.name), context.rslora, context.rank(group.name))
-        else:
-            scaling = Scaling()
         adapted += group_modules(group, rename(group.name), base, scaling, where)
     ours = {ref.name for group in groups for ref in group.factors.values()}
     left = tuple(key for key in checkpoint.specs if key not in ours)

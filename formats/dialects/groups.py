@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from formats.adapter import AdapterModule
 from formats.checkpoint import Checkpoint
+from formats.dialects import lycoris
 from formats.dialects.peft_factors import Factors
 from formats.errors import AdapterFormatError, ShapeMismatch, UnmatchedKeys
 from formats.layers import LayerKind
@@ -44,19 +45,21 @@ SUFFIXES: Mapping[str, str] = {
     "lora_mid.weight": "lora_mid",
     "lora_magnitude_vector": "dora_scale",
     "lora_magnitude_vector.weight": "dora_scale",
+    **lycoris.SUFFIXES,
 }
 LORA_ROLES = frozenset({"lora_A", "lora_B", "alpha"})
-_OFT = "it turns the outputs by blocks, which no method here does"
 _REFUSED = {
-    "oft_blocks": f"OFT is not supported yet: {_OFT}",
-    "rescale": f"OFT is not supported yet: {_OFT}",
-    "a1.weight": "GLoRA in LyCORIS's layout is not supported yet",
-    "on_input": "(IA)³ in LyCORIS's layout is not supported yet",
+    "bm.weight": "a core in LyCORIS's GLoRA is read by nobody",
     "reshape_weight": "it gives a weight another shape, which a base's checkpoint cannot have",
     "set_weight": "it replaces a weight, which ComfyUI does without regard to the base",
     "lokr_t1": "a core in LoKr's first factor is read by nobody",
 }
-_METHODS = ("lora_A", "lora_B"), ("hada_w1_a",), ("lokr_w1", "lokr_w1_a"), ("diff",), ("w_norm",)
+_METHODS = (
+    ("lora_A", "lora_B"), ("hada_w1_a",), ("lokr_w1", "lokr_w1_a"), ("diff",), ("w_norm",), ("oft_blocks",),
+    ("a1", "a2", "b1", "b2"), ("on_input",),
+)  # fmt: skip
+_OWN = ("oft_blocks", "a1", "on_input")  # of LyCORIS's own methods
+_NUMBERS = ("alpha", "on_input")
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,13 @@ class Group:
         name: the layer's, as the file has it behind the part's prefix.
         prefix: of its part.
         factors: by role.
+        numbers: what those of one number say, by role; NaN for one that is no finite number.
     """
 
     name: str
     prefix: str
     factors: Factors
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 Split = Callable[[str], tuple[str, str] | None]  # a key → the part's prefix, and the rest of the key
@@ -94,15 +99,21 @@ def groups_of(checkpoint: Checkpoint, split: Split) -> list[Group]:
     for key in checkpoint.specs:
         parts = split(key)
         suffix = suffix_of(parts[1]) if parts is not None else None
+        if suffix is None and f"{key.removesuffix('.weight')}.on_input" in checkpoint.specs:
+            suffix = "weight"
         if parts is None or suffix is None:
             raise _unknown(key, where)
         prefix, rest = parts
         factors = found.setdefault((prefix, rest.removesuffix(f".{suffix}")), {})
-        role = SUFFIXES[suffix]
+        role = SUFFIXES.get(suffix, lycoris.SCALE)
         if role in factors:
             raise AdapterFormatError("the same factor twice", where=where, found=f"{factors[role].name} and {key}")
         factors[role] = checkpoint.tensor(key)
-    return [Group(name, prefix, factors) for (prefix, name), factors in sorted(found.items())]
+    groups = []
+    for (prefix, name), factors in sorted(found.items()):
+        numbers = {role: _number(checkpoint, factors[role]) for role in _NUMBERS if role in factors}
+        groups.append(Group(name, prefix, factors, numbers))
+    return groups
 
 
 def _unknown(key: str, where: str) -> AdapterFormatError:
@@ -119,8 +130,24 @@ def _unknown(key: str, where: str) -> AdapterFormatError:
     )
 
 
-def scalar(checkpoint: Checkpoint, ref: TensorRef) -> float:
-    """A tensor of one number. Raises AdapterFormatError for another, or a number that scales nothing."""
+def scalar(group: Group, where: str) -> float | None:
+    """The number that scales a layer's product, None where the file has none. Raises AdapterFormatError for one that
+    scales nothing."""
+    if "alpha" not in group.factors or "oft_blocks" in group.factors:  # whose alpha is a constraint
+        return None
+    value, ref = group.numbers["alpha"], group.factors["alpha"]
+    if not math.isfinite(value) or value == 0:
+        raise AdapterFormatError(
+            "alpha is not a number to scale by",
+            where=f"{where}: {ref.name}",
+            expected="one finite number other than 0",
+            found=f"{ref.spec.dtype} {shape_text(ref.spec.shape)}" if ref.spec.size != 1 else value,
+        )
+    return value
+
+
+def _number(checkpoint: Checkpoint, ref: TensorRef) -> float:
+    """A tensor of one number; NaN for another."""
     spec, payload = ref.spec, checkpoint.read_bytes(ref.name)
     plain = {
         DType.F64: np.float64,
@@ -134,14 +161,7 @@ def scalar(checkpoint: Checkpoint, ref: TensorRef) -> float:
         value = float((payload.view(np.uint16).astype(np.uint32) << 16).view(np.float32)[0])
     elif spec.size == 1 and spec.dtype in plain:
         value = float(payload.view(plain[spec.dtype])[0])
-    if not math.isfinite(value) or value == 0:
-        raise AdapterFormatError(
-            "alpha is not a number to scale by",
-            where=f"{checkpoint.ref.path}: {ref.name}",
-            expected="one finite number other than 0",
-            found=f"{spec.dtype} {shape_text(spec.shape)}" if spec.size != 1 else value,
-        )
-    return value
+    return value if math.isfinite(value) else math.nan
 
 
 @dataclass(frozen=True)
@@ -182,8 +202,12 @@ def group_modules(
     if methods:
         spec = base[target]
         kind = LayerKind.CONV if len(spec.shape) > 2 else LayerKind.LINEAR
-        make = {"lora_A": _lora, "hada_w1_a": _loha, "lokr_w1": _lokr}.get(methods[0], _full)
-        found.append(make(factors, spec, kind, scaling, where))
+        if methods[0] in _OWN:
+            _no_dora(factors, where)
+            found.append(lycoris.own_module(methods[0], factors, group.numbers, spec, kind, where))
+        else:
+            make = {"lora_A": _lora, "hada_w1_a": _loha, "lokr_w1": _lokr}.get(methods[0], _full)
+            found.append(make(factors, spec, kind, scaling, where))
     beside = [factors[role] for role in ("diff_b", "b_norm", "lora_B.bias") if role in factors]
     if beside and bias not in base:
         raise UnmatchedKeys("a change of a bias that the base does not have", where=where, expected=bias)
@@ -220,38 +244,46 @@ def _lora(factors: Factors, weight: TensorSpec, kind: LayerKind, scaling: Scalin
     kind = LayerKind.CONV if len(a) > 2 else kind
     alpha = float(rank) if scaling.alpha is None else scaling.alpha
     named = {"lora_A": factors["lora_A"], "lora_B": factors["lora_B"]}
-    magnitude = factors.get("dora_scale")
+    magnitude = _magnitude(factors, weight, where)
     if mid is not None:
-        if magnitude is not None:
-            raise AdapterFormatError("DoRA around a product with a core is not supported yet", where=where)
-        return AdapterModule(weight.name, "lora_tucker", kind, {**named, "lora_mid": mid}, rank, alpha, scaling.rslora)
+        named["lora_mid"] = mid
+    method = "lora" if mid is None else "lora_tucker"
+    if magnitude:
+        method = "dora" if mid is None else "dora_tucker"
+    return AdapterModule(weight.name, method, kind, named | magnitude, rank, alpha, scaling.rslora)
+
+
+def _magnitude(factors: Factors, weight: TensorSpec, where: str) -> Factors:
+    """DoRA's, one for each output; empty where there is none. Raises AdapterFormatError for those of the inputs."""
+    magnitude = factors.get("dora_scale")
     if magnitude is None:
-        return AdapterModule(weight.name, "lora", kind, named, rank, alpha, scaling.rslora)
-    shape = magnitude.spec.shape
-    if magnitude.spec.size != b[0] or (len(shape) == 2 and shape[0] == 1 and shape[1] == a[1] and a[1] > 1):
+        return {}
+    shape, (out, into) = magnitude.spec.shape, weight.shape[:2]
+    if magnitude.spec.size != out or (len(shape) >= 2 and shape[:2] == (1, into) and into > 1):
         raise AdapterFormatError(
             "DoRA's magnitudes are of the inputs, and only those of the outputs are known here",
             where=where,
-            expected=f"{b[0]} × 1",
+            expected=f"{out} × 1",
             found=shape_text(shape),
         )
-    named["lora_magnitude_vector"] = magnitude
-    return AdapterModule(weight.name, "dora", kind, named, rank, alpha, scaling.rslora)
+    return {"lora_magnitude_vector": magnitude}
 
 
 def _loha(factors: Factors, weight: TensorSpec, kind: LayerKind, scaling: Scaling, where: str) -> AdapterModule:
     names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     _complete(factors, names, where)
-    _no_dora(factors, where)
     rank = _rank(factors, ("hada_w1_b", "hada_w2_b"), where)
     named = {role: ref for role, ref in factors.items() if role.startswith("hada_")}
+    magnitude = _magnitude(factors, weight, where)
     alpha = float(rank) if scaling.alpha is None else scaling.alpha
-    return AdapterModule(weight.name, "loha", kind, named, rank, alpha, scaling.rslora)
+    method = "dora_loha" if magnitude else "loha"
+    return AdapterModule(weight.name, method, kind, named | magnitude, rank, alpha, scaling.rslora)
 
 
 def _lokr(factors: Factors, weight: TensorSpec, kind: LayerKind, scaling: Scaling, where: str) -> AdapterModule:
-    _no_dora(factors, where)
     named = {role: ref for role, ref in factors.items() if role.startswith("lokr_")}
+    magnitude = _magnitude(factors, weight, where)
+    method = "dora_lokr" if magnitude else "lokr"
     low = [role for role in ("lokr_w1_b", "lokr_w2_b") if role in named]
     if "lokr_w2" in named and len(named["lokr_w2"].spec.shape) == 3:
         raise AdapterFormatError(
@@ -259,10 +291,10 @@ def _lokr(factors: Factors, weight: TensorSpec, kind: LayerKind, scaling: Scalin
             where=where,
         )
     if not low:  # two whole factors: no rank, and a scale of 1 whatever alpha says
-        return AdapterModule(weight.name, "lokr", kind, named, 1, 1.0)
+        return AdapterModule(weight.name, method, kind, named | magnitude, 1, 1.0)
     rank = _rank(factors, low, where)
     alpha = float(rank) if scaling.alpha is None else scaling.alpha
-    return AdapterModule(weight.name, "lokr", kind, named, rank, alpha, scaling.rslora)
+    return AdapterModule(weight.name, method, kind, named | magnitude, rank, alpha, scaling.rslora)
 
 
 def _full(factors: Factors, weight: TensorSpec, kind: LayerKind, scaling: Scaling, where: str) -> AdapterModule:
@@ -276,7 +308,7 @@ def _full(factors: Factors, weight: TensorSpec, kind: LayerKind, scaling: Scalin
 def _no_dora(factors: Factors, where: str) -> None:
     if "dora_scale" in factors:
         raise AdapterFormatError(
-            "DoRA around another product than LoRA's is not supported yet", where=where, found=", ".join(factors)
+            "DoRA around this is not what LyCORIS writes, and not read", where=where, found=", ".join(factors)
         )
 
 

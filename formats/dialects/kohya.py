@@ -40,7 +40,7 @@ class Kohya:
 
 
 class Lycoris:
-    """The dialect of LyCORIS, in kohya's names: LoCon, LoHa, LoKr, whole differences, norms, DoRA."""
+    """The dialect of LyCORIS, in kohya's names: LoCon, LoHa, LoKr, (B)OFT, GLoRA, (IA)³, whole differences, norms."""
 
     name = "lycoris"
 
@@ -69,9 +69,7 @@ def _read(dialect: str, checkpoint: Checkpoint, base: Mapping[str, TensorSpec], 
     modules = restored((group.name for group in ours), base, where)
     adapted = []
     for group in ours:
-        ref = group.factors.get("alpha")
-        scaling = Scaling(None if ref is None else scalar(checkpoint, ref))
-        adapted += group_modules(group, modules[group.name], base, scaling, where)
+        adapted += group_modules(group, modules[group.name], base, Scaling(scalar(group, where)), where)
     left = tuple(ref.name for group in groups if group not in ours for ref in group.factors.values())
     return Adapter(checkpoint.ref, dialect, {}, tuple(adapted), (), part, left)
 

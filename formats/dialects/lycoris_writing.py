@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from formats.adapter import Adapter, AdapterModule
+from formats.dialects.lycoris import KEYS, OWN
 from formats.dialects.parts import COMFYUI, UNDERSCORED, prefix_of
 from formats.dialects.peft_writing import commonest
 from formats.dialects.underscored import underscored
@@ -33,6 +34,17 @@ from formats.layers import LayerKind, owner
 
 _PLAIN = (LayerKind.LINEAR, LayerKind.CONV)
 _MODULES = {"kohya": "networks.lora", "lycoris": "lycoris.kohya"}
+_UNRANKED = ("full", "lora_bias", "lycoris_oft", "lycoris_boft", "lycoris_ia3")
+# LyCORIS's names of algorithms, and the methods that they mean here.
+_ALGORITHMS = {
+    "loha": {"loha", "dora_loha"},
+    "lokr": {"lokr", "dora_lokr"},
+    "diag-oft": {"lycoris_oft"},
+    "boft": {"lycoris_boft"},
+    "glora": {"lycoris_glora"},
+    "ia3": {"lycoris_ia3"},
+    "full": {"full"},
+}
 
 
 @dataclass(frozen=True)
@@ -92,14 +104,19 @@ class AlphaWriter:
         weight = wanted.base.get(f"{owner(module.target)}.weight")
         vector = weight is not None and len(weight.shape) == 1  # a norm's
         product = wanted.product(module)
-        if module.method == "lora_tucker" and self.lyco:
+        magnitude = module.factors.get("lora_magnitude_vector")
+        if magnitude is not None and product is None and self.lyco:
+            yield taken(f"{layer}.dora_scale", magnitude)
+        if module.method in ("lora_tucker", "dora_tucker") and self.lyco:
             yield taken(f"{layer}.lora_mid.weight", module.factors["lora_mid"])
             yield taken(f"{layer}.lora_down.weight", module.factors["lora_A"])
             yield taken(f"{layer}.lora_up.weight", module.factors["lora_B"])
             yield constant(f"{layer}.alpha", module.scaling * module.rank)
         elif product is not None:
             yield from self._product(layer, product)
-        elif self.lyco and module.method in ("loha", "lokr") and module.kind in _PLAIN:
+        elif self.lyco and module.method in OWN:
+            yield from self._own(layer, module)
+        elif self.lyco and module.method in ("loha", "lokr", "dora_loha", "dora_lokr") and module.kind in _PLAIN:
             yield from self._kronecker(layer, module)
         elif self.lyco and module.method == "full":
             norm, plain = ("b_norm", "diff_b") if module.target.endswith(".bias") else ("w_norm", "diff")
@@ -128,12 +145,21 @@ class AlphaWriter:
 
     def _kronecker(self, layer: str, module: AdapterModule) -> Iterator[Piece]:
         """LoHa or LoKr. No reader scales two whole factors of LoKr by alpha, so their scaling goes into the first."""
-        whole = module.method == "lokr" and {"lokr_w1", "lokr_w2"} <= module.factors.keys()
+        whole = {"lokr_w1", "lokr_w2"} <= module.factors.keys()
         if "lokr_w2" in module.factors and len(module.factors["lokr_w2"].spec.shape) == 3:
             raise cannot(self.name, "LoKr with a whole w2 on a one-dimensional convolution", module)
         for role, ref in sorted(module.factors.items()):
+            if role == "lora_magnitude_vector":
+                continue
             yield taken(f"{layer}.{role}", ref, factor=module.scaling if whole and role == "lokr_w1" else 1.0)
         yield constant(f"{layer}.alpha", 1.0 if whole else module.scaling * module.rank)
+
+    def _own(self, layer: str, module: AdapterModule) -> Iterator[Piece]:
+        """LyCORIS's OFT, BOFT, GLoRA or (IA)³; OFT's alpha is a constraint and stays what it is."""
+        for role, ref in sorted(module.factors.items()):
+            yield taken(f"{layer}.{KEYS.get(role, role)}", ref)
+        if module.method == "lycoris_glora":
+            yield constant(f"{layer}.alpha", module.alpha)
 
     def _check_names(self, pieces: list[Piece]) -> None:
         seen: dict[str, Piece] = {}
@@ -151,7 +177,7 @@ class AlphaWriter:
         """The metadata by which web interfaces tell the network's module, rank and alpha."""
         methods = {module.method for module in adapter.modules}
         made = {"ss_network_module": _MODULES[self.name]}
-        ranked = [module for module in adapter.modules if module.method not in ("full", "lora_bias")]
+        ranked = [module for module in adapter.modules if module.method not in _UNRANKED]
         sizes = [
             (product.rank, product.alpha) if product else (module.rank, module.alpha)
             for module, product in ((each, wanted.product(each)) for each in ranked)
@@ -160,8 +186,8 @@ class AlphaWriter:
             made["ss_network_dim"] = str(commonest(rank for rank, _ in sizes))
             made["ss_network_alpha"] = str(commonest(alpha for _, alpha in sizes))
         if self.lyco:
-            algorithms = [each for each in ("loha", "lokr", "full") if methods <= {each, "full"}]
-            dora = {"dora_wd": "True"} if "dora" in methods else {}
+            algorithms = [name for name, own in _ALGORITHMS.items() if methods <= own | {"full"}]
+            dora = {"dora_wd": "True"} if any(method.startswith("dora") for method in methods) else {}
             made["ss_network_args"] = json.dumps({"algo": algorithms[0] if algorithms else "locon", **dora})
         return made
 

@@ -15,6 +15,7 @@ from formats.adapter import Adapter, AdapterModule
 from formats.dialects.dotted import CONFIGS
 from formats.dialects.parts import DOTTED, prefix_of
 from formats.dialects.peft import PREFIX
+from formats.dialects.peft_ia3 import ia3_form
 from formats.dialects.peft_kronecker import kronecker_config
 from formats.dialects.peft_writing import (
     Extracted,
@@ -47,7 +48,7 @@ _PRODUCTS = ("lora", "dora", "lora_fused", "lora_tucker")
 
 @dataclass(frozen=True)
 class PeftWriter:
-    """The dialect of Hugging Face's peft: LoRA, DoRA, LoHa and LoKr, biases and other tensors in full."""
+    """The dialect of Hugging Face's peft: LoRA, DoRA, LoHa, LoKr and (IA)³, biases and other tensors in full."""
 
     name: str = "peft"
     weights: str = ADAPTER_WEIGHTS
@@ -57,6 +58,9 @@ class PeftWriter:
         adapter, dropped = without_dropped(adapter, self.name, wanted, biases=lambda module: True, replaced_biases=True)
         described = {"format": "pt", **kept_metadata(metadata)}
         methods = {module.method for module in adapter.modules}
+        if methods == {"ia3"}:
+            pieces, config = ia3_form(adapter, wanted)
+            return Written(pieces, described, config, dropped)
         for method in ("loha", "lokr"):
             if methods == {method}:
                 pieces = tuple(piece for module in adapter.modules for piece in _kronecker(module))
@@ -120,7 +124,9 @@ def lora_form(adapter: Adapter, dialect: str, wanted: Wanted) -> tuple[tuple[Pie
             continue
         product = wanted.product(module)
         if product is None or not module.target.endswith(".weight"):
-            raise cannot(dialect, "this beside LoRA" if module.method not in _PRODUCTS else "this weight", module)
+            if module.method in _PRODUCTS:
+                raise cannot(dialect, "this weight", module)
+            raise cannot(dialect, "this beside LoRA", module, "--to lora makes a LoRA of any method's ΔW")
         products[owner(module.target)] = product
     for what, some in (
         ("DoRA", {layer for layer, product in products.items() if product.magnitude is not None}),

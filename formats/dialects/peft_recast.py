@@ -12,6 +12,7 @@ from typing import Any
 from formats.dialects.peft import PREFIX
 from formats.dialects.peft_parameters import unwrapped
 from formats.dialects.peft_writing import exactly, rank_settings
+from formats.spec import TensorRef
 
 _CHOOSING = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -20,6 +21,15 @@ def module_of(key: str) -> str:
     """The module, as the model calls it, that a key of lora_A or lora_embedding_A belongs to."""
     path = key.removeprefix(PREFIX).removesuffix(".weight")
     return unwrapped(path.rpartition(".")[0])[0]
+
+
+def adapted_module(factors: Mapping[str, TensorRef]) -> str:
+    """The module, as the model calls it, that factors of whatever method belong to, by their roles."""
+    for role, ref in sorted(factors.items()):
+        path = ref.name.removeprefix(PREFIX)
+        if ref.name.startswith(PREFIX) and path.endswith(f".{role}"):
+            return unwrapped(path.removesuffix(f".{role}"))[0]
+    return module_of(next(ref.name for role, ref in factors.items() if role != "weight"))
 
 
 def recast_config(

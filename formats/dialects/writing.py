@@ -19,7 +19,7 @@ from formats.layers import LayerKind, owner
 from formats.spec import DType, TensorRef, TensorSpec
 
 SIDES = (LayerKind.TRANSPOSED, LayerKind.EMBEDDING)  # layers that store (in, out)
-DROPS = ("bias", "full")  # what a user may leave behind where a dialect cannot express it
+DROPS = ("bias", "full", "layer")  # what a user may leave behind where a dialect cannot express it
 
 
 class Making(StrEnum):
@@ -29,7 +29,7 @@ class Making(StrEnum):
     TURNED = "turned"  # the transpose of a matrix
     BLOCKS = "blocks"  # (n · height, rank) → blocks on a diagonal of n columns, at the enabled slices of the rows
     CORED = "cored"  # a core (rank, rank, *kernel) and A (rank, in, …) → (rank, in, *kernel)
-    CONSTANT = "constant"  # one number, the factor
+    CONSTANT = "constant"  # the factor, in every element
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class Piece:
         making: how.
         factor: of every element, in float64 before the one rounding to the output's dtype.
         enabled: for BLOCKS, the slices of the rows.
+        laid: where the output has more than what is made, the number of the made block that lies in each of its blocks
+            of rows, with `fill` around it; None for a block of nothing else.
+        fill: there.
+        heads: of so many heads the rows go from halves to pairs, as llama.cpp rotates them; negative, the way back.
     """
 
     output: TensorSpec
@@ -49,11 +53,15 @@ class Piece:
     making: Making = Making.TAKEN
     factor: float = 1.0
     enabled: tuple[bool, ...] = ()
+    laid: tuple[int | None, ...] = ()
+    fill: float = 0.0
+    heads: int = 0
 
     @property
     def is_copy(self) -> bool:
         """Whether the bytes stay what they are."""
-        return self.making is Making.TAKEN and self.factor == 1.0
+        plain = self.making is Making.TAKEN and self.factor == 1.0 and not self.heads and not self.laid
+        return plain and self.sources[0].spec.dtype is self.output.dtype
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,7 @@ class Wanted:
         component: the part of a pipeline; empty where nobody says.
         drop: what may be left behind, of DROPS.
         kinds: the layers' kinds, where the source's products lie as the base's weights do, whatever the layer.
+        model: the base's config.json; empty without one.
     """
 
     base: Mapping[str, TensorSpec]
@@ -92,6 +101,7 @@ class Wanted:
     component: str = ""
     drop: frozenset[str] = field(default_factory=frozenset)
     kinds: Mapping[str, LayerKind] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
 
     def product(self, module: AdapterModule) -> Product | None:
         """A module as a product of two factors of its layer; None for one that is no such product of the same size."""
@@ -112,7 +122,7 @@ class DialectWriter(Protocol):
 
     @property
     def weights(self) -> str:
-        """The weights' file where the output is a folder."""
+        """The weights' file where the output is a folder; its end tells the container."""
 
     def write(self, adapter: Adapter, metadata: Mapping[str, str], wanted: Wanted) -> Written:
         """The adapter in this dialect; `metadata` is the source's.
@@ -147,7 +157,8 @@ class Product:
 def product_of(module: AdapterModule, weight: TensorSpec) -> Product | None:
     """A module as a product of two factors, without names; None for one that is no such product of the same size.
 
-    A fused layer's slices become blocks of one B, and a core is multiplied into A.
+    A fused layer's slices become blocks of one B, a core is multiplied into A, and llama.cpp's order of rows and its
+    embedding are turned back.
     """
     factors = module.factors
     if module.method in ("lora", "dora") and module.kind is not LayerKind.PARAMETER and module.part is None:
@@ -166,6 +177,11 @@ def product_of(module: AdapterModule, weight: TensorSpec) -> Product | None:
         out = b.spec.shape[0] // count * len(enabled)
         blocks = Piece(replace(b.spec, shape=(out, rank)), (b,), Making.BLOCKS, enabled=enabled)
         return Product(module, Piece(a.spec, (a,)), blocks, rank)
+    if module.method in ("lora_paired", "lora_rows"):
+        stored_a, stored_b = (Piece(factors[role].spec, (factors[role],)) for role in ("lora_A", "lora_B"))
+        if module.method == "lora_rows":
+            return Product(module, turned(stored_a), stored_b, module.rank)
+        return Product(module, stored_a, replace(stored_b, heads=-module.settings["heads"]), module.rank)
     if module.method == "lora_tucker":
         a, b, mid = factors["lora_A"], factors["lora_B"], factors["lora_mid"]
         shape = (module.rank, a.spec.shape[1], *mid.spec.shape[2:])

@@ -31,9 +31,7 @@ _WARN_BELOW = 0.5
     metavar="SHARE",
     help="Fail where less of a delta is left after rounding: ‖stored(W) − W0‖/‖ΔW‖.",
 )
-@click.option(
-    "--max-shard-size", type=options.ByteSize(), metavar="SIZE", help="Shards of this size: 2GB [the base's shards]."
-)
+@options.max_shard_option("the base's shards")
 def command(
     base: str,
     adapters: tuple[tuple[str, float | None], ...],

@@ -94,6 +94,12 @@ def factor_dtype_option(default: str) -> Callable[[Callable[..., None]], Callabl
     return click.option("--dtype", type=kinds, help=f"Of the factors; by default {default}.")
 
 
+def max_shard_option(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """--max-shard-size; `default` says what shards there are without."""
+    text = f"Shards of this size: 2GB [{default}]."
+    return click.option("--max-shard-size", type=ByteSize(), metavar="SIZE", help=text)
+
+
 def engine_options(function: Callable[..., None]) -> Callable[..., None]:
     """--jobs, --memory and --device."""
     function = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …")(

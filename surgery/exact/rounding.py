@@ -98,6 +98,48 @@ class StackedProducts:
 
 
 @dataclass(frozen=True)
+class Hadamard:
+    """Two products of one shape, multiplied element by element."""
+
+    first: ExactProduct
+    second: ExactProduct
+
+    @property
+    def columns(self) -> int:
+        """Columns of either."""
+        return self.first.columns
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """Rows begin to end.  # (end - begin, columns) float64"""
+        return self.first.rows(begin, end).mul_(self.second.rows(begin, end))
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """first ⊗ second.
+
+    Attributes:
+        first: (a, c) float64.
+        second: (b, d) float64.
+    """
+
+    first: torch.Tensor
+    second: torch.Tensor
+
+    @property
+    def columns(self) -> int:
+        """c · d."""
+        return self.first.shape[1] * self.second.shape[1]
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """Rows begin to end of the (a b, c d).  # (end - begin, columns) float64"""
+        import torch
+
+        at, height = torch.arange(begin, end), self.second.shape[0]
+        return (self.first[at // height][:, :, None] * self.second[at % height][:, None, :]).flatten(1)
+
+
+@dataclass(frozen=True)
 class RowsOf:
     """A delta given by a function of begin and end that computes its rows element by element, in no order."""
 

@@ -15,7 +15,7 @@ from surgery.methods.boft import Boft
 from surgery.methods.c3a import C3a
 from surgery.methods.deft import Deft
 from surgery.methods.delora import DeLora
-from surgery.methods.dora import Dora
+from surgery.methods.dora import Dora, DoraAround
 from surgery.methods.fourierft import FourierFt
 from surgery.methods.full import Full
 from surgery.methods.glora import Glora
@@ -23,10 +23,12 @@ from surgery.methods.gralora import GraLora
 from surgery.methods.hira import Hira
 from surgery.methods.hra import Hra
 from surgery.methods.ia3 import Ia3
+from surgery.methods.llamacpp import PairedLora, RowsLora
 from surgery.methods.loha import LoHa
 from surgery.methods.lokr import LoKr
 from surgery.methods.lora import Lora, LoraBias
 from surgery.methods.loralib import FusedLora, KernelLora
+from surgery.methods.lycoris import DifferenceIa3, OutputBoft, OutputOft, ProductGlora
 from surgery.methods.miss import Miss, MissBat
 from surgery.methods.oft import Oft
 from surgery.methods.peanut import Peanut
@@ -44,6 +46,8 @@ ADDITIVE: tuple[AdditiveMethod, ...] = (
     LoraBias(),
     FusedLora(),
     KernelLora(),
+    PairedLora(),
+    RowsLora(),
     TuckerLora(),
     Full(),
     AdaLora(),
@@ -66,15 +70,22 @@ ADDITIVE: tuple[AdditiveMethod, ...] = (
 )
 TRANSFORMING: tuple[TransformingMethod, ...] = (
     Dora(),
+    DoraAround("dora_loha", LoHa()),
+    DoraAround("dora_lokr", LoKr()),
+    DoraAround("dora_tucker", TuckerLora()),
     Boft(),
     Deft(),
+    DifferenceIa3(),
     Glora(),
     Hira(),
     Hra(),
     Ia3(),
     MissBat(),
     Oft(),
+    OutputBoft(),
+    OutputOft(),
     Peanut(),
+    ProductGlora(),
     Road(),
 )
 

@@ -8,6 +8,7 @@ The factor s scales BA only, so a strength other than 1 would not lead from W0 t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from formats.adapter import AdapterModule
@@ -18,6 +19,7 @@ from formats.tensors import torch_dtype
 from surgery.checks import is_finite
 from surgery.errors import NotFinite
 from surgery.exact.rounding import exact_product, lengthen
+from surgery.methods.base import AdditiveMethod, Spacious
 from surgery.methods.lora import check_weight, delta_shape, outward
 
 if TYPE_CHECKING:
@@ -37,14 +39,7 @@ class Dora:
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """As LoRA's; ShapeMismatch too for magnitudes that are not one for each output."""
         check_weight(weight, delta_shape(module, len(weight.shape)))
-        magnitude, b = (module.factors[role].spec for role in ("lora_magnitude_vector", "lora_B"))
-        if magnitude.size != b.shape[0]:
-            raise ShapeMismatch(
-                "the magnitudes are not one for each output",
-                where=weight.name,
-                expected=b.shape[0],
-                found=shape_text(magnitude.shape),
-            )
+        _check_magnitudes(module, weight, module.factors["lora_B"].spec.shape[0])
 
     def transform(
         self,
@@ -66,6 +61,70 @@ class Dora:
             left, right = right.mT, left.mT
             matrices = [matrix.mT for matrix in matrices]  # (out, in)
         lengthen(matrices[0], exact_product(left, right, module.scaling), magnitude, matrices[1], dtype)
-        if not is_finite(result) and is_finite(weight) and result.isnan().any():
-            raise NotFinite("W0 + ΔW is zero for some output, so DoRA gives it no direction", where=module.target)
+        _check_directions(module, weight, result)
         return result
+
+
+class DoraAround:
+    """LyCORIS's weight_decompose: m · (W0 + ΔW) / ‖W0 + ΔW‖ with another method's ΔW, of a weight stored (out, in).
+
+    Factors: those of the method, and lora_magnitude_vector with one value for each output.
+    """
+
+    paper = "DoRA around another product, LyCORIS, arXiv 2402.09353"
+    forgets = Dora.forgets
+
+    def __init__(self, name: str, inner: AdditiveMethod) -> None:
+        self.name = name
+        self._inner = inner
+
+    def check(self, module: AdapterModule, weight: TensorSpec) -> None:
+        """As the method's; ShapeMismatch too for magnitudes that are not one for each output."""
+        self._inner.check(_without_magnitude(module), weight)
+        _check_magnitudes(module, weight, weight.shape[0])
+
+    def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
+        """The method's, or a copy of its factors and one in fixed point."""
+        if isinstance(self._inner, Spacious):
+            return self._inner.workspace(_without_magnitude(module), weight)
+        return 16 * sum(ref.spec.size for ref in module.factors.values())
+
+    def transform(
+        self,
+        module: AdapterModule,
+        weight: torch.Tensor,
+        factors: Mapping[str, torch.Tensor],
+        dtype: DType,
+        *,
+        back: bool = False,
+    ) -> torch.Tensor:
+        """m · (W0 + ΔW) / ‖W0 + ΔW‖. Raises NotFinite where W0 + ΔW is zero."""
+        import torch
+
+        result = torch.empty(weight.shape, dtype=torch_dtype(dtype))
+        matrix, changed = (tensor.reshape(tensor.shape[0], -1) for tensor in (weight, result))
+        delta = self._inner.delta(module, factors, 1.0)
+        lengthen(matrix, delta, factors["lora_magnitude_vector"].flatten(), changed, dtype)
+        _check_directions(module, weight, result)
+        return result
+
+
+def _without_magnitude(module: AdapterModule) -> AdapterModule:
+    inner = {role: ref for role, ref in module.factors.items() if role != "lora_magnitude_vector"}
+    return replace(module, factors=inner)
+
+
+def _check_magnitudes(module: AdapterModule, weight: TensorSpec, out: int) -> None:
+    magnitude = module.factors["lora_magnitude_vector"].spec
+    if magnitude.size != out:
+        raise ShapeMismatch(
+            "the magnitudes are not one for each output",
+            where=weight.name,
+            expected=out,
+            found=shape_text(magnitude.shape),
+        )
+
+
+def _check_directions(module: AdapterModule, weight: torch.Tensor, result: torch.Tensor) -> None:
+    if not is_finite(result) and is_finite(weight) and result.isnan().any():
+        raise NotFinite("W0 + ΔW is zero for some output, so DoRA gives it no direction", where=module.target)

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 
 class Ia3:
-    """W = l ∘ W0 by rows, the bias likewise; by columns where the layer is feed-forward.
+    """W = s · l ∘ W0 by rows, the bias likewise; by columns where the layer is feed-forward; s = alpha, 1 in peft.
 
-    Factors: ia3_l (out, 1), or (1, in) if feed-forward; for a convolution (1, channels, 1, …). Settings: feedforward.
+    Factors: ia3_l (out, 1), or (1, in) if feed-forward; for a convolution (1, channels, 1, …). Settings: feedforward;
+    for a fused layer `enabled`, a truth value for each slice of the outputs: ia3_l (height · n, 1) has n slices, and l
+    is 1 in the others.
     """
 
     name = "ia3"
@@ -31,7 +33,8 @@ class Ia3:
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
-        size = module.factors["ia3_l"].spec.size
+        enabled = module.settings.get("enabled", (True,))
+        size = module.factors["ia3_l"].spec.size // sum(enabled) * len(enabled)
         out, into = matrix_shape(module, weight)
         if not module.settings["feedforward"]:
             check_matrix(module, weight, size, into)
@@ -49,8 +52,8 @@ class Ia3:
         *,
         back: bool = False,
     ) -> torch.Tensor:
-        """l ∘ W0, or W / l; the latter raises NotMerged where l has a zero."""
-        scale = factors["ia3_l"].double().flatten()
+        """s · l ∘ W0, or W / (s · l); the latter raises NotMerged where l has a zero."""
+        scale = _whole(module, factors["ia3_l"].double().flatten()) * module.scaling
         if back and not scale.all():
             raise NotMerged(
                 "(IA)³ multiplied by zero here: nothing is left to divide",
@@ -67,3 +70,13 @@ class Ia3:
             return rows / part if back else rows * part
 
         return change_outputs(module, weight, dtype, scaled)
+
+
+def _whole(module: AdapterModule, scale: torch.Tensor) -> torch.Tensor:
+    """l with ones at the slices of a fused layer that are not adapted."""
+    import torch
+
+    enabled = module.settings.get("enabled", (True,))
+    parts = iter(scale.chunk(sum(enabled)))
+    height = scale.numel() // sum(enabled)
+    return torch.cat([next(parts) if each else scale.new_ones(height) for each in enabled])

@@ -12,7 +12,7 @@ from formats.adapter import AdapterModule
 from formats.errors import AdapterFormatError
 from formats.spec import TensorSpec
 from surgery.exact.fixed_order import matmul
-from surgery.exact.rounding import Delta, ExactProduct, RowsOf, exact_product
+from surgery.exact.rounding import Delta, ExactProduct, Hadamard, exact_product
 from surgery.methods.shapes import PLAIN, check_factor, check_matrix, factor_shape
 
 if TYPE_CHECKING:
@@ -48,9 +48,7 @@ class LoHa:
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
         """weight · s · both products, multiplied element by element."""
-        first = _product(factors, 1, weight * module.scaling)
-        second = _product(factors, 2, 1.0)
-        return RowsOf(first.columns, lambda begin, end: first.rows(begin, end).mul_(second.rows(begin, end)))
+        return Hadamard(_product(factors, 1, weight * module.scaling), _product(factors, 2, 1.0))
 
 
 def _product(factors: Mapping[str, torch.Tensor], number: int, scale: float) -> ExactProduct:

@@ -11,7 +11,7 @@ from formats.adapter import AdapterModule
 from formats.errors import AdapterFormatError
 from formats.spec import TensorSpec
 from surgery.exact.fixed_order import matmul
-from surgery.exact.rounding import Delta, RowsOf
+from surgery.exact.rounding import Delta, Kronecker, RowsOf
 from surgery.methods.loha import cored
 from surgery.methods.shapes import PLAIN, check_matrix, factor_shape
 
@@ -73,29 +73,17 @@ class LoKr:
             w2 = matmul(factors["lokr_w2_a"].mT, cored(core, factors["lokr_w2_b"]))
         else:
             w2 = matmul(factors["lokr_w2_a"], factors["lokr_w2_b"])
-        b = w2.shape[0]
-        columns = w1.shape[1] * w2[0].numel()
         if w2.dim() == 3:  # a one-dimensional convolution: torch.kron aligns w1 with the last two dimensions
+            columns = w1.shape[1] * w2[0].numel()
             return RowsOf(columns, lambda begin, end: _aligned_last(w1, w2, begin, end))
-        w2 = w2.flatten(1)  # (b, d · kernel)
-
-        def rows(begin: int, end: int) -> torch.Tensor:
-            at = _range(begin, end)
-            return (w1[at // b][:, :, None] * w2[at % b][:, None, :]).flatten(1)
-
-        return RowsOf(columns, rows)
+        return Kronecker(w1, w2.flatten(1))  # (b, d · kernel)
 
 
 def _aligned_last(w1: torch.Tensor, w2: torch.Tensor, begin: int, end: int) -> torch.Tensor:
     """Rows of torch.kron(w1 (a, c), w2 (b, d, kernel)) as peft reshapes it: b before a, and c beside the kernel. It is
     what such an adapter was trained with."""
-    at = _range(begin, end)
-    a = w1.shape[0]
-    ours, theirs = w1[at % a], w2[at // a]  # (rows, c), (rows, d, kernel)
-    return (ours[:, None, :, None] * theirs[:, :, None, :]).flatten(1)
-
-
-def _range(begin: int, end: int) -> torch.Tensor:
     import torch
 
-    return torch.arange(begin, end)
+    at, a = torch.arange(begin, end), w1.shape[0]
+    ours, theirs = w1[at % a], w2[at // a]  # (rows, c), (rows, d, kernel)
+    return (ours[:, None, :, None] * theirs[:, :, None, :]).flatten(1)

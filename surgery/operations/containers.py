@@ -15,13 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from formats.checkpoint import Checkpoint
+from formats.errors import FormatError
 from formats.paths import (
     ADAPTER_CONFIG,
     Destination,
     as_safetensors,
+    as_torch,
     container_of,
     create_checkpoint,
     destination_like,
+    names_file,
     names_torch_file,
     open_checkpoint,
 )
@@ -33,6 +36,7 @@ from surgery.plan import Plan, Step, ledger
 from surgery.provenance import content_digest
 from surgery.report import Report, Stopwatch, peak_rss
 
+CONTAINERS = ("safetensors", "torch")
 _OF_TORCH = {"format": "pt"}  # what transformers asks of a safetensors file, and all that torch's container implies
 
 
@@ -52,14 +56,22 @@ class ContainerReport(Report):
 
 
 def convert_container(
-    source: str | Path, out: str | Path, *, force: bool = False, resources: Resources | None = None
+    source: str | Path,
+    out: str | Path,
+    *,
+    container: str | None = None,
+    max_shard_size: int | None = None,
+    force: bool = False,
+    resources: Resources | None = None,
 ) -> ContainerReport:
     """Writes the tensors of a file or folder in another container, byte for byte.
 
     Args:
         source: a safetensors or torch file, an index of shards, or a folder of a model or an adapter.
         out: a `.safetensors`/`.st` file; a `.bin`, `.pt`, `.pth` or `.ckpt` file in torch's container; or a folder,
-            which gets safetensors in the source's shards, and the source folder's other files.
+            which gets the weights in the source's shards, and the source folder's other files.
+        container: of a folder, "safetensors" (the default) or "torch".
+        max_shard_size: bytes of each shard of an output folder, instead of the source's shards.
         force: replace what stands at `out`.
         resources: threads; memory is not needed.
 
@@ -68,14 +80,15 @@ def convert_container(
     """
     watch = Stopwatch(loading="torch")
     with open_checkpoint(source) as checkpoint:
-        plan = plan_container(checkpoint, torch=names_torch_file(out))
-        destination = _destination(Path(source), Path(out), checkpoint, force)
+        torch = _is_torch(out, container)
+        plan = plan_container(checkpoint, torch=torch)
+        destination = _destination(Path(source), Path(out), checkpoint, torch, max_shard_size, force)
         with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
             outcomes = engine.run(plan, writer, resources)
         hashes = {name: digest for outcome in outcomes for name, digest in outcome.figures["hashes"].items()}
         read = container_of(checkpoint)
     with open_checkpoint(out) as written:
-        container = container_of(written)
+        became = container_of(written)
     return ContainerReport(
         operation="convert",
         output=str(out),
@@ -84,9 +97,19 @@ def convert_container(
         ledger=ledger(outcomes),
         notes=(*plan.notes, *_left(Path(source), destination)),
         source=read,
-        container=container,
+        container=became,
         digest=content_digest((spec, hashes[spec.name]) for spec in plan.outputs),
     )
+
+
+def planned(
+    source: str | Path, out: str | Path, container: str | None = None, max_shard_size: int | None = None
+) -> Plan:
+    """The plan of convert_container, whose arguments these are. Raises FormatError for those that contradict."""
+    with open_checkpoint(source) as checkpoint:
+        torch = _is_torch(out, container)
+        _destination(Path(source), Path(out), checkpoint, torch, max_shard_size, False)
+        return plan_container(checkpoint, torch=torch)
 
 
 def plan_container(checkpoint: Checkpoint, *, torch: bool) -> Plan:
@@ -100,6 +123,19 @@ def plan_container(checkpoint: Checkpoint, *, torch: bool) -> Plan:
     return Plan("convert", steps, {} if torch else metadata, (*checkpoint.notes, *notes))
 
 
+def _is_torch(out: str | Path, container: str | None) -> bool:
+    """Whether the output is in torch's container. Raises FormatError where name and container contradict each other."""
+    if container not in (None, *CONTAINERS):
+        raise FormatError("no such container", expected=", ".join(CONTAINERS), found=container)
+    asked = "torch" if names_torch_file(out) else "safetensors" if names_file(out) else container or "safetensors"
+    if container not in (None, asked):
+        raise FormatError(
+            "the output's name says another container", where=out, expected=container, found=asked,
+            then="name a folder, or leave --container out",
+        )  # fmt: skip
+    return asked == "torch"
+
+
 def _left(source: Path, destination: Destination) -> tuple[str, ...]:
     """A note of the source folder's files that are neither converted nor copied, such as an optimiser's state."""
     if not destination.is_folder or not source.is_dir():
@@ -109,16 +145,22 @@ def _left(source: Path, destination: Destination) -> tuple[str, ...]:
     return (f"files left where they are: {', '.join(left)}",) if left else ()
 
 
-def _destination(source: Path, out: Path, checkpoint: Checkpoint, force: bool) -> Destination:
-    inputs = (source, *_files(checkpoint))
-    if names_torch_file(out):
-        return Destination(out, inputs=inputs, force=force, torch=True)
-    found = destination_like(source, out, checkpoint.specs.values(), inputs=inputs, force=force)
-    if not found.is_folder or found.shards is not None or not source.is_dir():
+def _destination(
+    source: Path, out: Path, checkpoint: Checkpoint, torch: bool, max_shard: int | None, force: bool
+) -> Destination:
+    inputs, specs = (source, *_files(checkpoint)), checkpoint.specs.values()
+    found = destination_like(source, out, specs, inputs=inputs, force=force, max_shard=max_shard, torch=torch)
+    if not found.is_folder:
+        return replace(found, torch=torch)
+    if not source.is_dir():
         return found
     config = source / ADAPTER_CONFIG
     companions = (*found.companions, config) if config.exists() else found.companions
-    return replace(found, weights=as_safetensors(Path(checkpoint.ref.path).name), companions=companions)
+    name = Path(checkpoint.ref.path).name
+    own = found.shards is None and max_shard is None
+    return replace(
+        found, weights=(as_torch if torch else as_safetensors)(name) if own else found.weights, companions=companions
+    )
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Path]:

@@ -18,14 +18,16 @@ from formats.dialects.implied import implied_base, implied_part
 from formats.dialects.writing import DROPS, DialectWriter, Making, Piece, Wanted, Written, joined, taken
 from formats.errors import AdapterFormatError
 from formats.layers import layer_kinds
-from formats.paths import ADAPTER_CONFIG, Destination, create_checkpoint, open_checkpoint
+from formats.model_config import model_config
+from formats.paths import ADAPTER_CONFIG, Destination, create_checkpoint, names_gguf_file, open_checkpoint
 from formats.spec import TensorSpec
-from formats.tensors import torch_dtype
 from surgery import engine
 from surgery.checks import check_finite
 from surgery.engine import Resources
+from surgery.exact.rounding import round_once
+from surgery.methods.llamacpp import halved, paired
 from surgery.methods.loha import cored
-from surgery.operations.model_names import open_adapter_of
+from surgery.operations.model_names import in_model_names, open_adapter_of
 from surgery.plan import Fate, Outcome, Plan, Step, ledger
 from surgery.provenance import TOOL
 from surgery.report import Report, Stopwatch, peak_rss
@@ -76,17 +78,32 @@ class Make:
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
         """The tensor, in the output's shape and dtype."""
-        piece, (first, *_) = self.piece, (*inputs, None)
-        result = _made(piece, inputs).mul(piece.factor) if first is not None else _number(piece.factor)
-        rounded = result.reshape(piece.output.shape).to(torch_dtype(piece.output.dtype))
+        piece = self.piece
+        result = _made(piece, inputs).mul(piece.factor) if inputs else _constant(piece)
+        if piece.heads:
+            result = paired(result, piece.heads) if piece.heads > 0 else halved(result, -piece.heads)
+        result = _laid(piece, result) if piece.laid else result.reshape(piece.output.shape)
+        rounded = round_once(result.contiguous(), piece.output.dtype)
         check_finite(rounded, piece.output.name)
-        return Outcome((rounded.contiguous(),), {ref.name: Fate.CONVERTED for ref in piece.sources})
+        return Outcome((rounded,), {ref.name: Fate.CONVERTED for ref in piece.sources})
 
 
-def _number(value: float) -> torch.Tensor:
+def _constant(piece: Piece) -> torch.Tensor:
     import torch
 
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.full(piece.output.shape, piece.factor, dtype=torch.float64)
+
+
+def _laid(piece: Piece, made: torch.Tensor) -> torch.Tensor:
+    """The made tensor's blocks of rows where they lie in the output.  # (blocks · height, width)"""
+    count = 1 + max(block for block in piece.laid if block is not None)
+    blocks = made.flatten(1).chunk(count)
+    whole = made.new_full(piece.output.shape, piece.fill)
+    for place, block in zip(whole.chunk(len(piece.laid)), piece.laid, strict=True):
+        if block is not None:
+            height, width = blocks[block].shape
+            place[:height, :width] = blocks[block]
+    return whole
 
 
 def _made(piece: Piece, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -101,7 +118,7 @@ def _made(piece: Piece, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
     if piece.making is Making.BLOCKS:
         count = sum(piece.enabled)
         height, rank = tensor.shape[0] // count, tensor.shape[1]
-        blocks = tensor.new_zeros(piece.output.shape)  # (slices · height, count · rank)
+        blocks = tensor.new_zeros(height * len(piece.enabled), count * rank)
         places = [index for index, enabled in enumerate(piece.enabled) if enabled]
         for column, (place, block) in enumerate(zip(places, tensor.chunk(count), strict=True)):
             blocks[place * height : (place + 1) * height, column * rank : (column + 1) * rank] = block
@@ -124,12 +141,12 @@ def convert(
 
     Args:
         adapter: a folder or a file in any dialect that merge reads.
-        out: a folder, or a `.safetensors`/`.st` file; peft's config is then in its metadata.
-        to: "peft", "kohya", "lycoris", "comfyui", "diffusers" or "loralib".
+        out: a folder, or a `.safetensors`/`.st` file; peft's config is then in its metadata. For "gguf" a `.gguf` file.
+        to: "peft", "kohya", "lycoris", "comfyui", "diffusers", "loralib", "adapterhub" or "gguf".
         base: the model it adapts; dialects with dotted names do without, for LoRA. For an adapter of several parts of
             a pipeline, every part's model by its name: {"unet": …, "text_encoder": …}; one file comes of all.
         told: alpha and layout of loralib's files; the part of a pipeline.
-        drop: "bias", "full": what to leave behind where the dialect cannot express it.
+        drop: "bias", "full", "layer": what to leave behind where the dialect cannot express it.
         force: replace what stands at `out`.
         resources: threads and memory.
 
@@ -143,7 +160,8 @@ def convert(
         plan, written, read = plan_convert(checkpoint, config, adapter, to, base, told, drop)
         bases = base.values() if isinstance(base, Mapping) else (base,)
         inputs = tuple(Path(path) for path in (adapter, *bases) if path is not None)
-        destination = Destination(Path(out), weights=_writer(to).weights, inputs=inputs, force=force)
+        weights = _writer(to).weights
+        destination = Destination(Path(out), weights, inputs=inputs, force=force, gguf=names_gguf_file(weights))
         metadata = dict(plan.metadata)
         text = None if written.config is None else json.dumps(written.config, indent=2)
         if text is not None and not destination.is_folder:
@@ -152,9 +170,9 @@ def convert(
             outcomes = engine.run(plan, writer, resources)
             if text is not None and destination.is_folder:
                 writer.attach(ADAPTER_CONFIG, text.encode() + b"\n")
-        weights: dict[str, int] = {}
+        methods: dict[str, int] = {}
         for module in read.modules:
-            weights[module.method] = weights.get(module.method, 0) + 1
+            methods[module.method] = methods.get(module.method, 0) + 1
         copied = sum(piece.is_copy for piece in written.pieces)
         return ConvertReport(
             operation="convert",
@@ -166,7 +184,7 @@ def convert(
             source=read.dialect,
             target=to,
             component=told.component or read.component,
-            weights=weights,
+            weights=methods,
             copied=copied,
             computed=len(written.pieces) - copied,
         )
@@ -215,7 +233,7 @@ def plan_convert(
             component=", ".join(base),
             left=tuple(sorted(left)),
         )
-    elif source == to and told == NOTHING_TOLD and not drop:
+    elif source == to and told == NOTHING_TOLD and not drop and not names_gguf_file(writer.weights):
         written, read = job.copied()
     else:
         written, read = job.part(base, told)
@@ -242,13 +260,16 @@ class _Job:
     def part(self, base: str | Path | None, told: Told) -> tuple[Written, Adapter]:
         """The adapter of one base, as it will be written and as it was read."""
         _check_told(told, self.source, self.writer.name, self.path)
-        specs = _base_specs(self.checkpoint, self.config, self.source, base, told)
-        read = open_adapter_of(base if base is not None else self.path, self.path, specs, told)
+        specs = base_specs(self.checkpoint, self.config, self.source, base, told)
+        read = found = open_adapter_of(base if base is not None else self.path, self.path, specs, told)
+        if base is not None and self.writer.name == "peft":
+            found, specs = in_model_names(base, read, specs)
         # Without a base there are no biases, and a bias is what tells a layer called `time_emb` from an embedding.
         kinds = layer_kinds(specs) if self.source in IN_PARTS and base is not None else {}
         name = "" if base is None else str(base)
-        wanted = Wanted(specs, name, told.component or read.component, self.drop, kinds)
-        return self.writer.write(read, self.checkpoint.metadata, wanted), read
+        model = {} if base is None else model_config(base)
+        wanted = Wanted(specs, name, told.component or read.component, self.drop, kinds, model)
+        return self.writer.write(found, self.checkpoint.metadata, wanted), read
 
     def copied(self) -> tuple[Written, Adapter]:
         """The adapter as it is."""
@@ -293,10 +314,11 @@ def _check_told(told: Told, source: str, to: str, where: object) -> None:
         )
 
 
-def _base_specs(
+def base_specs(
     checkpoint: Checkpoint, config: Mapping[str, Any] | None, source: str, base: str | Path | None, told: Told
 ) -> Mapping[str, TensorSpec]:
-    """The base's tensors, or those that the adapter's own factors imply."""
+    """The base's tensors, or those that the adapter's own factors imply. Raises AdapterFormatError where they do not
+    tell."""
     if base is not None:
         with open_checkpoint(base) as opened:
             return dict(opened.specs)

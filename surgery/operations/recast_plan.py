@@ -6,7 +6,7 @@ Reads headers, and the adapters' payload for their digests. Knows no decompositi
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -322,25 +322,51 @@ def ranks_within(
     """
     slots = {slot.name: slot for slot in casting.slots}
     given = how.overridden(slots)
-    per_rank = sum(_outputs(slot, 1, dtypes[name])[part].nbytes for name, slot in slots.items() for part in (0, 1))
-    known = max(_LEAST_KNOWN, 2 * budget.nbytes // per_rank)
-    fixed = _fixed_bytes(casting, dtypes, as_file)
-    spectra: dict[str, Spectrum] = {}
-    wanted = tuple(slots)
-    while True:
+
+    def measure(names: Iterable[str], known: int) -> Iterable[Spectrum]:
         steps = []
-        for name in wanted:
+        for name in names:
             slot, rank = slots[name], min(known, mix.size(slots[name]))
             op = Weigh(slot, mix, rank, dtypes[name])
             steps.append(Step(name, _inputs(slot), (), op, _workspace(slot, mix, FixedRank(rank))))
         outcomes = engine.run(Plan("measure", tuple(steps)), None, resources)
-        spectra |= {outcome.figures["spectrum"].name: outcome.figures["spectrum"] for outcome in outcomes}
-        claims = []
-        for name, spectrum in spectra.items():
-            least, most = (given[name],) * 2 if name in given else (budget.minimum, budget.maximum)
-            size = mix.size(slots[name])
-            claims.append(Claim(name, spectrum.energies, size, spectrum.bytes_per_rank, least, most))
-        allocation = allocate(claims, budget.nbytes, fixed)
+        return [outcome.figures["spectrum"] for outcome in outcomes]
+
+    def claim(spectrum: Spectrum) -> Claim:
+        name = spectrum.name
+        least, most = (given[name],) * 2 if name in given else (budget.minimum, budget.maximum)
+        return Claim(name, spectrum.energies, mix.size(slots[name]), spectrum.bytes_per_rank, least, most)
+
+    per_rank = sum(_outputs(slot, 1, dtypes[name])[part].nbytes for name, slot in slots.items() for part in (0, 1))
+    return spent_on(slots, measure, claim, budget, per_rank, _fixed_bytes(casting, dtypes, as_file))
+
+
+def spent_on(
+    names: Iterable[str],
+    measure: Callable[[Iterable[str], int], Iterable[Spectrum]],
+    claim: Callable[[Spectrum], Claim],
+    budget: Budget,
+    per_rank: int,
+    fixed: int,
+) -> dict[str, int]:
+    """The rank of every weight within a budget, their spectra measured as far as it takes.
+
+    Args:
+        names: of the weights.
+        measure: gives the spectra of weights, to so many values or all.
+        claim: what a weight may get.
+        budget: for all.
+        per_rank: bytes of one rank of all weights.
+        fixed: bytes that no rank changes.
+
+    Raises:
+        SurgeryError: a budget smaller than the least ranks.
+    """
+    known, wanted = max(_LEAST_KNOWN, 2 * budget.nbytes // per_rank), tuple(names)
+    spectra: dict[str, Spectrum] = {}
+    while True:
+        spectra |= {spectrum.name: spectrum for spectrum in measure(wanted, known)}
+        allocation = allocate([claim(spectrum) for spectrum in spectra.values()], budget.nbytes, fixed)
         if not allocation.saturated:
             return allocation.ranks
         known, wanted = 2 * known, allocation.saturated

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_merge import lora, up
 
 import surgery
-from formats.errors import NotACheckpoint, Quantised
+from formats.errors import Quantised
 from formats.quantized import foreign, quantization_config
 from formats.spec import DType, TensorSpec
 
@@ -146,13 +146,6 @@ def test_stacked_mxfp4_is_told_by_its_names() -> None:
         for name, shape in (("mlp.experts.up_blocks", (2, 4, 1, 16)), ("mlp.experts.up_scales", (2, 4, 1)))
     }
     assert foreign(specs, {}) == {"mlp.experts.up": "MXFP4"}
-
-
-def test_gguf_is_no_checkpoint_of_ours(tmp_path: Path) -> None:
-    """It says what to use instead."""
-    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(NotACheckpoint, match="GGUF"):
-        surgery.open_checkpoint(tmp_path / "model.gguf")
 
 
 def test_a_config_that_says_nothing_says_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""AdapterHub's LoRA, as tests/golden/make_adapterhub.py made it with the library itself."""
+"""AdapterHub's LoRA and (IA)³, as tests/golden/make_adapterhub.py made them with the library itself, and what the
+library made of files that we write."""
 
 from __future__ import annotations
 
@@ -15,6 +16,12 @@ import surgery
 from formats.errors import AdapterFormatError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "adapterhub"
+WRITTEN = GOLDEN / "written"
+CASES = sorted(path.name for path in WRITTEN.iterdir() if path.is_dir())
+TOLD = {
+    "bert-kohya": surgery.Told(component="text_encoder"),
+    "gpt2-loralib": surgery.Told(alpha=5, enable_lora=(True, False, True)),
+}
 
 
 def edited(folder: Path, model: str, **settings: Any) -> Path:
@@ -65,8 +72,9 @@ def test_older_files_are_scaled_as_they_were_trained(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"architecture": "prefix_tuning"}, "only LoRA is read"),
-        ({"composition_mode": "scale"}, "only LoRA is read"),
+        ({"architecture": "prefix_tuning"}, "only LoRA and"),
+        ({"composition_mode": "other"}, "only LoRA and"),
+        ({"composition_mode": "scale"}, "no factor of"),
         ({"use_gating": True}, "depends on the input"),
         ({"use_dora": True}, "DoRA"),
         ({"r": 4}, "rank contradicts the config"),
@@ -87,3 +95,112 @@ def test_other_tensors_beside_the_factors_are_refused(tmp_path: Path) -> None:
     save_file({**load_file(weights), "prefix_tunings.style.wte": torch.zeros(2)}, weights)
     with pytest.raises(AdapterFormatError, match="no factor of LoRA"):
         surgery.merge(GOLDEN / "bert" / "base.st", adapter, tmp_path / "m.st")
+
+
+@pytest.mark.parametrize("model", ["bert", "gpt2"])
+def test_scaled_outputs_merge_with_their_bias(tmp_path: Path, model: str) -> None:
+    """(IA)³: the weights that the library merges, and the outputs of its adapted model; its own merge leaves the biases
+    as they are, and its merged model gives others."""
+    folder = GOLDEN / model
+    base = load_file(folder / "ia3.st")
+    surgery.merge(folder / "ia3.st", folder / "ia3", tmp_path / "m.st")
+    merged, expected = load_file(tmp_path / "m.st"), load_file(folder / "ia3-merged.st")
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed == set(expected) | {name.replace(".weight", ".bias") for name in expected}
+    for name, tensor in expected.items():
+        torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=1e-6)
+    outputs = load_file(folder / "ia3-outputs.st")
+    torch.testing.assert_close(forward(model, merged, outputs), outputs["last_hidden_state"], atol=1e-5, rtol=1e-5)
+    theirs = forward(model, base | expected, outputs)
+    assert (theirs - outputs["last_hidden_state"]).abs().max() > 1e-2
+
+
+def built(model: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """transformers' model with these weights."""
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
+
+    if model == "bert":
+        sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+        loaded: Any = BertModel(BertConfig(**sizes, vocab_size=16, max_position_embeddings=8))
+    else:
+        loaded = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8))
+    loaded.load_state_dict(tensors)
+    return loaded.eval()
+
+
+def forward(model: str, tensors: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What it gives for the golden input."""
+    with torch.no_grad():
+        return built(model, tensors)(outputs["input_ids"]).last_hidden_state
+
+
+@pytest.mark.parametrize("model", ["bert", "gpt2"])
+def test_peft_merges_it_the_same(tmp_path: Path, model: str) -> None:
+    """(IA)³ in peft's form, as peft loads it: alpha and the slices that are not adapted are in the vectors."""
+    import peft
+
+    folder = GOLDEN / model
+    base = folder / "ia3.st"
+    report = surgery.convert(folder / "ia3", tmp_path / "peft", "peft", base=base)
+    assert report.weights.keys() == {"ia3"}
+    surgery.merge(base, folder / "ia3", tmp_path / "m.st")
+    theirs = peft.PeftModel.from_pretrained(built(model, load_file(base)), tmp_path / "peft").merge_and_unload()
+    for name, tensor in load_file(tmp_path / "m.st").items():
+        torch.testing.assert_close(theirs.state_dict()[name], tensor, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["bert", "gpt2"])
+def test_scaled_outputs_come_off_again(tmp_path: Path, model: str) -> None:
+    """By division."""
+    folder = GOLDEN / model
+    surgery.merge(folder / "ia3.st", folder / "ia3", tmp_path / "m.st")
+    surgery.unmerge(tmp_path / "m.st", folder / "ia3", tmp_path / "back.st")
+    back = load_file(tmp_path / "back.st")
+    for name, tensor in load_file(folder / "ia3.st").items():
+        torch.testing.assert_close(back[name], tensor, atol=1e-6, rtol=1e-6)
+
+
+def source(case: str) -> Path:
+    """What a written adapter was made of."""
+    return next((WRITTEN / case).glob("source*"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_the_library_loaded_is_what_we_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Tensor by tensor and the config to the byte; the library found each of them and missed none."""
+    monkeypatch.chdir(WRITTEN)
+    base = f"{case.partition('-')[0]}.st"
+    told = TOLD.get(case, surgery.Told())
+    surgery.convert(source(case).relative_to(WRITTEN), tmp_path / "adapter", "adapterhub", base=base, told=told)
+    made, golden = tmp_path / "adapter", WRITTEN / case / "adapter"
+    assert (made / "adapter_config.json").read_bytes() == (golden / "adapter_config.json").read_bytes()
+    found, expected = (load_file(folder / "adapter.safetensors") for folder in (made, golden))
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_the_library_merges_of_it_is_what_we_merge(tmp_path: Path, case: str) -> None:
+    """Of the adapter that we wrote, and of the one that it was made of; but for the biases, which its merge forgets."""
+    base = load_file(WRITTEN / f"{case.partition('-')[0]}.st")
+    theirs = base | load_file(WRITTEN / case / "merged.st")
+    assert any(not torch.equal(base[name], theirs[name]) for name in base)
+    told = TOLD.get(case, surgery.Told())
+    for adapter, said in ((WRITTEN / case / "adapter", surgery.Told()), (source(case), told)):
+        surgery.merge(WRITTEN / f"{case.partition('-')[0]}.st", adapter, tmp_path / "m.st", told=said, force=True)
+        merged = load_file(tmp_path / "m.st")
+        for name in base:
+            if not (case.endswith("ia3") and name.endswith(".bias")):
+                torch.testing.assert_close(merged[name], theirs[name], atol=1e-6, rtol=1e-6)
+
+
+def test_torch_s_container_is_read_too(tmp_path: Path) -> None:
+    """pytorch_adapter.bin, which the library writes unless it is told otherwise."""
+    adapter = edited(tmp_path, "bert")
+    tensors = load_file(adapter / "adapter.safetensors")
+    (adapter / "adapter.safetensors").unlink()
+    torch.save(tensors, adapter / "pytorch_adapter.bin")
+    surgery.merge(GOLDEN / "bert" / "base.st", adapter, tmp_path / "m.st")
+    merged = load_file(tmp_path / "m.st")
+    for name, tensor in load_file(GOLDEN / "bert" / "merged.st").items():
+        torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=1e-6)

@@ -13,25 +13,42 @@ import pytest
 import torch
 from dialect_models import KINDS, PART, Net, made_by_peft
 from lycoris import LycorisNetwork, create_lycoris
+from lycoris.functional.boft import diff_weight
 from lycoris.modules import get_module, make_module
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import surgery
+from formats.adapter import AdapterModule
+from formats.layers import LayerKind
+from formats.spec import DType
+from surgery.methods.lycoris import OutputBoft
 
 TOLD = surgery.Told(component=PART)
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "locon": {"algo": "locon"},
     "locon, a core": {"algo": "locon", "use_tucker": True},
     "locon, rsLoRA": {"algo": "locon", "rs_lora": True},
-    "locon, DoRA": {"algo": "locon", "weight_decompose": True},
+    "locon, DoRA": {"algo": "locon", "dora_wd": True},
     "loha": {"algo": "loha"},
     "loha, cores": {"algo": "loha", "use_tucker": True},
     "lokr": {"algo": "lokr", "factor": 2},
     "lokr, both decomposed": {"algo": "lokr", "decompose_both": True, "linear_dim": 1, "conv_dim": 1},
     "lokr, whole": {"algo": "lokr", "full_matrix": True},
     "lokr, a core": {"algo": "lokr", "use_tucker": True, "conv_dim": 1},
+    "loha, DoRA": {"algo": "loha", "dora_wd": True},
+    "loha, cores and DoRA": {"algo": "loha", "use_tucker": True, "dora_wd": True},
+    "lokr, DoRA": {"algo": "lokr", "factor": 2, "dora_wd": True},
+    "locon, a core and DoRA": {"algo": "locon", "use_tucker": True, "dora_wd": True},
     "full": {"algo": "full"},
+    "oft": {"algo": "diag-oft"},
+    "oft, rescaled": {"algo": "diag-oft", "rescaled": True},
+    "oft, constrained": {"algo": "diag-oft", "constraint": 0.02},
+    "boft": {"algo": "boft", "linear_dim": 6, "conv_dim": 6, "rescaled": True},
+    "boft, constrained": {"algo": "boft", "linear_dim": 6, "conv_dim": 6, "constraint": 0.02},
+    "glora": {"algo": "glora"},
+    "ia3": {"algo": "ia3"},
+    "ia3 on the input": {"algo": "ia3", "train_on_input": True},
 }
 PRESET = {
     "enable_conv": True,
@@ -102,6 +119,22 @@ def test_they_are_taken_off_and_verified(tmp_path: Path, algorithm: str) -> None
             torch.testing.assert_close(tensor, before[name], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(16, 5), (16, 3, 2, 2)])
+def test_a_butterfly_of_four_levels_is_lycoris_own(shape: tuple[int, ...]) -> None:
+    """Its function of ΔW, with lengths and a constraint that is felt; and the way back."""
+    torch.manual_seed(0)
+    weight, blocks = torch.randn(shape), torch.randn(4, 8, 2, 2)
+    rescale = 1 + 0.3 * torch.rand(16, *(1 for _ in shape[1:]))
+    kind = LayerKind.CONV if len(shape) > 2 else LayerKind.LINEAR
+    module = AdapterModule("weight", "lycoris_boft", kind, {}, 1, 1.0, settings={"constraint": 0.2})
+    factors = {"oft_blocks": blocks, "rescale": rescale}
+    expected = weight + diff_weight(weight, blocks, rescale, constraint=0.2 * 16)
+    merged = OutputBoft().transform(module, weight, factors, DType.F64)
+    torch.testing.assert_close(merged.float(), expected, atol=1e-5, rtol=1e-5)
+    back = OutputBoft().transform(module, merged, factors, DType.F64, back=True)
+    torch.testing.assert_close(back, weight.double(), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_they_come_back_through_comfyui(tmp_path: Path, algorithm: str) -> None:
     """lycoris → comfyui → lycoris: every tensor is the one that LyCORIS wrote, alpha in float32."""
@@ -117,6 +150,21 @@ def test_they_come_back_through_comfyui(tmp_path: Path, algorithm: str) -> None:
         if name.endswith(".alpha") and {f"{layer}.lokr_w1", f"{layer}.lokr_w2"} <= after.keys():
             continue  # it scales nothing
         torch.testing.assert_close(tensor, before[name].to(tensor.dtype), atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_as_a_lora_they_do_the_same(tmp_path: Path, algorithm: str) -> None:
+    """convert --to lora at full rank, norms included: the layers give what LyCORIS's own forward gives."""
+    expected = made_by_lycoris(tmp_path, **ALGORITHMS[algorithm])
+    base, out = tmp_path / "base.st", tmp_path / "lora"
+    report = surgery.to_lora(tmp_path / "lycoris.safetensors", out, rank=64, base=base, dtype="float32")
+    assert all(module.exact for module in report.modules)
+    surgery.merge(base, out, tmp_path / "merged.st")
+    merged = Net()
+    merged.load_state_dict(load_file(tmp_path / "merged.st"))
+    with torch.no_grad():
+        for name, output in outputs(merged).items():
+            torch.testing.assert_close(output, expected[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "ranks", "rsLoRA", "DoRA", "LoHa", "LoKr"])
@@ -144,7 +192,10 @@ def test_lycoris_builds_its_modules_from_ours(tmp_path: Path, kind: str) -> None
 
 
 # What peft's one config for all layers cannot say of them: where a weight is split otherwise than its rule splits it.
-NOT_IN_PEFT = {"full"}
+NOT_IN_PEFT = {
+    "full", "loha, DoRA", "loha, cores and DoRA", "lokr, DoRA", "locon, a core and DoRA", "oft", "oft, rescaled",
+    "oft, constrained", "boft", "boft, constrained", "glora", "ia3", "ia3 on the input",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -1,0 +1,263 @@
+"""Writing AdapterHub's LoRA and (IA)³ (the library adapters). Tested against what the library itself loads and merges.
+
+One config rules all layers: the rank, alpha, and which places of every layer are adapted. Smaller ranks are filled up
+with zeros, other alphas multiplied into B, and what the config reaches beyond the adapter gets factors that change
+nothing; layers without any adapted place are left out by their numbers. Knows no mathematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from formats.adapter import Adapter, AdapterModule
+from formats.dialects.adapterhub_sites import FUSED, INTERMEDIATE, OUTPUT, SELFATTN, SLICES, Site, sites_of
+from formats.dialects.peft_writing import commonest
+from formats.dialects.writing import (
+    Making,
+    Piece,
+    Wanted,
+    Written,
+    cannot,
+    kept_metadata,
+    taken,
+    without_dropped,
+)
+from formats.errors import AdapterFormatError
+from formats.layers import LayerKind, layer_kinds, owner
+from formats.spec import DType, TensorSpec
+
+_NAME = "adapter"  # whoever loads it may choose another: load_as
+_VERSION = "adapters.1.3.0"  # whose form this is; before 1.1 alpha had no effect
+_THREE = (True,) * len(SLICES)
+_STORED = (LayerKind.LINEAR, LayerKind.TRANSPOSED)
+
+
+@dataclass(frozen=True)
+class AdapterHubWriter:
+    """The dialect of AdapterHub's adapters: LoRA or (IA)³ of the layers that the library adapts."""
+
+    name: str = "adapterhub"
+    weights: str = "adapter.safetensors"
+
+    def write(self, adapter: Adapter, metadata: Mapping[str, str], wanted: Wanted) -> Written:
+        """The adapter in this dialect. Raises AdapterFormatError too where nobody names the base."""
+        if not wanted.base_name:
+            raise AdapterFormatError(
+                f"{self.name}'s config says which layers of the whole model are adapted",
+                where=adapter.ref.path,
+                then="name the base: --base",
+            )
+        adapter, dropped = without_dropped(adapter, self.name, wanted, biases=lambda module: module.method == "ia3")
+        sites = sites_of(wanted.base)
+        modules, unreached = _within_reach(adapter, sites, wanted)
+        reach = _Reach.of(modules, sites, wanted.base)
+        make = _scaled if all(module.method == "ia3" for module in modules.values()) else _low_rank
+        pieces, own, notes = make(modules, reach, wanted)
+        config = {
+            "config": {"architecture": "lora", **reach.settings, **own, "dropout": 0.0, "use_gating": False},
+            "model_name": wanted.base_name,
+            "name": _NAME,
+            "version": _VERSION,
+        }
+        notes = ("the library loads it by load_adapter(PATH, use_safetensors=True)", *notes)
+        described = {"format": "pt", **kept_metadata(metadata)}
+        return Written(pieces, described, config, (*dropped, *unreached), notes)
+
+
+def _within_reach(
+    adapter: Adapter, sites: Mapping[str, Site], wanted: Wanted
+) -> tuple[dict[str, AdapterModule], tuple[str, ...]]:
+    """The adapted layers, by name, and the names of the tensors of those that the user lets go."""
+    modules: dict[str, AdapterModule] = {}
+    dropped: list[str] = []
+    for module in adapter.modules:
+        if module.target.endswith(".bias"):
+            continue  # (IA)³'s, scaled by the factor of its weight
+        inputs = bool(module.settings.get("feedforward"))
+        if owner(module.target) in sites and module.kind in _STORED and not inputs:
+            modules[owner(module.target)] = module
+        elif "layer" in wanted.drop:
+            dropped += [ref.name for ref in module.factors.values()]
+        else:
+            what = (
+                "factors of a layer's inputs" if inputs else "a change of this layer, which its library does not adapt"
+            )
+            raise cannot("adapterhub", what, module, "leave such layers behind: --drop layer")
+    if not modules:
+        raise AdapterFormatError(
+            "nothing is left that adapterhub can express", where=adapter.ref.path, found=", ".join(dropped[:3])
+        )
+    return modules, tuple(dropped)
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """What a config reaches that has at least the adapted layers.
+
+    Attributes:
+        settings: that config's, of the places.
+        sites: every layer that it reaches.
+        sides: of these (out, in); of fused ones the outputs of one slice.
+        slices: which slices of a fused layer it reaches.
+    """
+
+    settings: Mapping[str, Any]
+    sites: Mapping[str, Site]
+    sides: Mapping[str, tuple[int, int]]
+    slices: tuple[bool, ...]
+
+    @classmethod
+    def of(
+        cls, modules: Mapping[str, AdapterModule], sites: Mapping[str, Site], base: Mapping[str, TensorSpec]
+    ) -> _Reach:
+        """That of these adapted layers among all sites of the base."""
+        adapted = {layer: sites[layer] for layer in modules}
+        chosen = {setting for site in adapted.values() for setting in site.settings}
+        numbers = {site.layer for site in adapted.values()}
+        matrices = {site.matrix for site in adapted.values()}
+        for layer, site in adapted.items():
+            if site.matrix == FUSED:
+                matrices.update(name for name, on in zip(SLICES, _slices(modules[layer]), strict=True) if on)
+        settings = {setting: setting in chosen for setting in (SELFATTN, INTERMEDIATE, OUTPUT)}
+        reached = {
+            layer: site
+            for layer, site in sites.items()
+            if site.layer in numbers and chosen & set(site.settings) and site.matrix in {"", FUSED, *matrices}
+        }
+        kinds = layer_kinds(base)
+        sides = {}
+        for layer, site in reached.items():
+            out, into = base[f"{layer}.weight"].shape[:: -1 if kinds[layer] is LayerKind.TRANSPOSED else 1]
+            sides[layer] = (out // len(SLICES) if site.matrix == FUSED else out, into)
+        return cls(
+            {
+                **settings,
+                "attn_matrices": [name for name in SLICES if name in matrices],
+                "leave_out": sorted({site.layer for site in sites.values()} - numbers),
+            },
+            reached,
+            sides,
+            tuple(name in matrices for name in SLICES),
+        )
+
+    def blocks(self, layer: str) -> tuple[bool, ...]:
+        """The slices of a layer; of one that is not fused the whole."""
+        return self.slices if self.sites[layer].matrix == FUSED else (True,)
+
+
+def _slices(module: AdapterModule) -> tuple[bool, ...]:
+    """Which slices of a fused layer an adapter changes."""
+    enabled = tuple(bool(each) for each in module.settings.get("enabled", ()))
+    return enabled if len(enabled) == len(SLICES) else _THREE
+
+
+Made = tuple[tuple[Piece, ...], dict[str, Any], tuple[str, ...]]  # tensors, settings of the method, notes
+
+
+def _scaled(modules: Mapping[str, AdapterModule], reach: _Reach, wanted: Wanted) -> Made:
+    """(IA)³: a factor for each output. The adapter's alpha stays, which other slices of fused layers are scaled by."""
+    alpha = commonest(module.scaling for module in modules.values())
+    dtype = next(iter(modules.values())).factors["ia3_l"].spec.dtype
+    pieces = []
+    for layer in sorted(reach.sites):
+        name, shape = f"{layer}.loras.{_NAME}.lora_B", (reach.sides[layer][0] * sum(reach.blocks(layer)), 1)
+        if layer in modules:
+            module = modules[layer]
+            pieces.append(taken(name, module.factors["ia3_l"], shape, module.scaling / alpha))
+        else:
+            pieces.append(Piece(TensorSpec(name, dtype, shape), (), Making.CONSTANT, 1.0 / alpha))
+    settings = {"composition_mode": "scale", "r": 1, "alpha": alpha, "init_weights": "ia3"}
+    return tuple(pieces), settings, _idle(modules, reach)
+
+
+@dataclass(frozen=True)
+class _Factored:
+    """A layer's factors as the source has them.
+
+    Attributes:
+        module: the layer's.
+        a, b: how to make them.
+        rank: of both.
+        slices: those of the layer that B has, one below the other; of a layer that is not fused the whole.
+        own: whether A has one for each of them, rather than one for all.
+    """
+
+    module: AdapterModule
+    a: Piece
+    b: Piece
+    rank: int
+    slices: tuple[bool, ...]
+    own: bool
+
+    @classmethod
+    def of(cls, module: AdapterModule, site: Site, wanted: Wanted) -> _Factored:
+        """Raises AdapterFormatError for another method."""
+        if module.method == "lora_fused" and site.matrix == FUSED and len(module.settings["enabled"]) == len(SLICES):
+            a, b = module.factors["lora_A"], module.factors["lora_B"]
+            return cls(module, Piece(a.spec, (a,)), Piece(b.spec, (b,)), module.rank, _slices(module), True)
+        product = wanted.product(module)
+        if product is None or module.method == "dora":
+            raise cannot("adapterhub", "DoRA" if module.method == "dora" else "this", module, "--to peft has more")
+        return cls(module, product.a, product.b, product.rank, _THREE if site.matrix == FUSED else (True,), False)
+
+    def alpha(self, rank: int) -> float:
+        """Alpha with which alpha/rank is the scaling."""
+        module = self.module
+        own = rank == self.rank == module.rank and not module.rslora
+        return module.alpha if own else module.scaling * rank
+
+    def laid(self, layer: str, reach: _Reach, rank: int, factor: float) -> tuple[Piece, Piece]:
+        """Both factors for a config of that rank."""
+        spec_a, spec_b = _specs(layer, reach, rank, self.a.output.dtype, self.b.output.dtype)
+        left = iter(range(sum(self.slices)))
+        numbers = [next(left) if on else None for on in self.slices]
+        blocks = [number for number, on in zip(numbers, reach.blocks(layer), strict=True) if on]
+        blocks_of_a = [number if self.own or number is None else 0 for number in blocks]
+        return _laid(self.a, spec_a, blocks_of_a), replace(_laid(self.b, spec_b, blocks), factor=factor)
+
+
+def _specs(layer: str, reach: _Reach, rank: int, dtype_a: DType, dtype_b: DType) -> tuple[TensorSpec, TensorSpec]:
+    """lora_A (rank · n, in) and lora_B (height · n, rank) for n slices of a layer."""
+    (height, into), count, path = reach.sides[layer], sum(reach.blocks(layer)), f"{layer}.loras.{_NAME}"
+    return (
+        TensorSpec(f"{path}.lora_A", dtype_a, (rank * count, into)),
+        TensorSpec(f"{path}.lora_B", dtype_b, (height * count, rank)),
+    )
+
+
+def _laid(piece: Piece, output: TensorSpec, blocks: Sequence[int | None]) -> Piece:
+    """A factor as an output, filled up where that is larger."""
+    return replace(piece, output=output, laid=() if piece.output.shape == output.shape else tuple(blocks))
+
+
+def _low_rank(modules: Mapping[str, AdapterModule], reach: _Reach, wanted: Wanted) -> Made:
+    """LoRA: the factors of each layer, and of a fused one those of its slices one below the other."""
+    factored = {layer: _Factored.of(module, reach.sites[layer], wanted) for layer, module in modules.items()}
+    rank = max(each.rank for each in factored.values())
+    alphas = {layer: each.alpha(rank) for layer, each in factored.items()}
+    alpha = commonest(alphas.values())
+    some = next(iter(factored.values()))
+    pieces: list[Piece] = []
+    for layer in sorted(reach.sites):
+        if layer in factored:
+            pieces += factored[layer].laid(layer, reach, rank, alphas[layer] / alpha)
+        else:
+            zeros = _specs(layer, reach, rank, some.a.output.dtype, some.b.output.dtype)
+            pieces += (Piece(spec, (), Making.CONSTANT, 0.0) for spec in zeros)
+    notes = []
+    filled = sum(each.rank < rank for each in factored.values())
+    if filled:
+        notes.append(f"{filled} layers have a smaller rank: filled up with zeros to {rank}")
+    folded = sum(each != alpha for each in alphas.values())
+    if folded:
+        notes.append(f"{folded} layers have another alpha: the difference is multiplied into their lora_B")
+    settings = {"composition_mode": "add", "r": rank, "alpha": alpha, "init_weights": "lora"}
+    return tuple(pieces), settings, (*notes, *_idle(modules, reach))
+
+
+def _idle(modules: Mapping[str, AdapterModule], reach: _Reach) -> tuple[str, ...]:
+    """The note on layers with factors that change nothing."""
+    count = len(reach.sites.keys() - modules.keys())
+    return (f"{count} layers that the config reaches too have factors that change nothing",) if count else ()

@@ -1,0 +1,316 @@
+"""Reading AdapterHub's bottlenecks: Houlsby's, Pfeiffer's, parallel ones, compacters. Tested against files that the
+library adapters made of BERT and GPT-2.
+
+What is read is plain data, with the names of the base's weights around each bottleneck: what of it can go into weights
+is for others to say. Knows no mathematics.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from formats.dialects.resolve import Rename, resolver
+from formats.errors import AdapterFormatError, ShapeMismatch
+from formats.layers import LayerKind, layer_kinds, owner
+from formats.spec import CheckpointRef, TensorRef, TensorSpec, shape_text
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A projection y = W x + b: weight (out, in), bias (out)."""
+
+    weight: TensorRef
+    bias: TensorRef
+
+
+@dataclass(frozen=True)
+class Hypercomplex:
+    """A compacter's projection yᵀ = xᵀ Σᵢ ruleᵢ ⊗ (leftᵢ rightᵢ) + bᵀ (Mahabadi et al., arXiv 2106.04647, equation 5).
+
+    Attributes:
+        rule: (n, n, n), of all projections or its own.
+        left, right: (n, in / n, rank) and (n, rank, out / n).
+        bias: (out); None without one.
+    """
+
+    rule: TensorRef
+    left: TensorRef
+    right: TensorRef
+    bias: TensorRef | None
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """One bottleneck, scaling · up(f(down(x))), of a layer.
+
+    Attributes:
+        layer: its number.
+        place: "mh_adapter" behind the attention, "output_adapter" behind the MLP, as the config calls them.
+        behind: the base's weight whose outputs h it follows.
+        first: the base's first weight of the MLP; None behind an attention.
+        norm: the base's weight of the norm of h plus the residual; None where a model has its norms elsewhere.
+        down, up: the projections.
+        scaling: a number, or learned: one, or one for each output.
+    """
+
+    layer: int
+    place: str
+    behind: str
+    first: str | None
+    norm: str | None
+    down: Dense | Hypercomplex
+    up: Dense | Hypercomplex
+    scaling: float | TensorRef
+
+
+@dataclass(frozen=True)
+class Bottlenecks:
+    """An adapter of bottlenecks.
+
+    Attributes:
+        ref: its file.
+        non_linearity: f, as the config calls it, in lower case.
+        parallel: whether x is the residual that h will be added to, rather than made of h.
+        original_ln_before: where it is not parallel, whether x is h plus that residual, and the norm of both in a model
+            that has its norm there; else x is h.
+        residual_before_ln: what the bottleneck is added to: True for h, False for x, "post_add" for h plus the residual
+            before the norm. A parallel one is added to h.
+        original_ln_after: whether the residual, and the norm, follow.
+        modules: by layer and place.
+    """
+
+    ref: CheckpointRef
+    non_linearity: str
+    parallel: bool
+    original_ln_before: bool
+    residual_before_ln: bool | str
+    original_ln_after: bool
+    modules: tuple[Bottleneck, ...]
+
+
+_BERT, _GPT2 = (rf"(?P<path>(?:\w+\.)?{name}\.(?P<number>\d+)\.)" for name in (r"encoder\.layer", "h"))
+# The layer's path; in it the module that holds a bottleneck; its place; and in the layer behind, first and norm.
+_PLACES: tuple[tuple[str, str, str, tuple[str, str | None, str | None]], ...] = (
+    (_BERT, r"attention\.output", "mh_adapter", ("attention.output.dense", None, "attention.output.LayerNorm")),
+    (_BERT, "output", "output_adapter", ("output.dense", "intermediate.dense", "output.LayerNorm")),
+    (_GPT2, "attention_adapters", "mh_adapter", ("attn.c_proj", None, None)),
+    (_GPT2, "output_adapters", "output_adapter", ("mlp.c_proj", "mlp.c_fc", None)),
+)
+# Settings that make something else of a bottleneck, each with the reason that a user needs.
+_REFUSED = {
+    "use_gating": "its gate depends on the input",
+    "inv_adapter": "invertible adapters change the embeddings, and are not read",
+    "ln_before": "a norm of its own before the bottleneck is not read",
+    "ln_after": "a norm of its own after the bottleneck is not read",
+    "shared_W_phm": "projections that all layers share are not read",
+    "factorized_phm_rule": "a rule of two factors is not read",
+}
+Roles = Mapping[str, TensorRef]  # one module's tensors
+Setting = TypeVar("Setting")
+
+
+def read_bottlenecks(
+    ref: CheckpointRef,
+    modules: Mapping[str, Roles],
+    shared: Roles,
+    own: Mapping[str, Any],
+    base: Mapping[str, TensorSpec],
+) -> Bottlenecks:
+    """The adapter, resolved against the base's tensors.
+
+    Args:
+        ref: its file.
+        modules: the bottlenecks' tensors by the module that holds them.
+        shared: those that all of them share.
+        own: the config of the method.
+        base: the base's tensors.
+
+    Raises:
+        AdapterFormatError: settings or models that are not read, tensors that are missing or belong to nothing.
+        ShapeMismatch: tensors that do not fit the base or the config.
+        UnmatchedKeys: layers that the base does not have.
+    """
+    refuse_settings(_REFUSED, own, ref)
+    places = {holder: _Place.of(holder, ref) for holder in modules}
+    rename = resolver([f"{place.path}{place.behind}.weight" for place in places.values()], base, ref.path)
+    reading = _Reading(ref, own, base, rename, shared, layer_kinds(base))
+    _check_places({(place.number, place.place) for place in places.values()}, ref, own, base)
+    found = [reading.module(place, modules[holder]) for holder, place in places.items()]
+    return Bottlenecks(
+        ref=ref,
+        non_linearity=setting(own, "non_linearity", str, ref).lower(),
+        parallel=bool(own.get("is_parallel")),
+        original_ln_before=bool(own.get("original_ln_before")),
+        residual_before_ln=own.get("residual_before_ln", True),
+        original_ln_after=bool(own.get("original_ln_after", True)),
+        modules=tuple(sorted(found, key=lambda each: (each.layer, each.place))),
+    )
+
+
+def _check_places(
+    found: set[tuple[int, str]], ref: CheckpointRef, own: Mapping[str, Any], base: Mapping[str, TensorSpec]
+) -> None:
+    """Refuses an adapter that does not have just the bottlenecks that its config puts into the base."""
+    wanted = set()
+    for numbered, _, place, (behind, _, _) in _PLACES:
+        for name in base if own.get(place) else ():
+            match = re.fullmatch(numbered + re.escape(f"{behind}.weight"), name)
+            if match and int(match["number"]) not in (own.get("leave_out") or ()):
+                wanted.add((int(match["number"]), place))
+    for number, place in sorted(found ^ wanted):
+        raise AdapterFormatError(
+            "the config and the file contradict each other about a bottleneck, or the base has another depth",
+            where=f"{ref.path}: layer {number}, {place}",
+            expected="one" if (number, place) in wanted else "none",
+            found="none" if (number, place) in wanted else "one",
+        )
+
+
+def refuse_settings(refused: Mapping[str, str], own: Mapping[str, Any], ref: CheckpointRef) -> None:
+    """Raises AdapterFormatError for a setting with a reason against it."""
+    for setting, reason in refused.items():
+        if own.get(setting):
+            raise AdapterFormatError(f"{setting}: {reason}", where=ref.path, found=f"{setting} = {own[setting]}")
+
+
+def setting(own: Mapping[str, Any], name: str, kind: type[Setting], ref: CheckpointRef) -> Setting:
+    """A setting that a config must have. Raises AdapterFormatError where it is missing or of another kind."""
+    value = own.get(name)
+    if not isinstance(value, kind):
+        raise AdapterFormatError(
+            "the config lacks a setting",
+            where=ref.path,
+            expected=f"{name}, of type {kind.__name__}",
+            found=repr(value),
+        )
+    return value
+
+
+def shaped(role: str, roles: Roles, shape: tuple[int, ...], where: str, then: str | None = None) -> TensorRef:
+    """A module's tensor of this shape.
+
+    Raises:
+        AdapterFormatError: it is missing.
+        ShapeMismatch: it has another shape.
+    """
+    if role not in roles:
+        raise AdapterFormatError(
+            "a part of the adapter is missing",
+            where=where,
+            expected=role,
+            found=", ".join(sorted(roles)) or "nothing",
+            then=then,
+        )
+    if roles[role].spec.shape != shape:
+        raise ShapeMismatch(
+            "the adapter does not fit the base, or its own config",
+            where=f"{where}: {role}",
+            expected=shape_text(shape),
+            found=shape_text(roles[role].spec.shape),
+            then="check that the adapter was made for this base",
+        )
+    return roles[role]
+
+
+def refuse_others(roles: Roles, used: set[TensorRef], where: str) -> None:
+    """Raises AdapterFormatError for tensors that nothing has used."""
+    others = [ref.name for ref in roles.values() if ref not in used]
+    if others:
+        raise AdapterFormatError("tensors that belong to no part of the adapter", where=where, found=", ".join(others))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a bottleneck is, by the adapter's names."""
+
+    path: str
+    number: int
+    place: str
+    behind: str
+    first: str | None
+    norm: str | None
+
+    @classmethod
+    def of(cls, holder: str, ref: CheckpointRef) -> _Place:
+        """That of a module. Raises AdapterFormatError for one of another model's."""
+        for numbered, inner, place, around in _PLACES:
+            match = re.fullmatch(numbered + inner, holder)
+            if match:
+                return cls(match["path"], int(match["number"]), place, *around)
+        raise AdapterFormatError(
+            "bottlenecks are read of BERT-like models and of GPT-2",
+            where=ref.path,
+            expected="encoder.layer.N.output, encoder.layer.N.attention.output, h.N.output_adapters, "
+            "h.N.attention_adapters",
+            found=holder,
+        )
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What reading a bottleneck needs to know."""
+
+    ref: CheckpointRef
+    own: Mapping[str, Any]
+    base: Mapping[str, TensorSpec]
+    rename: Rename
+    shared: Roles
+    kinds: Mapping[str, LayerKind]
+
+    def module(self, place: _Place, roles: Roles) -> Bottleneck:
+        """One bottleneck."""
+        where = f"{self.ref.path}: {place.path}{place.place}"
+        behind = self.rename(f"{place.path}{place.behind}.weight")
+        first, norm = (
+            None if name is None else self.rename(f"{place.path}{name}.weight") for name in (place.first, place.norm)
+        )
+        turned = self.kinds.get(owner(behind)) is LayerKind.TRANSPOSED
+        width = self.base[behind].shape[-1 if turned else 0]
+        inner = self._inner(place.number, width)
+        down = self._projection("adapter_down.0", roles, (inner, width), where)
+        up = self._projection("adapter_up", roles, (width, inner), where)
+        scaling = self._scaling(roles, width, where)
+        tensors = [*vars(down).values(), *vars(up).values(), scaling]
+        refuse_others(roles, {each for each in tensors if isinstance(each, TensorRef)}, where)
+        return Bottleneck(place.number, place.place, behind, first, norm, down, up, scaling)
+
+    def _inner(self, layer: int, width: int) -> int:
+        """The bottleneck's own width: the config divides by one number for all layers, or by one for each."""
+        factor = self.own.get("reduction_factor")
+        if isinstance(factor, Mapping):
+            factor = factor.get(str(layer), factor.get("default"))
+        if not isinstance(factor, int | float) or factor <= 0:
+            raise AdapterFormatError(
+                "the config does not say by what a layer's width is reduced",
+                where=f"{self.ref.path}: layer {layer}",
+                expected="reduction_factor > 0",
+                found=self.own.get("reduction_factor"),
+            )
+        return max(int(width // factor), 1)
+
+    def _scaling(self, roles: Roles, width: int, where: str) -> float | TensorRef:
+        scaling = self.own.get("scaling", 1.0)
+        if not isinstance(scaling, str):
+            return float(scaling)
+        return shaped("scaling", roles, (1,) if scaling == "learned" else (width,), where)
+
+    def _projection(self, role: str, roles: Roles, shape: tuple[int, int], where: str) -> Dense | Hypercomplex:
+        """A projection (out, in)."""
+        out, into = shape
+        if not self.own.get("phm_layer"):
+            return Dense(shaped(f"{role}.weight", roles, shape, where), shaped(f"{role}.bias", roles, (out,), where))
+        n, rank = int(self.own.get("phm_dim", 4)), int(self.own.get("phm_rank", 1))
+        if self.own.get("shared_phm_rule", True):
+            then = "save it from a model with a head: from one without, the library leaves the shared rule out"
+            rule = shaped("phm_rule", self.shared, (n, n, n), self.ref.path, then)
+        else:
+            rule = shaped(f"{role}.phm_rule", roles, (n, n, n), where)
+        return Hypercomplex(
+            rule,
+            shaped(f"{role}.W_left", roles, (n, into // n, rank), where),
+            shaped(f"{role}.W_right", roles, (n, rank, out // n), where),
+            shaped(f"{role}.b", roles, (out,), where) if self.own.get("phm_bias", True) else None,
+        )

@@ -1,0 +1,143 @@
+"""What llama.cpp calls a model's weights, and where it stores one in another order than the model's own file does.
+
+The names are the gguf package's, by architecture. What else llama.cpp's conversion (convert_hf_to_gguf.py, conversion/)
+does to a weight follows from the model's class: `ARCHITECTURES` has the classes that were looked up there. Knows no
+factors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from formats.errors import AdapterFormatError
+from formats.gguf_file import gguf_package
+from formats.layers import LayerKind, owner
+
+TOKENS, HEAD = "token_embd.weight", "output.weight"
+# Lookup tables and layers to which llama.cpp applies no adapter, though it has the weights.
+_UNADAPTED = re.compile(r"^(position_embd|token_types|cls|blk\.\d+\.ffn_gate_inp_shexp)\b|_norm\.weight$")
+_CONV1D = (".c_attn", ".c_proj", ".c_fc")
+_PAIRED = re.compile(r"^blk\.\d+\.attn_(?P<which>[qk])\.weight$")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's class, as llama.cpp converts it.
+
+    Attributes:
+        name: llama.cpp's.
+        strip, add: the leading part of the file's names that is taken away, or put before them, to find gguf's.
+        pairs: whether the rows of queries and keys stand in pairs (LlamaModel.permute).
+        turned: ends of layers that the model stores (in, out).
+        lacks: what it leaves out, or cuts.
+        encoder: whether it has no head, so that none can be tied to the embedding.
+    """
+
+    name: str
+    strip: str = ""
+    add: str = ""
+    pairs: bool = False
+    turned: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+    encoder: bool = False
+
+    def kind(self, weight: str, target: str) -> LayerKind:
+        """How the model stores a weight, by gguf's name and its own."""
+        if weight == TOKENS:
+            return LayerKind.EMBEDDING
+        return LayerKind.TRANSPOSED if owner(target).endswith(self.turned) else LayerKind.LINEAR
+
+    def heads(self, weight: str, config: Mapping[str, Any], rows: int) -> int:
+        """Among how many heads the rows of a weight, by gguf's name, are put in pairs; 0 where they are not.
+
+        Raises:
+            AdapterFormatError: a config.json without that number, or with one that does not divide the rows.
+        """
+        match = _PAIRED.match(weight)
+        if not self.pairs or match is None:
+            return 0
+        heads = config.get("num_attention_heads")
+        if match["which"] == "k":
+            heads = config.get("num_key_value_heads") or heads
+        if type(heads) is not int or heads < 1 or rows % (2 * heads):
+            raise AdapterFormatError(
+                "config.json's number of heads does not divide the weight's rows",
+                where=weight,
+                expected=f"heads of an even number of rows, {rows} in all",
+                found=heads,
+            )
+        return heads
+
+
+_BERT = Architecture("bert", strip="bert.", lacks=("pooler.", "cls.", "classifier"), encoder=True)
+# Gemma's head is its embedding; Gemma 3's embedding is cut to the tokenizer's words.
+_GEMMA = ("lm_head.",)
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture("llama", pairs=True),
+    "LlamaModel": Architecture("llama", add="model.", pairs=True),
+    "MistralForCausalLM": Architecture("llama", pairs=True),
+    "MixtralForCausalLM": Architecture("llama", pairs=True),
+    "GraniteForCausalLM": Architecture("granite", pairs=True),
+    "Qwen2ForCausalLM": Architecture("qwen2"),
+    "Qwen2Model": Architecture("qwen2", add="model."),
+    "Qwen3ForCausalLM": Architecture("qwen3"),
+    "Qwen3Model": Architecture("qwen3", add="model."),
+    "Qwen2MoeForCausalLM": Architecture("qwen2moe"),
+    "Qwen3MoeForCausalLM": Architecture("qwen3moe"),
+    "GemmaForCausalLM": Architecture("gemma", lacks=_GEMMA),
+    "Gemma2ForCausalLM": Architecture("gemma2", lacks=_GEMMA),
+    "Gemma3ForCausalLM": Architecture("gemma3", lacks=(*_GEMMA, "embed_tokens.")),
+    "PhiForCausalLM": Architecture("phi2"),
+    "Phi3ForCausalLM": Architecture("phi3"),
+    "GPT2LMHeadModel": Architecture("gpt2", turned=_CONV1D),
+    "BertModel": _BERT,
+    "BertForMaskedLM": _BERT,
+}
+
+
+def architecture_of(config: Mapping[str, Any], where: object) -> Architecture:
+    """The architecture of a base, by the class that its config.json names.
+
+    Raises:
+        AdapterFormatError: no config.json, or a class whose weights llama.cpp stores in ways that were not looked up.
+    """
+    classes = config.get("architectures")
+    name = str(classes[0]) if isinstance(classes, list) and classes else ""
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    if not name:
+        raise AdapterFormatError(
+            "llama.cpp's names and the order of its rows follow from the base's class, and nothing says which that is",
+            where=where,
+            expected="a config.json with `architectures` beside the base's weights",
+            then="name the base's folder (convert --base), or put its config.json beside the file of weights",
+        )
+    known = config.get("model_type") in gguf_package().MODEL_ARCH_NAMES.values()
+    raise AdapterFormatError(
+        f"llama.cpp {'knows such models, but ' if known else ''}may store the weights of this class in another order, "
+        "and which is not known here",
+        where=where,
+        expected=", ".join(ARCHITECTURES),
+        found=name,
+    )
+
+
+def gguf_names(architecture: Architecture, base: Collection[str]) -> dict[str, str]:
+    """gguf's names of those of the base's weights that llama.cpp applies adapters to, by their names in the base."""
+    gguf = gguf_package()
+    numbers = [int(part) for name in base for part in name.split(".") if part.isdigit()]
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    table = gguf.get_tensor_name_map(kind, max(numbers, default=0) + 1)
+    lacks = tuple(f".{part}" for part in architecture.lacks)
+    found: dict[str, str] = {}
+    for name in base:
+        inner = name.removeprefix(architecture.strip)
+        if not name.endswith(".weight") or any(part in f".{inner}" for part in lacks):
+            continue
+        known = table.get_name(owner(inner)) or table.get_name(architecture.add + owner(inner))
+        if known is not None and not _UNADAPTED.search(f"{known}.weight"):
+            found[name] = f"{known}.weight"
+    return found

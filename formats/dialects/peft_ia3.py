@@ -1,0 +1,42 @@
+"""Writing (IA)³ in peft's names, with its config. Tested against peft itself. Knows no mathematics."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from formats.adapter import Adapter, AdapterModule
+from formats.dialects.peft import PREFIX
+from formats.dialects.peft_writing import exactly
+from formats.dialects.writing import Piece, Wanted, taken
+from formats.layers import LayerKind, owner
+
+
+def ia3_form(adapter: Adapter, wanted: Wanted) -> tuple[tuple[Piece, ...], dict[str, Any]]:
+    """The tensors and the adapter_config.json of an adapter whose layers all have (IA)³; their biases go with them."""
+    modules = [module for module in adapter.modules if module.target.endswith(".weight")]
+    layers = {owner(module.target): bool(module.settings["feedforward"]) for module in modules}
+    config: dict[str, Any] = {
+        "peft_type": "IA3",
+        "task_type": None,
+        "base_model_name_or_path": wanted.base_name,
+        "inference_mode": True,
+        "target_modules": exactly(layers),
+        "feedforward_modules": exactly(layer for layer, scales_inputs in layers.items() if scales_inputs) or [],
+        "fan_in_fan_out": any(module.kind is LayerKind.TRANSPOSED for module in modules),
+        "init_ia3_weights": True,
+    }
+    return tuple(_vector(module) for module in modules), config
+
+
+def _vector(module: AdapterModule) -> Piece:
+    """The factors of all outputs or inputs; where a fused layer has them for some slices, the others are scaled too, by
+    alpha alone."""
+    ref, enabled = module.factors["ia3_l"], module.settings.get("enabled", (True,))
+    key = f"{PREFIX}{owner(module.target)}.ia3_l"
+    if all(enabled):
+        return taken(key, ref, factor=module.scaling)
+    left = iter(range(sum(enabled)))
+    laid = tuple(next(left) if on else None for on in enabled)
+    size = ref.spec.size // sum(enabled) * len(enabled)
+    return replace(taken(key, ref, (size, 1), module.scaling), laid=laid, fill=module.scaling)

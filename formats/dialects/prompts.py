@@ -1,0 +1,121 @@
+"""Reading AdapterHub's prefixes and prompts. Tested against files that the library adapters made of BERT and GPT-2.
+
+What is read is plain data: keys, values and embeddings are the same for every input, but no weight can hold them. Knows
+no mathematics.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from formats.dialects.bottleneck import Dense, Roles, refuse_others, refuse_settings, setting, shaped
+from formats.errors import AdapterFormatError
+from formats.spec import CheckpointRef, TensorRef, TensorSpec
+
+
+@dataclass(frozen=True)
+class Network:
+    """What makes keys and values: second(f(first(embedding))).
+
+    Attributes:
+        embedding: (length, width).
+        first, second: (hidden, width) and (layers · 2 · width, hidden).
+        non_linearity: f, as the config calls it, in lower case.
+    """
+
+    embedding: TensorRef
+    first: Dense
+    second: Dense
+    non_linearity: str
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Learned keys and values before those of the attention's own inputs (Li and Liang, arXiv 2101.00190).
+
+    Attributes:
+        ref: the adapter's file.
+        length: how many there are.
+        layers: the numbers of the layers that have them.
+        values: (length · layers · 2 · width), of each position and layer the key and then the value, heads one after
+            the other; or the network whose outputs for every position are (layers · 2 · width).
+    """
+
+    ref: CheckpointRef
+    length: int
+    layers: tuple[int, ...]
+    values: TensorRef | Network
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Learned embeddings (length, width) before the input's own (Lester et al., arXiv 2104.08691), or behind the first
+    of them where `after_first`."""
+
+    ref: CheckpointRef
+    embedding: TensorRef
+    after_first: bool
+
+
+_GATED = {"use_gating": "its gate depends on the input"}
+_LOCATION = "self_prefix"  # of models that are encoder or decoder, and not both
+_LAYER = re.compile(
+    r"(?:\w+\.)?(?:encoder\.layer\.(?P<bert>\d+)\.attention\.output\.dense|h\.(?P<gpt2>\d+)\.attn\.c_proj)\.bias"
+)
+
+
+def read_prefix(ref: CheckpointRef, roles: Roles, own: Mapping[str, Any], base: Mapping[str, TensorSpec]) -> Prefix:
+    """The adapter: its tensors by their names within it, and the config of the method.
+
+    Raises:
+        AdapterFormatError: settings or models that are not read, tensors that are missing or belong to nothing.
+        ShapeMismatch: tensors that do not fit the base's width and depth, or the config.
+    """
+    refuse_settings(_GATED, own, ref)
+    width, depth = _sizes(ref, base)
+    layers = tuple(sorted(depth - set(own.get("leave_out") or ())))
+    length, columns = setting(own, "prefix_length", int, ref), len(layers) * 2 * width
+    path, where = f"{_LOCATION}.control_trans", ref.path
+    if own.get("flat"):
+        flat = shaped(path, roles, (length * columns,), where)
+        refuse_others(roles, {flat}, where)
+        return Prefix(ref, length, layers, flat)
+    hidden = setting(own, "bottleneck_size", int, ref)
+    embedding = shaped(f"{_LOCATION}.wte.weight", roles, (length, width), where)
+    first, second = (
+        Dense(shaped(f"{path}.{n}.weight", roles, shape, where), shaped(f"{path}.{n}.bias", roles, shape[:1], where))
+        for n, shape in ((0, (hidden, width)), (2, (columns, hidden)))
+    )
+    refuse_others(roles, {embedding, first.weight, first.bias, second.weight, second.bias}, where)
+    return Prefix(
+        ref, length, layers, Network(embedding, first, second, setting(own, "non_linearity", str, ref).lower())
+    )
+
+
+def read_prompt(ref: CheckpointRef, roles: Roles, own: Mapping[str, Any], base: Mapping[str, TensorSpec]) -> Prompt:
+    """The adapter, as `read_prefix`."""
+    combine = own.get("combine", "prefix")
+    if combine not in ("prefix", "prefix_after_bos"):
+        raise AdapterFormatError(
+            "no known place for a prompt", where=ref.path, expected="prefix, prefix_after_bos", found=combine
+        )
+    width, _ = _sizes(ref, base)
+    embedding = shaped("prompt_embedding.weight", roles, (setting(own, "prompt_length", int, ref), width), ref.path)
+    refuse_others(roles, {embedding}, ref.path)
+    return Prompt(ref, embedding, combine == "prefix_after_bos")
+
+
+def _sizes(ref: CheckpointRef, base: Mapping[str, TensorSpec]) -> tuple[int, set[int]]:
+    """The base's width and its layers' numbers."""
+    matches = {name: match for name in base if (match := _LAYER.fullmatch(name))}
+    if not matches:
+        raise AdapterFormatError(
+            "prefixes and prompts are read of BERT-like models and of GPT-2",
+            where=ref.path,
+            expected="a base with encoder.layer.N.attention.output.dense or h.N.attn.c_proj",
+            found=", ".join(list(base)[:3]),
+        )
+    return base[next(iter(matches))].shape[0], {int(match["bert"] or match["gpt2"]) for match in matches.values()}

@@ -1,0 +1,68 @@
+"""LoRA (arXiv 2106.09685) as llama.cpp lays it out where it stores a weight in another order than the base does.
+
+It rotates queries and keys by pairs of neighbours, so a Llama's rows stand there in another order (convert_hf_to_gguf,
+LlamaModel.permute); and it looks an embedding's factor up by rows, a token each (llm_graph_context::build_inp_embd).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from formats.adapter import AdapterModule
+from formats.spec import TensorSpec
+from surgery.exact.rounding import Delta, exact_product
+from surgery.methods.lora import check_weight
+from surgery.methods.shapes import factor_shape
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PairedLora:
+    """ΔW = s · (P B) A, s = alpha / rank; P leads each head's rows from pairs back to halves.
+
+    Factors: lora_A (rank, in), lora_B (out, rank). Settings: heads, among which the rows are divided.
+    """
+
+    name = "lora_paired"
+    paper = "LoRA, llama.cpp's queries and keys"
+
+    def check(self, module: AdapterModule, weight: TensorSpec) -> None:
+        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        (_, into), (out, _) = (factor_shape(module, role, 2) for role in ("lora_A", "lora_B"))
+        check_weight(weight, (out, into))
+
+    def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
+        """weight · ΔW, the rows in the base's order."""
+        b = halved(factors["lora_B"], module.settings["heads"])  # (out, rank)
+        return exact_product(b, factors["lora_A"], weight * module.scaling)
+
+
+class RowsLora:
+    """ΔW = s · A Bᵀ for an embedding (vocabulary, width), s = alpha / rank.
+
+    Factors: lora_A (vocabulary, rank), lora_B (width, rank).
+    """
+
+    name = "lora_rows"
+    paper = "LoRA, llama.cpp's token embedding"
+
+    def check(self, module: AdapterModule, weight: TensorSpec) -> None:
+        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        (rows, _), (width, _) = (factor_shape(module, role, 2) for role in ("lora_A", "lora_B"))
+        check_weight(weight, (rows, width))
+
+    def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
+        """weight · ΔW."""
+        return exact_product(factors["lora_A"], factors["lora_B"].mT, weight * module.scaling)
+
+
+def paired(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Of each head's rows the first of either half, then the second of either, and so on.  # (out, columns)"""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def halved(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """The way back."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
