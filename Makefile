@@ -3,12 +3,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: demo test lint bench docs clean
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable chrome
+
+.PHONY: demo test browser lint bench docs clean
 demo: .venv/demo
 	$(BIN)/python examples/demo.py
 
-test: .venv/test
+test: .venv/test browser
 	$(BIN)/python -m pytest
+
+# The tests of pages open them. Debian's and Ubuntu's packages are the only source used.
+browser:
+	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit 0; done; \
+	command -v apt-get >/dev/null || { echo "the tests need one of: $(BROWSERS)" >&2; exit 1; }; \
+	if [ "$$(id -u)" = 0 ]; then as=; else as=sudo; fi; \
+	$$as apt-get update -q && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends chromium
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -42,10 +42,27 @@ if TYPE_CHECKING:
     help="Exit with 3 if any verdict is another, with 4 on inconclusive.",
 )
 @click.option("--record", type=options.PATH, metavar="FILE", help="Write the report, every block in it, as JSON.")
-@click.option("--force", is_flag=True, help="Replace what stands at the record's path.")
-@click.option("--replay", type=options.PATH, metavar="FILE", help="Print the report of a record; nothing is measured.")
+@click.option(
+    "--report",
+    "picture",
+    type=options.PATH,
+    metavar="FILE",
+    help="Draw the verdicts, every block and the record: a page .html, or the ratios alone, .svg.",
+)
+@click.option("--force", is_flag=True, help="Replace what stands at the paths of record and report.")
+@click.option(
+    "--replay", type=options.PATH, metavar="FILE", help="Print (and draw) a record again; nothing is measured."
+)
 @options.json_option
-def command(graphs: tuple[str, ...], expect: str | None, replay: str | None, as_json: bool, **how: Any) -> None:
+def command(
+    graphs: tuple[str, ...],
+    expect: str | None,
+    replay: str | None,
+    picture: str | None,
+    force: bool,
+    as_json: bool,
+    **how: Any,
+) -> None:
     """Compare the latency of graphs with that of REFERENCE: paired blocks, an interval, a verdict against a margin.
 
     A shape is a batch and a sequence. Where the graphs have a cache, the sequence is what lies in it, and a run
@@ -53,21 +70,26 @@ def command(graphs: tuple[str, ...], expect: str | None, replay: str | None, as_
     """
     from surgery.onnx.record import read_record
     from surgery.operations.bench import bench
+    from surgery.operations.picture_file import LATENCY_FORMS, picture_file
 
     if replay is not None and graphs:
         raise click.UsageError("--replay prints a record: it takes no graphs")
     if replay is None and len(graphs) < 2:
         raise click.UsageError("bench takes a reference and at least one graph to compare with it")
-    with options.reporting("bench", as_json):
+    inputs = graphs if replay is None else (replay,)
+    with options.reporting("bench", as_json), picture_file(picture, LATENCY_FORMS, inputs, force=force) as draw:
         if replay is not None:
             report = read_record(replay)
         else:
             with _progress() as progress:
-                report = bench(*graphs, **how, progress=progress)
+                report = bench(*graphs, force=force, **how, progress=progress)
         if as_json:
             options.print_json(report)
         else:
             _show(report)
+        draw(report)
+    if picture is not None and not as_json:
+        options.show(f"report: {picture}")
     if expect is not None:
         _check(report, expect)
 

@@ -32,7 +32,7 @@ from surgery.errors import NothingToDo
 from surgery.operations.carry import ModuleReport
 from surgery.operations.extract_plan import Extraction, pair_for, plan_extract
 from surgery.operations.pairing import Pairing
-from surgery.operations.picture_file import picture_file
+from surgery.operations.picture_file import picture_file, spectra_forms
 from surgery.operations.spend import ranks_within
 from surgery.plan import Fate, Outcome, ledger
 from surgery.provenance import TOOL
@@ -106,7 +106,7 @@ def extract(
     watch = Stopwatch(loading="torch")
     target = Path(out) if out is not None else default_output(tuned, how.rank)
     with (
-        picture_file(curve, (base, tuned), force=force) as draw,
+        picture_file(curve, spectra_forms(base, tuned), (base, tuned), force=force) as draw,
         open_checkpoint(base) as before,
         open_checkpoint(tuned) as after,
     ):
@@ -126,7 +126,9 @@ def extract(
                 writer.attach(ADAPTER_CONFIG, config.encode() + b"\n")
             else:
                 writer.seal({**metadata, CONFIG_KEY: config})
-            draw([found for outcome in outcomes for found in outcome.figures.get("spectra", ())])
+            spectra = [found for outcome in outcomes for found in outcome.figures.get("spectra", ())]
+            if spectra:
+                draw(spectra)
     modules = tuple(report for outcome in outcomes for report in outcome.figures.get("modules", ()))
     changed = sum(module.delta_norm**2 for module in modules)
     left_out = sum((module.delta_norm * module.residual) ** 2 for module in modules)

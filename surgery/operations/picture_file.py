@@ -1,28 +1,42 @@
-"""The picture of a pair's spectra as a file: refused before anything is computed, and there only if all goes well."""
+"""A picture as a file: refused before anything is computed, and there only if all goes well."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from formats.staging import Staging, disk_errors, write_at
 from surgery.curve import Spectrum
 from surgery.errors import SurgeryError
+from surgery.onnx.record import BenchReport
+from surgery.pictures.latency_page import latency_page, latency_poster
 from surgery.pictures.page import page, poster
 
-_PICTURES = {".html": page, ".svg": poster}
+Subject = TypeVar("Subject")
+Forms = Mapping[str, Callable[[Subject], str]]  # suffix → what draws the subject
+
+LATENCY_FORMS: Forms[BenchReport] = {".html": latency_page, ".svg": latency_poster}
+
+
+def spectra_forms(base: str | Path, tuned: str | Path) -> Forms[Sequence[Spectrum]]:
+    """A pair's spectra as a page or a poster, titled with the pair's names."""
+    before, after = (Path(path).absolute().name for path in (base, tuned))
+    title = f"{after} − {before}"
+    return {".html": lambda spectra: page(title, spectra), ".svg": lambda spectra: poster(title, spectra)}
 
 
 @contextlib.contextmanager
 def picture_file(
-    out: str | Path | None, pair: tuple[str | Path, str | Path], *, force: bool
-) -> Iterator[Callable[[Sequence[Spectrum]], None]]:
-    """Opens a picture; the function that it gives draws it, and does nothing without `out` or spectra.
+    out: str | Path | None, forms: Forms[Subject], inputs: Sequence[str | Path], *, force: bool
+) -> Iterator[Callable[[Subject], None]]:
+    """Opens a picture; the function that it gives draws it, and does nothing without `out`.
 
     Args:
-        out: a file `.html` or `.svg`.
-        pair: base and tuned, which the title names.
+        out: a file with one of the forms' suffixes.
+        forms: what can be drawn.
+        inputs: paths that must not be replaced.
         force: replace what stands at `out`.
 
     Raises:
@@ -30,25 +44,23 @@ def picture_file(
         OutputExists: see Staging.
     """
     if out is None:
-        yield lambda spectra: None
+        yield lambda subject: None
         return
-    draw = _PICTURES.get(Path(out).suffix)
-    if draw is None:
-        raise SurgeryError("a picture of that kind is not made", expected=" or ".join(_PICTURES), found=out)
-    base, tuned = (Path(path).absolute() for path in pair)
-    staging = Staging(Path(out), folder=False, inputs=(base, tuned), force=force)
+    form = forms.get(Path(out).suffix)
+    if form is None:
+        raise SurgeryError("a picture of that kind is not made", expected=" or ".join(forms), found=out)
+    staging = Staging(Path(out), folder=False, inputs=[Path(path).absolute() for path in inputs], force=force)
     drawn = False
 
-    def write(spectra: Sequence[Spectrum]) -> None:
+    def draw(subject: Subject) -> None:
         nonlocal drawn
-        if spectra:
-            text = draw(f"{tuned.name} − {base.name}", spectra).encode()
-            with disk_errors(staging.target):
-                write_at(staging.create(size=len(text)), text, 0)
-            drawn = True
+        text = form(subject).encode()
+        with disk_errors(staging.target):
+            write_at(staging.create(size=len(text)), text, 0)
+        drawn = True
 
     try:
-        yield write
+        yield draw
         if drawn:
             staging.commit()
     finally:

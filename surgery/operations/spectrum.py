@@ -19,7 +19,7 @@ from surgery.errors import NothingToDo
 from surgery.operations.extract_plan import Extraction
 from surgery.operations.measure import plan_measure
 from surgery.operations.pairing import pair
-from surgery.operations.picture_file import picture_file
+from surgery.operations.picture_file import picture_file, spectra_forms
 from surgery.plan import ledger
 from surgery.report import Report, Stopwatch, peak_rss
 
@@ -77,7 +77,7 @@ def spectrum(
         SurgeryError, FormatError: see their trees.
     """
     watch = Stopwatch(loading="torch")
-    with picture_file(out, (base, tuned), force=force) as draw:
+    with picture_file(out, spectra_forms(base, tuned), (base, tuned), force=force) as draw:
         with open_checkpoint(base) as before, open_checkpoint(tuned) as after:
             how = Extraction(
                 rank=max_rank, include=include, exclude=exclude, kinds=kinds or {}, dtype=dtype, allow_removed=True
