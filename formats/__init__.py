@@ -1,8 +1,9 @@
 """Names and bytes: containers and dialects of saved weights. Knows no mathematics and never imports `surgery`."""
 
 from formats.checkpoint import Checkpoint, CheckpointWriter
+from formats.destination import Destination, create_checkpoint, destination_like
 from formats.errors import FormatError, ReportedError
-from formats.paths import Destination, create_checkpoint, destination_like, open_checkpoint
+from formats.paths import open_checkpoint
 from formats.spec import CheckpointRef, DType, TensorRef, TensorSpec
 
 __all__ = [

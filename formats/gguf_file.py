@@ -22,8 +22,6 @@ from formats.tensors import Bytes, tensor_from_bytes
 if TYPE_CHECKING:
     import torch
 
-GGUF_SUFFIX = ".gguf"
-
 
 class GgufFile:
     """A readable GGUF file. It says nothing beside its tensors and key-values, so `notes` is empty.

@@ -21,7 +21,6 @@ from formats.layout import Layout
 from formats.plain_file import Form, Header
 from formats.spec import DType, TensorSpec, shape_text
 
-ORT_SUFFIX = ".onnx_adapter"
 _IDENTIFIER = b"TORT"
 _VERSION = 1
 _LARGEST = (1 << 31) - 1  # bytes of a FlatBuffer, whose offsets have 32 bits
@@ -39,11 +38,6 @@ _FORMAT, _ADAPTER, _MODEL, _PARAMETERS = range(4)
 _NAME, _SHAPE, _TYPE, _PAYLOAD = range(4)
 _VTABLE = struct.pack("<6H", 12, 20, 4, 8, 12, 16)
 _TABLE = 20  # bytes
-
-
-def names_ort_file(path: str | Path) -> bool:
-    """Whether a path means one file of ONNX Runtime's."""
-    return Path(path).suffix == ORT_SUFFIX
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from formats.containers import Container, container_named
 from formats.errors import CorruptFile, PathNotFound
 from formats.names import unknown_tensor
 from formats.plain_file import PlainFile, PlainWriter
@@ -19,7 +20,7 @@ from formats.safetensors_file import SAFETENSORS
 from formats.spec import CheckpointRef, TensorRef, TensorSpec
 from formats.staging import Staging, disk_errors, write_at
 from formats.tensors import Bytes
-from formats.torch_file import TORCH_SUFFIXES, TorchFile
+from formats.torch_file import TorchFile
 from formats.torch_writer import TorchWriter
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class ShardedCheckpoint:
 
 
 def _open_shard(path: Path) -> PlainFile | TorchFile:
-    return TorchFile(path) if path.suffix in TORCH_SUFFIXES else PlainFile(path, SAFETENSORS)
+    return TorchFile(path) if container_named(path) is Container.TORCH else PlainFile(path, SAFETENSORS)
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -175,7 +176,7 @@ class ShardedWriter:
             grouped.setdefault(self._shards[spec.name], []).append(spec)
         self._writers: dict[str, PlainWriter | TorchWriter] = {
             filename: TorchWriter(staging, filename, group)
-            if Path(filename).suffix in TORCH_SUFFIXES
+            if container_named(filename) is Container.TORCH
             else PlainWriter(staging, filename, group, {"format": "pt"}, SAFETENSORS, reserve=reserve)
             for filename, group in sorted(grouped.items())
         }

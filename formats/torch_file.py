@@ -29,7 +29,6 @@ from formats.torch_pickle import View
 if TYPE_CHECKING:
     import torch
 
-TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Under which keys training scripts keep the state dict, the likeliest first.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
 _DEEPEST = 3  # wrappers around each other

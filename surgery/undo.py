@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from formats.checkpoint import Checkpoint, CheckpointWriter
+from formats.containers import Container, container_named
+from formats.destination import Destination, create_checkpoint
 from formats.errors import CorruptFile, OutputExists
-from formats.paths import SUFFIXES, Destination, create_checkpoint, names_file, open_checkpoint
+from formats.paths import open_checkpoint
 from formats.spec import DType, TensorSpec
 from surgery.errors import UndoMismatch
 from surgery.exact.correction import correction_limit
@@ -144,11 +146,11 @@ def correction_spec(spec: TensorSpec) -> TensorSpec:
 def undo_destination(path: str | Path, out: str | Path, inputs: Iterable[str | Path], force: bool) -> Destination:
     """Where an undo file goes. Raises OutputExists where it would touch an input, the output, or what stands there."""
     path, guarded = Path(path), tuple(Path(each) for each in inputs)
-    if not names_file(path):
+    if container_named(path) is not Container.SAFETENSORS:
         raise OutputExists(
             "an undo file is a safetensors file and is named like one",
             where=path,
-            expected=f"a name that ends in {' or '.join(SUFFIXES)}",
+            expected=f"a name that ends in {' or '.join(Container.SAFETENSORS.suffixes)}",
         )
     mine = path.resolve()
     for other in (*guarded, Path(out)):

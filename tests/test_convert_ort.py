@@ -16,6 +16,7 @@ from tiny_models import build
 
 import surgery
 from formats import Destination, create_checkpoint, open_checkpoint
+from formats.containers import Container
 from formats.errors import AdapterFormatError, FormatError, ReportedError, ShapeMismatch, UnmatchedKeys
 from formats.spec import DType
 from formats.tensors import spec_of
@@ -162,7 +163,7 @@ def test_bad_files(
     """One clear error each, and nothing written."""
     save_file({"layer.weight": torch.zeros(8, 12)}, tmp_path / "base.st")
     made = {name: torch.ones(shape) for name, shape in tensors.items()}
-    destination = Destination(tmp_path / "a.onnx_adapter", weights="a.onnx_adapter")
+    destination = Destination(tmp_path / "a.onnx_adapter", container=Container.ORT)
     with create_checkpoint(destination, [spec_of(name, t) for name, t in made.items()], {}) as writer:
         for name, tensor in made.items():
             writer.write(name, tensor)

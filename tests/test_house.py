@@ -49,16 +49,41 @@ def rule(path: Path) -> tuple[str, ...]:
     if place.startswith("formats/"):
         return ("surgery", "click", "rich")
     if place.startswith("surgery/methods/"):
-        files = ("formats.paths", "formats.plain_file", "formats.sharded", "formats.dialects", "formats.staging")
+        files = (
+            "formats.paths",
+            "formats.destination",
+            "formats.plain_file",
+            "formats.sharded",
+            "formats.dialects",
+            "formats.staging",
+        )
         return (*upper, *files, "surgery.engine", "surgery.plan", "click", "pathlib")
     if place == "surgery/plan.py":
-        return (*upper, "formats.paths", "formats.dialects", "surgery.engine", "surgery.methods", "click", "pathlib")
+        return (
+            *upper,
+            "formats.paths",
+            "formats.destination",
+            "formats.dialects",
+            "surgery.engine",
+            "surgery.methods",
+            "click",
+            "pathlib",
+        )
     numbers = {f"surgery/{name}.py" for name in ("delta", "krylov", "linalg", "mixing", "structured", "thin")}
     if place in numbers or place.startswith("surgery/exact/"):
-        return (*upper, "formats.paths", "surgery.engine", "surgery.plan", "surgery.methods", "click", "pathlib")
+        return (
+            *upper,
+            "formats.paths",
+            "formats.destination",
+            "surgery.engine",
+            "surgery.plan",
+            "surgery.methods",
+            "click",
+            "pathlib",
+        )
     figures = {f"surgery/{name}.py" for name in ("budget", "curve", "patterns", "ranks")}
     if place in figures or place.startswith("surgery/pictures/"):  # pure: figures, names and texts only
-        files = ("formats.paths", "formats.checkpoint", "formats.dialects", "pathlib")
+        files = ("formats.paths", "formats.destination", "formats.checkpoint", "formats.dialects", "pathlib")
         return (*upper, *files, "torch", "surgery.engine", "surgery.plan", "surgery.linalg", "surgery.methods", "click")
     if place.startswith("surgery/cli/"):
         return ("torch", "onnx", "onnxruntime", "transformers", "safetensors")

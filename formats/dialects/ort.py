@@ -15,12 +15,12 @@ from typing import Any
 
 from formats.adapter import Adapter, AdapterModule, Told
 from formats.checkpoint import Checkpoint
+from formats.containers import Container, container_named
 from formats.dialects.peft_factors import Factors, pair
 from formats.dialects.resolve import resolver
 from formats.dialects.writing import Piece, Wanted, Written, cannot, named, turned, without_dropped
 from formats.errors import AdapterFormatError, ShapeMismatch
 from formats.layers import LayerKind, layer_kinds, owner
-from formats.ort_file import ORT_SUFFIX, names_ort_file
 from formats.spec import TensorRef, TensorSpec, shape_text
 
 _FACTOR = re.compile(r"^(?P<module>.+)\.(?P<role>lora_[AB])$")
@@ -35,7 +35,7 @@ class Ort:
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
         """ONNX Runtime's own file; its names are those of any dialect."""
-        return names_ort_file(checkpoint.ref.path)
+        return container_named(checkpoint.ref.path) is Container.ORT
 
     def read(
         self,
@@ -93,7 +93,7 @@ class OrtWriter:
     """The dialect of ONNX Runtime's adapters: LoRA of linear layers, in the dtype of the graph."""
 
     name: str = "ort"
-    weights: str = f"adapter{ORT_SUFFIX}"
+    weights: str = f"adapter{Container.ORT.suffixes[0]}"
 
     def write(self, adapter: Adapter, metadata: Mapping[str, str], wanted: Wanted) -> Written:
         """The adapter in this dialect. Raises AdapterFormatError too without a base, which names a graph's inputs."""

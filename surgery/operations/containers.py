@@ -15,20 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from formats.checkpoint import Checkpoint
+from formats.containers import Container, container_named
+from formats.destination import Destination, create_checkpoint, destination_like, named_in
 from formats.errors import AdapterFormatError, FormatError
-from formats.ort_file import names_ort_file
-from formats.paths import (
-    ADAPTER_CONFIG,
-    Destination,
-    as_safetensors,
-    as_torch,
-    container_of,
-    create_checkpoint,
-    destination_like,
-    names_file,
-    names_torch_file,
-    open_checkpoint,
-)
+from formats.paths import ADAPTER_CONFIG, container_of, open_checkpoint
 from formats.sharded import ShardedCheckpoint
 from surgery import engine
 from surgery.engine import Resources
@@ -37,7 +27,7 @@ from surgery.plan import Plan, Step, ledger
 from surgery.provenance import content_digest
 from surgery.report import Report, Stopwatch, peak_rss
 
-CONTAINERS = ("safetensors", "torch")
+_MODELS = (Container.SAFETENSORS, Container.TORCH)  # the containers that models are in
 _OF_TORCH = {"format": "pt"}  # what transformers asks of a safetensors file, and all that torch's container implies
 
 
@@ -81,15 +71,15 @@ def convert_container(
     """
     watch = Stopwatch(loading="torch")
     with open_checkpoint(source) as checkpoint:
-        if names_ort_file(checkpoint.ref.path):
+        if container_named(checkpoint.ref.path) is Container.ORT:
             raise AdapterFormatError(
                 "ONNX Runtime's files hold factors the other way round than others: no mere change of container",
                 where=source,
                 then="say the dialect: --to peft, and --base",
             )
-        torch = _is_torch(out, container)
-        plan = plan_container(checkpoint, torch=torch)
-        destination = _destination(Path(source), Path(out), checkpoint, torch, max_shard_size, force)
+        chosen = _chosen(out, container)
+        plan = plan_container(checkpoint, chosen)
+        destination = _destination(Path(source), Path(out), checkpoint, chosen, max_shard_size, force)
         with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
             outcomes = engine.run(plan, writer, resources)
         hashes = {name: digest for outcome in outcomes for name, digest in outcome.figures["hashes"].items()}
@@ -114,33 +104,35 @@ def planned(
 ) -> Plan:
     """The plan of convert_container, whose arguments these are. Raises FormatError for those that contradict."""
     with open_checkpoint(source) as checkpoint:
-        torch = _is_torch(out, container)
-        _destination(Path(source), Path(out), checkpoint, torch, max_shard_size, False)
-        return plan_container(checkpoint, torch=torch)
+        chosen = _chosen(out, container)
+        _destination(Path(source), Path(out), checkpoint, chosen, max_shard_size, False)
+        return plan_container(checkpoint, chosen)
 
 
-def plan_container(checkpoint: Checkpoint, *, torch: bool) -> Plan:
+def plan_container(checkpoint: Checkpoint, container: Container) -> Plan:
     """Every tensor copied; the metadata too, unless the output is torch's container, which has room for none."""
     steps = tuple(
         Step(name, (checkpoint.tensor(name),), (spec,), Copy(name)) for name, spec in checkpoint.specs.items()
     )
     metadata = _OF_TORCH | dict(checkpoint.metadata)
+    torch = container is Container.TORCH
     lost = sorted(metadata.keys() - _OF_TORCH.keys()) if torch else []
     notes = (f"torch's container holds no metadata, left behind: {', '.join(lost)}",) if lost else ()
     return Plan("convert", steps, {} if torch else metadata, (*checkpoint.notes, *notes))
 
 
-def _is_torch(out: str | Path, container: str | None) -> bool:
-    """Whether the output is in torch's container. Raises FormatError where name and container contradict each other."""
-    if container not in (None, *CONTAINERS):
-        raise FormatError("no such container", expected=", ".join(CONTAINERS), found=container)
-    asked = "torch" if names_torch_file(out) else "safetensors" if names_file(out) else container or "safetensors"
+def _chosen(out: str | Path, container: str | None) -> Container:
+    """The output's container. Raises FormatError where its name and `container` contradict each other."""
+    if container not in (None, *_MODELS):
+        raise FormatError("no such container", expected=", ".join(_MODELS), found=container)
+    named = container_named(out)
+    asked = Container(container or Container.SAFETENSORS) if named is None else named
     if container not in (None, asked):
         raise FormatError(
             "the output's name says another container", where=out, expected=container, found=asked,
             then="name a folder, or leave --container out",
         )  # fmt: skip
-    return asked == "torch"
+    return asked if asked in _MODELS else Container.SAFETENSORS  # what others are for is said where they are refused
 
 
 def _left(source: Path, destination: Destination) -> tuple[str, ...]:
@@ -153,21 +145,17 @@ def _left(source: Path, destination: Destination) -> tuple[str, ...]:
 
 
 def _destination(
-    source: Path, out: Path, checkpoint: Checkpoint, torch: bool, max_shard: int | None, force: bool
+    source: Path, out: Path, checkpoint: Checkpoint, container: Container, max_shard: int | None, force: bool
 ) -> Destination:
     inputs, specs = (source, *_files(checkpoint)), checkpoint.specs.values()
-    found = destination_like(source, out, specs, inputs=inputs, force=force, max_shard=max_shard, torch=torch)
-    if not found.is_folder:
-        return replace(found, torch=torch)
-    if not source.is_dir():
+    found = destination_like(source, out, specs, inputs=inputs, force=force, max_shard=max_shard, container=container)
+    if not found.is_folder or not source.is_dir():
         return found
     config = source / ADAPTER_CONFIG
     companions = (*found.companions, config) if config.exists() else found.companions
-    name = Path(checkpoint.ref.path).name
     own = found.shards is None and max_shard is None
-    return replace(
-        found, weights=(as_torch if torch else as_safetensors)(name) if own else found.weights, companions=companions
-    )
+    weights = named_in(Path(checkpoint.ref.path).name, container) if own else found.weights
+    return replace(found, weights=weights, companions=companions)
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Path]:

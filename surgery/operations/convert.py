@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from formats.adapter import NOTHING_TOLD, Adapter, Told
 from formats.checkpoint import Checkpoint
+from formats.containers import Container, container_named
+from formats.destination import Destination, create_checkpoint
 from formats.dialects import ASKING, CONFIG_KEY, IN_PARTS, KINDLESS, WRITERS, dialect_of, open_adapter_file
 from formats.dialects.implied import implied_base, implied_part
 from formats.dialects.writing import DROPS, DialectWriter, Making, Piece, Wanted, Written, joined, taken, turned
 from formats.errors import AdapterFormatError
 from formats.layers import layer_kinds
 from formats.model_config import model_config
-from formats.paths import ADAPTER_CONFIG, Destination, create_checkpoint, names_gguf_file, open_checkpoint
+from formats.paths import ADAPTER_CONFIG, open_checkpoint
 from formats.spec import TensorSpec
 from surgery import engine
 from surgery.checks import check_finite
@@ -162,7 +164,8 @@ def convert(
         bases = base.values() if isinstance(base, Mapping) else (base,)
         inputs = tuple(Path(path) for path in (adapter, *bases) if path is not None)
         weights = _writer(to).weights
-        destination = Destination(Path(out), weights, inputs=inputs, force=force, gguf=names_gguf_file(weights))
+        container = container_named(weights) or Container.SAFETENSORS
+        destination = Destination(Path(out), weights, inputs=inputs, force=force, container=container)
         metadata = dict(plan.metadata)
         text = None if written.config is None else json.dumps(written.config, indent=2)
         if text is not None and not destination.is_folder:
@@ -234,7 +237,7 @@ def plan_convert(
             component=", ".join(base),
             left=tuple(sorted(left)),
         )
-    elif source == to and told == NOTHING_TOLD and not drop and not names_gguf_file(writer.weights):
+    elif source == to and told == NOTHING_TOLD and not drop and container_named(writer.weights) is not Container.GGUF:
         written, read = job.copied()
     else:
         written, read = job.part(base, told)

@@ -12,19 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from formats.checkpoint import Checkpoint
+from formats.destination import Destination, create_checkpoint
 from formats.dialects import CONFIG_KEY
 from formats.dialects.peft_writing import (
     Extracted,
     lora_config,
 )
 from formats.layers import LayerKind, ancestors, owner
-from formats.paths import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    Destination,
-    create_checkpoint,
-    open_checkpoint,
-)
+from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_checkpoint
 from surgery import engine
 from surgery.budget import Budget
 from surgery.engine import Resources

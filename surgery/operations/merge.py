@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from formats.adapter import NOTHING_TOLD, Told
-from formats.paths import Destination, destination_like, open_checkpoint
+from formats.destination import Destination, destination_like
+from formats.paths import open_checkpoint
 from formats.spec import DType
 from surgery import engine
 from surgery.engine import Resources

@@ -7,14 +7,9 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from formats.destination import Destination, create_checkpoint, destination_like
 from formats.dialects import CONFIG_KEY
-from formats.paths import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    Destination,
-    create_checkpoint,
-    destination_like,
-)
+from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from surgery import engine
 from surgery.engine import Resources
 from surgery.errors import NothingToDo

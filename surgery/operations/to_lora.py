@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from formats.adapter import NOTHING_TOLD, Told
+from formats.destination import create_checkpoint
 from formats.dialects import CONFIG_KEY
-from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, create_checkpoint
+from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from surgery import engine
 from surgery.budget import Budget
 from surgery.engine import Resources

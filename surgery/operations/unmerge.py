@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from formats.adapter import NOTHING_TOLD, AdapterModule, Told
 from formats.checkpoint import Checkpoint
-from formats.paths import create_checkpoint, destination_like, open_checkpoint
+from formats.destination import create_checkpoint, destination_like
+from formats.paths import open_checkpoint
 from formats.quantized import refuse_foreign
 from formats.spec import DType, TensorRef, TensorSpec
 from surgery import engine

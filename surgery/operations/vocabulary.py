@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from formats.destination import Destination
 from formats.errors import CorruptFile
-from formats.paths import Destination
 from formats.spec import TensorSpec
 
 CONFIG = "config.json"

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formats import Destination, create_checkpoint, open_checkpoint
+from formats.containers import Container
 from formats.errors import CorruptFile, FormatError, NotACheckpoint, UnsupportedDType
 from formats.ort_file import ORT
 from formats.spec import DType, TensorSpec
@@ -29,7 +30,7 @@ TENSORS = {
 def written(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     """Writes an adapter's file."""
     specs = [spec_of(name, tensor) for name, tensor in tensors.items()]
-    with create_checkpoint(Destination(path, weights="adapter.onnx_adapter"), specs, {}) as writer:
+    with create_checkpoint(Destination(path, container=Container.ORT), specs, {}) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
     return path

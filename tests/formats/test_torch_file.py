@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from formats import Destination, create_checkpoint, open_checkpoint
+from formats.containers import Container
 from formats.errors import IncompleteOutput, NotACheckpoint, UnsupportedDType
 from formats.spec import DType, TensorSpec
 from formats.tensors import bytes_from_tensor, torch_dtype
@@ -42,7 +43,7 @@ def rewrite(source: Path, out: Path) -> Path:
     """Copies a checkpoint into torch's container."""
     with (
         open_checkpoint(source) as checkpoint,
-        create_checkpoint(Destination(out, torch=True), checkpoint.specs.values(), {}) as writer,
+        create_checkpoint(Destination(out, container=Container.TORCH), checkpoint.specs.values(), {}) as writer,
     ):
         for name in checkpoint.specs:
             writer.write_bytes(name, checkpoint.read_bytes(name))
@@ -228,7 +229,7 @@ def test_pieces_out_of_order_give_the_same_file(tmp_path: Path) -> None:
     spec, payload = TensorSpec("a", DType.F32, (4,)), np.arange(16, dtype=np.uint8)
     for name, order in (("x.pt", (0, 8)), ("y.pt", (8, 0))):
         with (
-            create_checkpoint(Destination(tmp_path / name, torch=True), [spec], {}) as writer,
+            create_checkpoint(Destination(tmp_path / name, container=Container.TORCH), [spec], {}) as writer,
             writer.parts("a") as put,
         ):
             for begin in order:
@@ -247,7 +248,7 @@ def test_an_incomplete_output_never_appears(tmp_path: Path) -> None:
         lambda writer: [writer.write("a", torch.zeros(4)) for _ in range(2)],
         lambda writer: writer.write("b", torch.zeros(4)),
     ):
-        destination = Destination(tmp_path / "a.bin", torch=True)
+        destination = Destination(tmp_path / "a.bin", container=Container.TORCH)
         with pytest.raises(IncompleteOutput), create_checkpoint(destination, [spec], {}) as writer:
             fault(writer)
         assert not list(tmp_path.iterdir())

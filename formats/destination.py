@@ -1,0 +1,252 @@
+"""How an output is shaped after its input, and how it appears: whole under its name, or not at all.
+
+The one place that turns a destination into writers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from formats.checkpoint import CheckpointWriter
+from formats.containers import Container, container_named
+from formats.errors import FormatError
+from formats.gguf_writer import GgufWriter
+from formats.layout import shards_by_size
+from formats.ort_file import ORT
+from formats.paths import (
+    ADAPTER_CONFIG,
+    INDEX_SUFFIX,
+    TORCH_INDEX_SUFFIX,
+    TORCH_WEIGHTS,
+    WEIGHTS,
+    open_checkpoint,
+)
+from formats.plain_file import PlainWriter
+from formats.safetensors_file import SAFETENSORS
+from formats.sharded import ShardedCheckpoint, ShardedWriter
+from formats.spec import TensorSpec
+from formats.staging import Staging, disk_errors, write_at
+from formats.torch_writer import TorchWriter
+
+# Files of a model's folder that hold weights, in whatever container: never copied along as "the rest".
+_WEIGHT_PATTERNS = (
+    *(f"*{suffix}" for container in Container for suffix in container.suffixes),
+    f"*{INDEX_SUFFIX}", f"*{TORCH_INDEX_SUFFIX}", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", ADAPTER_CONFIG,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Destination:
+    """An output: where, in which shape, and what comes along.
+
+    Attributes:
+        path: a folder, or a file whose name tells the container; an adapter for llama.cpp is no folder.
+        weights: the name of the weights' file or index in a folder.
+        shards: tensor → shard's filename, for a sharded folder.
+        companions: files copied along into a folder as they are (config, tokenizer, …).
+        inputs: paths that the output must not replace.
+        force: whether what stands at `path` may be replaced.
+        container: what the weights are stored in. Torch's holds no metadata, and so no receipt.
+    """
+
+    path: Path
+    weights: str = WEIGHTS
+    shards: Mapping[str, str] | None = None
+    companions: tuple[Path, ...] = ()
+    inputs: tuple[Path, ...] = ()
+    force: bool = False
+    container: Container = Container.SAFETENSORS
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the output is a folder."""
+        return container_named(self.path) is None
+
+    def check(self) -> None:
+        """Refuses what `create_checkpoint` would refuse, before long work. Raises OutputExists or FormatError."""
+        self.staging().discard()
+
+    def staging(self) -> Staging:
+        """The output, begun. Raises OutputExists, or FormatError for a container that it must not be."""
+        named = container_named(self.path)
+        if named is not self.container and (named is not None or self.container is Container.GGUF):
+            raise _another(self.path, self.container)
+        return Staging(self.path, folder=self.is_folder, inputs=self.inputs, force=self.force)
+
+
+def _another(path: Path, container: Container) -> FormatError:
+    """What is wrong with a name that tells another container than the one that is written."""
+    plain = ", ".join(Container.SAFETENSORS.suffixes).replace(", ", " or ")
+    named = container_named(path)
+    if container is Container.GGUF:
+        return FormatError("an adapter for llama.cpp is one GGUF file", where=path, expected="a .gguf file")
+    if Container.ORT in (container, named):
+        return FormatError(
+            ".onnx_adapter is what convert --to ort writes, and nothing else",
+            where=path,
+            expected="a .onnx_adapter file, or a folder" if container is Container.ORT else "another name",
+            then="choose another output with -o",
+        )
+    if named is Container.GGUF:
+        return FormatError("only convert --to gguf writes GGUF", where=path, expected=f"a folder, or a {plain} file")
+    return FormatError(
+        "only convert writes torch's container: it has no room for what a safetensors file says of itself",
+        where=path,
+        expected=f"a folder, or a {plain} file",
+        then="write that, and turn it into this by surgery convert",
+    )
+
+
+def destination_like(
+    source: str | Path,
+    out: str | Path,
+    specs: Iterable[TensorSpec],
+    *,
+    inputs: Iterable[str | Path],
+    force: bool,
+    max_shard: int | None = None,
+    container: Container = Container.SAFETENSORS,
+) -> Destination:
+    """An output shaped like its source: a file for a file, a folder with the same shards and companions for a folder.
+
+    Tensors of `specs` that the source's shards do not know go into its last shard. With `max_shard` the folder gets
+    shards of at most so many bytes instead of the source's. Raises FormatError for shards of a single file.
+    """
+    source, out = Path(source), Path(out)
+    specs = tuple(specs)
+    whole = WEIGHTS if container is Container.SAFETENSORS else TORCH_WEIGHTS
+    plain = Destination(out, whole, inputs=tuple(map(Path, inputs)), force=force, container=container)
+    if not plain.is_folder:
+        if max_shard is not None:
+            raise FormatError(
+                "a single file has no shards",
+                where=out,
+                expected="a folder",
+                then="name a folder with -o, or leave it whole",
+            )
+        return plain
+    indexes = (INDEX_SUFFIX, TORCH_INDEX_SUFFIX)
+    folder = source if source.is_dir() else source.parent if source.name.endswith(indexes) else None
+    if folder is not None:
+        plain = replace(plain, companions=_companions(folder))
+    if max_shard is not None:
+        own = shards_by_size(specs, max_shard, whole)
+        return replace(plain, weights=f"{whole}.index.json", shards=own) if own else plain
+    if folder is None:
+        return plain
+    with open_checkpoint(source) as checkpoint:
+        if not isinstance(checkpoint, ShardedCheckpoint):
+            return plain
+        last = max(checkpoint.shards.values())
+        shards = {spec.name: named_in(checkpoint.shards.get(spec.name, last), container) for spec in specs}
+        return replace(plain, weights=named_in(checkpoint.path.name, container), shards=shards)
+
+
+def named_in(name: str, container: Container) -> str:
+    """What a file of weights, or an index of shards, is called in safetensors or in torch's container.
+
+    Names of that container stay; `model.safetensors` is torch's `pytorch_model.bin`, as transformers calls both.
+    """
+    ours, theirs = Container.SAFETENSORS, Container.TORCH
+    index, other = (INDEX_SUFFIX, TORCH_INDEX_SUFFIX) if container is ours else (TORCH_INDEX_SUFFIX, INDEX_SUFFIX)
+    stem, tail = name.removesuffix(other), index
+    if stem == name:
+        if container_named(name) is not (theirs if container is ours else ours):
+            return name
+        stem, tail = Path(name).stem, container.suffixes[0]
+    if container is theirs:
+        return (f"pytorch_{stem}" if stem.startswith("model") else stem) + tail
+    return (stem.replace("pytorch_", "", 1) if stem.startswith("pytorch_model") else stem) + tail
+
+
+def _companions(folder: Path) -> tuple[Path, ...]:
+    """A model folder's files that hold no weights."""
+    files = [file for file in folder.iterdir() if file.is_file()]
+    return tuple(sorted(file for file in files if not any(file.match(pattern) for pattern in _WEIGHT_PATTERNS)))
+
+
+class _Output:
+    """A CheckpointWriter over one staged destination: passes tensors to the container, adds the files beside it."""
+
+    def __init__(
+        self, destination: Destination, specs: Iterable[TensorSpec], metadata: Mapping[str, str], reserve: bool
+    ) -> None:
+        self._staging = destination.staging()
+        self._settled = False
+        self._container: PlainWriter | ShardedWriter | TorchWriter | GgufWriter
+        filename, container = destination.weights if destination.is_folder else "", destination.container
+        try:
+            if destination.shards is not None:
+                self._container = ShardedWriter(
+                    self._staging, filename, destination.shards, specs, metadata, reserve=reserve
+                )
+            elif container is Container.TORCH:
+                self._container = TorchWriter(self._staging, filename, specs)
+            elif container is Container.GGUF:
+                self._container = GgufWriter(self._staging, specs, metadata)
+            else:
+                form = ORT if container is Container.ORT else SAFETENSORS
+                self._container = PlainWriter(self._staging, filename, specs, metadata, form, reserve=reserve)
+            if destination.is_folder:
+                for companion in destination.companions:
+                    self._staging.copy(companion.name, companion)
+        except BaseException:
+            self._staging.discard()
+            raise
+        self.write = self._container.write
+        self.write_bytes = self._container.write_bytes
+        self.parts = self._container.parts
+        self.omit = self._container.omit
+        self.seal = self._container.seal
+
+    def attach(self, filename: str, content: bytes) -> None:
+        if not self._staging.folder:
+            raise FormatError("a single file has no room for another file beside it", where=filename)
+        with disk_errors(self._staging.target):
+            write_at(self._staging.create(filename, len(content)), content, 0)
+
+    def settle(self) -> None:
+        self._complete()
+        self._staging.sync()
+
+    def finish(self) -> None:
+        self._complete()
+        self._staging.commit()
+
+    def _complete(self) -> None:
+        if not self._settled:
+            self._container.finish()
+            self._settled = True
+
+    def discard(self) -> None:
+        self._staging.discard()
+
+
+@contextlib.contextmanager
+def create_checkpoint(
+    destination: Destination | str | Path,
+    specs: Iterable[TensorSpec],
+    metadata: Mapping[str, str],
+    *,
+    reserve: bool = True,
+) -> Iterator[CheckpointWriter]:
+    """Opens an output for writing. It appears whole when the context is left normally, and not at all otherwise.
+
+    `reserve` takes the disk space of all the specs at once; without it they are upper bounds.
+
+    Raises:
+        OutputExists: the output is there already, or is an input.
+        WriteFailed: the disk is full (its space is reserved before work begins) or refuses.
+        IncompleteOutput: a declared tensor was neither written nor omitted.
+    """
+    if not isinstance(destination, Destination):
+        destination = Destination(Path(destination))
+    output = _Output(destination, specs, metadata, reserve)
+    try:
+        yield output
+        output.finish()
+    finally:
+        output.discard()
