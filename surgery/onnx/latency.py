@@ -10,17 +10,15 @@ between blocks instead of 2 %). Says nothing about what the numbers mean; that i
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import io
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import ProviderUnavailable, Unsupported
+from surgery.errors import Unsupported
+from surgery.onnx.session import open_session
 
 if TYPE_CHECKING:
     import numpy as np
@@ -165,69 +163,6 @@ def _run(bound: Bound) -> float:
     bound.session.run_with_iobinding(bound.binding)
     bound.binding.synchronize_outputs()
     return (time.perf_counter_ns() - began) * 1e-9
-
-
-def provider_name(wanted: str) -> str:
-    """`cpu` → `CPUExecutionProvider`, as ONNX Runtime spells it. Raises ProviderUnavailable with those there are."""
-    import onnxruntime
-
-    there = onnxruntime.get_available_providers()
-    for name in there:
-        if wanted.lower() in (name.lower(), name.lower().removesuffix("executionprovider")):
-            return str(name)
-    raise ProviderUnavailable(
-        "this ONNX Runtime has no such execution provider",
-        expected=", ".join(name.removesuffix("ExecutionProvider").lower() for name in there),
-        found=wanted,
-        then="choose one of those, or install the ONNX Runtime package that has it",
-    )
-
-
-def open_session(path: Path, provider: str, threads: int | None) -> Any:
-    """A session that really runs on `provider`, on one thread pool that does not spin.
-
-    Raises:
-        ProviderUnavailable: ONNX Runtime fell back to another provider, as it does without an error.
-        Unsupported: it does not load the graph.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.inter_op_num_threads = 1
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    settings = {"use_tf32": "0"} if provider == "CUDAExecutionProvider" else {}
-    try:
-        with _muffled() if provider != "CPUExecutionProvider" else contextlib.nullcontext():
-            if provider == "CUDAExecutionProvider":
-                onnxruntime.preload_dlls()
-            session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])
-    except Exception as error:  # its exceptions share no base class of their own
-        raise Unsupported("ONNX Runtime does not load this graph", where=path, found=error) from error
-    actual = session.get_providers()[0]
-    if actual != provider:
-        raise ProviderUnavailable(
-            "ONNX Runtime would run the graph on another provider",
-            where=path,
-            expected=provider,
-            found=actual,
-            then="install what that provider needs (for CUDA: its libraries and a GPU), or ask for another",
-        )
-    return session
-
-
-@contextlib.contextmanager
-def _muffled() -> Iterator[None]:
-    """Keeps ONNX Runtime from printing why a provider does not load, on stdout of all places: that becomes an error."""
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(4)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        onnxruntime.set_default_logger_severity(2)  # what it starts with
 
 
 def bind(session: Any, feeds: Feeds, path: Path) -> Bound:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from formats.errors import CorruptFile, PathNotFound
+from formats.errors import PathNotFound
 from surgery.errors import Unsupported
+from surgery.onnx.graph_file import load_graph
 from surgery.report import Report, Stopwatch, peak_rss
 from surgery.threads import cores
 from surgery.version import __version__
@@ -116,10 +117,11 @@ def bench(
             expected="a margin between 0 and 1, and positive seconds, shape and threads",
             found=f"margin {margin}, {seconds} seconds, shape {shape}, threads {threads}",
         )
-    graph_a, graph_b = _load(a), _load(b)
+    graph_a, graph_b = load_graph(a), load_graph(b)
 
     from surgery.onnx import feeds as inputs
-    from surgery.onnx.latency import measure, provider_name
+    from surgery.onnx.latency import measure
+    from surgery.onnx.session import provider_name
     from surgery.onnx.verdict import decide, equivalence_p, estimate, noise_floor
 
     inputs.require_same_inputs(a, b, inputs.graph_inputs(graph_a), inputs.graph_inputs(graph_b))
@@ -162,18 +164,6 @@ def bench(
         versions=_versions(),
         machine=_machine(),
     )
-
-
-def _load(path: Path) -> Any:
-    """The graph without its external weights."""
-    import onnx
-
-    if not path.is_file():
-        raise PathNotFound("no such file", where=path)
-    try:
-        return onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's own kind
-        raise CorruptFile("not an ONNX file", where=path, found=error) from error
 
 
 def _hashes(path: Path, graph: Any) -> dict[str, str]:

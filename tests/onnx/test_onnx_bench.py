@@ -17,6 +17,7 @@ from formats.errors import CorruptFile, PathNotFound
 from surgery.errors import InputsDiffer, ProviderUnavailable, Unsupported
 from surgery.onnx import latency
 from surgery.onnx.feeds import graph_inputs, make_feeds, vocabulary
+from surgery.onnx.session import provider_name
 from surgery.operations.bench import bench
 
 
@@ -124,7 +125,7 @@ def _cuda_runs() -> bool:
 @pytest.mark.parametrize("spelling", ["cpu", "CPU", "CPUExecutionProvider"])
 def test_providers_by_their_short_names(spelling: str) -> None:
     """As ONNX Runtime spells them, or without the suffix."""
-    assert latency.provider_name(spelling) == "CPUExecutionProvider"
+    assert provider_name(spelling) == "CPUExecutionProvider"
 
 
 def test_files_that_are_not_there_or_no_graphs(tmp_path: Path, bert: Any) -> None:
