@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from surgery.operations.extract import ExtractReport, extract
     from surgery.operations.inspect import InspectReport, inspect
     from surgery.operations.merge import MergeReport, merge
+    from surgery.operations.prove import ProveReport, prove
     from surgery.operations.resize import ResizeReport, resize
     from surgery.operations.spectrum import SpectrumReport, spectrum
     from surgery.operations.unmerge import UnmergeReport, unmerge
@@ -64,6 +65,8 @@ _HOMES = {
     "merge": "surgery.operations.merge",
     "MergeReport": "surgery.operations.merge",
     "open_checkpoint": "formats",
+    "prove": "surgery.operations.prove",
+    "ProveReport": "surgery.operations.prove",
     "ReportedError": "surgery.errors",
     "resize": "surgery.operations.resize",
     "ResizeReport": "surgery.operations.resize",
@@ -101,6 +104,7 @@ __all__ = [
     "FormatError",
     "InspectReport",
     "MergeReport",
+    "ProveReport",
     "QuantileRule",
     "RatioRule",
     "ReportedError",
@@ -124,6 +128,7 @@ __all__ = [
     "inspect",
     "merge",
     "open_checkpoint",
+    "prove",
     "resize",
     "spectrum",
     "unmerge",
