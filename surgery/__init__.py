@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from surgery.operations.merge import MergeReport, merge
     from surgery.operations.prove import ProveReport, prove
     from surgery.operations.resize import ResizeReport, resize
+    from surgery.operations.reweigh import ReweighReport, merge_onnx, reweigh
     from surgery.operations.spectrum import SpectrumReport, spectrum
     from surgery.operations.unmerge import UnmergeReport, unmerge
     from surgery.operations.verify import VerifyReport, verify
@@ -64,6 +65,7 @@ _HOMES = {
     "InspectReport": "surgery.operations.inspect",
     "merge": "surgery.operations.merge",
     "MergeReport": "surgery.operations.merge",
+    "merge_onnx": "surgery.operations.reweigh",
     "open_checkpoint": "formats",
     "prove": "surgery.operations.prove",
     "ProveReport": "surgery.operations.prove",
@@ -71,6 +73,8 @@ _HOMES = {
     "resize": "surgery.operations.resize",
     "ResizeReport": "surgery.operations.resize",
     "Resources": "surgery.engine",
+    "reweigh": "surgery.operations.reweigh",
+    "ReweighReport": "surgery.operations.reweigh",
     "spectrum": "surgery.operations.spectrum",
     "SpectrumReport": "surgery.operations.spectrum",
     "SurgeryError": "surgery.errors",
@@ -111,6 +115,7 @@ __all__ = [
     "ResidualRule",
     "ResizeReport",
     "Resources",
+    "ReweighReport",
     "SpectrumReport",
     "SurgeryError",
     "ThresholdRule",
@@ -127,9 +132,11 @@ __all__ = [
     "extract",
     "inspect",
     "merge",
+    "merge_onnx",
     "open_checkpoint",
     "prove",
     "resize",
+    "reweigh",
     "spectrum",
     "unmerge",
     "verify",

@@ -9,10 +9,25 @@ import click
 from surgery.cli import options
 
 
+class Shape(click.ParamType[tuple[int, int]]):
+    """Batch and sequence: `1x128`."""
+
+    name = "BxS"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Parses it, or fails as a usage error."""
+        if isinstance(value, tuple):
+            return value
+        batch, _, sequence = str(value).partition("x")
+        if not (batch.isdigit() and sequence.isdigit()):
+            self.fail(f"{value!r} is not a shape such as 1x128", param, ctx)
+        return int(batch), int(sequence)
+
+
 @click.command("bench", epilog="Example: surgery bench base-onnx/model.onnx merged-onnx/model.onnx --expect equivalent")
 @click.argument("a", type=options.PATH)
 @click.argument("b", type=options.PATH)
-@click.option("--shape", type=options.Shape(), default="1x128", show_default=True, help="Batch and sequence.")
+@click.option("--shape", type=Shape(), default="1x128", show_default=True, help="Batch and sequence.")
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt … It must really run.")
 @click.option("--margin", type=float, default=0.02, show_default=True, help="The difference that does not matter.")
 @click.option("--seconds", type=float, default=60.0, show_default=True, help="How long to measure.")

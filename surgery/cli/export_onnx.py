@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from surgery.cli import options
 
+if TYPE_CHECKING:
+    from surgery.operations.reweigh import ReweighReport
+
 
 @click.command("export-onnx", epilog="Example: surgery export-onnx merged/ -o merged-onnx/model.onnx")
 @click.argument("model", type=options.PATH)
+@click.option(
+    "--template", type=options.PATH, metavar="GRAPH", help="Put the weights into this graph, which any tool exported."
+)
+@click.option("--base", type=options.PATH, help="The checkpoint that the template was exported from.")
 @click.option("--no-verify", is_flag=True, help="Do not compare with torch before the output appears.")
 @options.output_options
 @options.json_option
-def command(model: str, out: str, no_verify: bool, force: bool, as_json: bool) -> None:
+def command(
+    model: str, out: str, template: str | None, base: str | None, no_verify: bool, force: bool, as_json: bool
+) -> None:
     """Export MODEL, a Hugging Face folder, as a graph without weights and a safetensors file beside it.
 
     The graph depends on the architecture alone: base and merged give the same bytes, and only the weights differ.
+
+    With --template and --base nothing is traced: every weight of that graph is found in the base, byte for byte, and
+    MODEL's are put in its place.
     """
+    if (template is None) != (base is None):
+        raise click.UsageError("--template and --base go together: the graph, and what it was exported from")
+    if template is not None and base is not None:
+        if no_verify:
+            raise click.UsageError("--no-verify is for exports that trace; --template compares bytes instead")
+        from surgery.operations.reweigh import reweigh
+
+        with options.reporting("export-onnx", as_json):
+            show_reweighed(reweigh(template, model, out, base=base, force=force), as_json)
+        return
     from surgery.operations.export_onnx import export_onnx
 
     with options.reporting("export-onnx", as_json):
@@ -40,3 +64,18 @@ def command(model: str, out: str, no_verify: bool, force: bool, as_json: bool) -
             )
         options.show(options.facts(report.model_class, known.items()))
         options.show_ending(report)
+
+
+def show_reweighed(report: ReweighReport, as_json: bool) -> None:
+    """What became of a graph whose weights were replaced."""
+    if as_json:
+        options.print_json(report)
+        return
+    same = "the template's, byte for byte" if report.same_graph else "the template's, but for its weights"
+    known = {
+        "graph": f"{report.graph_sha256[:16]}, {same}",
+        "weights": f"{len(report.recipes)}, each the base's byte for byte before; {len(report.changed)} changed",
+        "constants": f"{len(report.constants)} float tensors that are no weights stay as they are",
+    }
+    options.show(options.facts(report.template, known.items()))
+    options.show_ending(report)

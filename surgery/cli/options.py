@@ -61,21 +61,6 @@ class WeighedPath(click.ParamType[tuple[str, float | None]]):
             return str(value), None
 
 
-class Shape(click.ParamType[tuple[int, int]]):
-    """Batch and sequence: `1x128`."""
-
-    name = "BxS"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """Parses it, or fails as a usage error."""
-        if isinstance(value, tuple):
-            return value
-        batch, _, sequence = str(value).partition("x")
-        if not (batch.isdigit() and sequence.isdigit()):
-            self.fail(f"{value!r} is not a shape such as 1x128", param, ctx)
-        return int(batch), int(sequence)
-
-
 def output_options(function: Callable[..., None]) -> Callable[..., None]:
     """-o and --force."""
     function = click.option("--force", is_flag=True, help="Replace what stands at the output.")(function)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from surgery.cli import options
+from surgery.cli.bench import Shape
 
 if TYPE_CHECKING:
     from surgery.operations.prove import ProveReport
@@ -24,7 +25,7 @@ _LEVELS = {
 @click.argument("merged", type=options.PATH)
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt … It must really load.")
 @click.option(
-    "--shape", type=options.Shape(), default="1x128", show_default=True, help="Batch and sequence to count the cost at."
+    "--shape", type=Shape(), default="1x128", show_default=True, help="Batch and sequence to count the cost at."
 )
 @options.json_option
 def command(base: str, merged: str, provider: str, shape: tuple[int, int], as_json: bool) -> None:

@@ -127,12 +127,14 @@ class Program:
     body: Body
 
 
-def canonical(model: onnx.ModelProto, where: Path) -> Program:
+def canonical(model: onnx.ModelProto, where: Path, *, folded: bool = False) -> Program:
     """The program of a model.
 
     Args:
         model: as `load_graph` gives it.
         where: its path; integer constants may lie beside it.
+        folded: whether an optimiser has computed constants: floating-point scalars then count as numbers too, since
+            they may come from weights.
 
     Raises:
         CorruptFile: a value that nothing computes, or that is computed from itself.
@@ -142,7 +144,7 @@ def canonical(model: onnx.ModelProto, where: Path) -> Program:
 
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
-    body = _Walk(where).body(model.graph, None)
+    body = _Walk(where, folded).body(model.graph, None)
     used = {domain for domain, _ in _ops(body)}
     known = {_domain(entry.domain): entry.version for entry in model.opset_import}
     return Program(tuple(sorted((domain, known.get(domain, 0)) for domain in used)), body)
@@ -190,8 +192,9 @@ class _Scope:
 class _Walk:
     """What is numbered across all graphs of a model: weights, and the names of axes."""
 
-    def __init__(self, where: Path) -> None:
+    def __init__(self, where: Path, folded: bool) -> None:
         self.where = where
+        self.folded = folded
         self.weights = 0
         self.axes: dict[str, str] = {}
 
@@ -298,7 +301,7 @@ class _Walk:
 
         kinds = onnx.TensorProto
         program = (kinds.INT64, kinds.INT32, kinds.INT16, kinds.UINT64, kinds.UINT32, kinds.BOOL, kinds.STRING)
-        if tensor.dims and tensor.data_type not in program:
+        if (tensor.dims or self.folded) and tensor.data_type not in program:
             self.weights += 1
             return Weight(self.weights, _text(tensor), is_input, name)
         return self.constant(tensor)

@@ -8,6 +8,7 @@ none. Bytes are those of a node's inputs and outputs, as if no cache held any of
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,8 +110,6 @@ class _Sized:
 
 def _shapes(model: onnx.ModelProto, shape: tuple[int, int]) -> dict[str, _Sized]:
     """Every value whose shape is known once the inputs' are."""
-    import onnx
-
     bare = _without_payload(model)
     named: dict[str, int] = {}
     for value in bare.graph.input:
@@ -126,7 +125,7 @@ def _shapes(model: onnx.ModelProto, shape: tuple[int, int]) -> dict[str, _Sized]
                 dim.dim_value = named[dim.dim_param]
             elif dim.dim_param:
                 dim.Clear()
-    full = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
+    full = _inferred(bare).graph
     sizes = {}
     for value in (*full.input, *full.value_info, *full.output):
         tensor = value.type.tensor_type
@@ -137,6 +136,21 @@ def _shapes(model: onnx.ModelProto, shape: tuple[int, int]) -> dict[str, _Sized]
     for name, tensor in held:
         sizes[name] = _Sized(tuple(tensor.dims), _itemsize(tensor.data_type))
     return sizes
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with all shapes that can be told. What exporters declare may contradict what follows from the ops:
+    then it is believed only of ops whose inference ONNX does not know, or not at all."""
+    import onnx
+
+    foreign = {name for node in model.graph.node if node.domain not in ("", "ai.onnx") for name in node.output}
+    for believed in (None, foreign, set[str]()):
+        declared = [value for value in model.graph.value_info if believed is None or value.name in believed]
+        del model.graph.value_info[:]
+        model.graph.value_info.extend(declared)
+        with contextlib.suppress(onnx.shape_inference.InferenceError):
+            return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    return model
 
 
 def _without_payload(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -140,6 +140,11 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from graphs(inner)
 
 
+def count_nodes(model: onnx.ModelProto) -> int:
+    """Nodes of the main graph; a Constant node is none, but a way to write a value down."""
+    return sum(node.op_type != "Constant" for node in model.graph.node)
+
+
 def constant_of(node: onnx.NodeProto) -> onnx.TensorProto | None:
     """What a Constant node holds, as a tensor; None for other nodes."""
     import onnx

@@ -6,17 +6,15 @@ values. Nothing is fed and nothing runs.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from surgery.onnx.canonical import Program, canonical
 from surgery.onnx.difference import Difference
-from surgery.onnx.graph_file import load_graph
+from surgery.onnx.graph_file import count_nodes, load_graph
 from surgery.onnx.session import open_session
-
-if TYPE_CHECKING:
-    import onnx
 
 _SETTINGS = {
     "session.record_ep_graph_assignment_info": "1",
@@ -30,36 +28,39 @@ class Optimised:
     """The graph that runs.
 
     Attributes:
-        model: the graph.
-        path: where it lies; its weights lie beside it.
+        program: what it is.
+        nodes: how many it has.
         assigned: how many nodes of each op each provider took: (provider, op) → nodes.
     """
 
-    model: onnx.ModelProto
-    path: Path
+    program: Program
+    nodes: int
     assigned: Mapping[tuple[str, str], int]
 
 
-def optimise(path: Path, provider: str, scratch: Path) -> Optimised:
-    """Loads a graph as for running it.
+def optimise(path: Path, provider: str) -> Optimised:
+    """Loads a graph as for running it. Needs as much space for temporary files as the weights take.
 
     Args:
         path: the graph.
         provider: as ONNX Runtime spells it.
-        scratch: an empty folder for the optimised graph; as large as the weights.
 
     Raises:
         ProviderUnavailable: ONNX Runtime would run it on another provider.
         Unsupported: it does not load the graph.
     """
-    out = scratch / "optimised.onnx"
-    session = open_session(path, provider, None, settings=_SETTINGS, optimised=out)
-    counts: dict[tuple[str, str], int] = {}
-    for part in session.get_provider_graph_assignment_info():
-        for node in part.get_nodes():
-            key = (part.ep_name, f"{node.domain}::{node.op_type}" if node.domain else node.op_type)
-            counts[key] = counts.get(key, 0) + 1
-    return Optimised(load_graph(out), out, dict(sorted(counts.items())))
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "optimised.onnx"
+        session = open_session(path, provider, None, settings=_SETTINGS, optimised=out)
+        counts: dict[tuple[str, str], int] = {}
+        for part in session.get_provider_graph_assignment_info():
+            for node in part.get_nodes():
+                key = (part.ep_name, f"{node.domain}::{node.op_type}" if node.domain else node.op_type)
+                counts[key] = counts.get(key, 0) + 1
+        del session
+        model = load_graph(out)
+        program = canonical(model, out, folded=True)
+    return Optimised(program, count_nodes(model), dict(sorted(counts.items())))
 
 
 def assignment_difference(a: Optimised, b: Optimised) -> Difference | None:

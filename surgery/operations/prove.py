@@ -7,22 +7,17 @@ assignment of nodes to providers. Nothing is written, and nothing runs.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from surgery.errors import Unsupported
 from surgery.onnx.canonical import canonical
 from surgery.onnx.cost import Cost, cost
 from surgery.onnx.difference import Difference, first_difference
-from surgery.onnx.graph_file import load_graph
+from surgery.onnx.graph_file import count_nodes, load_graph
+from surgery.onnx.runtime import assignment_difference, optimise
+from surgery.onnx.session import provider_name
 from surgery.report import Report, Stopwatch, peak_rss
-
-if TYPE_CHECKING:
-    import onnx
-
-    from surgery.onnx.runtime import Optimised
 
 
 @dataclass(frozen=True)
@@ -84,8 +79,6 @@ def prove(a: str | Path, b: str | Path, *, provider: str = "cpu", shape: tuple[i
         ProviderUnavailable: the provider is not there, or would not run.
         Unsupported: a graph that ONNX Runtime does not load, or a shape that makes no sense.
     """
-    from surgery.onnx.session import provider_name
-
     watch = Stopwatch()
     paths = (Path(a), Path(b))
     if min(shape) < 1:
@@ -96,10 +89,9 @@ def prove(a: str | Path, b: str | Path, *, provider: str = "cpu", shape: tuple[i
     costs = (cost(models[0], shape), cost(models[1], shape))
     checks = [Check("bytes", digests[0] == digests[1])]
     checks.append(_check("graph", first_difference(*(canonical(*pair) for pair in zip(models, paths, strict=True)))))
-    with tempfile.TemporaryDirectory() as scratch:
-        ready = (_optimised(paths[0], name, scratch, "a"), _optimised(paths[1], name, scratch, "b"))
-        checks += _runtime_checks(*ready)
-        ran = (_nodes(ready[0].model), _nodes(ready[1].model))
+    ready = (optimise(paths[0], name), optimise(paths[1], name))
+    checks.append(_check("optimised graph", first_difference(ready[0].program, ready[1].program)))
+    checks.append(_check("assignment", assignment_difference(*ready)))
     checks.append(_check("cost", _cost_difference(*costs)))
     same = all(check.same for check in checks[1:])
     return ProveReport(
@@ -114,8 +106,8 @@ def prove(a: str | Path, b: str | Path, *, provider: str = "cpu", shape: tuple[i
         level="" if not same else "bytes" if checks[0].same else "graph",
         checks=tuple(checks),
         provider=name,
-        nodes_a=(_nodes(models[0]), ran[0]),
-        nodes_b=(_nodes(models[1]), ran[1]),
+        nodes_a=(count_nodes(models[0]), ready[0].nodes),
+        nodes_b=(count_nodes(models[1]), ready[1].nodes),
         cost_a=costs[0],
         cost_b=costs[1],
         shape=shape,
@@ -125,24 +117,6 @@ def prove(a: str | Path, b: str | Path, *, provider: str = "cpu", shape: tuple[i
 
 def _check(name: str, difference: Difference | None) -> Check:
     return Check(name, difference is None, difference)
-
-
-def _optimised(path: Path, provider: str, scratch: str, name: str) -> Optimised:
-    from surgery.onnx.runtime import optimise
-
-    folder = Path(scratch) / name
-    folder.mkdir()
-    return optimise(path, provider, folder)
-
-
-def _runtime_checks(a: Optimised, b: Optimised) -> list[Check]:
-    from surgery.onnx.runtime import assignment_difference
-
-    programs = (canonical(a.model, a.path), canonical(b.model, b.path))
-    return [
-        _check("optimised graph", first_difference(*programs)),
-        _check("assignment", assignment_difference(a, b)),
-    ]
 
 
 def _cost_difference(a: Cost, b: Cost) -> Difference | None:
@@ -155,10 +129,6 @@ def _cost_difference(a: Cost, b: Cost) -> Difference | None:
             )
             return Difference(f"the cost of {op}", *texts)
     return None
-
-
-def _nodes(model: onnx.ModelProto) -> int:
-    return sum(node.op_type != "Constant" for node in model.graph.node)
 
 
 def _sha256(path: Path) -> str:
