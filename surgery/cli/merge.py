@@ -64,7 +64,7 @@ def command(
             raise click.UsageError(
                 "an ONNX graph as BASE and the checkpoint it was exported from as --base go together"
             )
-        _merge_graph(base, of, adapters, out, {"dry_run": dry_run, **how}, as_json)
+        _merge_graph(base, of, adapters, out, {"dry_run": dry_run, "device": device != "cpu", **how}, as_json)
         return
     with options.reporting("merge", as_json):
         if dry_run:
@@ -108,6 +108,8 @@ def _merge_graph(
         raise click.UsageError(f"{named}: for checkpoints; a graph keeps its dtypes and has no receipt to undo by")
     with options.reporting("merge", as_json):
         report = merge_onnx(template, adapters, out, base=base, **{name: how[name] for name in _GRAPH})
+        for line in surviving_lines(report.surviving) if not as_json else ():
+            options.show(line)
         show_reweighed(report, as_json)
 
 
