@@ -25,7 +25,7 @@ _LEVELS = {
 @click.argument("merged", type=options.PATH)
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt … It must really load.")
 @click.option(
-    "--shape", type=Shape(), default="1x128", show_default=True, help="Batch and sequence to count the cost at."
+    "--shape", type=Shape(), default="1x128", show_default=True, help="Batch and sequence of a run to count its cost."
 )
 @options.json_option
 def command(base: str, merged: str, provider: str, shape: tuple[int, int], as_json: bool) -> None:
@@ -54,7 +54,7 @@ def _show(report: ProveReport) -> None:
     rows.add_row("bytes moved", *(f"{each.nbytes:,}" for each in costs))
     if any(each.uncounted for each in costs):
         rows.add_row("nodes not counted", *(str(len(each.uncounted)) for each in costs))
-    options.show(rows)
+    options.show(rows, *(f"note: {note}" for note in report.notes))
     said = (f"{check.name}: {'the same' if check.same else 'differ'}" for check in report.checks)
     options.show("; ".join(said), _LEVELS[report.level])
     check = report.difference

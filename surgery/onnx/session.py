@@ -39,6 +39,7 @@ def open_session(
     *,
     settings: Mapping[str, str] = MappingProxyType({}),
     optimised: Path | None = None,
+    profile: Path | None = None,
 ) -> Any:
     """A session that really runs on `provider`, on one thread pool that does not spin.
 
@@ -48,6 +49,7 @@ def open_session(
         threads: intra-op threads; None leaves their number to ONNX Runtime.
         settings: entries of the session's configuration, by ONNX Runtime's keys.
         optimised: where to save the graph that runs, after ONNX Runtime's own optimisation.
+        profile: what the names of profiles begin with, where runs are to be profiled.
 
     Raises:
         ProviderUnavailable: ONNX Runtime fell back to another provider, as it does without an error.
@@ -64,6 +66,9 @@ def open_session(
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
         options.log_severity_level = 3  # or it warns that such a graph is of this machine, as is meant
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     exact = {"use_tf32": "0"} if provider == "CUDAExecutionProvider" else {}
     try:
         with _muffled() if provider != "CPUExecutionProvider" else contextlib.nullcontext():

@@ -1,7 +1,7 @@
 """prove: is MERGED.onnx the program of BASE.onnx on other numbers?
 
 Three levels: the same bytes; the same canonical graph, before and after the runtime's own optimisation; the same
-assignment of nodes to providers. Nothing is written, and nothing runs.
+assignment of nodes to providers, and the same cost of one run. Nothing is written.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def prove(a: str | Path, b: str | Path, *, provider: str = "cpu", shape: tuple[i
         a: the base's graph.
         b: the merged model's.
         provider: `cpu`, `cuda` or another that this ONNX Runtime has; one that would not really run is an error.
-        shape: batch and sequence at which operations and bytes are counted.
+        shape: batch and sequence of the run whose operations and bytes are counted.
 
     Raises:
         PathNotFound, CorruptFile: no graph there.
@@ -86,12 +86,12 @@ def prove(a: str | Path, b: str | Path, *, provider: str = "cpu", shape: tuple[i
     name = provider_name(provider)
     models = (load_graph(paths[0]), load_graph(paths[1]))
     digests = (_sha256(paths[0]), _sha256(paths[1]))
-    costs = (cost(models[0], shape), cost(models[1], shape))
     checks = [Check("bytes", digests[0] == digests[1])]
     checks.append(_check("graph", first_difference(*(canonical(*pair) for pair in zip(models, paths, strict=True)))))
-    ready = (optimise(paths[0], name), optimise(paths[1], name))
+    ready = (optimise(paths[0], name, shape), optimise(paths[1], name, shape))
     checks.append(_check("optimised graph", first_difference(ready[0].program, ready[1].program)))
     checks.append(_check("assignment", assignment_difference(*ready)))
+    costs = (cost(ready[0].executed), cost(ready[1].executed))
     checks.append(_check("cost", _cost_difference(*costs)))
     same = all(check.same for check in checks[1:])
     return ProveReport(
@@ -100,6 +100,11 @@ def prove(a: str | Path, b: str | Path, *, provider: str = "cpu", shape: tuple[i
         seconds=watch.seconds,
         peak_rss_bytes=peak_rss(),
         ledger={},
+        notes=tuple(
+            f"{path} does not run at this shape, so its cost is not counted: {each.refusal}"
+            for path, each in zip(paths, ready, strict=True)
+            if each.refusal
+        ),
         a=str(a),
         b=str(b),
         same=same,
@@ -121,6 +126,8 @@ def _check(name: str, difference: Difference | None) -> Check:
 
 def _cost_difference(a: Cost, b: Cost) -> Difference | None:
     """The first op, by name, that takes other operations or bytes in the two."""
+    if a.uncounted != b.uncounted:
+        return Difference("the ops that are not counted", *(", ".join(each.uncounted) or "none" for each in (a, b)))
     for op in sorted({*a.by_op, *b.by_op}):
         if a.by_op.get(op) != b.by_op.get(op):
             texts = (
