@@ -29,7 +29,7 @@ def command(
     The graph depends on the architecture alone: base and merged give the same bytes, and only the weights differ.
 
     With --template and --base nothing is traced: every weight of that graph is found in the base, byte for byte, and
-    MODEL's are put in its place.
+    those of MODEL, any checkpoint of the same tensors, are put in its place.
     """
     if (template is None) != (base is None):
         raise click.UsageError("--template and --base go together: the graph, and what it was exported from")

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from formats.adapter import NOTHING_TOLD, Told
+from formats.errors import CorruptFile
 from formats.paths import open_checkpoint
-from formats.staging import Staging, disk_errors, write_at
+from formats.staging import Staging, copy_range, disk_errors, write_at
 from surgery.errors import NothingToDo, TemplateMismatch, Unsupported
 from surgery.exact.survival import Surviving
 from surgery.onnx.fitting import Change, Fitting, Tensors, fit
@@ -266,7 +267,22 @@ def _fill(
                 write_at(files[place.location], data.data, place.offset)
         elif slot is not None and data is not held:
             _put(tensor, data.tobytes())
+    if layout.kept:
+        _copy_gaps(layout, files, work)
     return changed
+
+
+def _copy_gaps(layout: _Layout, files: Mapping[str, int], work: _Work) -> None:
+    """What lies between the tensors: padding, or the header where the weights are a safetensors file."""
+    for name, size in layout.sizes.items():
+        places = sorted({(each.offset, each.length) for each in layout.places.values() if each.location == name})
+        end = 0
+        with (work.template.parent / name).open("rb") as stream, disk_errors(work.out.parent / name):
+            for begin, length in (*places, (size, 0)):
+                if begin < end:
+                    raise CorruptFile("two tensors of the graph overlap", where=work.template.parent / name)
+                copy_range(stream.fileno(), end, files[name], end, begin - end)
+                end = begin + length
 
 
 def _put(tensor: onnx.TensorProto, data: bytes) -> None:

@@ -206,6 +206,28 @@ def test_the_command_line(tmp_path: Path, cases: Callable[[str], Case], bert: Pa
         assert cli(*arguments).exit_code == 2
 
 
+def test_every_method_that_merge_knows(tmp_path: Path, cases: Callable[[str], Case], bert: Path) -> None:
+    """DoRA, a head in full and two adapters at once: the files are those of the merged checkpoint."""
+    import peft
+
+    case = cases("bert")
+    torch.manual_seed(2)
+    config = peft.LoraConfig(r=2, target_modules=["key"], use_dora=True, modules_to_save=["classifier"])
+    tuned = peft.get_peft_model(_model("bert"), config)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    tuned.save_pretrained(tmp_path / "dora")
+    adapters = [(case.adapter, 0.5), tmp_path / "dora"]
+    merge(case.base, adapters, tmp_path / "merged")
+    reweigh(bert, tmp_path / "merged", tmp_path / "a" / "m.onnx", base=case.base)
+    report = merge_onnx(bert, adapters, tmp_path / "b" / "m.onnx", base=case.base)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    assert {"classifier.weight", "classifier.bias"} <= set(report.changed)
+
+
 def test_another_base_is_refused(tmp_path: Path, cases: Callable[[str], Case], bert: Path) -> None:
     """A checkpoint of the same shapes and other values, in all tensors or in one, is not what the graph was made of."""
     case = cases("bert")
@@ -238,6 +260,14 @@ def test_beside_the_template(tmp_path: Path, cases: Callable[[str], Case], bert:
     reweigh(folder / bert.name, case.merged, folder / "merged.onnx", base=case.base, force=True)
     with pytest.raises(OutputExists):
         reweigh(folder / bert.name, case.merged, folder / bert.name, base=case.base, force=True)
+
+
+def test_our_own_export_as_template(tmp_path: Path, twins: Callable[[str], Any]) -> None:
+    """The files are those that exporting the merged model gives, the safetensors header included."""
+    base, merged = twins("bert")
+    reweigh(base.onnx, merged.model, tmp_path / "new" / "model.onnx", base=base.model)
+    for file in merged.onnx.parent.iterdir():
+        assert (tmp_path / "new" / file.name).read_bytes() == file.read_bytes()
 
 
 # Small graphs by hand ------------------------------------------------------------------------------------------------
@@ -302,6 +332,39 @@ def test_recipes(tmp_path: Path, dtype: torch.dtype) -> None:
     for name, expected in weights(merged).items():
         assert np.array_equal(_values(tmp_path / "out.onnx")[name], expected), name
     assert prove(template, tmp_path / "out.onnx").level == "graph"
+
+
+def test_a_graph_in_half_precision(tmp_path: Path) -> None:
+    """A float16 graph of a float32 base: its weights are the base's, rounded, and so are the merged ones."""
+    base, merged = (_tensors(seed, a_w=(4, 4)) for seed in (0, 1))
+    paths = [_saved(tmp_path / f"{name}.st", of) for name, of in (("base", base), ("merged", merged))]
+    template = _graph(tmp_path / "t.onnx", {"val": base["a.w"].T.half().numpy()}, _chain("val"))
+    reweigh(template, paths[1], tmp_path / "out.onnx", base=paths[0])
+    found = numpy_helper.to_array(load_graph(tmp_path / "out.onnx").graph.initializer[0])
+    assert np.array_equal(found, merged["a.w"].T.half().numpy())
+
+
+def test_weights_in_nodes_and_branches(tmp_path: Path) -> None:
+    """A Constant node's weight and one inside a branch are weights like any other."""
+    base, merged = (_tensors(seed, a_w=(4, 4), b_w=(4, 4)) for seed in (0, 1))
+    paths = [_saved(tmp_path / f"{name}.st", of) for name, of in (("base", base), ("merged", merged))]
+    held = numpy_helper.from_array(base["a.w"].numpy(), "inner")
+    inner = helper.make_node("MatMul", ["t", "branch"], ["z"], "in_branch")
+    out = helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, None)
+    branch = helper.make_graph(
+        [inner], "b", [], [out], [numpy_helper.from_array(base["b.w"].T.numpy().copy(), "branch")]
+    )
+    nodes = [
+        helper.make_node("Constant", [], ["w"], "w", value=held),
+        helper.make_node("MatMul", ["x", "w"], ["t"], "m"),
+        helper.make_node("If", ["yes"], ["y"], "if", then_branch=branch, else_branch=branch),
+    ]
+    template = _graph(tmp_path / "t.onnx", {"yes": np.array(True)}, nodes)
+    report = reweigh(template, paths[1], tmp_path / "out.onnx", base=paths[0])
+    assert dict(report.recipes) == {"w": "a.w", "branch": "b.wᵀ"}
+    x = np.ones((2, 4), np.float32)
+    found = onnxruntime.InferenceSession(str(tmp_path / "out.onnx")).run(None, {"x": x})[0]
+    assert np.allclose(found, x @ merged["a.w"].numpy() @ merged["b.w"].numpy().T, atol=1e-5)
 
 
 def test_shapes_alone_prove_nothing(tmp_path: Path) -> None:
@@ -465,6 +528,12 @@ def test_bad_templates(tmp_path: Path) -> None:
     assert reweigh(_outside(graph(), location="weights"), merged, tmp_path / "new" / "out.onnx", base=base).same_graph
     with pytest.raises(Unsupported):
         reweigh(graph(), merged, tmp_path / "out", base=base)
+    overlapping = load_graph(_outside(graph(), location="weights"))
+    overlapping.graph.initializer.add(name="part", dims=[2], data_type=7, data_location=1)
+    overlapping.graph.initializer[-1].external_data.add(key="location", value="weights")
+    (tmp_path / "t.onnx").write_bytes(overlapping.SerializeToString())
+    with pytest.raises(CorruptFile, match="overlap"):
+        reweigh(tmp_path / "t.onnx", merged, tmp_path / "over" / "out.onnx", base=base)
     scaled = [helper.make_node("DequantizeLinear", ["q", "s"], ["w"], "d"), *_chain("w")]
     eight = {"q": np.ones((4, 4), np.int8), "s": np.float32(0.1), **held}
     wide = [helper.make_node("Cast", ["q"], ["f"], "c", to=1), *_chain("f")]
