@@ -133,7 +133,7 @@ def _chosen(slot: Slot, candidates: Sequence[Piece], uniform: bool) -> tuple[Pie
     A module alone says too little where all elements are equal: a fused node may add one module's zeros in another.
     """
     told = False
-    for says in (_named, _folded) if uniform else (_named, _folded, _used_by_module):
+    for says in (_called, _named, _folded) if uniform else (_called, _named, _folded, _used_by_module):
         named = [piece for piece in candidates if says(slot, piece.source)]
         candidates, told = named or candidates, told or bool(named)
         if told and len(candidates) == 1:
@@ -145,6 +145,10 @@ def _chosen(slot: Slot, candidates: Sequence[Piece], uniform: bool) -> tuple[Pie
 def _is_uniform(payload: Bytes, dtype: DType) -> bool:
     elements = payload.reshape(-1, dtype.itemsize)
     return bool((elements == elements[0]).all())
+
+
+def _called(slot: Slot, source: str) -> bool:
+    return slot.name == source
 
 
 def _named(slot: Slot, source: str) -> bool:

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,6 +141,8 @@ def _run(
     model = load_graph(work.template)
     places = [external(tensor, work.template) for tensor in all_tensors(model)]
     outside = {index: place for index, place in enumerate(places) if place is not None}
+    held_in = {work.template.parent / place.location for place in outside.values()}
+    work = replace(work, inputs=(*work.inputs, *sorted(held_in)))
     layout = _layout(outside, work)
     _check_outputs(layout, work)
     fitting = fit(model, work.template, base, work.base)

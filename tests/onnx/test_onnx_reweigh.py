@@ -181,6 +181,30 @@ def test_other_exporters_graphs(
     assert again.changed == report.changed
 
 
+class _Logits(torch.nn.Module):
+    """What torch's old exporter can trace: tensors in, one tensor out."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=ids, attention_mask=mask).logits
+        return logits
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchs_old_exporter(tmp_path: Path, cases: Callable[[str], Case]) -> None:
+    """It names folded weights by numbers and says nothing of where they come from: the bytes do."""
+    case, template = cases("gpt2"), tmp_path / "model.onnx"
+    inputs = _inputs("gpt2")
+    model, names = _Logits(_model("gpt2")), list(inputs)
+    torch.onnx.export(model, tuple(inputs.values()), str(template), dynamo=False, input_names=names)
+    reweigh(template, case.merged, tmp_path / "merged" / "model.onnx", base=case.base)
+    assert _close(_run(tmp_path / "merged" / "model.onnx", "gpt2"), case.logits)
+    assert prove(template, tmp_path / "merged" / "model.onnx", shape=(2, 8)).level == "graph"
+
+
 def test_the_command_line(tmp_path: Path, cases: Callable[[str], Case], bert: Path, cli: Callable[..., Result]) -> None:
     """export-onnx --template and merge BASE.onnx give the same files; options that mean nothing there are refused."""
     case = cases("bert")
@@ -260,6 +284,12 @@ def test_beside_the_template(tmp_path: Path, cases: Callable[[str], Case], bert:
     reweigh(folder / bert.name, case.merged, folder / "merged.onnx", base=case.base, force=True)
     with pytest.raises(OutputExists):
         reweigh(folder / bert.name, case.merged, folder / bert.name, base=case.base, force=True)
+    with pytest.raises(OutputExists):  # merged.onnx.data is what this template's weights lie in
+        reweigh(folder / "merged.onnx", case.base, folder / "merged.onnx", base=case.merged, force=True)
+    (folder / "other.onnx").write_bytes((folder / "merged.onnx").read_bytes())
+    (folder / "merged.onnx").unlink()
+    with pytest.raises(OutputExists):
+        reweigh(folder / "other.onnx", case.base, folder / "merged.onnx", base=case.merged, force=True)
 
 
 def test_our_own_export_as_template(tmp_path: Path, twins: Callable[[str], Any]) -> None:
@@ -405,6 +435,11 @@ def test_what_nothing_tells_apart_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(TemplateMismatch, match="nothing tells which"):  # a.w may stand for b.w in its second use
         reweigh(named, one, tmp_path / "out.onnx", base=base)
+    suffix = _saved(tmp_path / "s.st", {"w": tensors["a.w"], "b.w": tensors["a.w"], "c.w": tensors["c.w"]})
+    split = _saved(tmp_path / "ss.st", {"w": changed, "b.w": tensors["a.w"], "c.w": tensors["c.w"]})
+    exact = {"w": anonymous["val_0"], "b.w": anonymous["val_0"], "val_1": anonymous["val_1"]}
+    reweigh(_graph(tmp_path / "e.onnx", exact, _chain("w", "b.w", "val_1")), split, tmp_path / "s.onnx", base=suffix)
+    assert np.array_equal(_values(tmp_path / "s.onnx")["w"], changed.numpy())
     two = {"a.w": anonymous["val_0"], "b.w": anonymous["val_0"], "val_1": anonymous["val_1"]}
     apart = _graph(tmp_path / "p.onnx", two, _chain("a.w", "b.w", "val_1"))
     reweigh(apart, one, tmp_path / "apart.onnx", base=base)
