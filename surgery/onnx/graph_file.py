@@ -92,7 +92,7 @@ def external(tensor: onnx.TensorProto, where: Path) -> External | None:
 
 
 def nbytes(tensor: onnx.TensorProto) -> int:
-    """Bytes of a tensor's payload; two elements of four bits share one."""
+    """Bytes of a tensor's payload; elements of four or two bits share them."""
     import onnx
 
     count = 1
@@ -101,6 +101,8 @@ def nbytes(tensor: onnx.TensorProto) -> int:
     label = onnx.TensorProto.DataType.Name(tensor.data_type)
     if label.endswith("INT4") or label.startswith("FLOAT4"):
         return (count + 1) // 2
+    if label.endswith("INT2"):
+        return (count + 3) // 4
     return count * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 

@@ -259,7 +259,8 @@ def _fill(
             if not np.array_equal(data, held):
                 changed.append(slot)
         if place is not None:
-            if written.setdefault(place, payload_hash(data)) != payload_hash(data):
+            digest = payload_hash(data)
+            if written.setdefault(place, digest) != digest:
                 raise TemplateMismatch(
                     "two weights of the graph lie on the same bytes, and the merge makes them differ",
                     where=f"{work.template}: {tensor.name}",
