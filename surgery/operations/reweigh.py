@@ -149,9 +149,9 @@ def _run(
     change = Change(fitting, base, merged, work.template)
     with _staged(layout, work) as files:
         changed = _fill(model, fitting, change, layout, files, work)
+        change.refuse_lost()
         if not changed:
             raise NothingToDo("the graph holds these very weights already", where=work.template)
-        change.refuse_lost()
         graph = _graph_bytes(model, changed, layout, work)
         with disk_errors(work.out):
             write_at(files[work.out.name], graph, 0)

@@ -516,6 +516,7 @@ def test_changes_without_a_place(tmp_path: Path) -> None:
     for at, (merged, error) in enumerate(
         (
             (tensors | plain | {"head.w": tensors["head.w"] + 1}, TemplateMismatch),
+            (tensors | {"head.w": tensors["head.w"] + 1}, TemplateMismatch),
             (tensors | plain | {"more.w": tensors["a.w"]}, TemplateMismatch),
             ({"head.w": tensors["head.w"]}, MissingTensors),
             (tensors | {"a.w": torch.zeros(5, 4)}, ShapeMismatch),
