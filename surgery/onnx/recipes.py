@@ -95,12 +95,13 @@ def find_recipes(
             uniform = _is_uniform(payload(slot), slot.dtype)
             piece, told = _chosen(slot, exact[slot.index], uniform)
             found[slot.index] = Recipe((piece,), doubtful=uniform and not told)
-    left = [slot for slot in slots if slot.index not in found]
+    left = [slot for slot in slots if slot.index not in found and slot.size]
     heads = _Heads(left, weights, read)
     for slot in left:
-        recipe = heads.assemble(slot, payload(slot)) or _slice(slot, payload(slot), weights, read)
+        held = payload(slot)
+        recipe = heads.assemble(slot, held) or _slice(slot, held, weights, read)
         if recipe is not None:
-            found[slot.index] = recipe
+            found[slot.index] = replace(recipe, doubtful=recipe.doubtful or _is_uniform(held, slot.dtype))
     return found
 
 

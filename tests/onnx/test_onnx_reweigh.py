@@ -466,6 +466,22 @@ def test_zeros_may_be_a_constant(tmp_path: Path) -> None:
                 reweigh(template, merged, tmp_path / "out.onnx", base=base)
 
 
+def test_zeros_that_zeros_could_make(tmp_path: Path) -> None:
+    """A table of zeros is not taken for two biases of zeros, put together; an empty one is left alone."""
+    tensors = _tensors(0, a_w=(4, 4)) | {"a.b": torch.zeros(2), "b.b": torch.zeros(2)}
+    nodes = _chain("a.w")
+    nodes[0].output[0] = "t"
+    nodes.append(helper.make_node("Add", ["t", "zeros"], ["y"], "add"))
+    held = {"a.w": tensors["a.w"].numpy(), "zeros": np.zeros(4, np.float32), "empty": np.zeros((0, 3), np.float32)}
+    template = _graph(tmp_path / "t.onnx", held, nodes)
+    base = _saved(tmp_path / "base.st", tensors)
+    both = tensors | {"a.b": torch.ones(2), "b.b": torch.ones(2)}
+    with pytest.raises(TemplateMismatch, match="nothing tells which"):
+        reweigh(template, _saved(tmp_path / "both.st", both), tmp_path / "no.onnx", base=base)
+    merged = _saved(tmp_path / "m.st", tensors | {"a.w": tensors["a.w"] + 1})
+    assert reweigh(template, merged, tmp_path / "out.onnx", base=base).changed == ("a.w",)
+
+
 def test_what_the_optimiser_folded(tmp_path: Path) -> None:
     """Rows that it says it took from a tensor are found there; what it computed otherwise is refused by source."""
     base, merged = (_tensors(seed, a_w=(4, 4), p_w=(9, 4)) for seed in (0, 1))
