@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from surgery.operations.extract import ExtractReport, extract
     from surgery.operations.inspect import InspectReport, inspect
     from surgery.operations.merge import MergeReport, merge
+    from surgery.operations.prove import ProveReport, prove
     from surgery.operations.resize import ResizeReport, resize
+    from surgery.operations.reweigh import ReweighReport, merge_onnx, reweigh
     from surgery.operations.spectrum import SpectrumReport, spectrum
     from surgery.operations.to_lora import ToLoraReport, to_lora
     from surgery.operations.unmerge import UnmergeReport, unmerge
@@ -65,11 +67,16 @@ _HOMES = {
     "InspectReport": "surgery.operations.inspect",
     "merge": "surgery.operations.merge",
     "MergeReport": "surgery.operations.merge",
+    "merge_onnx": "surgery.operations.reweigh",
     "open_checkpoint": "formats",
+    "prove": "surgery.operations.prove",
+    "ProveReport": "surgery.operations.prove",
     "ReportedError": "surgery.errors",
     "resize": "surgery.operations.resize",
     "ResizeReport": "surgery.operations.resize",
     "Resources": "surgery.engine",
+    "reweigh": "surgery.operations.reweigh",
+    "ReweighReport": "surgery.operations.reweigh",
     "spectrum": "surgery.operations.spectrum",
     "SpectrumReport": "surgery.operations.spectrum",
     "SurgeryError": "surgery.errors",
@@ -105,12 +112,14 @@ __all__ = [
     "FormatError",
     "InspectReport",
     "MergeReport",
+    "ProveReport",
     "QuantileRule",
     "RatioRule",
     "ReportedError",
     "ResidualRule",
     "ResizeReport",
     "Resources",
+    "ReweighReport",
     "SpectrumReport",
     "SurgeryError",
     "ThresholdRule",
@@ -128,8 +137,11 @@ __all__ = [
     "extract",
     "inspect",
     "merge",
+    "merge_onnx",
     "open_checkpoint",
+    "prove",
     "resize",
+    "reweigh",
     "spectrum",
     "to_lora",
     "unmerge",

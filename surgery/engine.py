@@ -79,7 +79,7 @@ def run(
     budget = _Budget(resources.memory)
     stop = threading.Event()
     writers = (writer, aside)
-    with _Readers() as readers, torch_threads():
+    with Readers() as readers, torch_threads():
         # Largest first: the last step to finish is then a small one.
         order = sorted(range(len(plan.steps)), key=lambda index: -plan.steps[index].volume)
         pool = ThreadPoolExecutor(workers, "surgery", initializer=torch.set_num_threads, initargs=(intra_op,))
@@ -113,7 +113,7 @@ def _device(name: str) -> torch.device:
 
 def _run_step(
     step: Step,
-    readers: _Readers,
+    readers: Readers,
     writers: tuple[CheckpointWriter | None, CheckpointWriter | None],
     budget: _Budget,
     device: torch.device,
@@ -143,7 +143,7 @@ def _run_step(
     return Outcome((), outcome.fates, outcome.figures)
 
 
-def _take_over(step: Step, op: TakesOver, readers: _Readers, writer: CheckpointWriter | None) -> Outcome:
+def _take_over(step: Step, op: TakesOver, readers: Readers, writer: CheckpointWriter | None) -> Outcome:
     """Copies the step's input to its output, and hashes it on the way."""
     (ref,), (spec,) = step.inputs, step.outputs
     seen = new_hash()
@@ -158,7 +158,7 @@ def _take_over(step: Step, op: TakesOver, readers: _Readers, writer: CheckpointW
 
 
 def _stream(
-    step: Step, op: Streams, readers: _Readers, writer: CheckpointWriter | None, device: torch.device
+    step: Step, op: Streams, readers: Readers, writer: CheckpointWriter | None, device: torch.device
 ) -> Outcome:
     """Reads the step's first input, and writes its output, as the op asks for it."""
     ref, (spec,) = step.inputs[0], step.outputs
@@ -200,7 +200,7 @@ def _write(
             writer.omit(spec.name)
 
 
-def _unchanged(step: Step, readers: _Readers) -> Outcome | None:
+def _unchanged(step: Step, readers: Readers) -> Outcome | None:
     """What a comparing op says of pairs that are equal bit for bit; None if one is not, or the op does not compare."""
     outcome = step.op.unchanged() if isinstance(step.op, Compares) else None
     if outcome is None:
@@ -244,7 +244,7 @@ class _Budget:
                 self._changed.notify_all()
 
 
-class _Readers:
+class Readers:
     """Checkpoints opened once for all workers, closed together."""
 
     def __init__(self) -> None:
@@ -252,6 +252,7 @@ class _Readers:
         self._lock = threading.Lock()
 
     def read(self, ref: TensorRef) -> torch.Tensor:
+        """The tensor of a reference, on the CPU."""
         return self.checkpoint(ref).read(ref.name)
 
     def equal(self, before: TensorRef, after: TensorRef) -> bool:
@@ -269,12 +270,13 @@ class _Readers:
         return True
 
     def checkpoint(self, ref: TensorRef) -> Checkpoint:
+        """The checkpoint that a reference is to."""
         with self._lock:
             if ref.checkpoint not in self._open:
                 self._open[ref.checkpoint] = open_checkpoint(ref.checkpoint.path)
             return self._open[ref.checkpoint]
 
-    def __enter__(self) -> _Readers:
+    def __enter__(self) -> Readers:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -13,6 +13,7 @@ ReportedError
     ├── UnknownArchitecture   config.json does not name a class that transformers has
     ├── MissingTensors        a model needs tensors that the checkpoint does not have
     ├── InputsDiffer          two graphs that cannot be fed the same inputs
+    ├── TemplateMismatch      an ONNX graph whose weights are not the base's, or not told apart
     ├── ProviderUnavailable   the execution provider asked for is not the one that would run
     └── VerificationFailed    a check ran and said no (exit code 3)
 """
@@ -33,6 +34,7 @@ __all__ = [
     "ProviderUnavailable",
     "ReportedError",
     "SurgeryError",
+    "TemplateMismatch",
     "UndoMismatch",
     "UnknownArchitecture",
     "Unsupported",
@@ -82,6 +84,10 @@ class MissingTensors(SurgeryError):
 
 class InputsDiffer(SurgeryError):
     """Two graphs that cannot be fed the same inputs."""
+
+
+class TemplateMismatch(SurgeryError):
+    """An ONNX graph whose weights are not the base's, or cannot be told apart."""
 
 
 class ProviderUnavailable(SurgeryError):

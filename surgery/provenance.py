@@ -20,7 +20,7 @@ from formats.adapter import Adapter
 from formats.errors import CorruptFile
 from formats.paths import open_checkpoint
 from formats.spec import DType, TensorSpec
-from formats.tensors import bytes_from_tensor, tensor_from_bytes
+from formats.tensors import Bytes, bytes_from_tensor, tensor_from_bytes
 from surgery.checks import check_finite
 from surgery.threads import torch_threads
 from surgery.version import __version__
@@ -40,9 +40,14 @@ def new_hash() -> blake3:
     return blake3()
 
 
+def payload_hash(payload: Bytes) -> str:
+    """BLAKE3 of a payload, in hex."""
+    return blake3(payload.data).hexdigest()
+
+
 def tensor_hash(tensor: torch.Tensor) -> str:
     """BLAKE3 of the tensor's payload as stored, in hex."""
-    return blake3(bytes_from_tensor(tensor).data).hexdigest()
+    return payload_hash(bytes_from_tensor(tensor))
 
 
 def content_digest(tensors: Iterable[tuple[TensorSpec, str]]) -> str:

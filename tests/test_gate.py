@@ -63,9 +63,8 @@ def test_a_tiny_model_passes(tmp_path: Path) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(tmp_path / "tuned")
     command = f"exec '{Path(sys.executable).with_name('surgery')}' \"$@\""
-    proving = 'if [ "$1" = prove ]; then exec cmp "$2" "$3"; fi'  # prove has tests of its own
     settings = {"RANK": "2", "MARGIN": "0.9", "TIME": "10", "SHAPES": "1x16"}
-    done = _gate(tmp_path, f"{proving}\n{command}", "base", "tuned", "out", **settings)
+    done = _gate(tmp_path, command, "base", "tuned", "out", **settings)
     assert done.returncode in (0, 4), done.stderr
     record = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert list(record["same_graph"].values()) == [True]

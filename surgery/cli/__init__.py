@@ -22,6 +22,7 @@ COMMANDS = {
     "combine": "surgery.cli.combine",
     "verify": "surgery.cli.verify",
     "export-onnx": "surgery.cli.export_onnx",
+    "prove": "surgery.cli.prove",
     "bench": "surgery.cli.bench",
     "convert": "surgery.cli.convert",
     "inspect": "surgery.cli.inspect",

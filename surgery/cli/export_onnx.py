@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery.cli import options
+
+if TYPE_CHECKING:
+    from surgery.operations.reweigh import ReweighReport
 
 
 @click.command(
@@ -29,6 +32,10 @@ from surgery.cli import options
     type=click.Choice(["branch", "inputs"]),
     help="The factors are fixed weights of the graph [the default], or inputs that .onnx_adapter files fill.",
 )
+@click.option(
+    "--template", type=options.PATH, metavar="GRAPH", help="Put the weights into this graph, which any tool exported."
+)
+@click.option("--base", type=options.PATH, help="The checkpoint that the template was exported from.")
 @click.option("--no-verify", is_flag=True, help="Do not compare with torch before the output appears.")
 @options.output_options
 @options.told_options
@@ -37,6 +44,8 @@ def command(
     model: str,
     adapters: tuple[str, ...],
     adapters_as: str | None,
+    template: str | None,
+    base: str | None,
     out: str,
     no_verify: bool,
     force: bool,
@@ -48,9 +57,24 @@ def command(
     The graph depends on the architecture alone: base and merged give the same bytes, and only the weights differ.
     A merged adapter costs nothing; one that is left in the graph costs two small products for every adapted weight, and
     as inputs can be exchanged from run to run: one graph serves many adapters of the same weights.
+
+    With --template and --base nothing is traced: every weight of that graph is found in the base, byte for byte, and
+    those of MODEL, any checkpoint of the same tensors, are put in its place.
     """
     if not adapters and (adapters_as is not None or any(how[name] for name in options.TOLD)):
         raise click.UsageError("--as and what is told of an adapter need --adapter")
+    if (template is None) != (base is None):
+        raise click.UsageError("--template and --base go together: the graph, and what it was exported from")
+    if template is not None and base is not None:
+        if adapters:
+            raise click.UsageError("an adapter goes into a template by surgery merge GRAPH ADAPTER --base BASE")
+        if no_verify:
+            raise click.UsageError("--no-verify is for exports that trace; --template compares bytes instead")
+        from surgery.operations.reweigh import reweigh
+
+        with options.reporting("export-onnx", as_json):
+            show_reweighed(reweigh(template, model, out, base=base, force=force), as_json)
+        return
     from surgery.operations.export_onnx import export_onnx
 
     with options.reporting("export-onnx", as_json):
@@ -88,3 +112,18 @@ def command(
             )
         options.show(options.facts(report.model_class, known.items()))
         options.show_ending(report)
+
+
+def show_reweighed(report: ReweighReport, as_json: bool) -> None:
+    """What became of a graph whose weights were replaced."""
+    if as_json:
+        options.print_json(report)
+        return
+    same = "the template's, byte for byte" if report.same_graph else "the template's, but for its weights"
+    known = {
+        "graph": f"{report.graph_sha256[:16]}, {same}",
+        "weights": f"{len(report.recipes)}, each the base's byte for byte before; {len(report.changed)} changed",
+        "constants": f"{len(report.constants)} float tensors that are no weights stay as they are",
+    }
+    options.show(options.facts(report.template, known.items()))
+    options.show_ending(report)

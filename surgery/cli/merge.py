@@ -18,6 +18,7 @@ _WARN_BELOW = 0.5
 @click.command("merge", epilog="Example: surgery merge base/ adapter/ style/:0.5 -o merged/")
 @click.argument("base", type=options.PATH)
 @options.merging_options(undo="Also write what unmerge needs to give BASE back bit for bit.")
+@click.option("--base", "of", type=options.PATH, help="Where BASE is an ONNX graph: what it was exported from.")
 @click.option("--weight", type=float, default=1.0, show_default=True, help="A factor of every delta.")
 @click.option("--untie", is_flag=True, help="Give a head that BASE ties to its embedding a tensor of its own.")
 @click.option(
@@ -36,6 +37,7 @@ def command(
     base: str,
     adapters: tuple[tuple[str, float | None], ...],
     out: str,
+    of: str | None,
     dry_run: bool,
     jobs: int,
     memory: int,
@@ -43,7 +45,11 @@ def command(
     as_json: bool,
     **how: Any,
 ) -> None:
-    """Merge adapters into BASE: W = W0 + ΣΔW, each weight rounded once, whatever their order."""
+    """Merge adapters into BASE: W = W0 + ΣΔW, each weight rounded once, whatever their order.
+
+    BASE may be an ONNX graph, exported by any tool from the checkpoint --base: OUT.onnx is then that graph with the
+    merged weights.
+    """
     from formats.paths import open_checkpoint
     from surgery.operations import merge as operation
     from surgery.operations.adapters import open_for_merge
@@ -51,6 +57,13 @@ def command(
     from surgery.operations.stored_dtype import dtype_named
 
     how = options.told(how)
+    if base.endswith(".onnx") or of is not None:
+        if of is None or not base.endswith(".onnx"):
+            raise click.UsageError(
+                "an ONNX graph as BASE and the checkpoint it was exported from as --base go together"
+            )
+        _merge_graph(base, of, adapters, out, {"dry_run": dry_run, "device": device != "cpu", **how}, as_json)
+        return
     with options.reporting("merge", as_json):
         if dry_run:
             with open_checkpoint(base) as w0:
@@ -71,6 +84,31 @@ def command(
             share = f"{report.undo.share:.2%} of the tensors that changed"
             options.show(f"undo file {report.undo.path}: {report.undo.nbytes:,} bytes, {share}")
         options.show_ending(report)
+
+
+_GRAPH = ("weight", "told", "force")  # what merging into a graph knows
+
+
+def _merge_graph(
+    template: str,
+    base: str,
+    adapters: tuple[tuple[str, float | None], ...],
+    out: str,
+    how: dict[str, Any],
+    as_json: bool,
+) -> None:
+    from surgery.cli.export_onnx import show_reweighed
+    from surgery.operations.reweigh import merge_onnx
+
+    refused = [name for name, value in how.items() if name not in _GRAPH and value]
+    if refused:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in refused)
+        raise click.UsageError(f"{named}: for checkpoints; a graph keeps its dtypes and has no receipt to undo by")
+    with options.reporting("merge", as_json):
+        report = merge_onnx(template, adapters, out, base=base, **{name: how[name] for name in _GRAPH})
+        for line in surviving_lines(report.surviving) if not as_json else ():
+            options.show(line)
+        show_reweighed(report, as_json)
 
 
 def surviving_lines(surviving: Mapping[str, Surviving]) -> list[str]:

@@ -1,1 +1,1 @@
-"""ONNX: the graph exported once, the weights as its payload, both checked against torch, and the latency measured."""
+"""ONNX: graphs exported once, or taken from others, with weights as their payload; checked, compared and timed."""

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import ProviderUnavailable, Unsupported
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _ON_CUDA = (CUDA, TENSORRT)
+_SETTINGS = {"session.intra_op.allow_spinning": "0", "session.record_ep_graph_assignment_info": "1"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,16 @@ def provider_name(wanted: str) -> str:
     )
 
 
-def open_session(path: Path, provider: str, threads: int | None, *, cuda_graph: bool = False) -> Any:
+def open_session(
+    path: Path,
+    provider: str,
+    threads: int | None,
+    *,
+    cuda_graph: bool = False,
+    settings: Mapping[str, str] = MappingProxyType({}),
+    optimised: Path | None = None,
+    profile: Path | None = None,
+) -> Any:
     """A session that really runs on `provider`, on one thread pool that does not spin.
 
     float32 stays float32: TF32 is off. TensorRT gets no cache of engines: which kernels it chooses is part of what
@@ -77,6 +88,9 @@ def open_session(path: Path, provider: str, threads: int | None, *, cuda_graph: 
         provider: as ONNX Runtime spells it.
         threads: intra-op threads; None leaves their number to ONNX Runtime.
         cuda_graph: capture the first run into a CUDA graph, and replay it from then on.
+        settings: further entries of the session's configuration, by ONNX Runtime's keys.
+        optimised: where to save the graph that runs, after ONNX Runtime's own optimisation.
+        profile: what the names of profiles begin with, where runs are to be profiled.
 
     Raises:
         ProviderUnavailable: ONNX Runtime fell back to another provider, as it does without an error, or left no node to
@@ -89,8 +103,14 @@ def open_session(path: Path, provider: str, threads: int | None, *, cuda_graph: 
     options.inter_op_num_threads = 1
     if threads is not None:
         options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    for key, value in (_SETTINGS | dict(settings)).items():
+        options.add_session_config_entry(key, value)
+    if optimised is not None:
+        options.optimized_model_filepath = str(optimised)
+        options.log_severity_level = 3  # or it warns that such a graph is of this machine, as is meant
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     try:
         with _muffled() if provider != "CPUExecutionProvider" else contextlib.nullcontext():
             if provider in _ON_CUDA:

@@ -17,16 +17,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from formats.errors import CorruptFile, PathNotFound
 from formats.staging import Staging, disk_errors, write_at
 from surgery.errors import Unsupported
+from surgery.onnx.graph_file import external, load_graph
 from surgery.onnx.record import BenchReport, Comparison, Role, to_json
 from surgery.report import Stopwatch, peak_rss
 from surgery.version import __version__
 
 if TYPE_CHECKING:
+    import onnx
+
     from surgery.onnx.feeds import Feeds
     from surgery.onnx.latency import Rehearsal, Taken
     from surgery.onnx.session import Setting
@@ -89,7 +91,7 @@ def bench(
     controls = () if positive_control is None else (Path(positive_control),)
     paths = (Path(reference), *controls, *candidates)
     with _kept(record, paths, force) as keep:
-        models = {path: _load(path) for path in paths}
+        models = {path: load_graph(path) for path in paths}
 
         from surgery.onnx import feeds as inputs
         from surgery.onnx.machine import condition, machine
@@ -306,34 +308,11 @@ def _kept(record: str | Path | None, inputs: Sequence[Path], force: bool) -> Ite
         staging.discard()
 
 
-def _load(path: Path) -> Any:
-    """The graph without its external weights."""
-    import onnx
-
-    if not path.is_file():
-        raise PathNotFound("no such file", where=path)
-    try:
-        return onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's own kind
-        raise CorruptFile("not an ONNX file", where=path, found=error) from error
-
-
-def _hashes(path: Path, graph: Any) -> dict[str, str]:
+def _hashes(path: Path, graph: onnx.ModelProto) -> dict[str, str]:
     """SHA-256 of the graph's file and of every file its weights lie in."""
-    import onnx
-
-    external = {
-        entry.value
-        for tensor in graph.graph.initializer
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    files = [path, *(path.parent / location for location in sorted(external))]
+    outside = {found.location for tensor in graph.graph.initializer if (found := external(tensor, path)) is not None}
     hashes = {}
-    for file in files:
-        if not file.is_file():
-            raise PathNotFound("the graph's weights are not where it says", where=file)
+    for file in (path, *(path.parent / location for location in sorted(outside))):
         with file.open("rb") as stream:
             hashes[str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashes

@@ -1,0 +1,67 @@
+"""`surgery prove`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from surgery.cli import options
+
+if TYPE_CHECKING:
+    from surgery.operations.prove import ProveReport
+
+_LEVELS = {
+    "bytes": "the same program: the two files are identical, byte for byte",
+    "graph": "the same program: identical but for names, order and numbers",
+    "": "not the same program",
+}
+
+
+@click.command("prove", epilog="Example: surgery prove base-onnx/model.onnx merged-onnx/model.onnx --provider cuda")
+@click.argument("base", type=options.PATH)
+@click.argument("merged", type=options.PATH)
+@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt … It must really load.")
+@click.option(
+    "--shape",
+    type=options.Shape(),
+    default="1x128",
+    show_default=True,
+    help="Batch and sequence of a run to count its cost.",
+)
+@options.json_option
+def command(base: str, merged: str, provider: str, shape: tuple[int, int], as_json: bool) -> None:
+    """Check that MERGED.onnx is BASE.onnx with other numbers, and nothing added: exit code 0, or 3 and what differs.
+
+    Compared are the bytes, the graphs, what the runtime makes of them, and which provider runs which op.
+    """
+    from surgery.operations.prove import prove
+
+    with options.reporting("prove", as_json):
+        report = prove(base, merged, provider=provider, shape=shape)
+        if as_json:
+            options.print_json(report)
+        else:
+            _show(report)
+    if not report.same:
+        sys.exit(3)
+
+
+def _show(report: ProveReport) -> None:
+    rows = options.table(f"{report.provider}, {report.shape[0]}×{report.shape[1]}", "base", "merged")
+    rows.add_row("nodes", str(report.nodes_a[0]), str(report.nodes_b[0]))
+    rows.add_row("nodes after optimisation", str(report.nodes_a[1]), str(report.nodes_b[1]))
+    costs = (report.cost_a, report.cost_b)
+    rows.add_row("floating-point operations", *(f"{each.flops:,}" for each in costs))
+    rows.add_row("bytes moved", *(f"{each.nbytes:,}" for each in costs))
+    if any(each.uncounted for each in costs):
+        rows.add_row("nodes not counted", *(str(len(each.uncounted)) for each in costs))
+    options.show(rows, *(f"note: {note}" for note in report.notes))
+    said = (f"{check.name}: {'the same' if check.same else 'differ'}" for check in report.checks)
+    options.show("; ".join(said), _LEVELS[report.level])
+    check = report.difference
+    if check is not None and check.difference is not None:
+        found = check.difference
+        click.echo(f"first difference, {check.name}: {found.what}")  # as it is: names may look like markup
+        click.echo(f"  base:   {found.a}\n  merged: {found.b}")
