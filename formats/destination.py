@@ -13,9 +13,8 @@ from pathlib import Path
 from formats.checkpoint import CheckpointWriter
 from formats.containers import Container, container_named
 from formats.errors import FormatError
-from formats.gguf_writer import GgufWriter
+from formats.forms import FORMS
 from formats.layout import shards_by_size
-from formats.ort_file import ORT
 from formats.paths import (
     ADAPTER_CONFIG,
     INDEX_SUFFIX,
@@ -25,7 +24,6 @@ from formats.paths import (
     open_checkpoint,
 )
 from formats.plain_file import PlainWriter
-from formats.safetensors_file import SAFETENSORS
 from formats.sharded import ShardedCheckpoint, ShardedWriter
 from formats.spec import TensorSpec
 from formats.staging import Staging, disk_errors, write_at
@@ -176,7 +174,7 @@ class _Output:
     ) -> None:
         self._staging = destination.staging()
         self._settled = False
-        self._container: PlainWriter | ShardedWriter | TorchWriter | GgufWriter
+        self._container: PlainWriter | ShardedWriter | TorchWriter
         filename, container = destination.weights if destination.is_folder else "", destination.container
         try:
             if destination.shards is not None:
@@ -185,11 +183,10 @@ class _Output:
                 )
             elif container is Container.TORCH:
                 self._container = TorchWriter(self._staging, filename, specs)
-            elif container is Container.GGUF:
-                self._container = GgufWriter(self._staging, specs, metadata)
             else:
-                form = ORT if container is Container.ORT else SAFETENSORS
-                self._container = PlainWriter(self._staging, filename, specs, metadata, form, reserve=reserve)
+                self._container = PlainWriter(
+                    self._staging, filename, specs, metadata, FORMS[container], reserve=reserve
+                )
             if destination.is_folder:
                 for companion in destination.companions:
                     self._staging.copy(companion.name, companion)

@@ -10,10 +10,10 @@ import json
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from formats.errors import CorruptFile, NotACheckpoint, UnsupportedDType
+from formats.plain_file import Header
 from formats.spec import DType, TensorSpec, shape_text
 
 TYPE, ADAPTER = "general.type", "adapter"
@@ -26,23 +26,9 @@ _VERSIONS = (2, 3)
 _DIMENSIONS = 4  # the most that GGML has
 
 
-@dataclass(frozen=True)
-class GgufHeader:
-    """What stands before the payload.
-
-    Attributes:
-        metadata: the key-values as texts: strings as they are, numbers as JSON writes them, of lists the length.
-        specs: the tensors, in the file's order.
-        offsets: where each begins, in bytes from the file's beginning.
-    """
-
-    metadata: Mapping[str, str]
-    specs: Mapping[str, TensorSpec]
-    offsets: Mapping[str, int]
-
-
-def read_header(descriptor: int, size: int, where: object) -> GgufHeader:
-    """Reads the header of an adapter.
+def read_header(descriptor: int, size: int, where: object) -> Header:
+    """Reads the header of an adapter. Metadata: the key-values as texts: strings as they are, numbers as JSON writes
+    them, of lists the length.
 
     Args:
         descriptor, size: of the file.
@@ -87,7 +73,7 @@ def read_header(descriptor: int, size: int, where: object) -> GgufHeader:
                 found=f"{size} bytes in all, the tensor from {offsets[name]} on",
                 then="download or copy the file again",
             )
-    return GgufHeader(metadata, specs, offsets)
+    return Header(specs, metadata, offsets)
 
 
 def _check_adapter(metadata: Mapping[str, str], where: object) -> None:

@@ -10,10 +10,8 @@ from pathlib import Path
 from formats.checkpoint import Checkpoint
 from formats.containers import Container, container_named
 from formats.errors import NotACheckpoint, PathNotFound
-from formats.gguf_file import GgufFile
-from formats.ort_file import ORT
+from formats.forms import FORMS
 from formats.plain_file import PlainFile
-from formats.safetensors_file import SAFETENSORS
 from formats.sharded import ShardedCheckpoint
 from formats.torch_file import TorchFile
 
@@ -46,12 +44,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise PathNotFound("no such file or folder", where=path)
     if path.name.endswith((INDEX_SUFFIX, TORCH_INDEX_SUFFIX)):
         return ShardedCheckpoint(path)
-    container = container_named(path)
-    if container is Container.TORCH:
-        return TorchFile(path)
-    if container is Container.GGUF:
-        return GgufFile(path)
-    return PlainFile(path, ORT if container is Container.ORT else SAFETENSORS)
+    container = container_named(path) or Container.SAFETENSORS
+    return TorchFile(path) if container is Container.TORCH else PlainFile(path, FORMS[container])
 
 
 def container_of(checkpoint: Checkpoint) -> str:

@@ -31,8 +31,8 @@ from formats.dialects.writing import (
     without_dropped,
 )
 from formats.errors import AdapterFormatError, ShapeMismatch
+from formats.gguf_file import ALPHA, ARCHITECTURE
 from formats.gguf_header import ADAPTER, TYPE
-from formats.gguf_writer import ALPHA, ARCHITECTURE
 from formats.layers import LayerKind
 from formats.spec import DType, TensorSpec, shape_text
 
