@@ -2,26 +2,35 @@
 
 The payload is canonical: its name is fixed, it holds what the graph needs and nothing else, and its header is a
 function of names, dtypes and shapes alone. So the offsets that the graph's initialisers carry never depend on the
-file the weights came from, and two models of one architecture share one graph byte for byte. Knows nothing of torch
-and of what the graph computes.
+file the weights came from, and two models of one architecture share one graph byte for byte. Loads torch only to
+convert weights to another dtype, and knows nothing of what the graph computes.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from formats import Checkpoint, TensorSpec
+import numpy as np
+
+from formats import Checkpoint, DType, TensorSpec
 from formats.layout import Layout, layout
-from formats.staging import disk_errors, write_at
+from formats.staging import disk_errors, send, write_at
+from formats.tensors import Bytes, bytes_from_tensor, tensor_from_bytes
+from surgery.errors import NotFinite
+from surgery.exact.rounding import round_once
+from surgery.provenance import new_hash
 
 if TYPE_CHECKING:
     import onnx
 
 PAYLOAD = "model.safetensors"  # its name is part of the graph's bytes, so it never varies
 METADATA = {"format": "pt"}
+_PIECE = 8 << 20  # bytes read, hashed and written at a time
 
 
 def payload_layout(weights: Iterable[TensorSpec]) -> Layout:
@@ -58,12 +67,29 @@ def attach_payload(model: onnx.ModelProto, weights: Iterable[TensorSpec], where:
 
 def write_payload(
     descriptor: int, checkpoint: Checkpoint, weights: Iterable[TensorSpec], where: Layout, target: Path
-) -> None:
-    """Writes the payload into an open file, one tensor in memory at a time. Raises WriteFailed, naming `target`."""
-    with disk_errors(target):
+) -> str:
+    """Writes the payload into an open file, a few pieces of a tensor in memory at a time; its BLAKE3, in hexadecimal.
+
+    Raises:
+        WriteFailed: naming `target`.
+        NotFinite: a weight is beyond the range of the dtype that the graph computes in.
+    """
+    digest = new_hash()
+    digest.update(where.header)
+    with disk_errors(target), ThreadPoolExecutor(1) as hasher:
         write_at(descriptor, where.header, 0)
-        for spec in weights:
-            write_at(descriptor, checkpoint.read_bytes(spec.name).data, where.offsets[spec.name])
+        hashed: Future[object] | None = None
+        buffers = _buffers()
+        for spec in sorted(weights, key=lambda spec: where.offsets[spec.name]):
+            offset = where.offsets[spec.name]
+            for piece in _pieces(checkpoint, spec, buffers):
+                if hashed is not None:
+                    hashed.result()  # the piece before: so the buffer that comes next is free
+                hashed = hasher.submit(digest.update, piece)
+                write_at(descriptor, piece, offset)
+                send(descriptor, offset, len(piece))
+                offset += len(piece)
+    return digest.hexdigest()
 
 
 def holds_payload(path: Path, checkpoint: Checkpoint, weights: Iterable[TensorSpec], where: Layout) -> bool:
@@ -71,8 +97,38 @@ def holds_payload(path: Path, checkpoint: Checkpoint, weights: Iterable[TensorSp
     with path.open("rb") as stream:
         if os.fstat(stream.fileno()).st_size != where.size or stream.read(len(where.header)) != where.header:
             return False
+        buffers = _buffers()
         for spec in weights:
             stream.seek(where.offsets[spec.name])
-            if stream.read(spec.nbytes) != checkpoint.read_bytes(spec.name).tobytes():
+            if any(stream.read(len(piece)) != piece for piece in _pieces(checkpoint, spec, buffers)):
                 return False
     return True
+
+
+def _buffers() -> Iterator[Bytes]:
+    """Two in turn: one piece is hashed and written while the next is read."""
+    return itertools.cycle([np.empty(_PIECE, np.uint8), np.empty(_PIECE, np.uint8)])
+
+
+def _pieces(checkpoint: Checkpoint, spec: TensorSpec, buffers: Iterator[Bytes]) -> Iterator[memoryview]:
+    """The tensor's bytes in the dtype of `spec`; a piece's memory is used again for the next but one."""
+    stored = checkpoint.specs[spec.name]
+    for begin in range(0, stored.nbytes, _PIECE):
+        buffer = next(buffers)[: stored.nbytes - begin]
+        checkpoint.read_into(spec.name, begin, buffer)
+        yield buffer.data if stored.dtype is spec.dtype else _converted(buffer, stored, spec.dtype, checkpoint)
+
+
+def _converted(piece: Bytes, stored: TensorSpec, dtype: DType, checkpoint: Checkpoint) -> memoryview:
+    """Values in another floating-point dtype, each rounded once."""
+    flat = TensorSpec(stored.name, stored.dtype, (piece.nbytes // stored.dtype.itemsize,))
+    values = tensor_from_bytes(piece, flat).double()
+    made = round_once(values, dtype)
+    if bool((made.isinf() & values.isfinite()).any()):
+        raise NotFinite(
+            f"a weight is beyond the range of {dtype}",
+            where=f"{checkpoint.ref.path}: {stored.name}",
+            found=f"a magnitude of {float(values[values.isfinite()].abs().max()):.3g}",
+            then="--dtype float32 or bfloat16 holds it",
+        )
+    return bytes_from_tensor(made).data
