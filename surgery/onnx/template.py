@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from formats.errors import UnsupportedDType
 from formats.spec import DType, TensorSpec
 from surgery.errors import Unsupported
+from surgery.garbage import uncollected
 from surgery.onnx.architecture import checkpoint_specs, quiet, stored_ties
 from surgery.onnx.program import Exportable, Program, called, example
 from surgery.onnx.settings import SETTINGS, TIES, as_text
@@ -82,7 +83,7 @@ def build_templates(
     notes = {SETTINGS: as_text(model.settings), TIES: as_text(_tied(module, stored))}
     templates = []
     for program in model.kind.programs:
-        with quiet():
+        with quiet(), uncollected():
             traced = _trace(module, program, model, wanted)
             _optimise(traced, stored)
         proto, used = _canonical(traced, stored, program, model)
@@ -193,7 +194,7 @@ def _output_names(program: Any) -> list[str]:
 def _optimise(model: Any, stored: Mapping[str, TensorSpec]) -> None:
     """The exporter's own optimiser, blind to the weights: they stand as graph inputs, in the order of the file."""
     import onnx_ir.passes.common as passes
-    from onnxscript import optimizer, rewriter
+    from onnxscript import rewriter
 
     graph = model.graph
     for name in [name for name in graph.initializers if name in stored]:
@@ -201,12 +202,9 @@ def _optimise(model: Any, stored: Mapping[str, TensorSpec]) -> None:
         value.const_value = None
         graph.inputs.append(value)
     passes.InlinePass()(model)
-    for _ in range(2):  # folding uncovers patterns, and rewriting them uncovers constants
-        optimizer.fold_constants(model, onnx_shape_inference=True)
-        rewriter.rewrite(model)
-        passes.RemoveUnusedNodesPass()(model)
-        passes.RemoveUnusedFunctionsPass()(model)
-        passes.RemoveUnusedOpsetsPass()(model)
+    _fold(model)
+    rewriter.rewrite(model)  # folding has uncovered its patterns, and it uncovers constants
+    _fold(model)
     for finish in (
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.LiftSubgraphInitializersToMainGraphPass(),
@@ -218,6 +216,16 @@ def _optimise(model: Any, stored: Mapping[str, TensorSpec]) -> None:
         passes.NameFixPass(),
     ):
         finish(model)
+
+
+def _fold(model: Any) -> None:
+    import onnx_ir.passes.common as passes
+    from onnxscript import optimizer
+
+    optimizer.fold_constants(model, onnx_shape_inference=True)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedFunctionsPass()(model)
+    passes.RemoveUnusedOpsetsPass()(model)
 
 
 def _canonical(
@@ -232,6 +240,7 @@ def _canonical(
     import onnx_ir as ir
 
     graph = model.graph
+    order_nodes(graph)
     weights = [value for value in graph.inputs if value.name in stored]
     used = {stored[value.name].name: value for value in weights if value.uses()}  # tied weights: one initialiser
     inputs = [value for value in graph.inputs if value.name not in stored]
@@ -246,7 +255,8 @@ def _canonical(
         for index, value in enumerate(node.outputs):
             if id(value) not in outputs:
                 value.name = f"{node.name}:{index}" if index else node.name
-    constants = list(graph.initializers.values())
+    order = {id(value): index for index, value in enumerate(v for node in graph for v in _needs(node))}
+    constants = sorted(graph.initializers.values(), key=lambda value: order.get(id(value), len(order)))
     for index, value in enumerate(constants):
         value.name = value.const_value.name = f"constant_{index}"
 
@@ -271,6 +281,39 @@ def _canonical(
             data_location=onnx.TensorProto.EXTERNAL,
         )
     return proto, [spec for spec in {s.name: s for s in stored.values()}.values() if spec.name in used]
+
+
+def order_nodes(graph: Any) -> None:
+    """Puts a graph's nodes in the order in which its outputs need them. The module's own order is not always the same:
+    Gemma 3 runs through a set of its layers' kinds, which Python orders anew in every process."""
+    ordered: dict[Any, None] = {}
+    open_nodes = [value.producer() for value in reversed(graph.outputs)]
+    while open_nodes:
+        node = open_nodes[-1]
+        needed = [] if node is None or node in ordered else [value.producer() for value in _needs(node)]
+        waiting = [each for each in needed if each is not None and each.graph is graph and each not in ordered]
+        if waiting:
+            open_nodes += reversed(waiting)
+            continue
+        open_nodes.pop()
+        if node is not None:
+            ordered[node] = None
+    assert len(ordered) == len(graph)  # what is unused has been removed
+    graph.remove(list(ordered))
+    graph.extend(ordered)
+
+
+def _needs(node: Any) -> list[Any]:
+    """The values that a node reads, those that its subgraphs read included."""
+    from onnx_ir import AttributeType
+
+    read = [value for value in node.inputs if value is not None]
+    for attribute in node.attributes.values():
+        inner = [attribute.value] if attribute.type == AttributeType.GRAPH else []
+        inner = list(attribute.value) if attribute.type == AttributeType.GRAPHS else inner
+        read += [value for graph in inner for each in graph.all_nodes() for value in _needs(each)]
+        read += [value for graph in inner for value in graph.outputs]
+    return read
 
 
 def _rename_axes(inputs: list[Any], outputs: list[Any], program: Program, source: Exportable) -> None:

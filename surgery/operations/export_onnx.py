@@ -117,7 +117,7 @@ def export_onnx(
         OutputExists: something stands at the output, or the output is the input.
         VerificationFailed: ONNX Runtime and torch disagree.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(None if graph is not None and not verify else "torch")
     source, target, wanted = Path(model), Path(out), dtype_named(dtype)
     _check_source(source, alone=graph is not None or factory is not None)
     check_target(source, target, force)

@@ -16,7 +16,7 @@ import pytest
 from formats import DType, open_checkpoint
 from formats.errors import UnsupportedDType
 from surgery.onnx.architecture import build_module, read_architecture
-from surgery.onnx.template import build_template
+from surgery.onnx.template import build_template, order_nodes
 
 Make = Callable[..., Path]
 
@@ -137,3 +137,19 @@ def test_dtypes_that_onnxruntime_does_not_run(
         build_template(read_architecture(folder), specs)
     assert found in caught.value.details["found"]
     assert "--dtype float32" in caught.value.details["next"]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_nodes_stand_in_the_order_in_which_outputs_need_them(swapped: bool) -> None:
+    """Whichever of two independent branches the tracer met first."""
+    import onnx_ir as ir
+
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2]))
+    branches = [[ir.node(kind, [x])] for kind in ("Sin", "Cos")]
+    for branch in branches:
+        branch.append(ir.node("Neg", [branch[0].outputs[0]]))
+    total = ir.node("Add", [branch[1].outputs[0] for branch in branches])
+    met = [node for branch in (branches[::-1] if swapped else branches) for node in branch]
+    graph = ir.Graph([x], total.outputs, nodes=[*met, total], opset_imports={"": 20}, name="g")
+    order_nodes(graph)
+    assert [node.op_type for node in graph] == ["Sin", "Neg", "Cos", "Neg", "Add"]
