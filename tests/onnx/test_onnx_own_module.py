@@ -9,8 +9,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from surgery.cli import main
 from surgery.errors import MissingTensors, ReportedError, Unsupported
 from surgery.operations.export_onnx import export_onnx
 
@@ -147,3 +149,13 @@ def test_an_axis_that_cannot_vary(tmp_path: Path) -> None:
             tmp_path / "w.st", tmp_path / "out/model.onnx", factory="their_net:shifting", inputs=("x=float32[batch,n]",)
         )
     assert isinstance(caught.value, Unsupported)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--inputs", "x=float32[2]"], ["--factory", "a:b", "--with-cache"], ["--graph", "g.onnx", "--with-cache"]],
+)
+def test_options_that_do_not_go_together(words: list[str]) -> None:
+    """A usage error, exit code 2, before anything is read."""
+    done = CliRunner().invoke(main, ["export-onnx", "model", "-o", "out/model.onnx", *words])
+    assert done.exit_code == 2, done.output
