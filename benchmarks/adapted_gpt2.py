@@ -182,15 +182,16 @@ def build(work: Path, size: Size, dtype: str) -> list[Built]:
 def _exported(name: str, model: Path, added: int) -> Built:
     out = model.parent / name.replace(", ", "-").replace(" ", "-") / "model.onnx"
     report = surgery.export_onnx(model, out)
-    assert report.nodes_run is not None
+    (graph,) = report.graphs
+    assert graph.nodes_run is not None
     assert report.max_rel_error is not None
     return Built(
         name,
         str(out.relative_to(model.parent)),
         added,
-        report.nodes,
-        report.nodes_run,
-        report.graph_sha256,
+        graph.nodes,
+        graph.nodes_run,
+        graph.sha256,
         report.max_rel_error,
     )
 

@@ -139,7 +139,8 @@ def said(document: dict[str, Any]) -> str:
         return f"{verdict}; {ledger}"
     if document["operation"] == "export-onnx":
         error = document["max_rel_error"]
-        return f"graph {document['graph_sha256'][:16]}, {document['nodes']} nodes; torch agrees to {error:.1e}"
+        (graph,) = document["graphs"]
+        return f"graph {graph['sha256'][:16]}, {graph['nodes']} nodes; torch agrees to {error:.1e}"
     (found,) = document["comparisons"]
     low, high = found["interval"]
     return f"merged/base {found['ratio']:.4f} ({low:.4f} – {high:.4f}): {found['verdict']} at {document['margin']:.0%}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import resource
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from surgery.garbage import uncollected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +54,5 @@ class Stopwatch:
 
 
 def _load(name: str) -> None:
-    """Imports a module without collecting garbage meanwhile: large ones make none, and looking for it takes a tenth of
-    their time."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
+    with uncollected():  # large modules make no garbage while they are imported
         importlib.import_module(name)
-    finally:
-        if collects:
-            gc.enable()

@@ -36,7 +36,32 @@ if TYPE_CHECKING:
     "--template", type=options.PATH, metavar="GRAPH", help="Put the weights into this graph, which any tool exported."
 )
 @click.option("--base", type=options.PATH, help="The checkpoint that the template was exported from.")
-@click.option("--no-verify", is_flag=True, help="Do not compare with torch before the output appears.")
+@click.option(
+    "--graph",
+    type=options.PATH,
+    metavar="BASE.onnx",
+    help="Take this graph of an earlier export and write the weights alone: no tracing, no torch.",
+)
+@click.option("--with-cache", is_flag=True, help="Keys and values of tokens gone by as inputs and outputs.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="What the graph computes in; else MODEL's."
+)
+@click.option(
+    "--factory",
+    metavar="PACKAGE.MODULE:FUNCTION",
+    help="Your own code that returns the torch module; it is imported and called. MODEL is the file of its weights.",
+)
+@click.option(
+    "--inputs",
+    multiple=True,
+    metavar="NAME=DTYPE[AXES]",
+    help="An input of the factory's module: 'x=float32[batch,3,32,32]'; an axis with a name varies.",
+)
+@click.option(
+    "--verify/--no-verify",
+    default=None,
+    help="Compare with torch before the output appears; by default where the graph is new.",
+)
 @options.output_options
 @options.told_options
 @options.json_option
@@ -47,14 +72,15 @@ def command(
     template: str | None,
     base: str | None,
     out: str,
-    no_verify: bool,
     force: bool,
     as_json: bool,
     **how: Any,
 ) -> None:
     """Export MODEL, a Hugging Face folder, as a graph without weights and a safetensors file beside it.
 
-    The graph depends on the architecture alone: base and merged give the same bytes, and only the weights differ.
+    The graph depends on the architecture alone: base and merged give the same bytes, and only the weights differ. An
+    encoder–decoder becomes two graphs, encoder_OUT and decoder_OUT, over one file of weights.
+
     A merged adapter costs nothing; one that is left in the graph costs two small products for every adapted weight, and
     as inputs can be exchanged from run to run: one graph serves many adapters of the same weights.
 
@@ -68,8 +94,8 @@ def command(
     if template is not None and base is not None:
         if adapters:
             raise click.UsageError("an adapter goes into a template by surgery merge GRAPH ADAPTER --base BASE")
-        if no_verify:
-            raise click.UsageError("--no-verify is for exports that trace; --template compares bytes instead")
+        if any(how[name] for name in ("graph", "with_cache", "dtype", "factory")) or how["verify"] is not None:
+            raise click.UsageError("--template compares bytes: nothing is traced or compared with torch")
         from surgery.operations.reweigh import reweigh
 
         with options.reporting("export-onnx", as_json):
@@ -77,6 +103,12 @@ def command(
         return
     from surgery.operations.export_onnx import export_onnx
 
+    if how["inputs"] and how["factory"] is None:
+        raise click.UsageError("--inputs describes the module of a --factory")
+    if how["factory"] is not None and how["with_cache"]:
+        raise click.UsageError("--with-cache is for models of transformers; a --factory's module has its own inputs")
+    if how["graph"] is not None and how["with_cache"]:
+        raise click.UsageError("--graph has a cache or has none already")
     with options.reporting("export-onnx", as_json):
         report = export_onnx(
             model,
@@ -84,25 +116,26 @@ def command(
             adapters=adapters,
             adapters_as=adapters_as or "branch",
             force=force,
-            verify=not no_verify,
             **options.told(how),
         )
         if as_json:
             options.print_json(report)
             return
-        run = "" if report.nodes_run is None else f", {report.nodes_run} run after the runtime's optimisation"
-        known = {
-            "graph sha256": report.graph_sha256[:16],
-            "nodes": f"{report.nodes}{run}",
-            "inputs": ", ".join(report.inputs),
-            "outputs": ", ".join(report.outputs),
-            "weights": report.payload,
-        }
+        for graph in report.graphs:
+            run = "" if graph.nodes_run is None else f", {graph.nodes_run} run after the runtime's optimisation"
+            known = {
+                "graph sha256": graph.sha256[:16],
+                "nodes": f"{graph.nodes}{run}",
+                "inputs": _listed(graph.inputs),
+                "outputs": _listed(graph.outputs),
+            }
+            options.show(options.facts(graph.path, known.items()))
+        known = {"computes in": report.dtype, "weights": report.payload}
         if report.max_rel_error is not None:
-            shapes = ", ".join(f"{batch}×{sequence}" for batch, sequence in report.shapes)
+            shapes = ", ".join("×".join(map(str, shape)) for shape in report.shapes)
             known["against torch"] = (
                 f"max error {report.max_abs_error:.2g} abs, {report.max_rel_error:.2g} rel "
-                f"(tolerance {report.tolerance:.2g} rel) at {shapes}"
+                f"(tolerance {report.tolerance:.2g} rel) in {report.worst}; tried {shapes}"
             )
         if report.adapters:
             known["adapter left as"] = f"{report.adapters}, {len(report.adapted)} weights"
@@ -110,8 +143,15 @@ def command(
             known["against merged weights"] = (
                 f"max error {report.adapted_rel_error:.2g} rel (tolerance {report.adapted_tolerance:.2g} rel)"
             )
+        if report.float32_error is not None:
+            known["against float32"] = f"max error {report.float32_error:.2g} rel"
         options.show(options.facts(report.model_class, known.items()))
         options.show_ending(report)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    """All of a few names; of a cache's many the ends."""
+    return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:4])}, … {names[-1]} ({len(names)} in all)"
 
 
 def show_reweighed(report: ReweighReport, as_json: bool) -> None:

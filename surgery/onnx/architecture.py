@@ -7,56 +7,93 @@ nothing of ONNX, and reads no payload: config.json and tensor specs are enough.
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
-import inspect
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from formats.spec import DType, TensorSpec
 from surgery.errors import MissingTensors, UnknownArchitecture, Unsupported
+from surgery.meta_model import known_names
+from surgery.onnx.kinds import kind_of
+from surgery.onnx.program import Kind
+from surgery.onnx.settings import settings_of
 
-OPTIONAL_INPUTS = ("attention_mask", "token_type_ids")  # after input_ids, where the model listens to them
 _LEGACY = ((".weight", ".gamma"), (".bias", ".beta"))  # LayerNorm's names in checkpoints of 2018-2019
+_COUNTERS = ".num_batches_tracked"  # of BatchNorm: counts while training, and older checkpoints do not have it
 _NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir", "transformers")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What config.json says: the folder, the transformers class, its configuration, and the graph's inputs."""
+    """What config.json says: the folder, the transformers class, its configuration, and how it is used.
+
+    Attributes:
+        folder: of config.json and the weights.
+        model_class: a transformers.PreTrainedModel subclass.
+        config: its transformers.PretrainedConfig.
+        kind: its graphs.
+        settings: config.json, as far as the graph depends on it.
+    """
 
     folder: Path
-    model_class: Any  # a transformers.PreTrainedModel subclass
-    config: Any  # its transformers.PretrainedConfig
-    inputs: tuple[str, ...]
+    model_class: Any
+    config: Any
+    kind: Kind
+    settings: Mapping[str, Any]
 
     @property
-    def longest(self) -> int:
-        """The longest sequence the model can take, in tokens; 512 where the config sets no limit."""
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return int(limit) if limit else 512
+    def where(self) -> Path:
+        """The folder."""
+        return self.folder
+
+    @property
+    def name(self) -> str:
+        """The class's."""
+        return str(self.model_class.__name__)
+
+    def build(self, dtype: DType) -> Any:
+        """As `build_module`."""
+        return build_module(self, dtype)
+
+    def load(self, dtype: DType) -> Any:
+        """transformers' own loading, on purpose: comparing with it also checks that our reading of names, prefixes and
+        ties is theirs."""
+        from formats.tensors import torch_dtype
+
+        with quiet():
+            module = self.model_class.from_pretrained(
+                self.folder, config=copy.deepcopy(self.config), dtype=torch_dtype(dtype), local_files_only=True
+            )
+        return module.eval()
 
 
-def read_architecture(folder: Path) -> Architecture:
+def read_architecture(folder: Path, *, cached: bool = False) -> Architecture:
     """Reads config.json and finds the class.
+
+    Args:
+        folder: with config.json in it.
+        cached: whether keys and values of tokens gone by are to be inputs and outputs.
 
     Raises:
         UnknownArchitecture: no config.json, no `architectures` in it, or a class that transformers does not have.
-        Unsupported: encoder-decoders, models fed with anything but tokens, and quantised checkpoints.
+        Unsupported: what `kind_of` refuses.
     """
     path = folder / "config.json"
-    name = _class_name(path)
+    said = _read_config(path)
+    name = _class_name(path, said)
     model_class = _find_class(name, path)
     with quiet():
         config = model_class.config_class.from_pretrained(folder, local_files_only=True)
     config.use_cache = False
     config.return_dict = True
     config.output_hidden_states = config.output_attentions = False
-    return Architecture(folder, model_class, config, _inputs(model_class, config, path))
+    return Architecture(folder, model_class, config, kind_of(model_class, config, folder, cached), settings_of(said))
 
 
 def _find_class(name: str, path: Path) -> Any:
@@ -78,22 +115,27 @@ def _find_class(name: str, path: Path) -> Any:
         "transformers has no model class of this name",
         where=path,
         found=f"{name}; nearest: {', '.join(near)}" if near else name,
-        then=f"correct `architectures`, or install a transformers that has it (here {transformers.__version__})",
+        then=f"correct `architectures`, install a transformers that has it (here {transformers.__version__}), or build "
+        "it yourself: --factory package.module:function with the file of its weights",
     )
 
 
-def _class_name(path: Path) -> str:
+def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UnknownArchitecture(
             "the folder has no config.json, so nothing says which graph to build",
             where=path.parent,
-            then="give a Hugging Face model folder: config.json and its weights",
+            then="give a Hugging Face model folder, config.json and its weights; or a file of weights with --factory",
         )
     try:
         said = json.loads(path.read_bytes())
     except ValueError as error:
         raise UnknownArchitecture("config.json is not JSON", where=path, found=error) from error
-    names = said.get("architectures") if isinstance(said, dict) else None
+    return said if isinstance(said, dict) else {}
+
+
+def _class_name(path: Path, said: Mapping[str, Any]) -> str:
+    names = said.get("architectures")
     if not (isinstance(names, list) and names and isinstance(names[0], str)):
         raise UnknownArchitecture(
             "config.json does not name the model's class",
@@ -105,33 +147,11 @@ def _class_name(path: Path) -> str:
     return names[0]
 
 
-def _inputs(model_class: Any, config: Any, path: Path) -> tuple[str, ...]:
-    """The graph's inputs, in order: input_ids, then those of OPTIONAL_INPUTS that change what the model computes."""
-    takes = inspect.signature(model_class.forward).parameters
-    reason = None
-    if getattr(config, "quantization_config", None):
-        reason = "the checkpoint is quantised"
-    elif getattr(config, "is_encoder_decoder", False):
-        reason = "the model is an encoder-decoder, which is two graphs"
-    elif "input_ids" not in takes or model_class.main_input_name != "input_ids":
-        reason = f"the model is fed with {model_class.main_input_name}, not with input_ids"
-    if reason:
-        raise Unsupported(
-            f"cannot export {model_class.__name__}: {reason}",
-            where=path,
-            expected="an encoder or decoder over tokens, in floating point",
-        )
-    listens = {"attention_mask": True, "token_type_ids": getattr(config, "type_vocab_size", 0) > 1}
-    return ("input_ids", *(name for name in OPTIONAL_INPUTS if name in takes and listens[name]))
-
-
 def build_module(architecture: Architecture, dtype: DType) -> Any:
     """The torch module, its parameters allocated but never written: untouched pages cost no memory.
 
     Attention is the eager one: the fused one's decomposition has twelve more nodes a layer.
     """
-    import copy
-
     from transformers.initialization import no_init_weights
 
     from formats.tensors import torch_dtype
@@ -160,9 +180,12 @@ def checkpoint_specs(module: Any, specs: Mapping[str, TensorSpec], where: Path) 
         groups.setdefault(id(tensor), []).append(name)
     found: dict[str, TensorSpec] = {}
     missing: list[str] = []
+    find = _finder(module, specs)
     for names in groups.values():
-        spec = _stored(names, module.base_model_prefix, specs)
+        spec = find(names)
         if spec is None:
+            if all(name.endswith(_COUNTERS) for name in names):
+                continue
             missing.append(names[0])
             continue
         shape = tuple(state[names[0]].shape)
@@ -183,10 +206,28 @@ def checkpoint_specs(module: Any, specs: Mapping[str, TensorSpec], where: Path) 
     return found
 
 
+def _finder(module: Any, specs: Mapping[str, TensorSpec]) -> Callable[[list[str]], TensorSpec | None]:
+    """A function from a tensor's names in the module to the checkpoint's tensor. transformers' own table of renamed
+    layers is asked only for what is under none of the usual names."""
+    prefix = getattr(module, "base_model_prefix", "")
+    renamed: dict[str, str] | None = None
+
+    def find(names: list[str]) -> TensorSpec | None:
+        nonlocal renamed
+        spec = _stored(names, prefix, specs)
+        if spec is None and prefix:
+            if renamed is None:
+                renamed = {new: old for old, new in known_names(module, specs)[0].items()}
+            spec = next((specs[renamed[name]] for name in names if name in renamed), None)
+        return spec
+
+    return find
+
+
 def _stored(names: list[str], prefix: str, specs: Mapping[str, TensorSpec]) -> TensorSpec | None:
     for name in names:
-        bare = name.removeprefix(f"{prefix}.")
-        for candidate in (name, f"{prefix}.{name}", bare):
+        bare = name.removeprefix(f"{prefix}.") if prefix else name
+        for candidate in dict.fromkeys((name, f"{prefix}.{name}" if prefix else name, bare)):
             if candidate in specs:
                 return specs[candidate]
             for modern, legacy in _LEGACY:
@@ -198,8 +239,9 @@ def _stored(names: list[str], prefix: str, specs: Mapping[str, TensorSpec]) -> T
 def stored_ties(module: Any, specs: Mapping[str, TensorSpec]) -> tuple[tuple[str, ...], ...]:
     """Groups of names that the module ties and the checkpoint nevertheless stores one by one."""
     groups: dict[int, list[str]] = {}
+    prefix = getattr(module, "base_model_prefix", "")
     for name, tensor in module.state_dict(keep_vars=True).items():
-        spec = _stored([name], module.base_model_prefix, specs)
+        spec = _stored([name], prefix, specs)
         if spec is not None and spec.name not in groups.setdefault(id(tensor), []):
             groups[id(tensor)].append(spec.name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)

@@ -157,18 +157,6 @@ class _Graph:
             self.proto.initializer.add(name=name, dims=dims, data_type=kind, raw_data=b"")
 
 
-def with_inputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """The graph with some of its weights as inputs, so that others can be given at each run; the model is left."""
-    import onnx
-
-    opened = onnx.ModelProto()
-    opened.CopyFrom(model)
-    for tensor in [tensor for tensor in opened.graph.initializer if tensor.name in names]:
-        opened.graph.initializer.remove(tensor)
-        opened.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    return opened
-
-
 def _is_product(node: onnx.NodeProto) -> bool:
     """Whether a node multiplies its first input by its second and nothing more, but for a bias."""
     scales = [_attribute(node, name) for name in ("alpha", "beta")]

@@ -1,8 +1,7 @@
 """Does a graph with an adapter in it compute what the merged weights compute?
 
-ONNX Runtime runs both on the same inputs: the grafted graph, and the base graph with the adapted weights as inputs,
-which are given merged. `verify` has compared the base graph with torch, so this leads the outputs back to torch's.
-Knows neither adapters nor how they are merged.
+torch runs the model with the adapted weights merged, ONNX Runtime the grafted graphs, on the inputs that the model's
+kind is tried with. Knows neither adapters nor how they are merged.
 """
 
 from __future__ import annotations
@@ -11,31 +10,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from formats import DType
+from formats.spec import DType, TensorSpec
 from surgery.errors import VerificationFailed
-from surgery.onnx.architecture import Architecture
-from surgery.onnx.graft import with_inputs
-from surgery.onnx.verify import distance, random_feeds, relative, run_onnxruntime, tolerance
+from surgery.onnx.architecture import checkpoint_specs
+from surgery.onnx.program import Arrays, Exportable, Runtime
+from surgery.onnx.verify import errors_of, limit_of, sessions
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Arrays = Mapping[str, np.ndarray[Any, np.dtype[Any]]]  # by name
+    import torch
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: what the grafted graph is given, and what the base graph is given for the same outputs.
+    """One comparison: what the grafted graphs are given, and what the model's weights are for the same outputs.
 
     Attributes:
         name: for messages.
         factors: A and B of a graph that takes them as inputs; empty for none.
-        merged: the adapted weights with the adapter merged into them; empty for the base's own.
+        merged: the adapted weights with the adapter merged into them, by the checkpoint's names; empty for the base's
+            own.
     """
 
     name: str
     factors: Arrays
-    merged: Arrays
+    merged: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,20 +43,43 @@ class Agreement:
     max_abs_error: float
     max_rel_error: float
     tolerance: float
-    nodes_run: int
+    nodes_run: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """A Runtime that gives every graph the factors it has inputs for."""
+
+    runtime: Runtime
+    factors: Arrays
+    inputs: Mapping[str, frozenset[str]]
+
+    def run(self, prefix: str, feed: Arrays) -> dict[str, Any]:
+        """As in Runtime."""
+        taken = {name: array for name, array in self.factors.items() if name in self.inputs[prefix]}
+        return self.runtime.run(prefix, {**feed, **taken})
+
+    def axes(self, prefix: str, output: str) -> tuple[int | str | None, ...]:
+        """As in Runtime."""
+        return self.runtime.axes(prefix, output)
 
 
 def check_graft(
-    architecture: Architecture, graph: bytes, grafted: bytes, payload: int, dtype: DType, case: Case
+    model: Exportable,
+    graphs: Mapping[str, bytes],
+    payload: int,
+    dtype: DType,
+    specs: Mapping[str, TensorSpec],
+    case: Case,
 ) -> Agreement:
     """Compares one case.
 
     Args:
-        architecture: of the model.
-        graph: the base's, pointing into the payload.
-        grafted: the same with the adapter in it.
+        model: the model and how it is used.
+        graphs: the grafted ones by prefix, pointing into the payload.
         payload: a descriptor of the payload's file, open for reading.
-        dtype: of the weights.
+        dtype: what the graphs compute in.
+        specs: the model's tensors.
         case: what to compare.
 
     Raises:
@@ -67,29 +88,33 @@ def check_graft(
     """
     import onnx
 
-    base = onnx.load_model_from_string(graph)
-    reference = with_inputs(base, list(case.merged)).SerializeToString(deterministic=True)
-    feeds = random_feeds(architecture, 0)
-    expected = run_onnxruntime(architecture, reference, payload, [{**feed, **case.merged} for feed in feeds])
-    found = run_onnxruntime(architecture, grafted, payload, [{**feed, **case.factors} for feed in feeds])
-    names, worst_abs, worst_rel, where = found[0], 0.0, 0.0, ""
-    for index, name in enumerate(names):
-        sizes = [distance(a[index], b[index]) for a, b in zip(expected[2], found[2], strict=True)]
-        difference, scale = (max(each) for each in zip(*sizes, strict=True))
-        worst_abs = max(worst_abs, difference)
-        if relative(difference, scale) > worst_rel:
-            worst_rel, where = relative(difference, scale), name
-    products = sum(node.op_type in ("MatMul", "Gemm") for node in onnx.load_model_from_string(grafted).graph.node)
-    limit = tolerance(dtype, products)
-    if not worst_rel <= limit:
+    module = model.load(dtype)
+    _put(module, case.merged, specs, model)
+    inputs = {
+        prefix: frozenset(value.name for value in onnx.load_model_from_string(graph).graph.input)
+        for prefix, graph in graphs.items()
+    }
+    with sessions(model, graphs, payload) as runtime:
+        found = errors_of(model, module, _Filled(runtime, case.factors, inputs), 0)
+        nodes = runtime.nodes_run()
+    limit = limit_of(dtype, graphs)
+    if not found.relative <= limit:
         raise VerificationFailed(
             "the graph's outputs are not those of the merged weights; nothing was written",
-            where=f"{architecture.folder}, {case.name}: {where}",
+            where=f"{model.where}, {case.name}: {found.worst}",
             expected=f"a relative difference of at most {limit:.2g}",
-            found=f"{worst_rel:.2g} (absolute {worst_abs:.2g})",
+            found=f"{found.relative:.2g} (absolute {found.largest:.2g})",
             then="merge the adapter instead, and please report the model's class and the adapter's config",
         )
-    return Agreement(worst_abs, worst_rel, limit, found[3])
+    return Agreement(found.largest, found.relative, limit, nodes)
+
+
+def _put(module: Any, merged: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec], model: Exportable) -> None:
+    """Gives the module the merged weights."""
+    state = module.state_dict(keep_vars=True)
+    for name, spec in checkpoint_specs(module, specs, model.where).items() if merged else ():
+        if spec.name in merged:
+            state[name].data.copy_(merged[spec.name])
 
 
 def worst(found: Sequence[Agreement]) -> Agreement:

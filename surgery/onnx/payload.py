@@ -2,28 +2,46 @@
 
 The payload is canonical: its name is fixed, it holds what the graph needs and nothing else, and its header is a
 function of names, dtypes and shapes alone. So the offsets that the graph's initialisers carry never depend on the
-file the weights came from, and two models of one architecture share one graph byte for byte. Knows nothing of torch
-and of what the graph computes.
+file the weights came from, and two models of one architecture share one graph byte for byte. Loads torch only to
+convert weights to another dtype, and knows nothing of what the graph computes.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from formats import TensorSpec
+import numpy as np
+
+from formats import DType, TensorSpec
 from formats.layout import Layout, layout
-from formats.staging import disk_errors, write_at
-from formats.tensors import Bytes
+from formats.staging import disk_errors, send, write_at
+from formats.tensors import Bytes, bytes_from_tensor, tensor_from_bytes
+from surgery.errors import NotFinite
+from surgery.exact.rounding import round_once
+from surgery.provenance import new_hash
 
 if TYPE_CHECKING:
     import onnx
 
 PAYLOAD = "model.safetensors"  # its name is part of the graph's bytes, so it never varies
 METADATA = {"format": "pt"}
-Read = Callable[[str], Bytes]  # a tensor's name → its payload
+_PIECE = 8 << 20  # bytes read, hashed and written at a time
+
+
+class Payloads(Protocol):
+    """Named payloads, read piece by piece: a Checkpoint is one."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor, by name."""
+
+    def read_into(self, name: str, begin: int, buffer: Bytes) -> None:
+        """Fills a buffer with a tensor's payload from byte `begin` on."""
 
 
 def payload_layout(weights: Iterable[TensorSpec]) -> Layout:
@@ -58,21 +76,68 @@ def attach_payload(model: onnx.ModelProto, weights: Iterable[TensorSpec], where:
     return data
 
 
-def write_payload(descriptor: int, read: Read, weights: Iterable[TensorSpec], where: Layout, target: Path) -> None:
-    """Writes the payload into an open file, one tensor in memory at a time. Raises WriteFailed, naming `target`."""
-    with disk_errors(target):
+def write_payload(descriptor: int, source: Payloads, weights: Iterable[TensorSpec], where: Layout, target: Path) -> str:
+    """Writes the payload into an open file, a few pieces of a tensor in memory at a time; its BLAKE3, in hexadecimal.
+
+    Raises:
+        WriteFailed: naming `target`.
+        NotFinite: a weight is beyond the range of the dtype that the graph computes in.
+    """
+    digest = new_hash()
+    digest.update(where.header)
+    with disk_errors(target), ThreadPoolExecutor(1) as hasher:
         write_at(descriptor, where.header, 0)
-        for spec in weights:
-            write_at(descriptor, read(spec.name).data, where.offsets[spec.name])
+        hashed: Future[object] | None = None
+        buffers = _buffers()
+        for spec in sorted(weights, key=lambda spec: where.offsets[spec.name]):
+            offset = where.offsets[spec.name]
+            for piece in _pieces(source, spec, buffers):
+                if hashed is not None:
+                    hashed.result()  # the piece before: so the buffer that comes next is free
+                hashed = hasher.submit(digest.update, piece)
+                write_at(descriptor, piece, offset)
+                send(descriptor, offset, len(piece))
+                offset += len(piece)
+    return digest.hexdigest()
 
 
-def holds_payload(path: Path, read: Read, weights: Iterable[TensorSpec], where: Layout) -> bool:
+def holds_payload(path: Path, source: Payloads, weights: Iterable[TensorSpec], where: Layout) -> bool:
     """Whether the file at `path` is this very payload, byte for byte."""
     with path.open("rb") as stream:
         if os.fstat(stream.fileno()).st_size != where.size or stream.read(len(where.header)) != where.header:
             return False
+        buffers = _buffers()
         for spec in weights:
             stream.seek(where.offsets[spec.name])
-            if stream.read(spec.nbytes) != read(spec.name).tobytes():
+            if any(stream.read(len(piece)) != piece for piece in _pieces(source, spec, buffers)):
                 return False
     return True
+
+
+def _buffers() -> Iterator[Bytes]:
+    """Two in turn: one piece is hashed and written while the next is read."""
+    return itertools.cycle([np.empty(_PIECE, np.uint8), np.empty(_PIECE, np.uint8)])
+
+
+def _pieces(source: Payloads, spec: TensorSpec, buffers: Iterator[Bytes]) -> Iterator[memoryview]:
+    """The tensor's bytes in the dtype of `spec`; a piece's memory is used again for the next but one."""
+    stored = source.specs[spec.name]
+    for begin in range(0, stored.nbytes, _PIECE):
+        buffer = next(buffers)[: stored.nbytes - begin]
+        source.read_into(spec.name, begin, buffer)
+        yield buffer.data if stored.dtype is spec.dtype else _converted(buffer, stored, spec.dtype)
+
+
+def _converted(piece: Bytes, stored: TensorSpec, dtype: DType) -> memoryview:
+    """Values in another floating-point dtype, each rounded once."""
+    flat = TensorSpec(stored.name, stored.dtype, (piece.nbytes // stored.dtype.itemsize,))
+    values = tensor_from_bytes(piece, flat).double()
+    made = round_once(values, dtype)
+    if bool((made.isinf() & values.isfinite()).any()):
+        raise NotFinite(
+            f"a weight is beyond the range of {dtype}",
+            where=stored.name,
+            found=f"a magnitude of {float(values[values.isfinite()].abs().max()):.3g}",
+            then="--dtype float32 or bfloat16 holds it",
+        )
+    return bytes_from_tensor(made).data

@@ -12,22 +12,24 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from formats.errors import UnsupportedDType
 from formats.spec import DType, TensorSpec
 from surgery.errors import Unsupported
-from surgery.onnx.architecture import Architecture, build_module, checkpoint_specs, quiet, stored_ties
+from surgery.garbage import uncollected
+from surgery.onnx.architecture import checkpoint_specs, quiet, stored_ties
+from surgery.onnx.program import Exportable, Program, called, example
+from surgery.onnx.settings import SETTINGS, TIES, as_text
 
 if TYPE_CHECKING:
     import onnx
 
 OPSET = 20  # 23 broke ONNX Runtime's RotaryEmbedding on the CPU
 IR_VERSION = 10
-AXES = ("batch", "sequence")
+RUNNABLE = (DType.F32, DType.F16)  # the dtypes that ONNX Runtime's CPU provider runs
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes which module a node comes from
-_EXAMPLE = (2, 8)  # batch and sequence while tracing; neither 0 nor 1, which torch.export would take for constants
 
 
 @dataclass(frozen=True)
@@ -35,85 +37,141 @@ class Template:
     """A graph whose weights are named and shaped but not there.
 
     model: the ModelProto; each weight an initialiser with external data and no location yet.
-    weights: the tensors that the payload must hold, under the checkpoint's names, sorted.
+    weights: the tensors that the payload must hold, under the checkpoint's names, sorted; in the graph's dtype.
     ties: groups of names that the model ties and the checkpoint stores one by one; the graph uses the first.
+    prefix: of the file's name, where the model is several graphs.
     """
 
     model: onnx.ModelProto
     weights: tuple[TensorSpec, ...]
     ties: tuple[tuple[str, ...], ...]
+    prefix: str = ""
 
 
-def build_template(architecture: Architecture, specs: Mapping[str, TensorSpec]) -> Template:
-    """Exports the graph once.
+def build_template(model: Exportable, specs: Mapping[str, TensorSpec], dtype: DType | None = None) -> Template:
+    """The only graph of a model, as `build_templates` builds it."""
+    (template,) = build_templates(model, specs, dtype)
+    return template
+
+
+def build_templates(
+    model: Exportable, specs: Mapping[str, TensorSpec], dtype: DType | None = None
+) -> tuple[Template, ...]:
+    """Exports every graph of a model once.
 
     Args:
-        architecture: from `read_architecture`.
+        model: its class or function, and how it is used.
         specs: the checkpoint's tensors; only names, dtypes and shapes are used.
+        dtype: what the graph computes in; the checkpoint's own where None.
 
     Raises:
         MissingTensors: the checkpoint lacks tensors that the module has.
-        UnsupportedDType: its floating-point dtype is none that ONNX Runtime's CPU provider runs, or there are several.
+        UnsupportedDType: its floating-point dtype is none that ONNX Runtime's CPU provider runs, or there are several,
+            and no other is asked for.
         Unsupported: torch cannot trace the model, or the config contradicts the shapes.
     """
-    probe = build_module(architecture, DType.F32)
-    dtype = _dtype(architecture, checkpoint_specs(probe, specs, architecture.folder))
-    module = probe if dtype is DType.F32 else build_module(architecture, dtype)
-    stored = checkpoint_specs(module, specs, architecture.folder)
-    with quiet():
-        model = _trace(module, architecture)
-        _optimise(model, stored)
-    proto, used = _canonical(model, stored)
-    return Template(proto, tuple(sorted(used, key=lambda spec: spec.name)), stored_ties(module, specs))
+    probe = model.build(DType.F32)
+    stored = checkpoint_specs(probe, specs, model.where)
+    _refuse_foreign(model, stored)
+    wanted = dtype or _dtype(model, stored)
+    module = probe if wanted is DType.F32 else model.build(wanted)
+    stored = {
+        name: replace(spec, dtype=wanted) if spec.dtype.is_float else spec
+        for name, spec in checkpoint_specs(module, specs, model.where).items()
+    }
+    ties = stored_ties(module, specs)
+    notes = {SETTINGS: as_text(model.settings), TIES: as_text(_tied(module, stored))}
+    templates = []
+    for program in model.kind.programs:
+        with quiet(), uncollected():
+            traced = _trace(module, program, model, wanted)
+            _optimise(traced, stored)
+        proto, used = _canonical(traced, stored, program, model)
+        for key, value in sorted(notes.items()):
+            proto.metadata_props.add(key=key, value=value)
+        templates.append(Template(proto, tuple(sorted(used, key=lambda spec: spec.name)), ties, program.prefix))
+    return tuple(templates)
 
 
-def _dtype(architecture: Architecture, stored: Mapping[str, TensorSpec]) -> DType:
+def _tied(module: Any, stored: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """The module's further names of a tensor → the name it has in the graph."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    return {
+        name: stored[name].name
+        for names in groups.values()
+        for name in names
+        if len(names) > 1 and name in stored and name != stored[name].name
+    }
+
+
+def _refuse_foreign(model: Exportable, stored: Mapping[str, TensorSpec]) -> None:
+    odd = next((spec for spec in stored.values() if spec.dtype.is_float and not spec.dtype.is_weight), None)
+    if odd is not None:
+        raise UnsupportedDType(
+            "a weight is quantised",
+            where=f"{model.where}: {odd.name}",
+            expected="F64, F32, F16 or BF16",
+            found=odd.dtype,
+            then="surgery merge --dtype dequantises float8 while it merges",
+        )
+
+
+def _dtype(model: Exportable, stored: Mapping[str, TensorSpec]) -> DType:
     counts = Counter(spec.dtype for spec in stored.values() if spec.dtype.is_float)
     if len(counts) > 1:
         odd = {dtype: next(s.name for s in stored.values() if s.dtype is dtype) for dtype in counts}
         raise UnsupportedDType(
             "the checkpoint mixes floating-point dtypes, and a graph computes in one",
-            where=architecture.folder,
+            where=model.where,
             expected="one of F32, F16 throughout",
             found=", ".join(f"{n} tensors in {dtype} ({odd[dtype]} is one)" for dtype, n in counts.items()),
-            then="save the model in one dtype first: model.float().save_pretrained(…)",
+            then="say which: --dtype float32 or float16",
         )
     dtype = next(iter(counts), DType.F32)
-    if dtype not in (DType.F32, DType.F16):
+    if dtype not in RUNNABLE:
         raise UnsupportedDType(
             f"ONNX Runtime's CPU provider does not run {dtype}",
-            where=architecture.folder,
+            where=model.where,
             expected="F32 or F16",
             found=dtype,
-            then="save the model in that dtype first: model.float().save_pretrained(…)",
+            then="say --dtype float32 or float16; or, for another provider, --dtype bfloat16 --no-verify",
         )
     return dtype
 
 
-def _trace(module: Any, architecture: Architecture) -> Any:
+def _trace(module: Any, program: Program, model: Exportable, dtype: DType) -> Any:
     """The exporter's onnx_ir model, unoptimised: every parameter under its module's name."""
     import torch
 
-    example = torch.ones(_EXAMPLE, dtype=torch.int64)  # (batch, sequence)
-    inputs = {name: example.clone() for name in architecture.inputs}
-    dynamic = {name: dict.fromkeys(range(len(AXES)), torch.export.Dim.DYNAMIC) for name in inputs}
+    inputs = example(program, dtype)
+    hints = torch.export.Dim
+    dynamic = {
+        each.parameter: {
+            index: hints.AUTO if axis.startswith("total_") else hints.DYNAMIC  # a total is a sum of others
+            for index, axis in enumerate(each.axes)
+            if isinstance(axis, str)
+        }
+        for each in program.inputs
+    }
     try:
-        with torch.no_grad():
-            program = torch.export.export(module, (), kwargs=inputs, dynamic_shapes=dynamic, strict=False)
+        with torch.no_grad(), called(module, program):
+            traced = torch.export.export(module, (), kwargs=inputs, dynamic_shapes=dynamic, strict=False)
         exported = torch.onnx.export(
-            program,
+            traced,
             (),
             kwargs=inputs,
-            input_names=list(inputs),
-            output_names=_output_names(program),
+            input_names=[each.name for each in program.inputs],
+            output_names=_output_names(traced),
             opset_version=OPSET,
             optimize=False,
             verbose=False,
         )
     except Exception as error:  # torch raises many kinds; the first line is what a user can read
         raise Unsupported(
-            f"torch cannot export {type(module).__name__} as one graph",
-            where=architecture.folder,
+            f"torch cannot export {model.name} as one graph",
+            where=model.where,
             found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
         ) from error
     assert exported is not None
@@ -136,7 +194,7 @@ def _output_names(program: Any) -> list[str]:
 def _optimise(model: Any, stored: Mapping[str, TensorSpec]) -> None:
     """The exporter's own optimiser, blind to the weights: they stand as graph inputs, in the order of the file."""
     import onnx_ir.passes.common as passes
-    from onnxscript import optimizer, rewriter
+    from onnxscript import rewriter
 
     graph = model.graph
     for name in [name for name in graph.initializers if name in stored]:
@@ -144,12 +202,9 @@ def _optimise(model: Any, stored: Mapping[str, TensorSpec]) -> None:
         value.const_value = None
         graph.inputs.append(value)
     passes.InlinePass()(model)
-    for _ in range(2):  # folding uncovers patterns, and rewriting them uncovers constants
-        optimizer.fold_constants(model, onnx_shape_inference=True)
-        rewriter.rewrite(model)
-        passes.RemoveUnusedNodesPass()(model)
-        passes.RemoveUnusedFunctionsPass()(model)
-        passes.RemoveUnusedOpsetsPass()(model)
+    _fold(model)
+    rewriter.rewrite(model)  # folding has uncovered its patterns, and it uncovers constants
+    _fold(model)
     for finish in (
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.LiftSubgraphInitializersToMainGraphPass(),
@@ -163,16 +218,29 @@ def _optimise(model: Any, stored: Mapping[str, TensorSpec]) -> None:
         finish(model)
 
 
-def _canonical(model: Any, stored: Mapping[str, TensorSpec]) -> tuple[onnx.ModelProto, list[TensorSpec]]:
+def _fold(model: Any) -> None:
+    import onnx_ir.passes.common as passes
+    from onnxscript import optimizer
+
+    optimizer.fold_constants(model, onnx_shape_inference=True)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedFunctionsPass()(model)
+    passes.RemoveUnusedOpsetsPass()(model)
+
+
+def _canonical(
+    model: Any, stored: Mapping[str, TensorSpec], program: Program, source: Exportable
+) -> tuple[onnx.ModelProto, list[TensorSpec]]:
     """The graph and nothing about its making, and the weights it uses.
 
     Nodes are named after their module (`encoder.layer.0.attention.self.query/MatMul`), values after their node,
-    constants by their order; axes are `batch` and `sequence`.
+    constants by their order, axes as the program calls them.
     """
     import onnx
     import onnx_ir as ir
 
     graph = model.graph
+    order_nodes(graph)
     weights = [value for value in graph.inputs if value.name in stored]
     used = {stored[value.name].name: value for value in weights if value.uses()}  # tied weights: one initialiser
     inputs = [value for value in graph.inputs if value.name not in stored]
@@ -180,14 +248,15 @@ def _canonical(model: Any, stored: Mapping[str, TensorSpec]) -> tuple[onnx.Model
         value.name = stored[value.name].name
     outputs = {id(value) for value in graph.outputs}
     between = [v for node in graph for v in node.outputs if id(v) not in outputs and v.type and v.shape]
-    _rename_axes(inputs, [*between, *graph.outputs])
+    _rename_axes(inputs, [*between, *graph.outputs], program, source)
     counts: Counter[str] = Counter()
     for node in graph.all_nodes():
         node.name = _numbered(counts, "/".join(filter(None, (_scope(node), node.op_type))))
         for index, value in enumerate(node.outputs):
             if id(value) not in outputs:
                 value.name = f"{node.name}:{index}" if index else node.name
-    constants = list(graph.initializers.values())
+    order = {id(value): index for index, value in enumerate(v for node in graph for v in _needs(node))}
+    constants = sorted(graph.initializers.values(), key=lambda value: order.get(id(value), len(order)))
     for index, value in enumerate(constants):
         value.name = value.const_value.name = f"constant_{index}"
 
@@ -214,17 +283,70 @@ def _canonical(model: Any, stored: Mapping[str, TensorSpec]) -> tuple[onnx.Model
     return proto, [spec for spec in {s.name: s for s in stored.values()}.values() if spec.name in used]
 
 
-def _rename_axes(inputs: list[Any], outputs: list[Any]) -> None:
-    """torch.export's symbols (`s43`) become what they are; an axis derived from them keeps only that it varies."""
+def order_nodes(graph: Any) -> None:
+    """Puts a graph's nodes in the order in which its outputs need them. The module's own order is not always the same:
+    Gemma 3 runs through a set of its layers' kinds, which Python orders anew in every process."""
+    ordered: dict[Any, None] = {}
+    open_nodes = [value.producer() for value in reversed(graph.outputs)]
+    while open_nodes:
+        node = open_nodes[-1]
+        needed = [] if node is None or node in ordered else [value.producer() for value in _needs(node)]
+        waiting = [each for each in needed if each is not None and each.graph is graph and each not in ordered]
+        if waiting:
+            open_nodes += reversed(waiting)
+            continue
+        open_nodes.pop()
+        if node is not None:
+            ordered[node] = None
+    assert len(ordered) == len(graph)  # what is unused has been removed
+    graph.remove(list(ordered))
+    graph.extend(ordered)
+
+
+def _needs(node: Any) -> list[Any]:
+    """The values that a node reads, those that its subgraphs read included."""
+    from onnx_ir import AttributeType
+
+    read = [value for value in node.inputs if value is not None]
+    for attribute in node.attributes.values():
+        inner = [attribute.value] if attribute.type == AttributeType.GRAPH else []
+        inner = list(attribute.value) if attribute.type == AttributeType.GRAPHS else inner
+        read += [value for graph in inner for each in graph.all_nodes() for value in _needs(each)]
+        read += [value for graph in inner for value in graph.outputs]
+    return read
+
+
+def _rename_axes(inputs: list[Any], outputs: list[Any], program: Program, source: Exportable) -> None:
+    """torch.export's symbols (`s43`) become what they are; an axis derived from them keeps only that it varies.
+
+    Raises Unsupported where the model lets an axis be of one size only.
+    """
     import onnx_ir as ir
 
     names: dict[str, str] = {}
+    declared = {each.name: each.axes for each in program.inputs}
     for value in inputs:
-        for axis, name in zip(value.shape, AXES, strict=True):
-            names[str(axis)] = name
+        for axis, name in zip(value.shape, declared[value.name], strict=True):
+            if isinstance(name, str) and isinstance(axis, int):
+                raise Unsupported(
+                    f"{source.name} takes one size only where an axis is to vary",
+                    where=f"{source.where}: {value.name}",
+                    expected=f"{name} of any size",
+                    found=f"{axis} only",
+                    then="declare that axis as a number",
+                )
+            if isinstance(name, str):
+                names[str(axis)] = name
+
+    def named(symbol: str) -> str | None:
+        parts = [names.get(part) for part in symbol.split(" + ")]
+        if sorted(map(str, parts)) == ["past_sequence", "sequence"]:
+            return "total_sequence"
+        return parts[0] if len(parts) == 1 else None
+
     for value in (*inputs, *outputs):
         if value.shape is not None:
-            value.shape = ir.Shape([n if isinstance(n, int) else names.get(str(n)) for n in value.shape])
+            value.shape = ir.Shape([n if isinstance(n, int) else named(str(n)) for n in value.shape])
 
 
 def _scope(node: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from formats import Checkpoint, DType, open_checkpoint
 from formats.adapter import Adapter, Told
@@ -19,12 +19,12 @@ from formats.dialects.writing import Wanted, Written
 from formats.errors import AdapterFormatError
 from formats.layers import LayerKind, layer_kinds
 from formats.spec import TensorSpec
-from formats.tensors import bytes_from_tensor
+from formats.tensors import Bytes, bytes_from_tensor
 from surgery.errors import Unsupported
-from surgery.onnx.architecture import Architecture
 from surgery.onnx.graft import WAYS, Branch, graft
 from surgery.onnx.graft_check import Agreement, Case, check_graft, worst
-from surgery.onnx.payload import Read
+from surgery.onnx.payload import Payloads
+from surgery.onnx.program import Exportable
 from surgery.onnx.template import Template
 from surgery.operations.adapters import open_adapters
 from surgery.operations.convert import Make
@@ -162,32 +162,32 @@ class Keeping:
 
     def grafted(self, template: Template) -> Template:
         """The template with the adapters in its graph; a branch's factors are weights like the others."""
-        if not self.kept:
+        here = {spec.name for spec in template.weights}
+        branches = tuple(branch for branch in self.branches if branch.weight in here)
+        if not branches:
             return template
-        factors = () if self.as_inputs else tuple(spec for branch in self.branches for spec in (branch.a, branch.b))
+        factors = () if self.as_inputs else tuple(spec for branch in branches for spec in (branch.a, branch.b))
         weights = tuple(sorted((*template.weights, *factors), key=lambda spec: spec.name))
-        model = graft(template.model, self.branches, inputs=self.as_inputs)
-        return replace(template, model=model, weights=weights)
+        return replace(template, model=graft(template.model, branches, inputs=self.as_inputs), weights=weights)
 
-    def reading(self, base: Checkpoint) -> Read:
-        """Payloads of the grafted template's weights."""
+    def beside(self, base: Checkpoint) -> Payloads:
+        """The payloads of the base's weights, and of the factors that are weights of the grafted graphs."""
         kept = () if self.as_inputs else self.kept
         factors = {name: tensor for each in kept for name, tensor in each.factors().items()}
+        return _Beside(base, {name: bytes_from_tensor(tensor) for name, tensor in factors.items()}, self._specs())
 
-        def read(name: str) -> Any:
-            return bytes_from_tensor(factors[name]) if name in factors else base.read_bytes(name)
-
-        return read
+    def _specs(self) -> dict[str, TensorSpec]:
+        return {spec.name: spec for branch in self.branches for spec in (branch.a, branch.b)}
 
     def agreement(
-        self, architecture: Architecture, graphs: tuple[bytes, bytes], payload: int, dtype: DType, base: Checkpoint
+        self, model: Exportable, graphs: Mapping[str, bytes], payload: int, dtype: DType, base: Checkpoint
     ) -> Agreement | None:
-        """How the grafted graph compares with the base's on merged weights, and without an adapter on its own; None
+        """How the grafted graphs compare with the model on merged weights, and without an adapter on its own; None
         without adapters.
 
         Args:
-            architecture: of the model.
-            graphs: the base's and the grafted one, both pointing into the payload.
+            model: the model and how it is used.
+            graphs: the grafted ones by prefix, pointing into the payload.
             payload: a descriptor of the payload's file.
             dtype: of the weights.
             base: the model's tensors.
@@ -195,9 +195,10 @@ class Keeping:
         Raises:
             VerificationFailed, Unsupported: as `check_graft`.
         """
-        found = [check_graft(architecture, *graphs, payload, dtype, self._case(each, base)) for each in self.kept]
-        if found and self.as_inputs:
-            found.append(check_graft(architecture, *graphs, payload, dtype, Case("no adapter", {}, {})))
+        cases = [self._case(each, base) for each in self.kept]
+        if cases and self.as_inputs:
+            cases.append(Case("no adapter", {}, {}))
+        found = [check_graft(model, graphs, payload, dtype, base.specs, case) for case in cases]
         return worst(found) if found else None
 
     def _case(self, each: KeptAdapter, base: Checkpoint) -> Case:
@@ -205,5 +206,26 @@ class Keeping:
         return Case(
             f"adapter {each.adapter.ref.path}",
             {name: tensor.numpy() for name, tensor in factors.items()},
-            {name: tensor.numpy() for name, tensor in each.merged(base).items()},
+            each.merged(base),
         )
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """Payloads of a checkpoint, and of factors in memory."""
+
+    base: Checkpoint
+    factors: Mapping[str, Bytes]
+    made: Mapping[str, TensorSpec]
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor, by name."""
+        return {**self.base.specs, **self.made}
+
+    def read_into(self, name: str, begin: int, buffer: Bytes) -> None:
+        """Fills a buffer with a tensor's payload from byte `begin` on."""
+        if name in self.factors:
+            buffer[:] = self.factors[name][begin : begin + buffer.nbytes]
+        else:
+            self.base.read_into(name, begin, buffer)

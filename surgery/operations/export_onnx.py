@@ -1,34 +1,54 @@
-"""export-onnx: a Hugging Face folder → OUT.onnx, and its weights beside it; adapters in it where that is asked for.
+"""export-onnx: a model → OUT.onnx, and its weights beside it; adapters in it where that is asked for.
 
-Plans the output, builds the graph without weights, writes both files without a name, has them checked against torch,
-and only then lets them appear. What the graph is made of is `surgery.onnx`'s business.
+Two ways to the same files. Tracing: builds the graph without weights, writes everything without a name, has it checked
+against torch, and only then lets it appear. Onto a graph that exists: the names, dtypes and shapes that the graph is
+over are compared with the checkpoint's, and the weights are copied; that takes neither torch nor a run. What a graph is
+made of is `surgery.onnx`'s business.
 """
 
 from __future__ import annotations
 
 import hashlib
-import mmap
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from formats import Checkpoint, open_checkpoint
+from formats import Checkpoint, DType, TensorSpec, open_checkpoint
 from formats.adapter import NOTHING_TOLD, Told
-from formats.errors import NotACheckpoint, OutputExists, PathNotFound
-from formats.layout import Layout
-from formats.staging import Staging, disk_errors, write_at
+from formats.errors import NotACheckpoint, PathNotFound, UnsupportedDType
 from surgery.errors import Unsupported
-from surgery.onnx.architecture import read_architecture
-from surgery.onnx.payload import PAYLOAD, Read, attach_payload, holds_payload, payload_layout, write_payload
-from surgery.onnx.template import Template, build_template
-from surgery.onnx.verify import check_structure, verify_graph
+from surgery.onnx.existing import read_graphs, require_fit, require_same_settings, require_ties, weights_of
+from surgery.onnx.payload import payload_layout
 from surgery.operations.export_adapters import Keeping
+from surgery.operations.onnx_files import Export, check_target, staged
+from surgery.operations.stored_dtype import dtype_named
 from surgery.plan import Fate
 from surgery.report import Report, Stopwatch, peak_rss
 
-_OWN_FOLDER = "give each export a folder of its own: base/model.onnx, merged/model.onnx"
+if TYPE_CHECKING:
+    from surgery.onnx.program import Exportable
+    from surgery.onnx.verify import Verification
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """One `.onnx` file.
+
+    Attributes:
+        path: where it is.
+        sha256: equal for models of one architecture, whatever their weights.
+        nodes: nodes of the graph.
+        nodes_run: nodes that ONNX Runtime executes after its own optimisation; None if not verified.
+        inputs, outputs: the graph's.
+    """
+
+    path: str
+    sha256: str
+    nodes: int
+    nodes_run: int | None
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,39 +56,37 @@ class ExportReport(Report):
     """What export-onnx did. The ledger counts the checkpoint's tensors: copied into the payload, or not needed.
 
     Attributes:
-        payload: path of the weights, which the graph finds by name beside it.
-        graph_sha256: of the `.onnx` file; equal for models of one architecture, whatever their weights.
-        payload_sha256: of the weights' file.
-        nodes: nodes of the graph.
-        nodes_run: nodes that ONNX Runtime executes after its own optimisation; None if not verified.
+        graphs: the graphs: one, or encoder and decoder.
+        payload: path of the weights, which the graphs find by name beside them.
+        payload_blake3: hash of the weights' file.
+        traced: whether the graphs were made now, and not taken from another export.
         max_abs_error: largest difference from torch at valid tokens; None if not verified.
         max_rel_error: the same in relation to the largest value of its output.
+        worst: the output where that was, and the shape.
         tolerance: what max_rel_error was held against.
-        shapes: (batch, sequence) of each comparison.
-        model_class: the transformers class.
-        dtype: the checkpoint's floating-point dtype.
-        inputs, outputs: the graph's.
-        unused: names of the checkpoint's tensors that the graph does not need.
+        float32_error: max_rel_error against the model in float32, where the graphs compute in another dtype.
+        shapes: of the first input of each comparison.
+        model_class: the transformers class, or the function that makes the module; "" where a graph was given.
+        dtype: what the graphs compute in.
+        unused: names of the checkpoint's tensors that no graph needs.
         adapters: "branch" or "inputs"; empty without adapters.
         adapted: names of the weights that have an adapter beside them.
-        adapted_rel_error: largest difference from the outputs of the merged weights, as max_rel_error; None if not
-            verified.
+        adapted_rel_error: largest difference from the model on merged weights, as max_rel_error; None if not verified.
         adapted_tolerance: what it was held against.
     """
 
+    graphs: tuple[ExportedGraph, ...]
     payload: str
-    graph_sha256: str
-    payload_sha256: str
-    nodes: int
-    nodes_run: int | None
+    payload_blake3: str
+    traced: bool
     max_abs_error: float | None
     max_rel_error: float | None
+    worst: str | None
     tolerance: float | None
-    shapes: tuple[tuple[int, int], ...]
+    float32_error: float | None
+    shapes: tuple[tuple[int, ...], ...]
     model_class: str
     dtype: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
     unused: tuple[str, ...]
     adapters: str
     adapted: tuple[str, ...]
@@ -83,70 +101,98 @@ def export_onnx(
     adapters: Sequence[str | Path] = (),
     adapters_as: str = "branch",
     told: Told = NOTHING_TOLD,
+    graph: str | Path | None = None,
+    with_cache: bool = False,
+    dtype: str | None = None,
+    factory: str | None = None,
+    inputs: Sequence[str] = (),
     force: bool = False,
-    verify: bool = True,
+    verify: bool | None = None,
 ) -> ExportReport:
-    """Writes OUT.onnx and, beside it, `model.safetensors`.
+    """Writes OUT.onnx and, beside it, `model.safetensors`. An encoder–decoder becomes `encoder_OUT.onnx` and
+    `decoder_OUT.onnx` over one `model.safetensors`.
 
     Args:
-        model: a Hugging Face folder: config.json, and weights in one file or in shards.
+        model: a Hugging Face folder: config.json, and weights in one file or in shards. With `graph` or `factory`
+            also a file of weights.
         out: the `.onnx` file. Its folder must hold no other model's `model.safetensors`.
         adapters: LoRA of linear layers, in any dialect that merge reads, to be left beside the weights.
         adapters_as: "branch": the one adapter's factors are weights of the graph. "inputs": the graph takes them as
             optional inputs, of any rank, for every weight that one of the adapters changes; ONNX Runtime fills them
             from `.onnx_adapter` files, which `convert` writes.
         told: what the adapters' files do not say.
+        graph: a graph that an earlier export wrote; it is used as it is, and only the weights are new.
+        with_cache: keys and values of tokens gone by as inputs and outputs, so that generation costs a token a step.
+        dtype: float32, float16 or bfloat16: what the graph computes in; the checkpoint's own where None.
+        factory: `package.module:function`, which returns the torch module. It is imported and called.
+        inputs: of the factory's module, each `NAME=DTYPE[AXES]`.
         force: replace what stands there; never the model itself.
-        verify: compare with torch before anything appears under its name.
+        verify: compare with torch before anything appears under its name; None means where the graph is new.
 
     Raises:
         UnknownArchitecture, Unsupported, MissingTensors, UnsupportedDType: a model that cannot be exported, or an
             adapter that no graph can take, and why.
+        ShapeMismatch, CorruptFile: weights that do not fit under `graph`.
+        NotFinite: a weight is beyond the range of `dtype`.
         OutputExists: something stands at the output, or the output is the input.
-        VerificationFailed: ONNX Runtime and torch disagree, or the graph and the merged weights.
+        VerificationFailed: ONNX Runtime and torch disagree, on the model's weights or on merged ones.
         ReportedError: the adapters, as merge.
     """
-    watch = Stopwatch()
-    folder, target = Path(model), Path(out)
-    guarded = [Path(adapter) for adapter in adapters]
-    _check_paths(folder, target, force, guarded)
-    architecture = read_architecture(folder)
-    with open_checkpoint(folder) as checkpoint:
-        keeping = Keeping.of(folder, guarded, adapters_as, checkpoint.specs, told)
-        bare = build_template(architecture, checkpoint.specs)
-        _check_ties(bare, checkpoint)
-        template = keeping.grafted(bare)
-        where = payload_layout(template.weights)
-        plain, graph = (attach_payload(each.model, template.weights, where) for each in (bare, template))
-        dtype = next(spec.dtype for spec in bare.weights if spec.dtype.is_float)
-        read = keeping.reading(checkpoint)
-        with _staged(folder, target, graph, read, template, where, force, guarded) as payload:
-            check_structure(graph)
-            found = verify_graph(architecture, plain, payload, dtype) if verify else None
-            agreed = keeping.agreement(architecture, (plain, graph), payload, dtype, checkpoint) if verify else None
-            payload_sha256 = _file_sha256(payload)
-        unused = tuple(sorted(checkpoint.specs.keys() - {spec.name for spec in bare.weights}))
-    fates = [Fate.COPIED] * len(bare.weights) + [Fate.UNUSED] * len(unused) + keeping.fates
+    watch = Stopwatch(None if graph is not None and not verify else "torch")
+    source, target, wanted = Path(model), Path(out), dtype_named(dtype)
+    _check_source(source, alone=graph is not None or factory is not None)
+    guarded = tuple(map(Path, adapters))
+    check_target(source, target, force, guarded)
+    if guarded and (graph is not None or factory is not None):
+        raise Unsupported(
+            "adapters are left in new graphs of transformers' models only",
+            where=source,
+            then="leave out the graph or the factory; or merge the adapter",
+        )
+    with open_checkpoint(source) as checkpoint:
+        keeping = Keeping.of(source, guarded, adapters_as, _computed(checkpoint.specs, wanted), told)
+        if graph is not None:
+            plan = _onto(Path(graph), source, checkpoint, convert=wanted is not None)
+            if verify:
+                cached = any(name.startswith("past_key_values.") for name in plan.inputs)
+                plan = replace(plan, model=_exportable(source, cached, factory, inputs))
+        else:
+            _check_dtype(wanted or DType.F32, wanted, verify is not False, source)
+            exportable = _exportable(source, with_cache, factory, inputs)
+            for program in exportable.kind.programs:
+                check_target(source, target.with_name(program.prefix + target.name), force)
+            plan = _traced(exportable, checkpoint, wanted, keeping)
+        computed = next((spec.dtype for spec in plan.weights if spec.dtype.is_float), DType.F32)
+        checked = plan.model if verify or (verify is None and graph is None) else None
+        _check_dtype(computed, wanted, checked is not None, source)
+        export = Export(source, target, plan.graphs, plan.weights, payload_layout(plan.weights), force, guarded)
+        with staged(export, keeping.beside(checkpoint)) as files:
+            found = _verified(checked, plan.plain, files.payload, computed) if checked else None
+            agreed = keeping.agreement(checked, plan.graphs, files.payload, computed, checkpoint) if checked else None
+        copied = [spec.name for spec in plan.weights if spec.name in checkpoint.specs]
+        unused = tuple(sorted(checkpoint.specs.keys() - set(copied)))
+    fates = [Fate.COPIED] * len(copied) + [Fate.UNUSED] * len(unused) + keeping.fates
+    ran = agreed.nodes_run if agreed else found.nodes_run if found else {}
+    unchecked = () if found or graph is not None else ("not compared with torch",)
     return ExportReport(
         operation="export-onnx",
         output=str(target),
         seconds=watch.seconds,
         peak_rss_bytes=peak_rss(),
         ledger={fate.value: fates.count(fate) for fate in Fate},
-        notes=(*checkpoint.notes, *([] if verify else ["not compared with torch"]), *keeping.notes),
-        payload=str(target.parent / PAYLOAD),
-        graph_sha256=hashlib.sha256(graph).hexdigest(),
-        payload_sha256=payload_sha256,
-        nodes=len(template.model.graph.node),
-        nodes_run=agreed.nodes_run if agreed else found.nodes_run if found else None,
+        notes=(*checkpoint.notes, *plan.notes, *unchecked, *keeping.notes),
+        graphs=tuple(_described(export, prefix, data, ran.get(prefix)) for prefix, data in plan.graphs.items()),
+        payload=str(export.payload),
+        payload_blake3=files.blake3,
+        traced=graph is None,
         max_abs_error=found.max_abs_error if found else None,
         max_rel_error=found.max_rel_error if found else None,
+        worst=found.worst if found else None,
         tolerance=found.tolerance if found else None,
+        float32_error=found.float32_error if found else None,
         shapes=found.shapes if found else (),
-        model_class=architecture.model_class.__name__,
-        dtype=dtype.label,
-        inputs=architecture.inputs,
-        outputs=tuple(output.name for output in template.model.graph.output),
+        model_class=plan.model.name if plan.model else plan.said,
+        dtype=computed.label,
         unused=unused,
         adapters=adapters_as if adapters else "",
         adapted=tuple(branch.weight for branch in keeping.branches),
@@ -155,126 +201,120 @@ def export_onnx(
     )
 
 
-def _check_paths(folder: Path, target: Path, force: bool, adapters: Sequence[Path]) -> None:
-    if not folder.exists():
-        raise PathNotFound("no such folder", where=folder)
-    if not folder.is_dir():
+@dataclass(frozen=True)
+class _Plan:
+    """Graphs by prefix, and the same without adapters; what their payload holds, the model they are checked against,
+    and what to say besides."""
+
+    graphs: Mapping[str, bytes]
+    plain: Mapping[str, bytes]
+    weights: tuple[TensorSpec, ...]
+    model: Exportable | None
+    inputs: tuple[str, ...] = ()
+    said: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def _onto(graph: Path, source: Path, checkpoint: Checkpoint, convert: bool) -> _Plan:
+    """The graphs of another export, if the checkpoint's tensors are what they are over."""
+    given = read_graphs(graph)
+    weights = weights_of(given)
+    require_fit(given, graph, checkpoint, payload_layout(weights), convert)
+    require_ties(given[0].ties, checkpoint)
+    config = source / "config.json"
+    settings = given[0].settings
+    notes: tuple[str, ...] = ()
+    if settings and config.is_file():
+        require_same_settings(given, graph, config)
+    elif settings:
+        notes = ("no config.json beside the weights: only names, dtypes and shapes were compared with the graph",)
+    names = settings.get("architectures") or [""]
+    inputs = tuple(name for each in given for name in each.inputs)
+    graphs = {each.prefix: each.data for each in given}
+    return _Plan(graphs, graphs, weights, None, inputs, str(names[0]), notes)
+
+
+def _computed(specs: Mapping[str, TensorSpec], dtype: DType | None) -> dict[str, TensorSpec]:
+    """The tensors in the dtype that the graphs compute in."""
+    return {
+        name: replace(spec, dtype=dtype) if dtype is not None and spec.dtype.is_float else spec
+        for name, spec in specs.items()
+    }
+
+
+def _traced(model: Exportable, checkpoint: Checkpoint, dtype: DType | None, keeping: Keeping) -> _Plan:
+    """New graphs, made without weights."""
+    from surgery.onnx.payload import attach_payload
+    from surgery.onnx.template import build_templates
+
+    bare = build_templates(model, checkpoint.specs, dtype)
+    for first, *rest in bare[0].ties:
+        require_ties(dict.fromkeys(rest, first), checkpoint)
+    templates = tuple(map(keeping.grafted, bare))
+    every = {spec.name: spec for template in templates for spec in template.weights}
+    weights = tuple(every[name] for name in sorted(every))
+    where = payload_layout(weights)
+    graphs, plain = ({t.prefix: attach_payload(t.model, t.weights, where) for t in each} for each in (templates, bare))
+    return _Plan(graphs, plain, weights, model)
+
+
+def _exportable(source: Path, cached: bool, factory: str | None, inputs: Sequence[str]) -> Exportable:
+    if factory is None:
+        from surgery.onnx.architecture import read_architecture
+
+        return read_architecture(source, cached=cached)
+    from surgery.onnx.own_module import own_module
+
+    return own_module(source, factory, inputs)
+
+
+def _verified(model: Exportable, graphs: Mapping[str, bytes], payload: int, dtype: DType) -> Verification:
+    from surgery.onnx.verify import check_structure, verify_graphs
+
+    for data in graphs.values():
+        check_structure(data)
+    return verify_graphs(model, graphs, payload, dtype)
+
+
+def _described(export: Export, prefix: str, data: bytes, nodes_run: int | None) -> ExportedGraph:
+    import onnx
+
+    graph = onnx.load_model_from_string(data).graph
+    return ExportedGraph(
+        path=str(export.path(prefix)),
+        sha256=hashlib.sha256(data).hexdigest(),
+        nodes=len(graph.node),
+        nodes_run=nodes_run,
+        inputs=tuple(value.name for value in graph.input),
+        outputs=tuple(value.name for value in graph.output),
+    )
+
+
+def _check_source(source: Path, alone: bool) -> None:
+    if not source.exists():
+        raise PathNotFound("no such folder or file", where=source)
+    if not source.is_dir() and not alone:
         raise NotACheckpoint(
             "the graph is built from a folder, not from a weight file alone",
-            where=folder,
+            where=source,
             expected="a Hugging Face folder: config.json and its weights",
             found="a file",
-            then="pass the folder that holds it, with its config.json",
+            then="pass the folder that holds it, with its config.json; or say what builds the module: --factory",
         )
-    if target.suffix != ".onnx":
-        raise Unsupported(
-            "the output is one .onnx file",
-            where=target,
-            expected="a name that ends in .onnx",
-            then=f"say -o {target / 'model.onnx'}",
+
+
+def _check_dtype(computed: DType, wanted: DType | None, checked: bool, source: Path) -> None:
+    if wanted is not None and computed is not wanted:
+        raise UnsupportedDType(
+            "the graph computes in another dtype than the one asked for",
+            where=source,
+            expected=wanted,
+            found=computed,
+            then="leave out --dtype, or --graph",
         )
-    Staging(target, folder=False, inputs=[*_files(folder), *adapters], force=force)
-
-
-def _files(folder: Path) -> list[Path]:
-    return [folder, *(path for path in folder.iterdir() if path.is_file())]
-
-
-def _check_ties(template: Template, checkpoint: Checkpoint) -> None:
-    """transformers unties what the file stores with different values; the graph cannot depend on values."""
-    for first, *rest in template.ties:
-        for name in rest:
-            if checkpoint.read_bytes(first).tobytes() != checkpoint.read_bytes(name).tobytes():
-                raise Unsupported(
-                    "config.json ties two tensors which the checkpoint stores with different values",
-                    where=checkpoint.ref.path,
-                    found=f"{first} and {name}",
-                    then='set "tie_word_embeddings": false in config.json',
-                )
-
-
-@contextmanager
-def _staged(
-    folder: Path,
-    target: Path,
-    graph: bytes,
-    read: Read,
-    template: Template,
-    where: Layout,
-    force: bool,
-    adapters: Sequence[Path],
-) -> Iterator[int]:
-    """Both files, written and nameless; yields the payload's descriptor. On a normal exit they appear.
-
-    A folder that does not exist yet appears whole. In one that does, the payload appears before the graph, and a
-    graph that is to be replaced goes first: at no time does a graph stand beside weights it was not made for.
-    """
-    beside = target.parent / PAYLOAD
-    if not target.parent.exists():
-        with Staging(target.parent, folder=True, inputs=[folder, *adapters], force=force) as staging:
-            _write(staging.create(target.name, len(graph)), graph, target)
-            payload = staging.create(PAYLOAD, where.size)
-            write_payload(payload, read, template.weights, where, beside)
-            yield payload
-    elif _keeps(folder, beside, read, template, where, force):
-        guarded = [*_files(folder), *adapters]
-        with Staging(target, folder=False, inputs=guarded, force=force) as staging, beside.open("rb") as kept:
-            _write(staging.create("", len(graph)), graph, target)
-            yield kept.fileno()
-    else:
-        guarded = [*_files(folder), *adapters]
-        with (
-            Staging(target, folder=False, inputs=guarded, force=force) as staging,
-            Staging(beside, folder=False, inputs=guarded, force=force) as weights,
-        ):  # left in reverse: weights first
-            _write(staging.create("", len(graph)), graph, target)
-            payload = weights.create("", where.size)
-            write_payload(payload, read, template.weights, where, beside)
-            yield payload
-            with disk_errors(target):
-                os.fsync(payload)  # what can fail has been tried before the old graph goes
-                if force:
-                    target.unlink(missing_ok=True)
-
-
-def _keeps(folder: Path, beside: Path, read: Read, template: Template, where: Layout, force: bool) -> bool:
-    """Whether the payload stands there already, to the byte. Raises OutputExists where it must not be replaced."""
-    own = beside.parent.resolve() == folder.resolve()
-    if not os.path.lexists(beside):
-        if own:
-            raise OutputExists(
-                "the export would put a second set of weights into the model's own folder",
-                where=beside.parent,
-                found="the weights under other names or in shards",
-                then=_OWN_FOLDER,
-            )
-        return False
-    linked = beside.is_symlink() or beside.stat().st_nlink > 1
-    if not linked and beside.is_file() and holds_payload(beside, read, template.weights, where):
-        return True
-    if own:
-        raise OutputExists(
-            "the weights in the model's own folder cannot serve the graph as they are, and are not ours to replace",
-            where=beside,
-            expected="a plain file, exactly the tensors the graph needs, in the canonical order and without metadata",
-            found="a link" if linked else "another order, other tensors or metadata",
-            then=_OWN_FOLDER,
+    if checked and computed is DType.BF16:
+        raise UnsupportedDType(
+            "ONNX Runtime's CPU provider does not run bfloat16, so the graph cannot be compared with torch",
+            where=source,
+            then="export it unchecked for another provider with --no-verify, or choose --dtype float32 or float16",
         )
-    if not force:
-        raise OutputExists(
-            "another model's weights stand where this one's would go; their name is part of the graph, so it is fixed",
-            where=beside,
-            found="a link" if linked else "a file with other bytes",
-            then=f"{_OWN_FOLDER}; or replace it with --force",
-        )
-    return False
-
-
-def _write(descriptor: int, data: bytes, target: Path) -> None:
-    with disk_errors(target):
-        write_at(descriptor, data, 0)
-
-
-def _file_sha256(descriptor: int) -> str:
-    with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as mapped:
-        return hashlib.sha256(mapped).hexdigest()

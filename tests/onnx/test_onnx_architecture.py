@@ -10,6 +10,7 @@ import pytest
 from formats import DType, TensorSpec, open_checkpoint
 from surgery.errors import MissingTensors, UnknownArchitecture, Unsupported
 from surgery.onnx.architecture import build_module, checkpoint_specs, read_architecture, stored_ties
+from surgery.onnx.kinds import longest
 
 Make = Callable[..., Path]
 
@@ -37,8 +38,9 @@ def test_config_names_the_class_and_the_class_names_the_inputs(
     """No list of architectures: whatever config.json names and transformers has. Inputs that change nothing are out."""
     architecture = read_architecture(make_model(tmp_path / "m", kind))
     assert architecture.model_class.__name__ == name
-    assert architecture.inputs == inputs
-    assert architecture.longest == 64
+    (program,) = architecture.kind.programs
+    assert tuple(each.name for each in program.inputs) == inputs
+    assert longest(architecture.config) == 64
 
 
 def test_no_config(tmp_path: Path) -> None:
@@ -80,17 +82,23 @@ def test_without_transformers(tmp_path: Path, make_model: Make, monkeypatch: pyt
     ("changes", "reason"),
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
-        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "encoder-decoder"),
-        ({"architectures": ["ViTModel"], "model_type": "vit"}, "pixel_values"),
+        ({"architectures": ["Wav2Vec2Model"], "model_type": "wav2vec2"}, "input_values"),
     ],
 )
-def test_models_that_are_not_one_graph_over_tokens(
+def test_models_whose_inputs_are_not_known(
     tmp_path: Path, make_model: Make, edit_config: Make, changes: dict[str, object], reason: str
 ) -> None:
-    """Quantised checkpoints, encoder-decoders and image models are refused with the reason."""
+    """Quantised checkpoints and models fed with something of unknown shape are refused, with a way out."""
     folder = edit_config(make_model(tmp_path / "m", "bert"), **changes)
-    with pytest.raises(Unsupported, match=reason):
+    with pytest.raises(Unsupported, match=reason) as caught:
         read_architecture(folder)
+    assert "--factory" in caught.value.details["next"]
+
+
+def test_a_cache_of_a_model_that_has_none(tmp_path: Path, make_model: Make) -> None:
+    """An encoder keeps no keys and values, and says so."""
+    with pytest.raises(Unsupported, match="keeps no keys and values"):
+        read_architecture(make_model(tmp_path / "m", "bert"), cached=True)
 
 
 def test_building_writes_no_parameter(tmp_path: Path, make_model: Make) -> None:

@@ -14,14 +14,16 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from formats import open_checkpoint
 from formats.errors import NotACheckpoint, OutputExists, PathNotFound, WriteFailed
 from surgery.errors import MissingTensors, UnknownArchitecture, Unsupported, VerificationFailed
+from surgery.onnx import template
 from surgery.onnx.payload import METADATA, PAYLOAD, payload_layout
 from surgery.onnx.template import Template
-from surgery.operations import export_onnx as operation
+from surgery.operations import onnx_files
 from surgery.operations.export_onnx import export_onnx
 
 Make = Callable[..., Path]
@@ -39,7 +41,7 @@ def bert_template(twins: Callable[[str], Any]) -> Template:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, bert_template: Template) -> None:
     """Spares tests that are about files the seconds that building a BERT's graph takes."""
-    monkeypatch.setattr(operation, "build_template", lambda architecture, specs: bert_template)
+    monkeypatch.setattr(template, "build_templates", lambda model, specs, dtype: (bert_template,))
 
 
 @pytest.fixture
@@ -57,15 +59,18 @@ def test_report_is_plain_and_complete(bert: Any) -> None:
     report = json.loads(json.dumps(dataclasses.asdict(bert.report)))
     assert report["operation"] == "export-onnx"
     assert report["output"] == str(bert.onnx)
-    assert report["graph_sha256"] == hashlib.sha256(bert.onnx.read_bytes()).hexdigest()
-    assert report["payload_sha256"] == hashlib.sha256(Path(report["payload"]).read_bytes()).hexdigest()
-    assert report["nodes"] == len(onnx.load(bert.onnx, load_external_data=False).graph.node)
-    assert 0 < report["nodes_run"] < report["nodes"]
+    (graph,) = report["graphs"]
+    assert graph["path"] == str(bert.onnx)
+    assert graph["sha256"] == hashlib.sha256(bert.onnx.read_bytes()).hexdigest()
+    assert report["payload_blake3"] == blake3(Path(report["payload"]).read_bytes()).hexdigest()
+    assert graph["nodes"] == len(onnx.load(bert.onnx, load_external_data=False).graph.node)
+    assert 0 < graph["nodes_run"] < graph["nodes"]
     assert 0 < report["max_rel_error"] < report["tolerance"] < 1e-4
     assert report["max_abs_error"] > 0
     assert {fate: count for fate, count in report["ledger"].items() if count} == {"copied": 39}
-    assert report["inputs"] == ["input_ids", "attention_mask", "token_type_ids"]
-    assert report["outputs"] == ["last_hidden_state", "pooler_output"]
+    assert graph["inputs"] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert graph["outputs"] == ["last_hidden_state", "pooler_output"]
+    assert report["worst"].split()[0] in graph["outputs"]
     assert report["model_class"] == "BertModel"
     assert report["seconds"] > 0
     assert report["peak_rss_bytes"] > 1 << 20
@@ -116,8 +121,8 @@ def test_shards_give_the_same_files(bert: Any, tmp_path: Path, quick: None) -> N
     transformers.BertModel.from_pretrained(bert.model).save_pretrained(sharded, max_shard_size="20KB")
     assert len(list(sharded.glob("*.safetensors"))) > 1
     report = export_onnx(sharded, tmp_path / "out/model.onnx")
-    assert report.graph_sha256 == bert.report.graph_sha256
-    assert report.payload_sha256 == bert.report.payload_sha256
+    assert report.graphs[0].sha256 == bert.report.graphs[0].sha256
+    assert report.payload_blake3 == bert.report.payload_blake3
 
 
 def test_half_precision(tmp_path: Path, make_model: Make) -> None:
@@ -253,7 +258,7 @@ def test_a_graph_that_disagrees_with_torch_is_not_written(
                 if name == f"encoder.layer.1.attention.self.{mine}":
                     node.input[index] = f"encoder.layer.1.attention.self.{other}"
     wrong = dataclasses.replace(bert_template, model=swapped)
-    monkeypatch.setattr(operation, "build_template", lambda architecture, specs: wrong)
+    monkeypatch.setattr(template, "build_templates", lambda model, specs, dtype: (wrong,))
     out = tmp_path / "out"
     if not fresh:
         out.mkdir()
@@ -273,7 +278,7 @@ def test_ties_stored_with_different_values(tmp_path: Path, make_model: Make, mon
     with open_checkpoint(folder) as checkpoint:
         weights = tuple(checkpoint.specs.values())
     tied = Template(onnx.ModelProto(), weights, (("transformer.wte.weight", "lm_head.weight"),))
-    monkeypatch.setattr(operation, "build_template", lambda architecture, specs: tied)
+    monkeypatch.setattr(template, "build_templates", lambda model, specs, dtype: (tied,))
     with pytest.raises(Unsupported) as caught:
         export_onnx(folder, tmp_path / "out/model.onnx")
     assert "tie_word_embeddings" in caught.value.details["next"]
@@ -285,7 +290,7 @@ def test_a_full_disk_leaves_nothing(model: Path, tmp_path: Path, monkeypatch: py
     def full(*args: object) -> None:
         raise WriteFailed("the disk is full")
 
-    monkeypatch.setattr(operation, "write_payload", full)
+    monkeypatch.setattr(onnx_files, "write_payload", full)
     with pytest.raises(WriteFailed):
         export_onnx(model, tmp_path / "out/model.onnx")
     assert _left(tmp_path / "out") == set()

@@ -36,9 +36,9 @@ def test_base_and_merged_share_one_graph_and_match_torch(tmp_path: Path) -> None
     for name, model in (("base", base), ("merged", merged)):
         report = export_onnx(model, tmp_path / name / "model.onnx")
         assert report.unused == ("embeddings.position_ids",)
-        assert report.nodes_run == 179  # as many as for torch's own optimised export
+        assert report.graphs[0].nodes_run == 179  # as many as for torch's own optimised export
         assert report.max_rel_error < report.tolerance
-        onnx.checker.check_model(report.output)
+        onnx.checker.check_model(report.graphs[0].path)
         graphs.append((tmp_path / name / "model.onnx").read_bytes())
         session = onnxruntime.InferenceSession(report.output, providers=["CPUExecutionProvider"])
         feed = {entry.name: np.ones((2, 12), np.int64) for entry in session.get_inputs()}

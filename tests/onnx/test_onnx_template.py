@@ -16,7 +16,7 @@ import pytest
 from formats import DType, open_checkpoint
 from formats.errors import UnsupportedDType
 from surgery.onnx.architecture import build_module, read_architecture
-from surgery.onnx.template import build_template
+from surgery.onnx.template import build_template, order_nodes
 
 Make = Callable[..., Path]
 
@@ -32,8 +32,8 @@ def test_two_weight_sets_one_graph(twins: Callable[[str], Any], kind: str) -> No
     """`cmp base.onnx merged.onnx` is silent; the payloads differ."""
     base, merged = twins(kind)
     assert base.onnx.read_bytes() == merged.onnx.read_bytes()
-    assert base.report.graph_sha256 == merged.report.graph_sha256
-    assert base.report.payload_sha256 != merged.report.payload_sha256
+    assert base.report.graphs[0].sha256 == merged.report.graphs[0].sha256
+    assert base.report.payload_blake3 != merged.report.payload_blake3
 
 
 def test_another_process_another_folder(tmp_path: Path, bert: Any) -> None:
@@ -68,11 +68,12 @@ def test_weights_keep_the_checkpoints_names(twins: Callable[[str], Any], kind: s
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
 def test_nothing_says_how_the_graph_was_made(twins: Callable[[str], Any], kind: str) -> None:
-    """No paths, traces, doc strings or metadata; axes are called what they are."""
+    """No paths, traces or doc strings, and no metadata but what the graph depends on; axes are called what they are."""
     exported = twins(kind)[0]
     model = onnx.load(exported.onnx, load_external_data=False)
     text = str(model)
-    assert not re.search(r"doc_string|metadata_props|\.py|site-packages|stack_trace|pkg\.|_hook", text)
+    assert not re.search(r"doc_string|\.py|site-packages|stack_trace|pkg\.|_hook|transformers", text)
+    assert {entry.key for entry in model.metadata_props} == {"surgery.config", "surgery.ties"}
     assert str(exported.model.parent) not in text
     symbols = {d.dim_param for v in (*model.graph.input, *model.graph.output, *model.graph.value_info)
                for d in v.type.tensor_type.shape.dim if d.dim_param}  # fmt: skip
@@ -97,6 +98,7 @@ def test_as_lean_as_the_exporters_own(bert: Any, tmp_path: Path) -> None:
 
     architecture = read_architecture(bert.model)
     ids = torch.ones(2, 8, dtype=torch.int64)
+    names = [each.name for each in architecture.kind.programs[0].inputs]
     module = build_module(architecture, DType.F32)
     with torch.no_grad():  # torch's optimiser drops what is zero or there twice, and fresh memory may be either
         for parameter in module.parameters():
@@ -105,8 +107,8 @@ def test_as_lean_as_the_exporters_own(bert: Any, tmp_path: Path) -> None:
         module,
         (),
         str(tmp_path / "theirs.onnx"),
-        kwargs=dict.fromkeys(architecture.inputs, ids),
-        dynamic_shapes={name: dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC) for name in architecture.inputs},
+        kwargs=dict.fromkeys(names, ids),
+        dynamic_shapes={name: dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC) for name in names},
         dynamo=True,
         optimize=True,
         opset_version=20,
@@ -117,7 +119,7 @@ def test_as_lean_as_the_exporters_own(bert: Any, tmp_path: Path) -> None:
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     onnxruntime.InferenceSession(tmp_path / "theirs.onnx", options, providers=["CPUExecutionProvider"])
     theirs = len(onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node)
-    assert bert.report.nodes_run == theirs
+    assert bert.report.graphs[0].nodes_run == theirs
 
 
 @pytest.mark.parametrize(("dtypes", "found"), [((DType.BF16,), "BF16"), ((DType.F32, DType.F16), "F16")])
@@ -134,4 +136,20 @@ def test_dtypes_that_onnxruntime_does_not_run(
     with pytest.raises(UnsupportedDType) as caught:
         build_template(read_architecture(folder), specs)
     assert found in caught.value.details["found"]
-    assert "save_pretrained" in caught.value.details["next"]
+    assert "--dtype float32" in caught.value.details["next"]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_nodes_stand_in_the_order_in_which_outputs_need_them(swapped: bool) -> None:
+    """Whichever of two independent branches the tracer met first."""
+    import onnx_ir as ir
+
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2]))
+    branches = [[ir.node(kind, [x])] for kind in ("Sin", "Cos")]
+    for branch in branches:
+        branch.append(ir.node("Neg", [branch[0].outputs[0]]))
+    total = ir.node("Add", [branch[1].outputs[0] for branch in branches])
+    met = [node for branch in (branches[::-1] if swapped else branches) for node in branch]
+    graph = ir.Graph([x], total.outputs, nodes=[*met, total], opset_imports={"": 20}, name="g")
+    order_nodes(graph)
+    assert [node.op_type for node in graph] == ["Sin", "Neg", "Cos", "Neg", "Add"]

@@ -9,7 +9,8 @@ import pytest
 
 from formats import DType
 from surgery.onnx.architecture import read_architecture
-from surgery.onnx.verify import distance, random_feeds, relative, tolerance
+from surgery.onnx.single_pass import SinglePass
+from surgery.onnx.verify import distance, relative, tolerance
 
 
 def test_differences_are_relative_to_the_largest_value() -> None:
@@ -50,7 +51,9 @@ def test_tolerance_follows_dtype_and_depth() -> None:
 def test_inputs_hold_padding_and_fit_the_model(tmp_path: Path, make_model: Callable[..., Path]) -> None:
     """Several shapes; first rows are full, others end in padding; no sequence is longer than the model takes."""
     folder = make_model(tmp_path / "m", "bert", max_position_embeddings=20, pad_token_id=3)
-    feeds = random_feeds(read_architecture(folder), seed=0)
+    kind = read_architecture(folder).kind
+    assert isinstance(kind, SinglePass)
+    feeds = kind.feeds(seed=0)
     assert len({feed["input_ids"].shape for feed in feeds}) == len(feeds) == 4
     padded = 0
     for feed in feeds:
