@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from formats.checkpoint import Checkpoint, CheckpointWriter
+from formats.checkpoint import Checkpoint, CheckpointWriter, TensorWriter
 from formats.errors import FormatError, NotACheckpoint, PathNotFound
 from formats.layout import shards_by_size
 from formats.safetensors_file import SafetensorsFile, SafetensorsWriter
@@ -220,6 +220,7 @@ class _Output:
     ) -> None:
         self._staging = destination.staging()
         self._settled = False
+        self._besides: list[SafetensorsWriter] = []
         self._container: SafetensorsWriter | ShardedWriter | TorchWriter
         try:
             if names_torch_file(destination.path):
@@ -244,10 +245,18 @@ class _Output:
         self.seal = self._container.seal
 
     def attach(self, filename: str, content: bytes) -> None:
-        if not self._staging.folder:
-            raise FormatError("a single file has no room for another file beside it", where=filename)
+        self._refuse_file(filename)
         with disk_errors(self._staging.target):
             write_at(self._staging.create(filename, len(content)), content, 0)
+
+    def beside(self, filename: str, specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> TensorWriter:
+        self._refuse_file(filename)
+        self._besides.append(SafetensorsWriter(self._staging, filename, specs, metadata))
+        return self._besides[-1]
+
+    def _refuse_file(self, filename: str) -> None:
+        if not self._staging.folder:
+            raise FormatError("a single file has no room for another file beside it", where=filename)
 
     def settle(self) -> None:
         self._complete()
@@ -259,7 +268,8 @@ class _Output:
 
     def _complete(self) -> None:
         if not self._settled:
-            self._container.finish()
+            for each in (self._container, *self._besides):
+                each.finish()
             self._settled = True
 
     def discard(self) -> None:
