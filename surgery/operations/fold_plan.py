@@ -6,12 +6,12 @@ Reads headers only, and knows the length of everything that receipt and grafts w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from formats.checkpoint import Checkpoint
 from formats.dialects.adapterhub_beside import Part
-from formats.dialects.bottleneck import Bottlenecks
+from formats.dialects.bottleneck import Bottleneck, Bottlenecks
 from formats.dialects.prompts import Prefix
 from formats.errors import UnsupportedDType
 from formats.grafts import BranchGraft, Graft, Grafts, PrefixGraft, PromptGraft, Value, tensor_names
@@ -45,6 +45,7 @@ class Folding:
 
     Attributes:
         plan: the steps.
+        judged: the adapter's bottlenecks, each with what it is of and its verdict.
         verdicts: on every part of the adapter.
         grafts: what stays in the graph, with a placeholder for the model's digest; None where nothing does.
         receipt: with placeholders for what only the run can know; None where no weight changes.
@@ -52,6 +53,7 @@ class Folding:
     """
 
     plan: Plan
+    judged: tuple[tuple[Bottlenecks, Judged], ...]
     verdicts: tuple[Verdict, ...]
     grafts: Grafts | None
     receipt: Receipt | None
@@ -104,6 +106,7 @@ def plan_fold(
     sites = tuple(site for _, found in grafting for site in found)
     return Folding(
         Plan("fold", steps, metadata, (*base.notes, *work.notes(len(sites)))),
+        tuple(work.judged),
         tuple(work.verdicts()),
         Grafts(UNKNOWN, adapter.digest, sites) if sites else None,
         receipt,
@@ -219,20 +222,8 @@ class _Work:
             weight = self.base.tensor(one.behind)
             inputs[:0] = [weight, *([self.base.tensor(f"{module}.bias")] if biased else [])]
             wide = weight.spec.size // source.outputs
-        reads, adds_to = (Value.INPUT, Value.OUTPUT) if half else _values(adapter, one.norm)
-        f = activation(adapter.non_linearity)
-        assert f is not None  # judged
-        normed = Value.NORMED in (reads, adds_to) and one.norm is not None
-        site = BranchGraft(
-            module=module,
-            layer=one.layer,
-            place=one.place,
-            reads=reads,
-            adds_to=adds_to,
-            norm=owner(one.norm) if normed and one.norm else None,
-            non_linearity=f.name,
-            **{role: f"{module}.{one.place}.{role}" for role in ("down", "down_bias", "up", "up_bias")},
-        )
+        site = branch_site(adapter, one)
+        site = replace(site, reads=Value.INPUT) if half else site
         rank, out = source.width, source.outputs
         shapes = {"down": (rank, wide), "down_bias": (rank,), "up": (out, rank), "up_bias": (out,)}
         specs = tuple(TensorSpec(name, dtype, shapes[role]) for role, name in tensor_names(site).items())
@@ -279,10 +270,23 @@ class _Work:
             yield f"{sites} parts stay as nodes: the output alone is not the adapted model"
 
 
-def _values(adapter: Bottlenecks, norm: str | None) -> tuple[Value, Value]:
-    """What a bottleneck that stays in the graph reads, and what it is added to."""
+def branch_site(adapter: Bottlenecks, one: Bottleneck) -> BranchGraft:
+    """A bottleneck, of which the non-linearity is known, as nodes of the graph."""
+    module, f = owner(one.behind), activation(adapter.non_linearity)
+    assert f is not None  # judged
+    reads = adds_to = Value.OUTPUT
     if adapter.parallel:
-        return Value.RESIDUAL, Value.OUTPUT
-    reads = Value.SUM if norm is None else Value.NORMED
-    adds_to = {True: Value.OUTPUT, False: reads, "post_add": Value.SUM}[adapter.residual_before_ln]
-    return reads, adds_to
+        reads = Value.RESIDUAL
+    elif adapter.original_ln_before:
+        reads = Value.SUM if one.norm is None else Value.NORMED
+        adds_to = {True: Value.OUTPUT, False: reads, "post_add": Value.SUM}[adapter.residual_before_ln]
+    return BranchGraft(
+        module=module,
+        layer=one.layer,
+        place=one.place,
+        reads=reads,
+        adds_to=adds_to,
+        norm=owner(one.norm) if reads is Value.NORMED and one.norm else None,
+        non_linearity=f.name,
+        **{role: f"{module}.{one.place}.{role}" for role in ("down", "down_bias", "up", "up_bias")},
+    )
