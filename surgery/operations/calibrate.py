@@ -18,10 +18,11 @@ from formats.grafts import BranchGraft
 from formats.paths import open_checkpoint
 from formats.spec import shape_text
 from surgery.activations import LINEAR, function
-from surgery.errors import Unsupported
+from surgery.errors import MissingTensors, Unsupported
 from surgery.grafted import attach_branch
 from surgery.meta_model import known_names
 from surgery.methods.bottleneck import Matrices
+from surgery.onnx.architecture import quiet
 from surgery.operations.fold_ops import Affine, Source
 from surgery.operations.fold_plan import branch_site
 from surgery.operations.fold_verdicts import Judged
@@ -83,7 +84,7 @@ def calibrate(
 
     Raises:
         FormatError: a calibration file that does not fit the model, or has too few rows or tokens.
-        Unsupported: a model that transformers does not load.
+        Unsupported, MissingTensors: a model that transformers does not load, or not whole.
     """
     import torch
 
@@ -121,7 +122,10 @@ def _loaded(model: str | Path) -> Any:
 
         config = transformers.AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         made = getattr(transformers, str((config.architectures or ["AutoModel"])[0]), transformers.AutoModel)
-        return made.from_pretrained(model, local_files_only=True, dtype=torch.float32).eval()
+        with quiet():
+            loaded, info = made.from_pretrained(
+                model, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            )
     except Exception as error:  # whatever a class has against its config or its weights
         raise Unsupported(
             "calibration runs the model, and transformers does not load it",
@@ -129,6 +133,14 @@ def _loaded(model: str | Path) -> Any:
             expected="a folder with config.json and weights, and transformers installed",
             found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
         ) from error
+    if info["missing_keys"]:
+        raise MissingTensors(
+            "calibration runs the model, whose file lacks some of it",
+            where=model,
+            expected=", ".join(sorted(info["missing_keys"])[:5]),
+            then="save it whole, or name the class that it is whole for in config.json's architectures",
+        )
+    return loaded.eval()
 
 
 def _placed(model: Any, adapter: Bottlenecks, each: Judged, base: Checkpoint) -> _Placed:

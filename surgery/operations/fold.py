@@ -30,7 +30,7 @@ from surgery.errors import NothingToDo, NotMergeable, Unsupported, VerificationF
 from surgery.operations.adapters import open_for_merge
 from surgery.operations.calibrate import Approximation, calibrate
 from surgery.operations.fold_plan import Folding, plan_fold
-from surgery.operations.fold_verdicts import Base, Verdict, Way, judge
+from surgery.operations.fold_verdicts import IN_FULL, REPLACED, Base, Verdict, Way, judge
 from surgery.operations.merge import MergeReport, merge, output_digest
 from surgery.operations.vocabulary import CONFIG, companion, parsed_config, with_settings, without_companion
 from surgery.plan import Outcome, no_fates
@@ -246,7 +246,7 @@ def merged_verdicts(model: str | Path, adapter: str | Path, base: Checkpoint, to
         for module in each.adapter.modules:
             found.append(Verdict(owner(module.target), module.method, Way.FOLDED, "a change of the weight: merged"))
         for full in each.adapter.replacements:
-            found.append(Verdict(owner(full.target), "in full", Way.FOLDED, "the tensor itself: replaced"))
+            found.append(Verdict(owner(full.target), IN_FULL, Way.FOLDED, REPLACED))
     return tuple(found)
 
 

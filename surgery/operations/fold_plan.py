@@ -12,7 +12,7 @@ from typing import Any
 from formats.checkpoint import Checkpoint
 from formats.dialects.adapterhub_beside import Part
 from formats.dialects.bottleneck import Bottleneck, Bottlenecks
-from formats.dialects.prompts import Prefix
+from formats.dialects.prompts import Prefix, Prompt, Whole
 from formats.errors import UnsupportedDType
 from formats.grafts import BranchGraft, Graft, Grafts, PrefixGraft, PromptGraft, Value, tensor_names
 from formats.layers import LayerKind, layer_kinds, owner
@@ -31,7 +31,7 @@ from surgery.operations.fold_ops import (
     Widen,
 )
 from surgery.operations.fold_verdicts import WIDTH, Base, Judged, Verdict, Way, judge, verdicts_beside
-from surgery.operations.merge_ops import Copy
+from surgery.operations.merge_ops import Copy, Merge
 from surgery.operations.merge_plan import refuse_merged
 from surgery.plan import Plan, Step
 from surgery.provenance import TOOL, UNKNOWN, MergedAdapter, Receipt
@@ -167,19 +167,25 @@ class _Work:
                 fold = FoldWeight(weight, spec.dtype, source, self.transposed(weight))
                 steps.append(self._step(spec, fold, source, _BLOCK))
                 steps.append(self._step(bias, FoldBias(bias.name, bias.dtype, source), source))
+        for part in self.parts:
+            if isinstance(part, Whole):
+                for name, ref in part.tensors.items():
+                    spec = self.base.specs[name]
+                    op = Merge(name, spec.dtype, (), ((),), False)
+                    steps.append(Step(name, (self.base.tensor(name), ref), (spec,), op, 16 * spec.size))
         widened = self.widened
         if widened:
             one = next(iter(widened.values())).one
             assert one.first is not None  # or it would not be widened
-            for part, name in (
+            for neurons, name in (
                 (Neurons.FIRST, one.first),
                 (Neurons.FIRST_BIAS, f"{owner(one.first)}.bias"),
                 (Neurons.SECOND, one.behind),
                 (Neurons.SECOND_BIAS, f"{owner(one.behind)}.bias"),
             ):
                 for layer, tensor in self.known.alike(name).items():
-                    if layer in widened or part is not Neurons.SECOND_BIAS:
-                        steps.append(self._widen(tensor, part, widened.get(layer)))
+                    if layer in widened or neurons is not Neurons.SECOND_BIAS:
+                        steps.append(self._widen(tensor, neurons, widened.get(layer)))
         return {step.name: step for step in steps}
 
     def _widen(self, tensor: str, part: Neurons, each: Judged | None) -> Step:
@@ -206,7 +212,7 @@ class _Work:
                         yield self._branch(part, each)
             elif isinstance(part, Prefix):
                 yield self._prefix(part)
-            else:
+            elif isinstance(part, Prompt):
                 dtype = next(spec.dtype for spec in self.base.specs.values() if spec.dtype.is_weight)
                 name, ref = "prompt.embedding", part.embedding
                 op, spec = Embedding(dtype, ref), TensorSpec(name, dtype, ref.spec.shape)

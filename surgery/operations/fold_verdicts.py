@@ -14,13 +14,14 @@ from typing import Any
 
 from formats.dialects.adapterhub_beside import Part
 from formats.dialects.bottleneck import Bottleneck, Bottlenecks, Hypercomplex
-from formats.dialects.prompts import Network, Prefix
+from formats.dialects.prompts import Network, Prefix, Prompt, Whole
 from formats.errors import AdapterFormatError
 from formats.layers import owner
 from formats.spec import TensorSpec
 from surgery.activations import LINEAR, Activation, activation
 from surgery.errors import NotMergeable
 
+IN_FULL, REPLACED = "in full", "the tensor itself: replaced"
 WIDTH = "intermediate_size"  # the config's key of the MLP's width
 _FUNCTIONS = ("hidden_act", "activation_function", "hidden_activation")  # and of its activation
 _NUMBERED = re.compile(r"^(?P<stack>(?:.*\.)?(?:layer|h)\.)(?P<number>\d+)(?P<rest>\..*)$")
@@ -170,14 +171,17 @@ def _parallel(one: Bottleneck, f: Activation, base: Base) -> tuple[Way, str]:
 
 
 def verdicts_beside(part: Part) -> Iterator[Verdict]:
-    """Those of a prefix or a prompt. Raises NotMergeable for a non-linearity that nobody knows."""
+    """Those of a prefix, a prompt or a head. Raises NotMergeable for a non-linearity that nobody knows."""
     if isinstance(part, Prefix):
         if isinstance(part.values, Network) and activation(part.values.non_linearity) is None:
             raise unknown_non_linearity(part.values.non_linearity, part.ref.path)
         reason = "its softmax sums over more keys than the input's, which no weight of the model adds"
         for attention in part.attentions:
             yield Verdict(owner(attention), f"prefix of {part.length}", Way.GRAPH, reason)
-    elif not isinstance(part, Bottlenecks):
+    elif isinstance(part, Whole):
+        for name in part.tensors:
+            yield Verdict(owner(name), IN_FULL, Way.FOLDED, REPLACED)
+    elif isinstance(part, Prompt):
         where = "behind the first token" if part.after_first else "before the input"
         reason = "more tokens than the input has: the sequence becomes longer, which no weight does"
         yield Verdict("embeddings", f"prompt of {part.embedding.spec.shape[0]} {where}", Way.GRAPH, reason)
