@@ -33,7 +33,7 @@ from surgery.operations.fold_ops import (
 from surgery.operations.fold_verdicts import WIDTH, Base, Judged, Verdict, Way, judge, verdicts_beside
 from surgery.operations.merge_ops import Copy, Merge
 from surgery.operations.merge_plan import refuse_merged
-from surgery.plan import Plan, Step
+from surgery.plan import Op, Plan, Step
 from surgery.provenance import TOOL, UNKNOWN, MergedAdapter, Receipt
 
 _BLOCK = 16 * (1 << 20)  # what a block of columns takes on its way
@@ -197,7 +197,7 @@ class _Work:
         return self._step(spec, Widen(tensor, spec.dtype, part, source, self.neurons), source, result.nbytes, result)
 
     def _step(
-        self, spec: TensorSpec, op: Any, source: Source | None, needed: int = 0, result: TensorSpec | None = None
+        self, spec: TensorSpec, op: Op, source: Source | None, needed: int = 0, result: TensorSpec | None = None
     ) -> Step:
         inputs = (self.base.tensor(spec.name), *(source.refs if source else ()))
         needed += source.nbytes if source else 0

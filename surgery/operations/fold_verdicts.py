@@ -161,6 +161,8 @@ def _parallel(one: Bottleneck, f: Activation, base: Base) -> tuple[Way, str]:
     if f is not g and not (f is LINEAR and g.splits):
         return Way.GRAPH, f"f is {f.name}, the MLP's activation {g.name}: no neuron of it gives f(D x)"
     parts = [one.first, f"{owner(one.first)}.bias", one.behind, f"{owner(one.behind)}.bias"]
+    if any(part not in base.specs for part in parts):
+        return Way.GRAPH, "the MLP has no biases to take D's and U's"
     shapes = [{base.specs[name].shape for name in base.alike(part).values()} for part in parts]
     widths = {shape[0] for shape in shapes[0]}
     if not all(len(shape) == 1 for shape in shapes) or widths != {base.config.get(WIDTH)}:
