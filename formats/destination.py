@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from formats.checkpoint import CheckpointWriter
+from formats.checkpoint import CheckpointWriter, TensorWriter
 from formats.containers import Container, container_named
 from formats.errors import FormatError
 from formats.forms import FORMS
@@ -24,6 +24,7 @@ from formats.paths import (
     open_checkpoint,
 )
 from formats.plain_file import PlainWriter
+from formats.safetensors_file import SAFETENSORS
 from formats.sharded import ShardedCheckpoint, ShardedWriter
 from formats.spec import TensorSpec
 from formats.staging import Staging, disk_errors, write_at
@@ -174,6 +175,7 @@ class _Output:
     ) -> None:
         self._staging = destination.staging()
         self._settled = False
+        self._besides: list[PlainWriter] = []
         self._container: PlainWriter | ShardedWriter | TorchWriter
         filename, container = destination.weights if destination.is_folder else "", destination.container
         try:
@@ -200,10 +202,18 @@ class _Output:
         self.seal = self._container.seal
 
     def attach(self, filename: str, content: bytes) -> None:
-        if not self._staging.folder:
-            raise FormatError("a single file has no room for another file beside it", where=filename)
+        self._refuse_file(filename)
         with disk_errors(self._staging.target):
             write_at(self._staging.create(filename, len(content)), content, 0)
+
+    def beside(self, filename: str, specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> TensorWriter:
+        self._refuse_file(filename)
+        self._besides.append(PlainWriter(self._staging, filename, specs, metadata, SAFETENSORS))
+        return self._besides[-1]
+
+    def _refuse_file(self, filename: str) -> None:
+        if not self._staging.folder:
+            raise FormatError("a single file has no room for another file beside it", where=filename)
 
     def settle(self) -> None:
         self._complete()
@@ -215,7 +225,8 @@ class _Output:
 
     def _complete(self) -> None:
         if not self._settled:
-            self._container.finish()
+            for each in (self._container, *self._besides):
+                each.finish()
             self._settled = True
 
     def discard(self) -> None:
