@@ -5,7 +5,7 @@ Protocols only. Containers implement them; operations and the engine see nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,16 +55,26 @@ class Checkpoint(Protocol):
     def __exit__(self, *exc: object) -> None: ...
 
 
-class CheckpointWriter(Protocol):
-    """A set of named tensors on its way to disk.
-
-    `write` once a name, in any order, from any thread: the bytes never depend on it. `create_checkpoint` opens one:
-    leaving its context normally makes the output appear whole; leaving it by an exception leaves nothing.
-    """
+class TensorWriter(Protocol):
+    """A set of named tensors on its way to disk: `write` or `omit` once a name, in any order, from any thread."""
 
     def write(self, name: str, tensor: torch.Tensor, *, smaller: bool = False) -> None:
         """Writes one tensor. Its dtype and shape must be those declared; if it may be `smaller`, its bytes at most as
         many: the output is then laid out again."""
+
+    def omit(self, name: str) -> None:
+        """Says that a declared tensor will not come after all; the output is laid out without it."""
+
+    def seal(self, metadata: Mapping[str, str]) -> None:
+        """Replaces the metadata. Costs nothing where the header's length stays what was declared."""
+
+
+class CheckpointWriter(TensorWriter, Protocol):
+    """A whole output on its way to disk: its tensors, and what lies beside them.
+
+    The bytes never depend on order or threads. `create_checkpoint` opens one: leaving its context normally makes the
+    output appear whole; leaving it by an exception leaves nothing.
+    """
 
     def write_bytes(self, name: str, payload: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Writes one tensor's payload as it is."""
@@ -73,14 +83,12 @@ class CheckpointWriter(Protocol):
         """Writes one tensor's payload piece by piece: the context gives a function that takes the piece's first byte
         and the piece. All bytes must have come, each once, when it is left."""
 
-    def omit(self, name: str) -> None:
-        """Says that a declared tensor will not come after all; the output is laid out without it."""
-
-    def seal(self, metadata: Mapping[str, str]) -> None:
-        """Replaces the metadata. Costs nothing where the header's length stays what was declared."""
-
     def attach(self, filename: str, content: bytes) -> None:
         """Adds a small file beside the weights, where the output is a folder."""
+
+    def beside(self, filename: str, specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> TensorWriter:
+        """Adds another safetensors file beside the weights, where the output is a folder; it is complete when the
+        output is."""
 
     def settle(self) -> None:
         """Puts everything on disk once nothing more will come, so that only the name is missing."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from formats.checkpoint import Checkpoint, CheckpointWriter
+from formats.checkpoint import Checkpoint, CheckpointWriter, TensorWriter
 from formats.errors import FormatError, NotACheckpoint, PathNotFound
 from formats.gguf_file import GGUF_SUFFIX, GgufFile
 from formats.gguf_writer import GgufWriter
@@ -267,6 +267,7 @@ class _Output:
     ) -> None:
         self._staging = destination.staging()
         self._settled = False
+        self._besides: list[PlainWriter] = []
         self._container: PlainWriter | ShardedWriter | TorchWriter | GgufWriter
         try:
             if names_torch_file(destination.path):
@@ -298,10 +299,18 @@ class _Output:
         self.seal = self._container.seal
 
     def attach(self, filename: str, content: bytes) -> None:
-        if not self._staging.folder:
-            raise FormatError("a single file has no room for another file beside it", where=filename)
+        self._refuse_file(filename)
         with disk_errors(self._staging.target):
             write_at(self._staging.create(filename, len(content)), content, 0)
+
+    def beside(self, filename: str, specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> TensorWriter:
+        self._refuse_file(filename)
+        self._besides.append(PlainWriter(self._staging, filename, specs, metadata, SAFETENSORS))
+        return self._besides[-1]
+
+    def _refuse_file(self, filename: str) -> None:
+        if not self._staging.folder:
+            raise FormatError("a single file has no room for another file beside it", where=filename)
 
     def settle(self) -> None:
         self._complete()
@@ -313,7 +322,8 @@ class _Output:
 
     def _complete(self) -> None:
         if not self._settled:
-            self._container.finish()
+            for each in (self._container, *self._besides):
+                each.finish()
             self._settled = True
 
     def discard(self) -> None:

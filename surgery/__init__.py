@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from surgery.operations.diff import DiffReport, diff
     from surgery.operations.export_onnx import ExportReport, export_onnx
     from surgery.operations.extract import ExtractReport, extract
+    from surgery.operations.fold import FoldReport, fold
     from surgery.operations.inspect import InspectReport, inspect
     from surgery.operations.merge import MergeReport, merge
     from surgery.operations.resize import ResizeReport, resize
@@ -60,6 +61,8 @@ _HOMES = {
     "ExportReport": "surgery.operations.export_onnx",
     "extract": "surgery.operations.extract",
     "ExtractReport": "surgery.operations.extract",
+    "fold": "surgery.operations.fold",
+    "FoldReport": "surgery.operations.fold",
     "FormatError": "surgery.errors",
     "inspect": "surgery.operations.inspect",
     "InspectReport": "surgery.operations.inspect",
@@ -102,6 +105,7 @@ __all__ = [
     "ExportReport",
     "ExtractReport",
     "FixedRank",
+    "FoldReport",
     "FormatError",
     "InspectReport",
     "MergeReport",
@@ -126,6 +130,7 @@ __all__ = [
     "diff",
     "export_onnx",
     "extract",
+    "fold",
     "inspect",
     "merge",
     "open_checkpoint",

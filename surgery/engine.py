@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from formats.checkpoint import Checkpoint, CheckpointWriter
+from formats.checkpoint import Checkpoint, CheckpointWriter, TensorWriter
 from formats.errors import ReportedError
 from formats.paths import open_checkpoint
 from formats.spec import CheckpointRef, TensorRef, TensorSpec
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _COPIED = 1 << 18  # bytes that are copied at once: still in the cache when they are hashed and written
 _CHUNK = 1 << 19  # bytes of each of two tensors that are compared: both stay in the cache
+Writers = tuple[CheckpointWriter | None, TensorWriter | None]  # of outputs, and of what steps declare aside
 DEFAULT_MEMORY = 512 << 20  # bytes that steps may hold at once; a larger step runs alone
 
 
@@ -59,7 +60,7 @@ def run(
     plan: Plan,
     writer: CheckpointWriter | None,
     resources: Resources | None = None,
-    aside: CheckpointWriter | None = None,
+    aside: TensorWriter | None = None,
 ) -> tuple[Outcome, ...]:
     """Runs every step; the outcomes come in the plan's order, without their tensors.
 
@@ -78,7 +79,7 @@ def run(
     intra_op = max(1, cores() // workers)
     budget = _Budget(resources.memory)
     stop = threading.Event()
-    writers = (writer, aside)
+    writers: Writers = (writer, aside)
     with _Readers() as readers, torch_threads():
         # Largest first: the last step to finish is then a small one.
         order = sorted(range(len(plan.steps)), key=lambda index: -plan.steps[index].volume)
@@ -114,7 +115,7 @@ def _device(name: str) -> torch.device:
 def _run_step(
     step: Step,
     readers: _Readers,
-    writers: tuple[CheckpointWriter | None, CheckpointWriter | None],
+    writers: Writers,
     budget: _Budget,
     device: torch.device,
     stop: threading.Event,
@@ -188,7 +189,7 @@ def _parts(
 
 
 def _write(
-    writer: CheckpointWriter | None,
+    writer: TensorWriter | None,
     specs: tuple[TensorSpec, ...],
     tensors: tuple[torch.Tensor | None, ...],
     smaller: bool,

@@ -23,6 +23,8 @@ class Fate(StrEnum):
     LOW_RANK = "low_rank"  # its change became factors
     MERGED = "merged"  # a delta was added to it
     UNMERGED = "unmerged"  # a delta was taken off it
+    WIDENED = "widened"  # got more neurons, or what these need
+    GRAFTED = "grafted"  # an adapter's, that no weight can hold: goes along for the graph
     FULL = "full"  # carried, replaced or restored whole
     CONVERTED = "converted"  # taken over in another dtype or form
     COPIED = "copied"  # taken over byte for byte

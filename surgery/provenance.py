@@ -118,10 +118,10 @@ class MergedAdapter:
 
 @dataclass(frozen=True)
 class Receipt:
-    """The record of one merge.
+    """The record of one merge or fold.
 
     Attributes:
-        operation: "merge".
+        operation: "merge", or "fold" for what nothing takes off again.
         tool: name and version of the program that did it.
         adapters: all that were merged at once, in the order of their digests.
         base_tensors: BLAKE3 of every tensor's payload of the base, by name.

@@ -1,28 +1,44 @@
-"""Reading AdapterHub's adapters that are no change of a weight, whichever they are. Knows no mathematics."""
+"""Reading adapters that are no change of a weight: AdapterHub's, whichever they are, and peft's prompts and prefixes.
+
+Knows no mathematics.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from formats.checkpoint import Checkpoint
 from formats.dialects.bottleneck import Bottlenecks, Roles, read_bottlenecks
-from formats.dialects.prompts import Prefix, Prompt, read_prefix, read_prompt
+from formats.dialects.prompts import Prefix, Prompt, read_peft_prompt, read_prefix, read_prompt
 from formats.errors import AdapterFormatError
-from formats.spec import TensorRef, TensorSpec
+from formats.spec import CheckpointRef, TensorRef, TensorSpec
 
 _KINDS = {None: "adapters", "prefix_tuning": "prefix_tunings", "prompt_tuning": "prompt_tunings"}
-_SHARED = "shared_parameters"
+_SHARED, _UNION = "shared_parameters", "union"
 _KEY = re.compile(
     rf"^(?:(?P<holder>.+?)\.)?(?P<kind>{'|'.join((*_KINDS.values(), _SHARED))})\.(?P<name>[^.]+)\.(?P<role>.+)$"
 )
 
 
-def read_beside(
-    checkpoint: Checkpoint, config: Mapping[str, Any], base: Mapping[str, TensorSpec]
-) -> Bottlenecks | Prefix | Prompt:
-    """An adapter that adds something beside the base's weights, resolved against the base's tensors.
+Part = Bottlenecks | Prefix | Prompt
+_PEFT = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+
+
+def lies_beside(config: Mapping[str, Any] | None) -> bool:
+    """Whether a config is of an adapter that adds something beside the base's weights."""
+    if config is None:
+        return False
+    own = config.get("config")
+    if isinstance(own, Mapping) and "peft_type" not in config:
+        return own.get("architecture") in (*_KINDS, _UNION)
+    return config.get("peft_type") in _PEFT
+
+
+def read_beside(checkpoint: Checkpoint, config: Mapping[str, Any], base: Mapping[str, TensorSpec]) -> tuple[Part, ...]:
+    """An adapter that adds something beside the base's weights, resolved against the base's tensors: its parts, of
+    which only a union (MAM) has several.
 
     Args:
         checkpoint: the adapter's.
@@ -35,19 +51,33 @@ def read_beside(
         ShapeMismatch: tensors that do not fit the base or the config.
         UnmatchedKeys: layers that the base does not have.
     """
-    ref, own = checkpoint.ref, config["config"]
-    architecture = own.get("architecture")
-    if architecture not in _KINDS:
+    if config.get("peft_type") in _PEFT:
+        return (read_peft_prompt(checkpoint, config, base),)
+    own = config["config"]
+    parts = own["configs"] if own.get("architecture") == _UNION else [own]
+    architectures = [part.get("architecture") for part in parts]
+    if not set(architectures) <= set(_KINDS) or len(set(architectures)) < len(architectures):
         raise AdapterFormatError(
-            "not an adapter of bottlenecks, a prefix or a prompt",
-            where=ref.path,
+            "not an adapter of bottlenecks, a prefix or a prompt, or of one of each",
+            where=checkpoint.ref.path,
             expected=f"architecture = {', '.join(map(str, _KINDS))}",
-            found=f"architecture = {architecture}",
+            found=f"architecture = {', '.join(map(str, architectures))}",
         )
-    kind = _KINDS[architecture]
-    held, shared = _held(checkpoint, kind)
+    held = _held(checkpoint, [_KINDS[each] for each in architectures])
+    return tuple(_part(checkpoint.ref, part, held, base) for part in parts)
+
+
+def _part(
+    ref: CheckpointRef,
+    own: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Roles]],
+    base: Mapping[str, TensorSpec],
+) -> Part:
+    """One part of an adapter, by its own config."""
+    architecture = own.get("architecture")
+    held = tensors[_KINDS[architecture]]
     if architecture is None:
-        return read_bottlenecks(ref, held, shared, own, base)
+        return read_bottlenecks(ref, held, tensors[_SHARED].get("", {}), own, base)
     # The model holds a prefix or a prompt, and each layer the same prefix again, which has a name in the file too.
     own_roles = [roles for holder, roles in held.items() if not holder.endswith(".pool")]
     if len(own_roles) != 1:
@@ -57,17 +87,18 @@ def read_beside(
     return (read_prefix if architecture == "prefix_tuning" else read_prompt)(ref, own_roles[0], own, base)
 
 
-def _held(checkpoint: Checkpoint, kind: str) -> tuple[dict[str, Roles], Roles]:
-    """The tensors of a kind by the module that holds them and by role, and those that all modules share."""
-    held: dict[str, dict[str, TensorRef]] = {}
-    shared: dict[str, TensorRef] = {}
+def _held(checkpoint: Checkpoint, kinds: Sequence[str]) -> dict[str, dict[str, Roles]]:
+    """The tensors of each of the kinds by the module that holds them and by role; what all modules share has none."""
+    held: dict[str, dict[str, dict[str, TensorRef]]] = {kind: {} for kind in (*kinds, _SHARED)}
     for key in checkpoint.specs:
         match = _KEY.match(key)
-        if match is None or match["kind"] not in (kind, _SHARED):
+        if match is None or match["kind"] not in held:
             raise AdapterFormatError(
-                "a tensor of another method than the config's", where=checkpoint.ref.path, expected=f"….{kind}.NAME.…",
+                "a tensor of another method than the config's",
+                where=checkpoint.ref.path,
+                expected=" or ".join(f"….{kind}.NAME.…" for kind in kinds),
                 found=key,
-            )  # fmt: skip
-        roles = shared if match["kind"] == _SHARED else held.setdefault(match["holder"] or "", {})
-        roles[match["role"]] = checkpoint.tensor(key)
-    return dict(held), shared
+            )
+        holder = "" if match["kind"] == _SHARED else match["holder"] or ""
+        held[match["kind"]].setdefault(holder, {})[match["role"]] = checkpoint.tensor(key)
+    return {kind: dict(by_holder) for kind, by_holder in held.items()}

@@ -1,4 +1,4 @@
-"""Reading AdapterHub's prefixes and prompts. Tested against files that the library adapters made of BERT and GPT-2.
+"""Reading AdapterHub's and peft's prefixes and prompts. Tested against the libraries, with BERT and GPT-2.
 
 What is read is plain data: keys, values and embeddings are the same for every input, but no weight can hold them. Knows
 no mathematics.
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from formats.checkpoint import Checkpoint
 from formats.dialects.bottleneck import Dense, Roles, refuse_others, refuse_settings, setting, shaped
 from formats.errors import AdapterFormatError
 from formats.spec import CheckpointRef, TensorRef, TensorSpec
@@ -42,22 +43,36 @@ class Prefix:
         layers: the numbers of the layers that have them.
         values: (length · layers · 2 · width), of each position and layer the key and then the value, heads one after
             the other; or the network whose outputs for every position are (layers · 2 · width).
+        attentions: of each layer that has them the base's weight of the attention's outputs.
+        width: of a key.
+        moves_positions: whether the input's positions begin behind the prefix, rather than at 0.
     """
 
     ref: CheckpointRef
     length: int
     layers: tuple[int, ...]
     values: TensorRef | Network
+    attentions: tuple[str, ...]
+    width: int
+    moves_positions: bool
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Learned embeddings (length, width) before the input's own (Lester et al., arXiv 2104.08691), or behind the first
-    of them where `after_first`."""
+    """Learned embeddings (length, width) before the input's own (Lester et al., arXiv 2104.08691).
+
+    Attributes:
+        ref: the adapter's file.
+        embedding: the embeddings.
+        after_first: whether the input's first token stays before them.
+        among_words: whether they are put among the embeddings of words, so that positions and the norm of embeddings
+            are theirs too; else they come behind everything that embeds.
+    """
 
     ref: CheckpointRef
     embedding: TensorRef
     after_first: bool
+    among_words: bool
 
 
 _GATED = {"use_gating": "its gate depends on the input"}
@@ -75,14 +90,15 @@ def read_prefix(ref: CheckpointRef, roles: Roles, own: Mapping[str, Any], base: 
         ShapeMismatch: tensors that do not fit the base's width and depth, or the config.
     """
     refuse_settings(_GATED, own, ref)
-    width, depth = _sizes(ref, base)
-    layers = tuple(sorted(depth - set(own.get("leave_out") or ())))
+    width, attentions = _sizes(ref, base)
+    layers = tuple(sorted(set(attentions) - set(own.get("leave_out") or ())))
+    places = tuple(attentions[layer] for layer in layers)
     length, columns = setting(own, "prefix_length", int, ref), len(layers) * 2 * width
     path, where = f"{_LOCATION}.control_trans", ref.path
     if own.get("flat"):
         flat = shaped(path, roles, (length * columns,), where)
         refuse_others(roles, {flat}, where)
-        return Prefix(ref, length, layers, flat)
+        return Prefix(ref, length, layers, flat, places, width, False)
     hidden = setting(own, "bottleneck_size", int, ref)
     embedding = shaped(f"{_LOCATION}.wte.weight", roles, (length, width), where)
     first, second = (
@@ -90,9 +106,8 @@ def read_prefix(ref: CheckpointRef, roles: Roles, own: Mapping[str, Any], base: 
         for n, shape in ((0, (hidden, width)), (2, (columns, hidden)))
     )
     refuse_others(roles, {embedding, first.weight, first.bias, second.weight, second.bias}, where)
-    return Prefix(
-        ref, length, layers, Network(embedding, first, second, setting(own, "non_linearity", str, ref).lower())
-    )
+    network = Network(embedding, first, second, setting(own, "non_linearity", str, ref).lower())
+    return Prefix(ref, length, layers, network, places, width, False)
 
 
 def read_prompt(ref: CheckpointRef, roles: Roles, own: Mapping[str, Any], base: Mapping[str, TensorSpec]) -> Prompt:
@@ -105,11 +120,32 @@ def read_prompt(ref: CheckpointRef, roles: Roles, own: Mapping[str, Any], base: 
     width, _ = _sizes(ref, base)
     embedding = shaped("prompt_embedding.weight", roles, (setting(own, "prompt_length", int, ref), width), ref.path)
     refuse_others(roles, {embedding}, ref.path)
-    return Prompt(ref, embedding, combine == "prefix_after_bos")
+    return Prompt(ref, embedding, combine == "prefix_after_bos", False)
 
 
-def _sizes(ref: CheckpointRef, base: Mapping[str, TensorSpec]) -> tuple[int, set[int]]:
-    """The base's width and its layers' numbers."""
+def read_peft_prompt(
+    checkpoint: Checkpoint, config: Mapping[str, Any], base: Mapping[str, TensorSpec]
+) -> Prefix | Prompt:
+    """peft's prompt, p-tuning or prefix: saved as the embeddings, or the keys and values, that they come to.
+
+    Raises as `read_prefix`.
+    """
+    ref = checkpoint.ref
+    width, attentions = _sizes(ref, base)
+    roles = {name: checkpoint.tensor(name) for name in checkpoint.specs}
+    length = setting(config, "num_virtual_tokens", int, ref)
+    prefix = config.get("peft_type") == "PREFIX_TUNING"
+    columns = len(attentions) * 2 * width if prefix else width
+    tensor = shaped("prompt_embeddings", roles, (length, columns), ref.path)
+    refuse_others(roles, {tensor}, ref.path)
+    if not prefix:
+        return Prompt(ref, tensor, False, True)
+    layers = tuple(sorted(attentions))
+    return Prefix(ref, length, layers, tensor, tuple(attentions[layer] for layer in layers), width, True)
+
+
+def _sizes(ref: CheckpointRef, base: Mapping[str, TensorSpec]) -> tuple[int, dict[int, str]]:
+    """The base's width, and by its layers' numbers the weights of their attentions' outputs."""
     matches = {name: match for name in base if (match := _LAYER.fullmatch(name))}
     if not matches:
         raise AdapterFormatError(
@@ -118,4 +154,6 @@ def _sizes(ref: CheckpointRef, base: Mapping[str, TensorSpec]) -> tuple[int, set
             expected="a base with encoder.layer.N.attention.output.dense or h.N.attn.c_proj",
             found=", ".join(list(base)[:3]),
         )
-    return base[next(iter(matches))].shape[0], {int(match["bert"] or match["gpt2"]) for match in matches.values()}
+    attentions = {int(match["bert"] or match["gpt2"]): name for name, match in matches.items()}
+    weights = {layer: f"{name.removesuffix('.bias')}.weight" for layer, name in attentions.items()}
+    return base[next(iter(matches))].shape[0], weights

@@ -18,6 +18,7 @@ COMMANDS = {
     "extract": "surgery.cli.extract",
     "merge": "surgery.cli.merge",
     "unmerge": "surgery.cli.unmerge",
+    "fold": "surgery.cli.fold",
     "resize": "surgery.cli.resize",
     "combine": "surgery.cli.combine",
     "verify": "surgery.cli.verify",

@@ -59,21 +59,22 @@ def plan_merge(
             a tensor.
         Unsupported: layers to be repeated that are float8 with scales.
     """
-    _refuse_merged(base, adapters)
+    refuse_merged(base, {each.digest: each.adapter.ref.path for each in adapters})
     work = _Work.of(base, adapters, outline or Outline.plain(base.specs), Storage.of(base, stored), undo)
     receipt = work.receipt(adapters)
     return Plan("merge", tuple(work.steps()), receipt.metadata(), tuple(work.notes(adapters))), receipt
 
 
-def _refuse_merged(base: Checkpoint, adapters: Sequence[WeighedAdapter]) -> None:
+def refuse_merged(base: Checkpoint, adapters: Mapping[str, str]) -> None:
+    """Raises AlreadyMerged where a receipt of the base names one of the adapters: paths by their digests."""
     earlier = Receipt.read(base.metadata, base.ref.path)
     known = {digest for past in (earlier.chain(base.ref.path) if earlier else ()) for digest in past.digests}
-    for each in adapters:
-        if each.digest in known:
+    for digest, path in adapters.items():
+        if digest in known:
             raise AlreadyMerged(
                 "this adapter is already merged into the base",
                 where=base.ref.path,
-                found=f"a receipt for adapter {each.digest[:16]}, {each.adapter.ref.path}",
+                found=f"a receipt for adapter {digest[:16]}, {path}",
                 then="to apply it more strongly, merge into the original base with --weight",
             )
 

@@ -14,6 +14,7 @@ from adapters import (
     CompacterConfig,
     CompacterPlusPlusConfig,
     DoubleSeqBnConfig,
+    MAMConfig,
     ParBnConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -41,8 +42,12 @@ CONFIGS = {
     "seq_bn": SeqBnConfig(reduction_factor=2),
     "par_bn": ParBnConfig(reduction_factor=2),
     "scaled_par_bn": ParBnConfig(reduction_factor=2, scaling="learned"),
+    "par_bn_gelu": ParBnConfig(reduction_factor=2, scaling="learned", non_linearity="gelu", leave_out=[1]),
+    "par_bn_linear": ParBnConfig(reduction_factor={"0": 4, "default": 2}, scaling="channel", non_linearity="linear"),
     "compacter": CompacterConfig(reduction_factor=2, phm_dim=4),
     "compacter++": CompacterPlusPlusConfig(reduction_factor=2, phm_dim=2, leave_out=[0]),
+    "compacter_linear": CompacterConfig(reduction_factor=2, phm_dim=4, non_linearity="linear"),
+    "mam": MAMConfig(PrefixTuningConfig(prefix_length=3, bottleneck_size=6), ParBnConfig(reduction_factor=2)),
     "prefix_tuning": PrefixTuningConfig(prefix_length=3, bottleneck_size=6),
     "prefix_tuning_flat": PrefixTuningConfig(flat=True, prefix_length=3),
     "prompt_tuning": PromptTuningConfig(prompt_length=3),
@@ -81,7 +86,9 @@ def adapted(name: str, config: str) -> None:
             if ".style." in key:
                 parameter.copy_(0.5 * torch.randn_like(parameter))
     # A prefix is held by the model and by every layer, which safetensors does not save.
-    model.save_adapter(str(folder), "style", with_head=False, use_safetensors="prefix" not in config)
+    model.save_adapter(
+        str(folder), "style", with_head=False, use_safetensors=not {"prefix", "mam"} & set(config.split("_"))
+    )
     with torch.no_grad():
         hidden = model.base_model(INPUT_IDS).last_hidden_state
         model.set_active_adapters(None)

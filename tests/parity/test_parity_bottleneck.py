@@ -38,7 +38,8 @@ def read(model: str, adapter: Path) -> Any:
     checkpoint, config = open_adapter_file(adapter)
     with checkpoint, open_checkpoint(GOLDEN / model / "base.st") as base:
         assert config is not None
-        return read_beside(checkpoint, config, base.specs)
+        (part,) = read_beside(checkpoint, config, base.specs)
+        return part
 
 
 def built(model: str) -> nn.Module:

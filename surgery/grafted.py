@@ -1,0 +1,64 @@
+"""A transformers model of torch with bottlenecks in its graph, by hooks: the reference for what grafts mean.
+
+For measuring and for tests; ONNX graphs get theirs elsewhere. Knows BERT-like models and GPT-2, as the readers do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from formats.grafts import BranchGraft, Value
+from formats.layers import owner
+from surgery.activations import function
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Seen = Callable[["torch.Tensor"], None]
+
+
+def attach_branch(
+    model: nn.Module, site: BranchGraft, tensors: Mapping[str, torch.Tensor], seen: Seen | None = None
+) -> None:
+    """Puts a bottleneck into a model.
+
+    Args:
+        model: with the modules that the site names.
+        site: where, and what.
+        tensors: down (rank, in), down_bias (rank), up (out, rank) and up_bias (out), in the model's dtype.
+        seen: is shown what f takes, (…, rank), each time.
+    """
+    from torch.nn import functional
+
+    residuals: list[torch.Tensor] = []
+    if site.reads is not Value.INPUT and {site.reads, site.adds_to} != {Value.OUTPUT}:
+        source, number = _residual(model, site.module)
+        source.register_forward_pre_hook(lambda module, args: residuals.append(args[number]))
+    norm = None if site.norm is None else model.get_submodule(site.norm)
+    f = function(site.non_linearity)
+
+    def adapted(module: nn.Module, args: Any, h: torch.Tensor) -> torch.Tensor:
+        values = {Value.INPUT: args[0], Value.OUTPUT: h}
+        if residuals:
+            r = residuals.pop()
+            values |= {Value.RESIDUAL: r, Value.SUM: h + r}
+            if norm is not None:
+                values[Value.NORMED] = norm(h + r)
+        z = functional.linear(values[site.reads], tensors["down"], tensors["down_bias"])
+        if seen is not None:
+            seen(z)
+        added: torch.Tensor = values[site.adds_to] + functional.linear(f(z), tensors["up"], tensors["up_bias"])
+        return added
+
+    model.get_submodule(site.module).register_forward_hook(adapted)
+
+
+def _residual(model: nn.Module, projection: str) -> tuple[nn.Module, int]:
+    """The module whose argument of that number is what the model adds to a projection's outputs."""
+    holder = owner(projection)
+    if projection.endswith(".dense"):  # BERT's get it as their second input
+        return model.get_submodule(holder), 1
+    block = owner(holder)
+    return model.get_submodule(block if holder.endswith(".attn") else f"{block}.ln_2"), 0

@@ -1,0 +1,234 @@
+"""fold: an adapter into a model's weights as far as that is exact; what must stay in the graph goes along, described.
+
+An adapter that is a change of weights (LoRA, (IA)³, VeRA …) is merged, by merge. `fold_plan` plans the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from formats.adapter import NOTHING_TOLD, Told
+from formats.checkpoint import Checkpoint
+from formats.dialects import open_adapter_file
+from formats.dialects.adapterhub_beside import Part, lies_beside, read_beside
+from formats.errors import FormatError
+from formats.grafts import GRAFTS_FILE
+from formats.layers import owner
+from formats.paths import create_checkpoint, destination_like, open_checkpoint
+from surgery import engine
+from surgery.checks import check_finite
+from surgery.engine import Resources
+from surgery.errors import NothingToDo, NotMergeable
+from surgery.operations.adapters import open_for_merge
+from surgery.operations.fold_plan import Folding, plan_fold
+from surgery.operations.fold_verdicts import Verdict, Way
+from surgery.operations.merge import MergeReport, merge, output_digest
+from surgery.operations.vocabulary import CONFIG, companion, parsed_config, with_settings, without_companion
+from surgery.plan import Outcome, no_fates
+from surgery.provenance import MergedAdapter, content_digest, tensor_hash
+from surgery.report import Report, Stopwatch, peak_rss
+
+# Files beside, or in place of, a single adapter: compositions, whose result depends on how the input weighs them.
+_COMPOSED = {
+    "adapter_fusion_config.json": "AdapterFusion attends over its adapters: their weights depend on the input",
+    "adapter_setup.json": "a composition (stack, fuse, parallel …) of adapters is no single one",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldReport(Report):
+    """What fold did.
+
+    Attributes:
+        verdicts: what became of every part of the adapter, and why.
+        digest: content address of the output's tensors, grafts apart.
+        base_digest: the same of the model.
+        adapter: content digest of the adapter.
+        grafts: the file that describes what must stay in the graph; None where nothing must.
+        settings: what config.json says anew.
+    """
+
+    verdicts: tuple[Verdict, ...]
+    digest: str
+    base_digest: str
+    adapter: str
+    grafts: str | None = None
+    settings: Mapping[str, Any]
+
+
+def fold(
+    model: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    told: Told = NOTHING_TOLD,
+    force: bool = False,
+    resources: Resources | None = None,
+) -> FoldReport:
+    """Writes a model with an adapter folded into its weights, exactly; and beside it what cannot be.
+
+    Args:
+        model: a safetensors file or a folder.
+        adapter: AdapterHub's bottlenecks, compacters, prefixes, prompts, or a union of these; peft's prompts and
+            prefixes; or whatever merge takes.
+        out: a folder, or a `.safetensors`/`.st` file where nothing must stay in the graph.
+        told: as for merge.
+        force: replace what stands at `out`.
+        resources: threads and memory.
+
+    Raises:
+        NotMergeable: what no weight and no added node can express, with the reason.
+        SurgeryError, FormatError: see their trees; whatever the headers tell is refused before any work.
+    """
+    watch = Stopwatch(loading="torch")
+    with open_checkpoint(model) as base:
+        parts = open_parts(model, adapter, base)
+        if parts is None:
+            verdicts = merged_verdicts(model, adapter, base, told)
+            return _merged(merge(model, adapter, out, told=told, force=force, resources=resources), verdicts)
+        record = fingerprint_beside(adapter)
+        folding = plan_fold(base, model_config(model), parts, record)
+        outcomes = _run(folding, (Path(model), Path(adapter)), out, force=force, resources=resources)
+        before = _found(outcomes, "base")
+        base_digest = content_digest((spec, before[name]) for name, spec in base.specs.items())
+    fates = {name: fate for outcome in outcomes for name, fate in outcome.fates.items()}
+    return FoldReport(
+        operation="fold",
+        output=str(out),
+        seconds=watch.seconds,
+        peak_rss_bytes=peak_rss(),
+        ledger=no_fates() | Counter(fate.value for fate in fates.values()),
+        notes=folding.plan.notes,
+        verdicts=folding.verdicts,
+        digest=output_digest(folding.plan, outcomes),
+        base_digest=base_digest,
+        adapter=record.digest,
+        grafts=None if folding.grafts is None else str(Path(out) / GRAFTS_FILE),
+        settings=folding.settings,
+    )
+
+
+def verdicts(model: str | Path, adapter: str | Path, told: Told = NOTHING_TOLD) -> tuple[Verdict, ...]:
+    """What would become of every part of an adapter. Arguments and errors are those of `fold`."""
+    with open_checkpoint(model) as base:
+        parts = open_parts(model, adapter, base)
+        if parts is None:
+            return merged_verdicts(model, adapter, base, told)
+        return plan_fold(base, model_config(model), parts, fingerprint_beside(adapter)).verdicts
+
+
+def open_parts(model: str | Path, adapter: str | Path, base: Checkpoint) -> tuple[Part, ...] | None:
+    """What an adapter adds beside the base's weights; None for one that is a change of weights.
+
+    Raises:
+        NotMergeable: a composition of adapters, or a model that has parts of an earlier adapter in its graph.
+        FormatError: as `read_beside`.
+    """
+    for name, reason in _COMPOSED.items():
+        if (Path(adapter) / name).exists():
+            raise NotMergeable(reason, where=Path(adapter) / name, then="fold the adapters it consists of, one by one")
+    if (Path(model) / GRAFTS_FILE).exists():
+        raise NotMergeable(
+            "an earlier fold left parts of an adapter beside this model, which another one would lose",
+            where=Path(model) / GRAFTS_FILE,
+            then="fold both into the original model, the one that folds whole first",
+        )
+    checkpoint, config = open_adapter_file(adapter)
+    with checkpoint:
+        if config is None or not lies_beside(config):
+            return None
+        return read_beside(checkpoint, config, base.specs)
+
+
+def model_config(model: str | Path) -> dict[str, Any]:
+    """The config.json of a model's folder; empty where there is none. Raises CorruptFile."""
+    path = Path(model) / CONFIG
+    return parsed_config(path.read_bytes(), path) if path.is_file() else {}
+
+
+def fingerprint_beside(adapter: str | Path) -> MergedAdapter:
+    """The record of an adapter that is no change of weights: its digest covers its config too. Reads its payload.
+
+    Raises NotFinite.
+    """
+    checkpoint, config = open_adapter_file(adapter)
+    hashes = {}
+    with checkpoint:
+        for name in checkpoint.specs:
+            tensor = checkpoint.read(name)
+            if tensor.is_floating_point():
+                check_finite(tensor, f"{name} of {checkpoint.ref.path}")
+            hashes[name] = tensor_hash(tensor)
+        content = content_digest((spec, hashes[name]) for name, spec in checkpoint.specs.items())
+    said = json.dumps([content, config], sort_keys=True)
+    return MergedAdapter(blake3(said.encode()).hexdigest(), 1.0, hashes)
+
+
+def merged_verdicts(model: str | Path, adapter: str | Path, base: Checkpoint, told: Told) -> tuple[Verdict, ...]:
+    """Those on an adapter that is a change of weights. Raises as merge does."""
+    found = []
+    for each in open_for_merge(model, adapter, base.specs, told=told)[0]:
+        for module in each.adapter.modules:
+            found.append(Verdict(owner(module.target), module.method, Way.FOLDED, "a change of the weight: merged"))
+        for full in each.adapter.replacements:
+            found.append(Verdict(owner(full.target), "in full", Way.FOLDED, "the tensor itself: replaced"))
+    return tuple(found)
+
+
+def _merged(report: MergeReport, verdicts: tuple[Verdict, ...]) -> FoldReport:
+    return FoldReport(
+        operation="fold",
+        output=report.output,
+        seconds=report.seconds,
+        peak_rss_bytes=report.peak_rss_bytes,
+        ledger=report.ledger,
+        notes=report.notes,
+        verdicts=verdicts,
+        digest=report.digest,
+        base_digest=report.base_digest,
+        adapter=report.adapters[0],
+        settings={},
+    )
+
+
+def _run(
+    folding: Folding, inputs: tuple[Path, Path], out: str | Path, *, force: bool, resources: Resources | None
+) -> tuple[Outcome, ...]:
+    """Runs the plan into the output and what lies beside it."""
+    plan, grafts, receipt = folding.plan, folding.grafts, folding.receipt
+    destination = destination_like(inputs[0], out, plan.outputs, inputs=inputs, force=force)
+    if grafts is not None and not destination.is_folder:
+        raise FormatError(
+            "parts of the adapter must stay in the graph, and a single file has no room for them beside it",
+            where=out,
+            expected="a folder",
+            then="name a folder with -o; --dry-run says which parts, and why",
+        )
+    source, config = companion(destination, CONFIG), None
+    if folding.settings and source is not None:
+        config = with_settings(source.read_bytes(), folding.settings, source)
+        destination = without_companion(destination, CONFIG)
+    with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
+        if config is not None:
+            writer.attach(CONFIG, config)
+        beside = None if grafts is None else writer.beside(GRAFTS_FILE, plan.asides, grafts.metadata())
+        outcomes = engine.run(plan, writer, resources, beside)
+        if grafts is None and not any(outcome.figures.get("changed") for outcome in outcomes):
+            raise NothingToDo("the fold changes nothing: all of the adapter rounds to zero", where=inputs[1])
+        if receipt is not None:
+            writer.seal(replace(receipt, base_tensors=_found(outcomes, "base")).metadata())
+        if grafts is not None and beside is not None:
+            beside.seal(replace(grafts, model=output_digest(plan, outcomes)).metadata())
+    return outcomes
+
+
+def _found(outcomes: tuple[Outcome, ...], figure: str) -> dict[str, str]:
+    """What the steps say of the tensors, by name."""
+    return {name: value for outcome in outcomes for name, value in outcome.figures.get(figure, {}).items()}

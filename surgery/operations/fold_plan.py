@@ -1,0 +1,288 @@
+"""The plan of a fold: every tensor of the base copied, changed or widened, and aside what must stay in the graph.
+
+Reads headers only, and knows the length of everything that receipt and grafts will say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from formats.checkpoint import Checkpoint
+from formats.dialects.adapterhub_beside import Part
+from formats.dialects.bottleneck import Bottlenecks
+from formats.dialects.prompts import Prefix
+from formats.errors import UnsupportedDType
+from formats.grafts import BranchGraft, Graft, Grafts, PrefixGraft, PromptGraft, Value, tensor_names
+from formats.layers import LayerKind, layer_kinds, owner
+from formats.quantized import foreign, quantization_config, refuse_foreign
+from formats.spec import DType, TensorSpec
+from surgery.activations import activation
+from surgery.operations.fold_ops import (
+    Affine,
+    Branch,
+    Embedding,
+    FoldBias,
+    FoldWeight,
+    KeysAndValues,
+    Neurons,
+    Source,
+    Widen,
+)
+from surgery.operations.fold_verdicts import WIDTH, Base, Judged, Verdict, Way, judge, verdicts_beside
+from surgery.operations.merge_ops import Copy
+from surgery.operations.merge_plan import refuse_merged
+from surgery.plan import Plan, Step
+from surgery.provenance import TOOL, UNKNOWN, MergedAdapter, Receipt
+
+_BLOCK = 16 * (1 << 20)  # what a block of columns takes on its way
+
+
+@dataclass(frozen=True)
+class Folding:
+    """A fold before it is run.
+
+    Attributes:
+        plan: the steps.
+        verdicts: on every part of the adapter.
+        grafts: what stays in the graph, with a placeholder for the model's digest; None where nothing does.
+        receipt: with placeholders for what only the run can know; None where no weight changes.
+        settings: what config.json must say.
+    """
+
+    plan: Plan
+    verdicts: tuple[Verdict, ...]
+    grafts: Grafts | None
+    receipt: Receipt | None
+    settings: Mapping[str, Any]
+
+
+def plan_fold(
+    base: Checkpoint,
+    config: Mapping[str, Any],
+    parts: Sequence[Part],
+    adapter: MergedAdapter,
+    instead: Mapping[str, Affine] | None = None,
+) -> Folding:
+    """Says what becomes of every part of an adapter, and plans it.
+
+    Args:
+        base: the base.
+        config: its config.json; empty where there is none.
+        parts: the adapter's, read against the base's tensors.
+        adapter: what the receipt says of it.
+        instead: what stands for the non-linearity of bottlenecks, by the weights of the projections before them.
+
+    Raises:
+        AlreadyMerged: the base's receipt names the adapter.
+        NotMergeable: see `judge`.
+        Quantised, UnsupportedDType: weights that are no plain floating-point numbers.
+    """
+    refuse_merged(base, {adapter.digest: parts[0].ref.path})
+    work = _Work.of(base, Base(base.specs, config), parts, instead or {})
+    changing = work.changing()
+    grafting = list(work.grafting())
+    work.check_dtypes([*changing, *(step.name for step, _ in grafting)])
+    copied = [
+        Step(name, (base.tensor(name),), (spec,), Copy(name))
+        for name, spec in base.specs.items()
+        if name not in changing
+    ]
+    receipt = None
+    if changing:
+        receipt = Receipt(
+            operation="fold",
+            tool=TOOL,
+            adapters=(adapter,),
+            base_tensors=dict.fromkeys(base.specs, UNKNOWN),
+            lost=tuple(sorted(changing)),
+            base_metadata=dict(base.metadata),
+        )
+    steps = (*changing.values(), *copied, *(step for step, _ in grafting))
+    metadata = base.metadata if receipt is None else receipt.metadata()
+    sites = tuple(site for _, found in grafting for site in found)
+    return Folding(
+        Plan("fold", steps, metadata, (*base.notes, *work.notes(len(sites)))),
+        tuple(work.verdicts()),
+        Grafts(UNKNOWN, adapter.digest, sites) if sites else None,
+        receipt,
+        work.settings(),
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done."""
+
+    base: Checkpoint
+    known: Base
+    parts: Sequence[Part]
+    judged: Sequence[tuple[Bottlenecks, Judged]]
+    instead: Mapping[str, Affine]
+    kinds: Mapping[str, LayerKind]
+
+    @classmethod
+    def of(cls, base: Checkpoint, known: Base, parts: Sequence[Part], instead: Mapping[str, Affine]) -> _Work:
+        """Judges every bottleneck."""
+        judged = [
+            (part, each) for part in parts if isinstance(part, Bottlenecks) for each in judge(part, known, instead)
+        ]
+        return cls(base, known, parts, judged, instead, layer_kinds(base.specs))
+
+    def verdicts(self) -> Iterator[Verdict]:
+        """On every part, in the adapter's order."""
+        for part in self.parts:
+            yield from (each.verdict for adapter, each in self.judged if adapter is part)
+            yield from verdicts_beside(part)
+
+    def source(self, each: Judged) -> Source:
+        """What the bottleneck's matrices are made of."""
+        return Source(each.one, self.instead.get(each.one.behind), each.split and each.verdict.way is Way.WIDENED)
+
+    def transposed(self, weight: str) -> bool:
+        """Whether a weight is stored (in, out)."""
+        return self.kinds.get(owner(weight)) is LayerKind.TRANSPOSED
+
+    @property
+    def widened(self) -> dict[int, Judged]:
+        """The bottlenecks that become neurons, by their layers."""
+        return {each.one.layer: each for _, each in self.judged if each.verdict.way is Way.WIDENED}
+
+    @property
+    def neurons(self) -> int:
+        """How many each layer gets: as many as the widest needs."""
+        return max((self.source(each).width for each in self.widened.values()), default=0)
+
+    def changing(self) -> dict[str, Step]:
+        """The steps of tensors that change, by name."""
+        steps: list[Step] = []
+        for _, each in self.judged:
+            if each.verdict.way is Way.FOLDED:
+                weight, source = each.one.behind, self.source(each)
+                spec, bias = self.base.specs[weight], self.base.specs[f"{owner(weight)}.bias"]
+                fold = FoldWeight(weight, spec.dtype, source, self.transposed(weight))
+                steps.append(self._step(spec, fold, source, _BLOCK))
+                steps.append(self._step(bias, FoldBias(bias.name, bias.dtype, source), source))
+        widened = self.widened
+        if widened:
+            one = next(iter(widened.values())).one
+            assert one.first is not None  # or it would not be widened
+            for part, name in (
+                (Neurons.FIRST, one.first),
+                (Neurons.FIRST_BIAS, f"{owner(one.first)}.bias"),
+                (Neurons.SECOND, one.behind),
+                (Neurons.SECOND_BIAS, f"{owner(one.behind)}.bias"),
+            ):
+                for layer, tensor in self.known.alike(name).items():
+                    if layer in widened or part is not Neurons.SECOND_BIAS:
+                        steps.append(self._widen(tensor, part, widened.get(layer)))
+        return {step.name: step for step in steps}
+
+    def _widen(self, tensor: str, part: Neurons, each: Judged | None) -> Step:
+        spec, source = self.base.specs[tensor], None if each is None else self.source(each)
+        shape = list(spec.shape)
+        if part is not Neurons.SECOND_BIAS:
+            shape[1 if part is Neurons.SECOND else 0] += self.neurons
+        result = TensorSpec(tensor, spec.dtype, tuple(shape))
+        return self._step(spec, Widen(tensor, spec.dtype, part, source, self.neurons), source, result.nbytes, result)
+
+    def _step(
+        self, spec: TensorSpec, op: Any, source: Source | None, needed: int = 0, result: TensorSpec | None = None
+    ) -> Step:
+        inputs = (self.base.tensor(spec.name), *(source.refs if source else ()))
+        needed += source.nbytes if source else 0
+        return Step(spec.name, inputs, (result or spec,), op, needed)
+
+    def grafting(self) -> Iterator[tuple[Step, tuple[Graft, ...]]]:
+        """The steps that write aside, each with the sites that it is for."""
+        for part in self.parts:
+            if isinstance(part, Bottlenecks):
+                for adapter, each in self.judged:
+                    if adapter is part and each.verdict.way in (Way.HALF, Way.GRAPH):
+                        yield self._branch(part, each)
+            elif isinstance(part, Prefix):
+                yield self._prefix(part)
+            else:
+                dtype = next(spec.dtype for spec in self.base.specs.values() if spec.dtype.is_weight)
+                name, ref = "prompt.embedding", part.embedding
+                op, spec = Embedding(dtype, ref), TensorSpec(name, dtype, ref.spec.shape)
+                step = Step(part.ref.path, (ref,), (), op, 16 * spec.size, asides=(spec,))
+                yield step, (PromptGraft(part.among_words, part.after_first, name),)
+
+    def _branch(self, adapter: Bottlenecks, each: Judged) -> tuple[Step, tuple[Graft, ...]]:
+        one, source, half = each.one, self.source(each), each.verdict.way is Way.HALF
+        module, dtype = owner(one.behind), self.base.specs[one.behind].dtype
+        inputs, wide = list(source.refs), source.outputs
+        biased = f"{module}.bias" in self.base.specs
+        if half:
+            weight = self.base.tensor(one.behind)
+            inputs[:0] = [weight, *([self.base.tensor(f"{module}.bias")] if biased else [])]
+            wide = weight.spec.size // source.outputs
+        reads, adds_to = (Value.INPUT, Value.OUTPUT) if half else _values(adapter, one.norm)
+        f = activation(adapter.non_linearity)
+        assert f is not None  # judged
+        normed = Value.NORMED in (reads, adds_to) and one.norm is not None
+        site = BranchGraft(
+            module=module,
+            layer=one.layer,
+            place=one.place,
+            reads=reads,
+            adds_to=adds_to,
+            norm=owner(one.norm) if normed and one.norm else None,
+            non_linearity=f.name,
+            **{role: f"{module}.{one.place}.{role}" for role in ("down", "down_bias", "up", "up_bias")},
+        )
+        rank, out = source.width, source.outputs
+        shapes = {"down": (rank, wide), "down_bias": (rank,), "up": (out, rank), "up_bias": (out,)}
+        specs = tuple(TensorSpec(name, dtype, shapes[role]) for role, name in tensor_names(site).items())
+        op = Branch(dtype, source, half, biased, self.transposed(one.behind))
+        needed = source.nbytes + 8 * 6 * sum(spec.size for spec in specs) + (_BLOCK if half else 0)
+        return Step(one.behind, tuple(inputs), (), op, needed, asides=specs), (site,)
+
+    def _prefix(self, prefix: Prefix) -> tuple[Step, tuple[Graft, ...]]:
+        op = KeysAndValues(self.base.specs[prefix.attentions[0]].dtype, prefix)
+        sites, specs = [], []
+        for layer, attention in zip(prefix.layers, prefix.attentions, strict=True):
+            names = [f"{owner(attention)}.prefix.{what}" for what in ("keys", "values")]
+            sites.append(PrefixGraft(owner(attention), layer, prefix.moves_positions, *names))
+            specs += [TensorSpec(name, op.dtype, (prefix.length, prefix.width)) for name in names]
+        needed = 8 * 6 * sum(ref.spec.size for ref in op.refs) + 16 * sum(spec.size for spec in specs)
+        return Step(prefix.attentions[0], op.refs, (), op, needed, asides=tuple(specs)), tuple(sites)
+
+    def check_dtypes(self, names: Sequence[str]) -> None:
+        """Raises Quantised or UnsupportedDType where one of these is no floating-point weight of ours."""
+        specs, where = self.base.specs, self.base.ref.path
+        refuse_foreign(foreign(specs, quantization_config(where)), [name for name in names if name in specs], where)
+        for name in names:
+            if name in specs and not specs[name].dtype.is_weight:
+                raise UnsupportedDType(
+                    "fold computes with plain floating-point weights",
+                    where=f"{where}: {name}",
+                    expected=", ".join(dtype.label for dtype in DType if dtype.is_weight),
+                    found=specs[name].dtype,
+                    then="dequantise the model first: surgery merge --dtype, or transformers' model.dequantize()",
+                )
+
+    def settings(self) -> dict[str, Any]:
+        """What config.json must say."""
+        return {WIDTH: self.known.config[WIDTH] + self.neurons} if self.widened else {}
+
+    def notes(self, sites: int) -> Iterator[str]:
+        """What the user should be told."""
+        if self.widened:
+            layers = self.known.alike(next(iter(self.widened.values())).one.behind)
+            filled = sum(layer not in self.widened for layer in layers)
+            zeros = f"; {filled} layers have no adapter: theirs are zeros" if filled else ""
+            yield f"every MLP gets {self.neurons} neurons more: {WIDTH} = {self.settings()[WIDTH]}{zeros}"
+        if sites:
+            yield f"{sites} parts stay as nodes: the output alone is not the adapted model"
+
+
+def _values(adapter: Bottlenecks, norm: str | None) -> tuple[Value, Value]:
+    """What a bottleneck that stays in the graph reads, and what it is added to."""
+    if adapter.parallel:
+        return Value.RESIDUAL, Value.OUTPUT
+    reads = Value.SUM if norm is None else Value.NORMED
+    adds_to = {True: Value.OUTPUT, False: reads, "post_add": Value.SUM}[adapter.residual_before_ln]
+    return reads, adds_to

@@ -1,0 +1,218 @@
+"""fold against the library adapters: what tests/golden/make_bottleneck.py made of BERT and GPT-2 is what the folded,
+widened, half-folded and grafted models give in transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_parity_bottleneck import GOLDEN
+from torch import nn
+
+import surgery
+from formats.grafts import BranchGraft, Graft, PrefixGraft, PromptGraft, Value, read_grafts, tensor_names
+from formats.paths import open_checkpoint
+from surgery.grafted import attach_branch
+from surgery.operations.fold_verdicts import Way
+
+SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+# What becomes of each config in BERT (with gelu) and in GPT-2.
+WAYS = {
+    "compacter": (Way.HALF, Way.HALF),
+    "compacter++": (Way.GRAPH, Way.GRAPH),
+    "compacter_linear": (Way.FOLDED, Way.FOLDED),
+    "double_seq_bn": (Way.HALF, Way.HALF),
+    "double_seq_bn_linear": (Way.FOLDED, Way.FOLDED),
+    "par_bn": (Way.GRAPH, Way.GRAPH),
+    "par_bn_gelu": (Way.WIDENED, Way.GRAPH),
+    "par_bn_linear": (Way.WIDENED, Way.GRAPH),
+    "scaled_par_bn": (Way.GRAPH, Way.GRAPH),
+    "seq_bn": (Way.GRAPH, Way.GRAPH),
+    "mam": (Way.GRAPH, Way.GRAPH),
+    "prefix_tuning": (Way.GRAPH, Way.GRAPH),
+    "prefix_tuning_flat": (Way.GRAPH, Way.GRAPH),
+    "prompt_tuning": (Way.GRAPH, None),
+}
+CASES = [(model, name) for name, ways in WAYS.items() for model, way in zip(("bert", "gpt2"), ways, strict=True) if way]
+
+
+def saved(model: str, folder: Path) -> Path:
+    """The golden model as a folder that transformers loads."""
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
+
+    if model == "bert":
+        built: Any = BertModel(BertConfig(**SIZES, vocab_size=16, max_position_embeddings=16))
+    else:
+        built = GPT2Model(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=16, n_positions=16))
+    built.load_state_dict(load_file(GOLDEN / model / "base.st"))
+    built.save_pretrained(folder)
+    return folder
+
+
+def sites(folder: Path) -> list[tuple[Graft, dict[str, torch.Tensor]]]:
+    """What must stay in the graph of a folded model, with its tensors."""
+    if not (folder / "grafts.safetensors").exists():
+        return []
+    with open_checkpoint(folder / "grafts.safetensors") as checkpoint:
+        return [
+            (site, {role: checkpoint.read(name) for role, name in tensor_names(site).items()})
+            for site in read_grafts(checkpoint).sites
+        ]
+
+
+def executed(folder: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """A folded model's last hidden state, with whatever it left for the graph put there."""
+    from transformers import AutoModel, DynamicCache
+
+    model = AutoModel.from_pretrained(folder).eval()
+    more: dict[str, Any] = {}
+    heads: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for site, tensors in sites(folder):
+        if isinstance(site, BranchGraft):
+            attach_branch(model, site, tensors)
+        elif isinstance(site, PrefixGraft):
+            assert not site.moves_positions
+            keys, values = (tensors[role].view(-1, 2, 4).transpose(0, 1)[None] for role in ("keys", "values"))
+            heads.append((keys, values))
+        else:
+            assert isinstance(site, PromptGraft)
+            assert not site.among_words
+            put_before(model, tensors["embedding"])
+    if heads and folder.name.startswith("gpt2"):
+        more = {"past_key_values": DynamicCache(), "position_ids": torch.arange(ids.shape[1]).view(1, -1)}
+        for layer, pair in enumerate(heads):
+            more["past_key_values"].update(*pair, layer)
+    elif heads:
+        attention, states = nn.functional.scaled_dot_product_attention, iter(heads)
+
+        def prefixed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any) -> torch.Tensor:
+            keys, values = next(states)
+            return attention(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), **how)
+
+        monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", prefixed)
+    with torch.no_grad():
+        found: torch.Tensor = model(ids, **more).last_hidden_state
+    return found
+
+
+def put_before(model: nn.Module, embedding: torch.Tensor) -> None:
+    """A prompt behind everything that embeds."""
+    model.get_submodule("embeddings").register_forward_hook(
+        lambda module, args, h: torch.cat([embedding[None], h], dim=1)
+    )
+
+
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_the_folded_model_gives_what_the_library_gives(
+    tmp_path: Path, model: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every config that the library knows, within 1e-5 in float32."""
+    adapter, golden = GOLDEN / model / name, load_file(GOLDEN / model / name / "outputs.st")
+    report = surgery.fold(saved(model, tmp_path / "base"), adapter, tmp_path / f"{model}-folded")
+    assert {each.way for each in report.verdicts} == {WAYS[name][model == "gpt2"]}
+    whole = WAYS[name][model == "gpt2"] in (Way.FOLDED, Way.WIDENED)
+    assert (report.grafts is None) == whole
+    found = executed(tmp_path / f"{model}-folded", golden["input_ids"], monkeypatch)
+    torch.testing.assert_close(found, golden["last_hidden_state"], atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_half_folded_reads_what_the_projection_reads(tmp_path: Path) -> None:
+    """So that its rows can be appended to the projection's own."""
+    surgery.fold(saved("gpt2", tmp_path / "base"), GOLDEN / "gpt2" / "double_seq_bn", tmp_path / "out")
+    found = [(site, tensors) for site, tensors in sites(tmp_path / "out") if isinstance(site, BranchGraft)]
+    assert [(site.layer, site.place, site.reads, site.adds_to) for site, _ in found] == [
+        (layer, place, Value.INPUT, Value.OUTPUT) for layer in (0, 1) for place in ("mh_adapter", "output_adapter")
+    ]
+    assert [tuple(tensors["down"].shape) for _, tensors in found] == [(4, 8), (4, 32)] * 2
+
+
+def test_grafts_name_the_model_that_they_belong_into(tmp_path: Path) -> None:
+    """By the content digest that the report tells too."""
+    report = surgery.fold(saved("bert", tmp_path / "base"), GOLDEN / "bert" / "seq_bn", tmp_path / "out")
+    with open_checkpoint(tmp_path / "out" / "grafts.safetensors") as checkpoint:
+        grafts = read_grafts(checkpoint)
+    assert (grafts.model, grafts.adapter) == (report.digest, report.adapter)
+    assert report.digest == report.base_digest  # no weight changes
+    assert report.ledger["copied"] == len(load_file(tmp_path / "base" / "model.safetensors"))
+    assert report.ledger["grafted"] == 8
+
+
+def test_a_widened_model_says_its_width(tmp_path: Path) -> None:
+    """As many neurons as the widest layer's bottleneck needs; the other layer's are zeros."""
+    report = surgery.fold(saved("bert", tmp_path / "base"), GOLDEN / "bert" / "par_bn_linear", tmp_path / "out")
+    assert report.settings == {"intermediate_size": 12 + 2 * 4}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == 20
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert not tensors["encoder.layer.0.output.dense.weight"][:, 12 + 4 :].any()  # of 2 · 2 neurons
+    assert tensors["encoder.layer.1.output.dense.weight"][:, 12 + 4 :].any()  # of 2 · 4
+
+
+def test_a_relu_bert_takes_a_relu_adapter(tmp_path: Path) -> None:
+    """The same adapter that gelu refuses: the widened model and the grafted one agree."""
+    base = saved("bert", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"hidden_act": "relu"}
+    (base / "config.json").write_text(json.dumps(config))
+    report = surgery.fold(base, GOLDEN / "bert" / "par_bn", tmp_path / "widened")
+    assert {each.way for each in report.verdicts} == {Way.WIDENED}
+    (base / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    surgery.fold(base, GOLDEN / "bert" / "par_bn", tmp_path / "grafted")
+    (tmp_path / "grafted" / "config.json").write_text(json.dumps(config))
+    ids, patch = torch.tensor([[1, 5, 2, 9, 7]]), pytest.MonkeyPatch()
+    both = [executed(tmp_path / name, ids, patch) for name in ("widened", "grafted")]
+    torch.testing.assert_close(*both, atol=1e-5, rtol=1e-5)
+
+
+def test_a_lone_file_without_a_config_is_not_widened(tmp_path: Path) -> None:
+    """Nothing says what its MLP's activation is."""
+    with pytest.raises(surgery.ReportedError, match="a single file has no room"):
+        surgery.fold(GOLDEN / "bert" / "base.st", GOLDEN / "bert" / "par_bn_gelu", tmp_path / "out.st")
+    report = surgery.fold(GOLDEN / "bert" / "base.st", GOLDEN / "bert" / "par_bn_gelu", tmp_path / "out")
+    assert [each.reason for each in report.verdicts if "config.json" in each.reason]
+
+
+def test_a_lone_file_is_folded_into_a_lone_file(tmp_path: Path) -> None:
+    """Where nothing stays in the graph."""
+    surgery.fold(GOLDEN / "bert" / "base.st", GOLDEN / "bert" / "double_seq_bn_linear", tmp_path / "out.st")
+    base = load_file(GOLDEN / "bert" / "base.st")
+    folded = load_file(tmp_path / "out.st")
+    different = {name for name in base if not torch.equal(base[name], folded[name])}
+    assert different == {
+        f"encoder.layer.{layer}.{place}dense.{what}"
+        for layer in (0, 1)
+        for place in ("attention.output.", "output.")
+        for what in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize("name", ["adapter", "ia3"])
+def test_an_adapter_that_is_a_change_of_weights_is_merged(tmp_path: Path, name: str) -> None:
+    """AdapterHub's LoRA and (IA)³: the same bytes as merge's."""
+    base = GOLDEN.parent / "adapterhub" / "gpt2" / ("ia3.st" if name == "ia3" else "base.st")
+    report = surgery.fold(base, base.parent / name, tmp_path / "folded.st")
+    merged = surgery.merge(base, base.parent / name, tmp_path / "merged.st")
+    assert report.digest == merged.digest
+    assert {each.way for each in report.verdicts} == {Way.FOLDED}
+    assert (tmp_path / "folded.st").read_bytes() == (tmp_path / "merged.st").read_bytes()
+
+
+def test_bits_do_not_depend_on_threads(tmp_path: Path) -> None:
+    """One or four, and however little memory."""
+    base, adapter = GOLDEN / "bert" / "base.st", GOLDEN / "bert" / "double_seq_bn"
+    for jobs in (1, 4):
+        surgery.fold(base, adapter, tmp_path / str(jobs), resources=surgery.Resources(jobs=jobs, memory=1 << 10))
+    for name in ("model.safetensors", "grafts.safetensors"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "4" / name).read_bytes()
+
+
+def test_the_output_opens_as_a_model(tmp_path: Path) -> None:
+    """What lies beside is not taken for weights."""
+    surgery.fold(saved("bert", tmp_path / "base"), GOLDEN / "bert" / "mam", tmp_path / "out")
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        assert Path(checkpoint.ref.path).name == "model.safetensors"
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.st")
+    with pytest.raises(surgery.ReportedError, match="an earlier fold left parts"):
+        surgery.fold(tmp_path / "out", GOLDEN / "bert" / "seq_bn", tmp_path / "again")

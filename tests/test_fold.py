@@ -1,0 +1,209 @@
+"""`surgery fold`: what it refuses, what it leaves behind, and its command."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+import surgery
+from surgery.cli import main
+from surgery.operations.fold import verdicts
+
+GOLDEN = Path(__file__).parent / "golden" / "bottleneck"
+BASE = GOLDEN / "bert" / "base.st"
+LAYER = "encoder.layer.0.output.adapters.style"
+Change = Callable[[dict[str, torch.Tensor]], None]
+
+
+def same(tensors: dict[str, torch.Tensor]) -> None:
+    """Changes nothing."""
+
+
+def without(*prefixes: str) -> Change:
+    """Takes tensors away."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(prefixes)]:
+            del tensors[name]
+
+    return change
+
+
+def edited(folder: Path, name: str, change: Change = same, **settings: Any) -> Path:
+    """A copy of a golden adapter of BERT with other tensors and settings."""
+    copy = folder / "adapter"
+    shutil.copytree(GOLDEN / "bert" / name, copy)
+    tensors = load_file(copy / "adapter.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "adapter.safetensors")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    config["config"] |= settings
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    return copy
+
+
+def infinite(tensors: dict[str, torch.Tensor]) -> None:
+    """As a diverged training leaves it."""
+    tensors[f"{LAYER}.adapter_up.bias"][0] = torch.inf
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "settings", "message"),
+    [
+        ("double_seq_bn_linear", same, {"non_linearity": "snake"}, "unknown non-linearity"),
+        ("double_seq_bn_linear", same, {"use_gating": True}, "depends on the input"),
+        ("double_seq_bn_linear", same, {"inv_adapter": "nice"}, "invertible"),
+        ("double_seq_bn_linear", same, {"ln_before": True}, "norm of its own"),
+        ("double_seq_bn_linear", same, {"original_ln_after": False}, "own residual and norm"),
+        ("double_seq_bn_linear", without(LAYER), {}, "contradict each other"),
+        ("double_seq_bn_linear", without("encoder.layer.1"), {}, "or the base has another depth"),
+        ("double_seq_bn_linear", without(f"{LAYER}.adapter_up.weight"), {}, "a part of the adapter is missing"),
+        ("double_seq_bn_linear", same, {"reduction_factor": 4}, "does not fit the base"),
+        ("double_seq_bn_linear", infinite, {}, "NaN or Inf"),
+        ("seq_bn", same, {"architecture": "reft"}, "only LoRA and \\(IA\\)³"),
+        ("prompt_tuning", same, {"prompt_length": 2}, "does not fit the base"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_written(
+    tmp_path: Path, name: str, change: Change, settings: dict[str, Any], message: str
+) -> None:
+    """With the reason."""
+    adapter = edited(tmp_path, name, change, **settings)
+    with pytest.raises(surgery.ReportedError, match=message):
+        surgery.fold(BASE, adapter, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_another_model_s_adapter_is_refused(tmp_path: Path) -> None:
+    """Of another architecture or width."""
+    with pytest.raises(surgery.ReportedError, match="match nothing in the base"):
+        surgery.fold(GOLDEN / "gpt2" / "base.st", GOLDEN / "bert" / "seq_bn", tmp_path / "out")
+    wide = {name: tensor.repeat(*[2] * tensor.dim()) for name, tensor in load_file(BASE).items()}
+    save_file(wide, tmp_path / "wide.st")
+    with pytest.raises(surgery.ReportedError, match="does not fit the base"):
+        surgery.fold(tmp_path / "wide.st", GOLDEN / "bert" / "seq_bn", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_fusion_config.json", "adapter_setup.json"])
+def test_compositions_are_refused(tmp_path: Path, name: str) -> None:
+    """What an adapter among several does is not its own."""
+    adapter = edited(tmp_path, "seq_bn")
+    (adapter / name).write_text("{}")
+    with pytest.raises(surgery.ReportedError, match=r"depend on the input|no single one"):
+        surgery.fold(BASE, adapter, tmp_path / "out")
+
+
+def test_a_union_with_gates_is_refused(tmp_path: Path) -> None:
+    """UniPELT's."""
+    union = tmp_path / "union"
+    shutil.copytree(GOLDEN / "bert" / "mam", union)
+    config = json.loads((union / "adapter_config.json").read_text())
+    for part in config["config"]["configs"]:
+        part["use_gating"] = True
+    (union / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(surgery.ReportedError, match="depends on the input"):
+        surgery.fold(BASE, union, tmp_path / "out")
+    config["config"]["configs"] = [{"architecture": "lora", "use_gating": True}]
+    (union / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(surgery.ReportedError, match="or of one of each"):
+        surgery.fold(BASE, union, tmp_path / "out")
+
+
+class Runs:
+    """What a pickle may carry."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("run",)
+
+
+def test_a_pickle_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that holds more than tensors is refused."""
+    adapter = edited(tmp_path, "seq_bn")
+    (adapter / "adapter.safetensors").unlink()
+    torch.save({"x": Runs()}, adapter / "pytorch_adapter.bin", pickle_module=pickle)
+    with pytest.raises(surgery.ReportedError):
+        surgery.fold(BASE, adapter, tmp_path / "out")
+    assert "run" not in capsys.readouterr().out
+
+
+def test_half_precision_is_rounded_once(tmp_path: Path) -> None:
+    """To the nearest of what float64 gives; float8 is refused."""
+    base = load_file(BASE)
+    adapter = edited(tmp_path, "double_seq_bn_linear")
+    save_file({name: tensor.to(torch.bfloat16) for name, tensor in base.items()}, tmp_path / "half.st")
+    save_file({name: tensor.to(torch.bfloat16).double() for name, tensor in base.items()}, tmp_path / "wide.st")
+    for name in ("half", "wide"):
+        surgery.fold(tmp_path / f"{name}.st", adapter, tmp_path / f"{name}-out.st")
+    half, wide = load_file(tmp_path / "half-out.st"), load_file(tmp_path / "wide-out.st")
+    for name, tensor in half.items():
+        torch.testing.assert_close(tensor.double(), wide[name], rtol=2.0**-8, atol=0)
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in base.items()}, tmp_path / "eight.st")
+    with pytest.raises(surgery.ReportedError, match="plain floating-point weights"):
+        surgery.fold(tmp_path / "eight.st", adapter, tmp_path / "out.st")
+
+
+def test_a_fold_is_recorded(tmp_path: Path) -> None:
+    """A second one of the same adapter is refused, and nothing pretends to take it off."""
+    adapter = GOLDEN / "bert" / "double_seq_bn_linear"
+    report = surgery.fold(BASE, adapter, tmp_path / "out.st")
+    assert report.ledger["merged"] == 8
+    with pytest.raises(surgery.ReportedError, match="already merged"):
+        surgery.fold(tmp_path / "out.st", adapter, tmp_path / "again.st")
+    with pytest.raises(surgery.ReportedError):
+        surgery.unmerge(tmp_path / "out.st", adapter, tmp_path / "base.st")
+
+
+def test_an_adapter_that_changes_nothing_is_refused(tmp_path: Path) -> None:
+    """As merge refuses it."""
+
+    def zero(tensors: dict[str, torch.Tensor]) -> None:
+        for tensor in tensors.values():
+            tensor.zero_()
+
+    with pytest.raises(surgery.ReportedError, match="rounds to zero"):
+        surgery.fold(BASE, edited(tmp_path, "double_seq_bn_linear", zero), tmp_path / "out.st")
+    assert not (tmp_path / "out.st").exists()
+
+
+def test_the_output_never_replaces_an_input(tmp_path: Path) -> None:
+    """Neither the model nor the adapter."""
+    adapter = edited(tmp_path, "double_seq_bn_linear")
+    for out in (BASE, adapter):
+        with pytest.raises(surgery.ReportedError):
+            surgery.fold(BASE, adapter, out, force=True)
+
+
+def test_the_command_says_what_becomes_of_what(tmp_path: Path) -> None:
+    """As a table, a plan or JSON."""
+    adapter, out = GOLDEN / "gpt2" / "par_bn", tmp_path / "out"
+    arguments = ["fold", str(GOLDEN / "gpt2" / "base.st"), str(adapter), "-o", str(out)]
+    dry = CliRunner().invoke(main, [*arguments, "--dry-run"])
+    assert dry.exit_code == 0, dry.output
+    assert "h.N.mlp.c_proj" in dry.output
+    assert not out.exists()
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    assert "grafts.safetensors" in done.output
+    document = json.loads(CliRunner().invoke(main, [*arguments, "--force", "--json"]).output)
+    assert [each["way"] for each in document["verdicts"]] == ["graph", "graph"]
+    assert [each.reason for each in verdicts(GOLDEN / "gpt2" / "base.st", adapter)] == [
+        each["reason"] for each in document["verdicts"]
+    ]
+
+
+def test_the_command_refuses_with_exit_code_1(tmp_path: Path) -> None:
+    """And says why on stderr."""
+    adapter = edited(tmp_path, "seq_bn", use_gating=True)
+    done = CliRunner().invoke(main, ["fold", str(BASE), str(adapter), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "depends on the input" in done.stderr
