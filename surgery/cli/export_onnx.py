@@ -21,13 +21,16 @@ from surgery.cli import options
     multiple=True,
     type=options.PATH,
     metavar="ADAPTER",
-    help="A LoRA of linear layers to leave in the graph, beside the weights; with --as inputs any number of them.",
+    help="What to leave in the graph: a LoRA of linear layers, with --as inputs any number of them; or bottlenecks, a "
+    "prefix or a prompt.",
 )
 @click.option(
     "--as",
     "adapters_as",
-    type=click.Choice(["branch", "inputs"]),
-    help="The factors are fixed weights of the graph [the default], or inputs that .onnx_adapter files fill.",
+    type=click.Choice(["branch", "inputs", "half-folded"]),
+    help="An adapter's own products beside the model's [LoRA's default]; LoRA's factors as inputs that .onnx_adapter "
+    "files fill; or the first product of a bottleneck in the projection's before it, where that is exact [the default "
+    "of bottlenecks].",
 )
 @click.option("--no-verify", is_flag=True, help="Do not compare with torch before the output appears.")
 @options.output_options
@@ -48,8 +51,11 @@ def command(
     The graph depends on the architecture alone: base and merged give the same bytes, and only the weights differ.
     A merged adapter costs nothing; one that is left in the graph costs two small products for every adapted weight, and
     as inputs can be exchanged from run to run: one graph serves many adapters of the same weights.
+
+    Bottlenecks, prefixes and prompts, which no weight can hold, are put into the graph at their sites: an adapter's, or
+    what fold left beside the MODEL that it wrote.
     """
-    if not adapters and (adapters_as is not None or any(how[name] for name in options.TOLD)):
+    if not adapters and (adapters_as in ("branch", "inputs") or any(how[name] for name in options.TOLD)):
         raise click.UsageError("--as and what is told of an adapter need --adapter")
     from surgery.operations.export_onnx import export_onnx
 
@@ -58,7 +64,7 @@ def command(
             model,
             out,
             adapters=adapters,
-            adapters_as=adapters_as or "branch",
+            adapters_as=adapters_as,
             force=force,
             verify=not no_verify,
             **options.told(how),
@@ -81,7 +87,7 @@ def command(
                 f"(tolerance {report.tolerance:.2g} rel) at {shapes}"
             )
         if report.adapters:
-            known["adapter left as"] = f"{report.adapters}, {len(report.adapted)} weights"
+            known["adapter left as"] = f"{report.adapters}, {len(report.adapted)} places"
         if report.adapted_rel_error is not None:
             known["against merged weights"] = (
                 f"max error {report.adapted_rel_error:.2g} rel (tolerance {report.adapted_tolerance:.2g} rel)"

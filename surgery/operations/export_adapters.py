@@ -26,6 +26,7 @@ from surgery.onnx.graft import WAYS, Branch, graft
 from surgery.onnx.graft_check import Agreement, Case, check_graft, worst
 from surgery.onnx.payload import Read
 from surgery.onnx.template import Template
+from surgery.onnx.verify import Verification, verify_graph
 from surgery.operations.adapters import open_adapters
 from surgery.operations.convert import Make
 from surgery.operations.merge_ops import apply_modules
@@ -145,6 +146,16 @@ class Keeping:
         return tuple(found[name] for name in sorted(found))
 
     @property
+    def way(self) -> str:
+        """In which form the adapters are in the graph; empty without any."""
+        return ("inputs" if self.as_inputs else "branch") if self.kept else ""
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The weights that have an adapter beside them."""
+        return tuple(branch.weight for branch in self.branches)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What the adapters' readers say, and how to give them to the graph."""
         said = [note for each in self.kept for note in each.adapter.notes]
@@ -160,30 +171,27 @@ class Keeping:
         used = [fate for each in self.kept for _ in each.adapter.tensors]
         return used + [Fate.REFUSED for each in self.kept for _ in each.adapter.left]
 
-    def grafted(self, template: Template) -> Template:
-        """The template with the adapters in its graph; a branch's factors are weights like the others."""
+    def grafted(self, template: Template, base: Checkpoint) -> tuple[Template, Read]:
+        """The template with the adapters in its graph, a branch's factors being weights like the others; and what reads
+        the payloads of its weights."""
         if not self.kept:
-            return template
+            return template, base.read_bytes
         factors = () if self.as_inputs else tuple(spec for branch in self.branches for spec in (branch.a, branch.b))
         weights = tuple(sorted((*template.weights, *factors), key=lambda spec: spec.name))
         model = graft(template.model, self.branches, inputs=self.as_inputs)
-        return replace(template, model=model, weights=weights)
-
-    def reading(self, base: Checkpoint) -> Read:
-        """Payloads of the grafted template's weights."""
         kept = () if self.as_inputs else self.kept
-        factors = {name: tensor for each in kept for name, tensor in each.factors().items()}
+        made = {name: tensor for each in kept for name, tensor in each.factors().items()}
 
         def read(name: str) -> Any:
-            return bytes_from_tensor(factors[name]) if name in factors else base.read_bytes(name)
+            return bytes_from_tensor(made[name]) if name in made else base.read_bytes(name)
 
-        return read
+        return replace(template, model=model, weights=weights), read
 
-    def agreement(
+    def compare(
         self, architecture: Architecture, graphs: tuple[bytes, bytes], payload: int, dtype: DType, base: Checkpoint
-    ) -> Agreement | None:
-        """How the grafted graph compares with the base's on merged weights, and without an adapter on its own; None
-        without adapters.
+    ) -> tuple[Verification, Agreement | None]:
+        """How the base's graph compares with torch, and the grafted one with the base's on merged weights; with inputs
+        without an adapter, too.
 
         Args:
             architecture: of the model.
@@ -193,12 +201,13 @@ class Keeping:
             base: the model's tensors.
 
         Raises:
-            VerificationFailed, Unsupported: as `check_graft`.
+            VerificationFailed, Unsupported: as `verify_graph` and `check_graft`.
         """
+        verified = verify_graph(architecture, graphs[0], payload, dtype)
         found = [check_graft(architecture, *graphs, payload, dtype, self._case(each, base)) for each in self.kept]
         if found and self.as_inputs:
             found.append(check_graft(architecture, *graphs, payload, dtype, Case("no adapter", {}, {})))
-        return worst(found) if found else None
+        return verified, worst(found) if found else None
 
     def _case(self, each: KeptAdapter, base: Checkpoint) -> Case:
         factors = each.factors() if self.as_inputs else {}

@@ -23,8 +23,9 @@ from surgery.errors import Unsupported
 from surgery.onnx.architecture import read_architecture
 from surgery.onnx.payload import PAYLOAD, Read, attach_payload, holds_payload, payload_layout, write_payload
 from surgery.onnx.template import Template, build_template
-from surgery.onnx.verify import check_structure, verify_graph
+from surgery.onnx.verify import check_structure
 from surgery.operations.export_adapters import Keeping
+from surgery.operations.export_grafts import open_grafts
 from surgery.plan import Fate
 from surgery.report import Report, Stopwatch, peak_rss
 
@@ -41,7 +42,8 @@ class ExportReport(Report):
         payload_sha256: of the weights' file.
         nodes: nodes of the graph.
         nodes_run: nodes that ONNX Runtime executes after its own optimisation; None if not verified.
-        max_abs_error: largest difference from torch at valid tokens; None if not verified.
+        max_abs_error: largest difference from torch at valid tokens, with what is grafted in its model; None if not
+            verified.
         max_rel_error: the same in relation to the largest value of its output.
         tolerance: what max_rel_error was held against.
         shapes: (batch, sequence) of each comparison.
@@ -49,8 +51,8 @@ class ExportReport(Report):
         dtype: the checkpoint's floating-point dtype.
         inputs, outputs: the graph's.
         unused: names of the checkpoint's tensors that the graph does not need.
-        adapters: "branch" or "inputs"; empty without adapters.
-        adapted: names of the weights that have an adapter beside them.
+        adapters: "branch", "inputs" or "half-folded"; "constants" of prefixes and prompts; empty without adapters.
+        adapted: names of the weights that have LoRA beside them, or of the modules that something else is put to.
         adapted_rel_error: largest difference from the outputs of the merged weights, as max_rel_error; None if not
             verified.
         adapted_tolerance: what it was held against.
@@ -81,7 +83,7 @@ def export_onnx(
     out: str | Path,
     *,
     adapters: Sequence[str | Path] = (),
-    adapters_as: str = "branch",
+    adapters_as: str | None = None,
     told: Told = NOTHING_TOLD,
     force: bool = False,
     verify: bool = True,
@@ -91,10 +93,14 @@ def export_onnx(
     Args:
         model: a Hugging Face folder: config.json, and weights in one file or in shards.
         out: the `.onnx` file. Its folder must hold no other model's `model.safetensors`.
-        adapters: LoRA of linear layers, in any dialect that merge reads, to be left beside the weights.
-        adapters_as: "branch": the one adapter's factors are weights of the graph. "inputs": the graph takes them as
-            optional inputs, of any rank, for every weight that one of the adapters changes; ONNX Runtime fills them
-            from `.onnx_adapter` files, which `convert` writes.
+        adapters: LoRA of linear layers, in any dialect that merge reads, to be left beside the weights; or one
+            adapter of bottlenecks, prefixes or prompts, as fold reads it. What fold left for the graph of the model
+            it wrote is put there without being named.
+        adapters_as: "branch", LoRA's default: the one adapter's factors are weights of the graph. "inputs": the graph
+            takes LoRA's as optional inputs, of any rank, for every weight that one of the adapters changes; ONNX
+            Runtime fills them from `.onnx_adapter` files, which `convert` writes. "half-folded", the default for
+            bottlenecks: those that read what a projection gives have the first of their products in the
+            projection's.
         told: what the adapters' files do not say.
         force: replace what stands there; never the model itself.
         verify: compare with torch before anything appears under its name.
@@ -112,21 +118,25 @@ def export_onnx(
     _check_paths(folder, target, force, guarded)
     architecture = read_architecture(folder)
     with open_checkpoint(folder) as checkpoint:
-        keeping = Keeping.of(folder, guarded, adapters_as, checkpoint.specs, told)
+        keeping = open_grafts(architecture, guarded, adapters_as, checkpoint) or Keeping.of(
+            folder, guarded, adapters_as or "branch", checkpoint.specs, told
+        )
         bare = build_template(architecture, checkpoint.specs)
         _check_ties(bare, checkpoint)
-        template = keeping.grafted(bare)
+        template, read = keeping.grafted(bare, checkpoint)
         where = payload_layout(template.weights)
         plain, graph = (attach_payload(each.model, template.weights, where) for each in (bare, template))
         dtype = next(spec.dtype for spec in bare.weights if spec.dtype.is_float)
-        read = keeping.reading(checkpoint)
         with _staged(folder, target, graph, read, template, where, force, guarded) as payload:
             check_structure(graph)
-            found = verify_graph(architecture, plain, payload, dtype) if verify else None
-            agreed = keeping.agreement(architecture, (plain, graph), payload, dtype, checkpoint) if verify else None
+            found, agreed = None, None
+            if verify:
+                found, agreed = keeping.compare(architecture, (plain, graph), payload, dtype, checkpoint)
             payload_sha256 = _file_sha256(payload)
         unused = tuple(sorted(checkpoint.specs.keys() - {spec.name for spec in bare.weights}))
-    fates = [Fate.COPIED] * len(bare.weights) + [Fate.UNUSED] * len(unused) + keeping.fates
+    kept = {spec.name for spec in template.weights} & {spec.name for spec in bare.weights}
+    fates = [Fate.COPIED] * len(kept) + [Fate.CONVERTED] * (len(bare.weights) - len(kept))
+    fates += [Fate.UNUSED] * len(unused) + keeping.fates
     return ExportReport(
         operation="export-onnx",
         output=str(target),
@@ -148,8 +158,8 @@ def export_onnx(
         inputs=architecture.inputs,
         outputs=tuple(output.name for output in template.model.graph.output),
         unused=unused,
-        adapters=adapters_as if adapters else "",
-        adapted=tuple(branch.weight for branch in keeping.branches),
+        adapters=keeping.way,
+        adapted=keeping.adapted,
         adapted_rel_error=agreed.max_rel_error if agreed else None,
         adapted_tolerance=agreed.tolerance if agreed else None,
     )
