@@ -246,7 +246,7 @@ def test_an_output_that_fails_takes_its_undo_file_along(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both appear or neither: also if the very last renaming fails, or the disk is full before."""
-    from formats.paths import _Output
+    from formats.destination import _Output
 
     finish = _Output.finish
 

@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     multiple=True,
     type=options.PATH,
     metavar="ADAPTER",
-    help="A LoRA of linear layers to leave in the graph, beside the weights; with --as inputs any number of them.",
+    help="What to leave in the graph: a LoRA of linear layers, with --as inputs any number of them; or bottlenecks, a "
+    "prefix or a prompt.",
 )
 @click.option(
     "--as",
     "adapters_as",
-    type=click.Choice(["branch", "inputs"]),
-    help="The factors are fixed weights of the graph [the default], or inputs that .onnx_adapter files fill.",
+    type=click.Choice(["branch", "inputs", "half-folded"]),
+    help="An adapter's own products beside the model's [LoRA's default]; LoRA's factors as inputs that .onnx_adapter "
+    "files fill; or the first product of a bottleneck in the projection's before it, where that is exact [the default "
+    "of bottlenecks].",
 )
 @click.option(
     "--template", type=options.PATH, metavar="GRAPH", help="Put the weights into this graph, which any tool exported."
@@ -86,8 +89,11 @@ def command(
 
     With --template and --base nothing is traced: every weight of that graph is found in the base, byte for byte, and
     those of MODEL, any checkpoint of the same tensors, are put in its place.
+
+    Bottlenecks, prefixes and prompts, which no weight can hold, are put into the graph at their sites: an adapter's, or
+    what fold left beside the MODEL that it wrote.
     """
-    if not adapters and (adapters_as is not None or any(how[name] for name in options.TOLD)):
+    if not adapters and (adapters_as in ("branch", "inputs") or any(how[name] for name in options.TOLD)):
         raise click.UsageError("--as and what is told of an adapter need --adapter")
     if (template is None) != (base is None):
         raise click.UsageError("--template and --base go together: the graph, and what it was exported from")
@@ -114,7 +120,7 @@ def command(
             model,
             out,
             adapters=adapters,
-            adapters_as=adapters_as or "branch",
+            adapters_as=adapters_as,
             force=force,
             **options.told(how),
         )
@@ -138,7 +144,7 @@ def command(
                 f"(tolerance {report.tolerance:.2g} rel) in {report.worst}; tried {shapes}"
             )
         if report.adapters:
-            known["adapter left as"] = f"{report.adapters}, {len(report.adapted)} weights"
+            known["adapter left as"] = f"{report.adapters}, {len(report.adapted)} places"
         if report.adapted_rel_error is not None:
             known["against merged weights"] = (
                 f"max error {report.adapted_rel_error:.2g} rel (tolerance {report.adapted_tolerance:.2g} rel)"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -42,6 +42,24 @@ class Payloads(Protocol):
 
     def read_into(self, name: str, begin: int, buffer: Bytes) -> None:
         """Fills a buffer with a tensor's payload from byte `begin` on."""
+
+
+class Beside:
+    """The payloads of a checkpoint, and of tensors that are made when they are read, the latest of them in memory."""
+
+    def __init__(self, base: Payloads, made: Mapping[str, TensorSpec], make: Callable[[str], Bytes]) -> None:
+        self.specs: Mapping[str, TensorSpec] = {**base.specs, **made}
+        self._base, self._made, self._make = base, made, make
+        self._latest: tuple[str, Bytes] | None = None
+
+    def read_into(self, name: str, begin: int, buffer: Bytes) -> None:
+        """As in Payloads."""
+        if name not in self._made:
+            self._base.read_into(name, begin, buffer)
+            return
+        if self._latest is None or self._latest[0] != name:
+            self._latest = name, self._make(name)
+        buffer[:] = self._latest[1][begin : begin + buffer.nbytes]
 
 
 def payload_layout(weights: Iterable[TensorSpec]) -> Layout:

@@ -19,13 +19,14 @@ from formats.dialects.writing import Wanted, Written
 from formats.errors import AdapterFormatError
 from formats.layers import LayerKind, layer_kinds
 from formats.spec import TensorSpec
-from formats.tensors import Bytes, bytes_from_tensor
+from formats.tensors import bytes_from_tensor
 from surgery.errors import Unsupported
 from surgery.onnx.graft import WAYS, Branch, graft
 from surgery.onnx.graft_check import Agreement, Case, check_graft, worst
-from surgery.onnx.payload import Payloads
+from surgery.onnx.payload import Beside, Payloads
 from surgery.onnx.program import Exportable
 from surgery.onnx.template import Template
+from surgery.onnx.verify import Verification, verify_graphs
 from surgery.operations.adapters import open_adapters
 from surgery.operations.convert import Make
 from surgery.operations.merge_ops import apply_modules
@@ -160,8 +161,25 @@ class Keeping:
         used = [fate for each in self.kept for _ in each.adapter.tensors]
         return used + [Fate.REFUSED for each in self.kept for _ in each.adapter.left]
 
-    def grafted(self, template: Template) -> Template:
-        """The template with the adapters in its graph; a branch's factors are weights like the others."""
+    @property
+    def way(self) -> str:
+        """In which form the adapters are in the graph; empty without any."""
+        return ("inputs" if self.as_inputs else "branch") if self.kept else ""
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The weights that have an adapter beside them."""
+        return tuple(branch.weight for branch in self.branches)
+
+    def put(self, templates: Sequence[Template], base: Checkpoint) -> tuple[tuple[Template, ...], Payloads]:
+        """The templates with the adapters in their graphs, a branch's factors being weights like the others; and the
+        payloads of their weights."""
+        kept = () if self.as_inputs else self.kept
+        factors = {name: bytes_from_tensor(tensor) for each in kept for name, tensor in each.factors().items()}
+        made = {spec.name: spec for branch in self.branches for spec in (branch.a, branch.b)}
+        return tuple(map(self._grafted, templates)), Beside(base, made, factors.__getitem__)
+
+    def _grafted(self, template: Template) -> Template:
         here = {spec.name for spec in template.weights}
         branches = tuple(branch for branch in self.branches if branch.weight in here)
         if not branches:
@@ -170,36 +188,35 @@ class Keeping:
         weights = tuple(sorted((*template.weights, *factors), key=lambda spec: spec.name))
         return replace(template, model=graft(template.model, branches, inputs=self.as_inputs), weights=weights)
 
-    def beside(self, base: Checkpoint) -> Payloads:
-        """The payloads of the base's weights, and of the factors that are weights of the grafted graphs."""
-        kept = () if self.as_inputs else self.kept
-        factors = {name: tensor for each in kept for name, tensor in each.factors().items()}
-        return _Beside(base, {name: bytes_from_tensor(tensor) for name, tensor in factors.items()}, self._specs())
-
-    def _specs(self) -> dict[str, TensorSpec]:
-        return {spec.name: spec for branch in self.branches for spec in (branch.a, branch.b)}
-
-    def agreement(
-        self, model: Exportable, graphs: Mapping[str, bytes], payload: int, dtype: DType, base: Checkpoint
-    ) -> Agreement | None:
-        """How the grafted graphs compare with the model on merged weights, and without an adapter on its own; None
-        without adapters.
+    def compare(
+        self,
+        model: Exportable,
+        plain: Mapping[str, bytes],
+        graphs: Mapping[str, bytes],
+        payload: int,
+        dtype: DType,
+        base: Checkpoint,
+    ) -> tuple[Verification, Agreement | None]:
+        """How the model's graphs compare with torch, and the grafted ones with the model on merged weights; as inputs
+        without an adapter, too.
 
         Args:
             model: the model and how it is used.
-            graphs: the grafted ones by prefix, pointing into the payload.
+            plain: the model's graphs by prefix, pointing into the payload.
+            graphs: the same with the adapters in them.
             payload: a descriptor of the payload's file.
             dtype: of the weights.
             base: the model's tensors.
 
         Raises:
-            VerificationFailed, Unsupported: as `check_graft`.
+            VerificationFailed, Unsupported: as `verify_graphs` and `check_graft`.
         """
+        verified = verify_graphs(model, plain, payload, dtype)
         cases = [self._case(each, base) for each in self.kept]
         if cases and self.as_inputs:
             cases.append(Case("no adapter", {}, {}))
         found = [check_graft(model, graphs, payload, dtype, base.specs, case) for case in cases]
-        return worst(found) if found else None
+        return verified, worst(found) if found else None
 
     def _case(self, each: KeptAdapter, base: Checkpoint) -> Case:
         factors = each.factors() if self.as_inputs else {}
@@ -208,24 +225,3 @@ class Keeping:
             {name: tensor.numpy() for name, tensor in factors.items()},
             each.merged(base),
         )
-
-
-@dataclass(frozen=True)
-class _Beside:
-    """Payloads of a checkpoint, and of factors in memory."""
-
-    base: Checkpoint
-    factors: Mapping[str, Bytes]
-    made: Mapping[str, TensorSpec]
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Every tensor, by name."""
-        return {**self.base.specs, **self.made}
-
-    def read_into(self, name: str, begin: int, buffer: Bytes) -> None:
-        """Fills a buffer with a tensor's payload from byte `begin` on."""
-        if name in self.factors:
-            buffer[:] = self.factors[name][begin : begin + buffer.nbytes]
-        else:
-            self.base.read_into(name, begin, buffer)

@@ -19,14 +19,16 @@ from formats.adapter import NOTHING_TOLD, Told
 from formats.errors import NotACheckpoint, PathNotFound, UnsupportedDType
 from surgery.errors import Unsupported
 from surgery.onnx.existing import read_graphs, require_fit, require_same_settings, require_ties, weights_of
-from surgery.onnx.payload import payload_layout
+from surgery.onnx.payload import Payloads, payload_layout
 from surgery.operations.export_adapters import Keeping
+from surgery.operations.export_grafts import Grafted, open_grafts
 from surgery.operations.onnx_files import Export, check_target, staged
 from surgery.operations.stored_dtype import dtype_named
 from surgery.plan import Fate
 from surgery.report import Report, Stopwatch, peak_rss
 
 if TYPE_CHECKING:
+    from surgery.onnx.graft_check import Agreement
     from surgery.onnx.program import Exportable
     from surgery.onnx.verify import Verification
 
@@ -69,8 +71,8 @@ class ExportReport(Report):
         model_class: the transformers class, or the function that makes the module; "" where a graph was given.
         dtype: what the graphs compute in.
         unused: names of the checkpoint's tensors that no graph needs.
-        adapters: "branch" or "inputs"; empty without adapters.
-        adapted: names of the weights that have an adapter beside them.
+        adapters: "branch", "inputs" or "half-folded"; "constants" of prefixes and prompts; empty without adapters.
+        adapted: names of the weights that have LoRA beside them, or of the modules that something else is put to.
         adapted_rel_error: largest difference from the model on merged weights, as max_rel_error; None if not verified.
         adapted_tolerance: what it was held against.
     """
@@ -99,7 +101,7 @@ def export_onnx(
     out: str | Path,
     *,
     adapters: Sequence[str | Path] = (),
-    adapters_as: str = "branch",
+    adapters_as: str | None = None,
     told: Told = NOTHING_TOLD,
     graph: str | Path | None = None,
     with_cache: bool = False,
@@ -116,10 +118,14 @@ def export_onnx(
         model: a Hugging Face folder: config.json, and weights in one file or in shards. With `graph` or `factory`
             also a file of weights.
         out: the `.onnx` file. Its folder must hold no other model's `model.safetensors`.
-        adapters: LoRA of linear layers, in any dialect that merge reads, to be left beside the weights.
-        adapters_as: "branch": the one adapter's factors are weights of the graph. "inputs": the graph takes them as
-            optional inputs, of any rank, for every weight that one of the adapters changes; ONNX Runtime fills them
-            from `.onnx_adapter` files, which `convert` writes.
+        adapters: LoRA of linear layers, in any dialect that merge reads, to be left beside the weights; or one
+            adapter of bottlenecks, prefixes or prompts, as fold reads it. What fold left for the graph of the model
+            it wrote is put there without being named.
+        adapters_as: "branch", LoRA's default: the one adapter's factors are weights of the graph. "inputs": the graph
+            takes LoRA's as optional inputs, of any rank, for every weight that one of the adapters changes; ONNX
+            Runtime fills them from `.onnx_adapter` files, which `convert` writes. "half-folded", the default for
+            bottlenecks: those that read what a projection gives have the first of their products in the
+            projection's.
         told: what the adapters' files do not say.
         graph: a graph that an earlier export wrote; it is used as it is, and only the weights are new.
         with_cache: keys and values of tokens gone by as inputs and outputs, so that generation costs a token a step.
@@ -150,7 +156,6 @@ def export_onnx(
             then="leave out the graph or the factory; or merge the adapter",
         )
     with open_checkpoint(source) as checkpoint:
-        keeping = Keeping.of(source, guarded, adapters_as, _computed(checkpoint.specs, wanted), told)
         if graph is not None:
             plan = _onto(Path(graph), source, checkpoint, convert=wanted is not None)
             if verify:
@@ -161,17 +166,20 @@ def export_onnx(
             exportable = _exportable(source, with_cache, factory, inputs)
             for program in exportable.kind.programs:
                 check_target(source, target.with_name(program.prefix + target.name), force)
-            plan = _traced(exportable, checkpoint, wanted, keeping)
+            left = open_grafts(exportable, guarded, adapters_as, checkpoint) or Keeping.of(
+                source, guarded, adapters_as or "branch", _computed(checkpoint.specs, wanted), told
+            )
+            plan = _traced(exportable, checkpoint, wanted, left)
         computed = next((spec.dtype for spec in plan.weights if spec.dtype.is_float), DType.F32)
         checked = plan.model if verify or (verify is None and graph is None) else None
         _check_dtype(computed, wanted, checked is not None, source)
         export = Export(source, target, plan.graphs, plan.weights, payload_layout(plan.weights), force, guarded)
-        with staged(export, keeping.beside(checkpoint)) as files:
-            found = _verified(checked, plan.plain, files.payload, computed) if checked else None
-            agreed = keeping.agreement(checked, plan.graphs, files.payload, computed, checkpoint) if checked else None
-        copied = [spec.name for spec in plan.weights if spec.name in checkpoint.specs]
-        unused = tuple(sorted(checkpoint.specs.keys() - set(copied)))
-    fates = [Fate.COPIED] * len(copied) + [Fate.UNUSED] * len(unused) + keeping.fates
+        with staged(export, plan.payloads) as files:
+            found, agreed = _verified(checked, plan, files.payload, computed, checkpoint) if checked else (None, None)
+        kept = plan.needed & {spec.name for spec in plan.weights}
+        unused = tuple(sorted(checkpoint.specs.keys() - plan.needed))
+    fates = [Fate.COPIED] * len(kept) + [Fate.CONVERTED] * (len(plan.needed) - len(kept))
+    fates += [Fate.UNUSED] * len(unused) + (plan.left.fates if plan.left else [])
     ran = agreed.nodes_run if agreed else found.nodes_run if found else {}
     unchecked = () if found or graph is not None else ("not compared with torch",)
     return ExportReport(
@@ -180,7 +188,7 @@ def export_onnx(
         seconds=watch.seconds,
         peak_rss_bytes=peak_rss(),
         ledger={fate.value: fates.count(fate) for fate in Fate},
-        notes=(*checkpoint.notes, *plan.notes, *unchecked, *keeping.notes),
+        notes=(*checkpoint.notes, *plan.notes, *unchecked, *(plan.left.notes if plan.left else ())),
         graphs=tuple(_described(export, prefix, data, ran.get(prefix)) for prefix, data in plan.graphs.items()),
         payload=str(export.payload),
         payload_blake3=files.blake3,
@@ -194,8 +202,8 @@ def export_onnx(
         model_class=plan.model.name if plan.model else plan.said,
         dtype=computed.label,
         unused=unused,
-        adapters=adapters_as if adapters else "",
-        adapted=tuple(branch.weight for branch in keeping.branches),
+        adapters=plan.left.way if plan.left else "",
+        adapted=plan.left.adapted if plan.left else (),
         adapted_rel_error=agreed.max_rel_error if agreed else None,
         adapted_tolerance=agreed.tolerance if agreed else None,
     )
@@ -203,13 +211,23 @@ def export_onnx(
 
 @dataclass(frozen=True)
 class _Plan:
-    """Graphs by prefix, and the same without adapters; what their payload holds, the model they are checked against,
-    and what to say besides."""
+    """What is to be written, and what to say of it.
+
+    Attributes:
+        graphs, plain: by prefix, with the adapters and without.
+        weights, payloads: what the payload holds.
+        needed: the checkpoint's tensors that the model needs.
+        model: what the graphs are checked against.
+        left: the adapters in new graphs.
+    """
 
     graphs: Mapping[str, bytes]
     plain: Mapping[str, bytes]
     weights: tuple[TensorSpec, ...]
+    payloads: Payloads
+    needed: frozenset[str]
     model: Exportable | None
+    left: Keeping | Grafted | None = None
     inputs: tuple[str, ...] = ()
     said: str = ""
     notes: tuple[str, ...] = ()
@@ -231,7 +249,8 @@ def _onto(graph: Path, source: Path, checkpoint: Checkpoint, convert: bool) -> _
     names = settings.get("architectures") or [""]
     inputs = tuple(name for each in given for name in each.inputs)
     graphs = {each.prefix: each.data for each in given}
-    return _Plan(graphs, graphs, weights, None, inputs, str(names[0]), notes)
+    needed = frozenset(spec.name for spec in weights)
+    return _Plan(graphs, graphs, weights, checkpoint, needed, None, None, inputs, str(names[0]), notes)
 
 
 def _computed(specs: Mapping[str, TensorSpec], dtype: DType | None) -> dict[str, TensorSpec]:
@@ -242,7 +261,7 @@ def _computed(specs: Mapping[str, TensorSpec], dtype: DType | None) -> dict[str,
     }
 
 
-def _traced(model: Exportable, checkpoint: Checkpoint, dtype: DType | None, keeping: Keeping) -> _Plan:
+def _traced(model: Exportable, checkpoint: Checkpoint, dtype: DType | None, left: Keeping | Grafted) -> _Plan:
     """New graphs, made without weights."""
     from surgery.onnx.payload import attach_payload
     from surgery.onnx.template import build_templates
@@ -250,12 +269,16 @@ def _traced(model: Exportable, checkpoint: Checkpoint, dtype: DType | None, keep
     bare = build_templates(model, checkpoint.specs, dtype)
     for first, *rest in bare[0].ties:
         require_ties(dict.fromkeys(rest, first), checkpoint)
-    templates = tuple(map(keeping.grafted, bare))
+    templates, payloads = left.put(bare, checkpoint)
     every = {spec.name: spec for template in templates for spec in template.weights}
     weights = tuple(every[name] for name in sorted(every))
     where = payload_layout(weights)
-    graphs, plain = ({t.prefix: attach_payload(t.model, t.weights, where) for t in each} for each in (templates, bare))
-    return _Plan(graphs, plain, weights, model)
+    graphs, plain = (
+        {t.prefix: attach_payload(each.model, t.weights, where) for each, t in zip(some, templates, strict=True)}
+        for some in (templates, bare)
+    )
+    needed = frozenset(spec.name for template in bare for spec in template.weights)
+    return _Plan(graphs, plain, weights, payloads, needed, model, left)
 
 
 def _exportable(source: Path, cached: bool, factory: str | None, inputs: Sequence[str]) -> Exportable:
@@ -268,12 +291,16 @@ def _exportable(source: Path, cached: bool, factory: str | None, inputs: Sequenc
     return own_module(source, factory, inputs)
 
 
-def _verified(model: Exportable, graphs: Mapping[str, bytes], payload: int, dtype: DType) -> Verification:
+def _verified(
+    model: Exportable, plan: _Plan, payload: int, dtype: DType, checkpoint: Checkpoint
+) -> tuple[Verification, Agreement | None]:
     from surgery.onnx.verify import check_structure, verify_graphs
 
-    for data in graphs.values():
+    for data in plan.graphs.values():
         check_structure(data)
-    return verify_graphs(model, graphs, payload, dtype)
+    if plan.left is None:
+        return verify_graphs(model, plan.graphs, payload, dtype), None
+    return plan.left.compare(model, plan.plain, plan.graphs, payload, dtype, checkpoint)
 
 
 def _described(export: Export, prefix: str, data: bytes, nodes_run: int | None) -> ExportedGraph:

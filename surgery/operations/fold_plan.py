@@ -115,6 +115,43 @@ def plan_fold(
 
 
 @dataclass(frozen=True)
+class Grafting:
+    """A whole adapter as what is put into a graph: the steps that make its tensors, aside, and the sites."""
+
+    steps: tuple[Step, ...]
+    sites: tuple[Graft, ...]
+
+
+def plan_grafting(
+    base: Checkpoint, config: Mapping[str, Any], parts: Sequence[Part], digest: str, *, half: bool
+) -> Grafting:
+    """All of an adapter as nodes, whatever of it could go into weights.
+
+    Args:
+        base: the base.
+        config: its config.json.
+        parts: the adapter's, read against the base's tensors.
+        digest: the adapter's.
+        half: bottlenecks that read h read what the projection before them reads; else they read h.
+
+    Raises:
+        AlreadyMerged, NotMergeable, Quantised, UnsupportedDType: as `plan_fold`.
+    """
+    refuse_merged(base, {digest: parts[0].ref.path})
+    judged = _Work.of(base, Base(base.specs, config), parts, {})
+    work = replace(judged, judged=[(part, _as_nodes(part, each, half)) for part, each in judged.judged])
+    grafting = list(work.grafting())
+    work.check_dtypes([step.name for step, _ in grafting])
+    return Grafting(tuple(step for step, _ in grafting), tuple(site for _, sites in grafting for site in sites))
+
+
+def _as_nodes(adapter: Bottlenecks, each: Judged, half: bool) -> Judged:
+    reads_h = not adapter.parallel and not adapter.original_ln_before
+    way = Way.HALF if reads_h and half else Way.GRAPH
+    return replace(each, verdict=replace(each.verdict, way=way), split=False)
+
+
+@dataclass(frozen=True)
 class _Work:
     """What is to be done."""
 

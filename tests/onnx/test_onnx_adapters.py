@@ -318,7 +318,7 @@ def test_the_command_line(
     assert report["ledger"]["unused"] == 4
     shown = cli("export-onnx", bert.model, "--adapter", adapter, "-o", tmp_path / "branch/model.onnx")
     assert shown.exit_code == 0, shown.stderr
-    assert "branch, 2 weights" in shown.stdout
+    assert "branch, 2 places" in shown.stdout
     assert "against merged weights" in shown.stdout
     assert cli("export-onnx", bert.model, "--as", "inputs", "-o", tmp_path / "x/model.onnx").exit_code == 2
     two = cli("export-onnx", bert.model, "--adapter", adapter, "--adapter", adapter, "-o", tmp_path / "x/model.onnx")

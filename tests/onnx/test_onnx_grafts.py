@@ -1,0 +1,295 @@
+"""Bottlenecks, prefixes and prompts in the graph: against the library's golden outputs and peft, in all their forms."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import surgery
+from formats import open_checkpoint
+from formats.errors import CorruptFile, ReportedError
+from formats.grafts import BranchGraft, PrefixGraft, PromptGraft, Value
+from formats.spec import DType, TensorSpec
+from surgery.activations import activation, function
+from surgery.errors import NotMergeable, Unsupported, VerificationFailed
+from surgery.onnx.activation_nodes import _NODES, activate
+from surgery.onnx.graft_branch import HALF
+from surgery.onnx.grafting import graft_sites
+from surgery.onnx.graph import Graph
+from surgery.onnx.template import Template
+from surgery.operations import export_grafts
+from surgery.operations import export_onnx as operation
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "bottleneck"
+HALVES = ("compacter", "compacter_linear", "double_seq_bn", "double_seq_bn_linear")
+CASES = [
+    (model, each.name) for model in ("bert", "gpt2") for each in sorted((GOLDEN / model).iterdir()) if each.is_dir()
+]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, operation.ExportReport]]:
+    """The golden models as folders, and the reports of their exports."""
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
+
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    built: dict[str, Any] = {
+        "bert": BertModel(BertConfig(**sizes, vocab_size=16, max_position_embeddings=16)),
+        "gpt2": GPT2Model(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=16, n_positions=16)),
+    }
+    made = {}
+    for name, model in built.items():
+        folder = tmp_path_factory.mktemp(name)
+        model.load_state_dict(load_file(GOLDEN / name / "base.st"))
+        model.save_pretrained(folder / "model")
+        made[name] = (folder / "model", operation.export_onnx(folder / "model", folder / "onnx/model.onnx"))
+    return made
+
+
+@pytest.fixture
+def export(
+    bases: dict[str, tuple[Path, operation.ExportReport]], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., operation.ExportReport]:
+    """Exports a golden model, or a fold of it, without tracing its graph anew."""
+
+    def run(kind: str, out: Path, model: Path | None = None, **how: Any) -> operation.ExportReport:
+        folder, report = bases[kind]
+        assert report.output is not None
+        graph = onnx.load(report.output, load_external_data=False)
+        with open_checkpoint(model or folder) as checkpoint:
+            template = Template(graph, tuple(sorted(checkpoint.specs.values(), key=lambda spec: spec.name)), ())
+        monkeypatch.setattr("surgery.onnx.template.build_templates", lambda *what: (template,))
+        return operation.export_onnx(model or folder, out / "model.onnx", **how)
+
+    return run
+
+
+def outputs(report: operation.ExportReport, ids: torch.Tensor) -> torch.Tensor:
+    """What ONNX Runtime makes of tokens: the first output."""
+    assert report.output is not None
+    session = onnxruntime.InferenceSession(report.output, providers=["CPUExecutionProvider"])
+    feed = {entry.name: np.full(ids.shape, int(entry.name == "attention_mask")) for entry in session.get_inputs()}
+    feed["input_ids"] = ids.numpy()
+    found: np.ndarray[Any, Any] = session.run(None, feed)[0]
+    return torch.from_numpy(found)
+
+
+def check_golden(report: operation.ExportReport, model: str, name: str) -> None:
+    """The library's outputs, within 1e-5."""
+    golden = load_file(GOLDEN / model / name / "outputs.st")
+    torch.testing.assert_close(outputs(report, golden["input_ids"]), golden["last_hidden_state"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_the_graph_gives_what_the_library_gives(
+    tmp_path: Path, export: Callable[..., Any], model: str, name: str
+) -> None:
+    """And what torch gives with hooks, before anything is written; half-folded with fewer nodes than as a branch."""
+    report = export(model, tmp_path / "half", adapters=[GOLDEN / model / name])
+    check_golden(report, model, name)
+    assert report.max_rel_error <= report.tolerance
+    half = name in HALVES
+    beside = name.startswith(("prefix", "prompt"))
+    assert report.adapters == (HALF if half else "constants" if beside else "branch")
+    if half:
+        branch = export(model, tmp_path / "branch", adapters=[GOLDEN / model / name], adapters_as="branch")
+        check_golden(branch, model, name)
+        assert branch.adapters == "branch"
+        assert report.graphs[0].nodes_run < branch.graphs[0].nodes_run
+        assert report.ledger["converted"] == 8  # four weights and their biases
+
+
+@pytest.mark.parametrize("model", ["bert", "gpt2"])
+def test_what_fold_leaves_is_put_into_the_graph(
+    tmp_path: Path, export: Callable[..., Any], bases: dict[str, Any], model: str
+) -> None:
+    """Without being named; what fold folds whole costs no node."""
+    whole = tmp_path / "whole"
+    surgery.fold(bases[model][0], GOLDEN / model / "double_seq_bn_linear", whole)
+    report = export(model, tmp_path / "whole-onnx", whole)
+    check_golden(report, model, "double_seq_bn_linear")
+    assert report.graphs[0].nodes_run == bases[model][1].graphs[0].nodes_run
+    assert report.adapters == ""
+    for name, way in (("double_seq_bn", HALF), ("double_seq_bn", "branch"), ("mam", None)):
+        folder, out = tmp_path / name, tmp_path / f"{name}-{way}"
+        surgery.fold(bases[model][0], GOLDEN / model / name, folder, force=True)
+        report = export(model, out, folder, adapters_as=way)
+        check_golden(report, model, name)
+        assert report.graphs[0].nodes_run > bases[model][1].graphs[0].nodes_run
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_prompts_and_prefixes_of_peft(
+    tmp_path: Path, export: Callable[..., Any], bases: dict[str, Any], kind: str, method: str
+) -> None:
+    """Among the words' embeddings, and with positions that begin behind the prefix."""
+    from transformers import AutoModel
+
+    configs = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}
+    base = AutoModel.from_pretrained(bases[kind][0], dtype=torch.float32)
+    torch.manual_seed(3)
+    adapted = peft.get_peft_model(base, configs[method](task_type="FEATURE_EXTRACTION", num_virtual_tokens=3)).eval()
+    with torch.no_grad():
+        for parameter in adapted.prompt_encoder.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[1, 5, 2, 9, 7], [3, 3, 8, 0, 1]])
+    with torch.no_grad():
+        expected = adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    report = export(kind, tmp_path / "onnx", adapters=[tmp_path / "adapter"])
+    torch.testing.assert_close(outputs(report, ids), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("bert", "double_seq_bn"), ("gpt2", "compacter"), ("bert", "prompt_tuning"), ("gpt2", "mam")]
+)
+def test_shapes_stay_complete(
+    tmp_path: Path, export: Callable[..., Any], bases: dict[str, Any], model: str, name: str
+) -> None:
+    """Every new value has its shape, every node a name of its own; the checker is content."""
+    report = export(model, tmp_path / "onnx", adapters=[GOLDEN / model / name], verify=False)
+    before, after = (onnx.load(each.output, load_external_data=False).graph for each in (bases[model][1], report))
+    onnx.checker.check_model(report.output, full_check=True)
+
+    def untold(graph: Any) -> set[str]:
+        known = {value.name for value in (*graph.value_info, *graph.output)}
+        return {name.removesuffix("/prompt") for node in graph.node for name in node.output if name not in known}
+
+    assert untold(after) <= untold(before)
+    names = [node.name for node in after.node]
+    assert len(names) == len(set(names))
+
+
+class _Site:
+    """A BERT's graph without weights, and sites in it."""
+
+    SPECS = {  # noqa: RUF012
+        name: TensorSpec(name, DType.F32, shape)
+        for name, shape in {"down": (2, 8), "down_bias": (2,), "up": (8, 2), "up_bias": (8,), "keys": (3, 8)}.items()
+    }
+
+    @staticmethod
+    def branch(**changes: Any) -> BranchGraft:
+        given = {"module": "encoder.layer.0.output.dense", "layer": 0, "place": "output_adapter"}
+        reads = {"reads": Value.OUTPUT, "adds_to": Value.OUTPUT, "norm": None, "non_linearity": "relu"}
+        return BranchGraft(**{**given, **reads, **{n: n for n in ("down", "down_bias", "up", "up_bias")}, **changes})
+
+
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        (_Site.branch(module="encoder.layer.9.output.dense"), "does not multiply"),
+        (_Site.branch(module="embeddings.word_embeddings"), "otherwise than to multiply"),
+        (_Site.branch(module="encoder.layer.0.intermediate.dense"), "does not look there"),
+        (_Site.branch(module="encoder.layer.0.attention.self.query"), "does not look there"),
+        (_Site.branch(reads=Value.NORMED, norm="encoder.layer.1.output.LayerNorm"), "does not look there"),
+        (_Site.branch(reads=Value.INPUT), "does not look there"),  # 12 columns, not 8
+        (_Site.branch(non_linearity="wild"), "unknown non-linearity"),
+        (PrefixGraft("encoder.layer.0.output.dense", 0, False, "keys", "keys"), "attention does not look"),
+        (PromptGraft(False, False, "down"), None),
+        (PromptGraft(True, True, "up"), "as wide as no embedding"),
+    ],
+)
+def test_a_site_that_looks_otherwise_is_refused(bases: dict[str, Any], site: Any, message: str | None) -> None:
+    """With what was found there."""
+    model = onnx.load(bases["bert"][1].output, load_external_data=False)
+    with open_checkpoint(bases["bert"][0]) as base:
+        if message is None:
+            graft_sites(model, [site], _Site.SPECS, base.specs, frozenset(), HALF)
+            return
+        with pytest.raises(Unsupported, match=message) as caught:
+            graft_sites(model, [site], _Site.SPECS, base.specs, frozenset(), HALF)
+    assert caught.value.details.get("found") or message == "does not multiply"
+
+
+def edited(folder: Path, source: Path, **settings: Any) -> Path:
+    """A copy of an adapter with other settings."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["config"] |= settings
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_bad_adapters_are_refused(tmp_path: Path, bases: dict[str, Any]) -> None:
+    """Before the graph is built; nothing is written."""
+    bert, out = bases["bert"][0], tmp_path / "out"
+
+    def refused(kind: type[ReportedError], message: str, *adapters: Path, way: str | None = None) -> None:
+        with pytest.raises(kind, match=message):
+            operation.export_onnx(bert, out / "model.onnx", adapters=adapters, adapters_as=way)
+        assert not out.exists()
+
+    houlsby, prompt = GOLDEN / "bert" / "double_seq_bn", GOLDEN / "bert" / "prompt_tuning"
+    refused(ReportedError, "BERT-like|match", GOLDEN / "gpt2" / "double_seq_bn")
+    refused(ReportedError, "does not fit", edited(tmp_path / "width", houlsby, reduction_factor=4))
+    refused(ReportedError, "another depth", edited(tmp_path / "depth", houlsby, leave_out=[0]))
+    refused(NotMergeable, "unknown non-linearity", edited(tmp_path / "wild", houlsby, non_linearity="wild"))
+    refused(Unsupported, "no inputs", houlsby, way="inputs")
+    refused(Unsupported, "one adapter", houlsby, prompt)
+    longest = tmp_path / "prompt"
+    longest.mkdir()
+    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 16, "task_type": "FEATURE_EXTRACTION"}
+    (longest / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"prompt_embeddings": torch.randn(16, 8)}, longest / "adapter_model.safetensors")
+    refused(Unsupported, "all positions", longest)
+
+
+def test_grafts_of_another_model_are_refused(tmp_path: Path, bases: dict[str, Any]) -> None:
+    """A folder whose weights were exchanged."""
+    folder = tmp_path / "folded"
+    surgery.fold(bases["bert"][0], GOLDEN / "bert" / "seq_bn", folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["pooler.dense.bias"] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CorruptFile, match="another model"):
+        operation.export_onnx(folder, tmp_path / "out/model.onnx")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_graph_is_found_out(
+    tmp_path: Path, export: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bias that is missing, and nothing is written: exit code 3."""
+    right = export_grafts.Grafted._build
+    wrong = lambda self, made, base: right(self, made, base) * (not made.spec.name.endswith("half_folded.bias"))  # noqa: E731
+    monkeypatch.setattr(export_grafts.Grafted, "_build", wrong)
+    with pytest.raises(VerificationFailed, match="with its adapter") as caught:
+        export("bert", tmp_path / "out", adapters=[GOLDEN / "bert" / "double_seq_bn"])
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("named", sorted(_NODES))
+def test_non_linearities_are_torch_s(named: str) -> None:
+    """Over a range in which they bend."""
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None]) for name in "xy")
+    node = onnx.helper.make_node("Neg", ["x"], ["z"], "z")
+    graph = Graph(
+        onnx.helper.make_model(
+            onnx.helper.make_graph([node], "g", [x], [y], value_info=[onnx.helper.make_tensor_value_info("z", 1, [9])]),
+            opset_imports=[onnx.helper.make_opsetid("", 20)],
+            ir_version=10,
+        )
+    )
+    graph.add("Identity", [activate(graph, named, "z", "f")], "last", [("y", "z", ())])
+    given = np.linspace(-4, 8, 50, dtype=np.float32)
+    (found,) = onnxruntime.InferenceSession(graph.finish().SerializeToString()).run(None, {"x": given})
+    expected = function(named)(torch.from_numpy(-given)).numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-6, rtol=2e-6)
+    known = activation(named)
+    assert known is not None
+    assert known.name == named
