@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 Seen = Callable[["torch.Tensor"], None]
+Detach = Callable[[], None]
 
 
 def attach_branch(
     model: nn.Module, site: BranchGraft, tensors: Mapping[str, torch.Tensor], seen: Seen | None = None
-) -> None:
-    """Puts a bottleneck into a model.
+) -> Detach:
+    """Puts a bottleneck into a model; returns what takes it out again.
 
     Args:
         model: with the modules that the site names.
@@ -33,9 +34,10 @@ def attach_branch(
     from torch.nn import functional
 
     residuals: list[torch.Tensor] = []
+    hooks: list[Any] = []
     if site.reads is not Value.INPUT and {site.reads, site.adds_to} != {Value.OUTPUT}:
         source, number = _residual(model, site.module)
-        source.register_forward_pre_hook(lambda module, args: residuals.append(args[number]))
+        hooks.append(source.register_forward_pre_hook(lambda module, args: residuals.append(args[number])))
     norm = None if site.norm is None else model.get_submodule(site.norm)
     f = function(site.non_linearity)
 
@@ -52,7 +54,13 @@ def attach_branch(
         added: torch.Tensor = values[site.adds_to] + functional.linear(f(z), tensors["up"], tensors["up_bias"])
         return added
 
-    model.get_submodule(site.module).register_forward_hook(adapted)
+    hooks.append(model.get_submodule(site.module).register_forward_hook(adapted))
+
+    def detach() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return detach
 
 
 def _residual(model: nn.Module, projection: str) -> tuple[nn.Module, int]:

@@ -136,6 +136,34 @@ def test_a_pickle_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "run" not in capsys.readouterr().out
 
 
+def test_the_names_of_adapter_bert_are_mapped_as_documented(tmp_path: Path) -> None:
+    """The code in docs/fold.md, run: variables in TensorFlow's layout, and what their adapter adds."""
+    text = (Path(__file__).parent.parent / "docs" / "fold.md").read_text()
+    scope: dict[str, Any] = {}
+    exec(text.split("```python")[1].split("```")[0], scope)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"weights1": (8, 4), "biases1": (1, 4), "weights2": (4, 8), "biases2": (1, 8)}
+    variables = {
+        f"bert/encoder/layer_{layer}/{place}output/adapters/{name}": torch.randn(*shape, generator=generator).numpy()
+        for layer in (0, 1)
+        for place in ("attention/", "")
+        for name, shape in shapes.items()
+    }
+    scope["write_adapter"](variables, tmp_path / "adapter")
+    report = surgery.fold(BASE, tmp_path / "adapter", tmp_path / "out")
+    assert [each.what for each in report.verdicts] == ["bottleneck, gelu_new"] * 4
+    base, grafts = load_file(BASE), load_file(tmp_path / "out" / "grafts.safetensors")
+    module, x = "encoder.layer.1.output", torch.randn(3, 12, generator=generator)
+    h = torch.nn.functional.linear(x, base[f"{module}.dense.weight"], base[f"{module}.dense.bias"])
+    w1, b1, w2, b2 = (torch.from_numpy(variables[f"bert/encoder/layer_1/output/adapters/{name}"]) for name in shapes)
+    path = f"{module}.dense.output_adapter"
+    torch.testing.assert_close(
+        torch.nn.functional.linear(x, grafts[f"{path}.down"], grafts[f"{path}.down_bias"]), h @ w1 + b1[0]
+    )
+    torch.testing.assert_close(grafts[f"{path}.up"], w2.T.contiguous())
+    torch.testing.assert_close(grafts[f"{path}.up_bias"], b2[0])
+
+
 def test_half_precision_is_rounded_once(tmp_path: Path) -> None:
     """To the nearest of what float64 gives; float8 is refused."""
     base = load_file(BASE)

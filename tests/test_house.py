@@ -93,6 +93,7 @@ def test_modules_are_short_and_say_what_they_are(path: Path) -> None:
         ["--version"],
         ["inspect", "FILE"],
         ["diff", "--help"],
+        ["fold", "--help"],
         ["convert", "--help"],
         ["extract", "--help"],
         ["spectrum", "--help"],

@@ -11,7 +11,7 @@ from typing import Any
 
 from formats.checkpoint import Checkpoint
 from formats.dialects.bottleneck import Bottlenecks, Roles, read_bottlenecks
-from formats.dialects.prompts import Prefix, Prompt, read_peft_prompt, read_prefix, read_prompt
+from formats.dialects.prompts import Prefix, Prompt, Whole, read_peft_prompt, read_prefix, read_prompt
 from formats.errors import AdapterFormatError
 from formats.spec import CheckpointRef, TensorRef, TensorSpec
 
@@ -22,7 +22,7 @@ _KEY = re.compile(
 )
 
 
-Part = Bottlenecks | Prefix | Prompt
+Part = Bottlenecks | Prefix | Prompt | Whole
 _PEFT = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 
 
@@ -38,7 +38,7 @@ def lies_beside(config: Mapping[str, Any] | None) -> bool:
 
 def read_beside(checkpoint: Checkpoint, config: Mapping[str, Any], base: Mapping[str, TensorSpec]) -> tuple[Part, ...]:
     """An adapter that adds something beside the base's weights, resolved against the base's tensors: its parts, of
-    which only a union (MAM) has several.
+    which only a union (MAM) and one with trained heads have several.
 
     Args:
         checkpoint: the adapter's.
@@ -52,7 +52,7 @@ def read_beside(checkpoint: Checkpoint, config: Mapping[str, Any], base: Mapping
         UnmatchedKeys: layers that the base does not have.
     """
     if config.get("peft_type") in _PEFT:
-        return (read_peft_prompt(checkpoint, config, base),)
+        return read_peft_prompt(checkpoint, config, base)
     own = config["config"]
     parts = own["configs"] if own.get("architecture") == _UNION else [own]
     architectures = [part.get("architecture") for part in parts]

@@ -13,6 +13,7 @@ from typing import Any
 
 from formats.checkpoint import Checkpoint
 from formats.dialects.bottleneck import Dense, Roles, refuse_others, refuse_settings, setting, shaped
+from formats.dialects.resolve import unmatched_keys
 from formats.errors import AdapterFormatError
 from formats.spec import CheckpointRef, TensorRef, TensorSpec
 
@@ -75,6 +76,15 @@ class Prompt:
     among_words: bool
 
 
+@dataclass(frozen=True)
+class Whole:
+    """Tensors that replace the base's, by its names: heads, which peft trains beside a prompt."""
+
+    ref: CheckpointRef
+    tensors: Mapping[str, TensorRef]
+
+
+_HOLDER = "base_model."  # before the names of tensors that peft saves in full beside a prompt
 _GATED = {"use_gating": "its gate depends on the input"}
 _LOCATION = "self_prefix"  # of models that are encoder or decoder, and not both
 _LAYER = re.compile(
@@ -125,10 +135,11 @@ def read_prompt(ref: CheckpointRef, roles: Roles, own: Mapping[str, Any], base: 
 
 def read_peft_prompt(
     checkpoint: Checkpoint, config: Mapping[str, Any], base: Mapping[str, TensorSpec]
-) -> Prefix | Prompt:
+) -> tuple[Prefix | Prompt | Whole, ...]:
     """peft's prompt, p-tuning or prefix: saved as the embeddings, or the keys and values, that they come to.
 
-    Raises as `read_prefix`.
+    Heads that were trained beside it come as a part of their own. Raises as `read_prefix`, and UnmatchedKeys for a head
+    that the base does not have.
     """
     ref = checkpoint.ref
     width, attentions = _sizes(ref, base)
@@ -137,11 +148,18 @@ def read_peft_prompt(
     prefix = config.get("peft_type") == "PREFIX_TUNING"
     columns = len(attentions) * 2 * width if prefix else width
     tensor = shaped("prompt_embeddings", roles, (length, columns), ref.path)
-    refuse_others(roles, {tensor}, ref.path)
+    heads = {name.removeprefix(_HOLDER): part for name, part in roles.items() if name.startswith(_HOLDER)}
+    refuse_others(roles, {tensor, *heads.values()}, ref.path)
+    absent = [name for name in heads if name not in base]
+    if absent:
+        raise unmatched_keys(absent, len(heads), base, ref.path)
+    for name in heads:
+        shaped(name, heads, base[name].shape, ref.path)
+    whole = (Whole(ref, heads),) if heads else ()
     if not prefix:
-        return Prompt(ref, tensor, False, True)
+        return Prompt(ref, tensor, False, True), *whole
     layers = tuple(sorted(attentions))
-    return Prefix(ref, length, layers, tensor, tuple(attentions[layer] for layer in layers), width, True)
+    return Prefix(ref, length, layers, tensor, tuple(attentions[layer] for layer in layers), width, True), *whole
 
 
 def _sizes(ref: CheckpointRef, base: Mapping[str, TensorSpec]) -> tuple[int, dict[int, str]]:

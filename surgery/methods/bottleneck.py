@@ -100,7 +100,7 @@ def hypercomplex(
     """
     import torch
 
-    blocks, rule = matmul(left, right), _wide(rule)  # (n, in / n, out / n)
+    blocks, rule = matmul(_wide(left), _wide(right)), _wide(rule)  # (n, in / n, out / n)
     total = torch.kron(rule[0], blocks[0])
     for one, block in zip(rule[1:], blocks[1:], strict=True):
         total += torch.kron(one, block)
@@ -124,7 +124,7 @@ def keys_and_values(
     Returns:
         (length, outputs of the second) float64.
     """
-    hidden = f(matmul(embedding, first[0].mT) + _wide(first[1]))  # (length, hidden)
+    hidden = f(matmul(_wide(embedding), first[0].mT) + _wide(first[1]))  # (length, hidden)
     return matmul(hidden, second[0].mT) + _wide(second[1])
 
 

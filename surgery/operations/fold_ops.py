@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Affine:
-    """What stands for a non-linearity f(z): slope z + offset, in nested tuples so that a plan can be compared."""
+    """What stands for a non-linearity f(z): slope z + offset.  # (rank, rank), (rank) float64"""
 
-    slope: tuple[tuple[float, ...], ...]
-    offset: tuple[float, ...]
+    slope: torch.Tensor
+    offset: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,6 @@ class Source:
 
     def matrices(self, tensors: Sequence[torch.Tensor]) -> Matrices:
         """The bottleneck, its scaling multiplied in."""
-        import torch
-
         named = dict(zip([ref.name for ref in self.refs], tensors, strict=True))
         projections = []
         for each in (self.one.down, self.one.up):
@@ -97,8 +95,7 @@ class Source:
             named[scaling.name] if isinstance(scaling, TensorRef) else scaling
         )
         if self.instead is not None:
-            slope, offset = (torch.tensor(each, dtype=torch.float64) for each in vars(self.instead).values())
-            made = made.affine(slope, offset)
+            made = made.affine(self.instead.slope, self.instead.offset)
         return made.split() if self.split else made
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from formats.checkpoint import Checkpoint
 from formats.dialects.adapterhub_beside import Part
-from formats.dialects.bottleneck import Bottlenecks
-from formats.dialects.prompts import Prefix
+from formats.dialects.bottleneck import Bottleneck, Bottlenecks
+from formats.dialects.prompts import Prefix, Prompt, Whole
 from formats.errors import UnsupportedDType
 from formats.grafts import BranchGraft, Graft, Grafts, PrefixGraft, PromptGraft, Value, tensor_names
 from formats.layers import LayerKind, layer_kinds, owner
@@ -31,9 +31,9 @@ from surgery.operations.fold_ops import (
     Widen,
 )
 from surgery.operations.fold_verdicts import WIDTH, Base, Judged, Verdict, Way, judge, verdicts_beside
-from surgery.operations.merge_ops import Copy
+from surgery.operations.merge_ops import Copy, Merge
 from surgery.operations.merge_plan import refuse_merged
-from surgery.plan import Plan, Step
+from surgery.plan import Op, Plan, Step
 from surgery.provenance import TOOL, UNKNOWN, MergedAdapter, Receipt
 
 _BLOCK = 16 * (1 << 20)  # what a block of columns takes on its way
@@ -45,6 +45,7 @@ class Folding:
 
     Attributes:
         plan: the steps.
+        judged: the adapter's bottlenecks, each with what it is of and its verdict.
         verdicts: on every part of the adapter.
         grafts: what stays in the graph, with a placeholder for the model's digest; None where nothing does.
         receipt: with placeholders for what only the run can know; None where no weight changes.
@@ -52,6 +53,7 @@ class Folding:
     """
 
     plan: Plan
+    judged: tuple[tuple[Bottlenecks, Judged], ...]
     verdicts: tuple[Verdict, ...]
     grafts: Grafts | None
     receipt: Receipt | None
@@ -104,6 +106,7 @@ def plan_fold(
     sites = tuple(site for _, found in grafting for site in found)
     return Folding(
         Plan("fold", steps, metadata, (*base.notes, *work.notes(len(sites)))),
+        tuple(work.judged),
         tuple(work.verdicts()),
         Grafts(UNKNOWN, adapter.digest, sites) if sites else None,
         receipt,
@@ -201,19 +204,25 @@ class _Work:
                 fold = FoldWeight(weight, spec.dtype, source, self.transposed(weight))
                 steps.append(self._step(spec, fold, source, _BLOCK))
                 steps.append(self._step(bias, FoldBias(bias.name, bias.dtype, source), source))
+        for part in self.parts:
+            if isinstance(part, Whole):
+                for name, ref in part.tensors.items():
+                    spec = self.base.specs[name]
+                    op = Merge(name, spec.dtype, (), ((),), False)
+                    steps.append(Step(name, (self.base.tensor(name), ref), (spec,), op, 16 * spec.size))
         widened = self.widened
         if widened:
             one = next(iter(widened.values())).one
             assert one.first is not None  # or it would not be widened
-            for part, name in (
+            for neurons, name in (
                 (Neurons.FIRST, one.first),
                 (Neurons.FIRST_BIAS, f"{owner(one.first)}.bias"),
                 (Neurons.SECOND, one.behind),
                 (Neurons.SECOND_BIAS, f"{owner(one.behind)}.bias"),
             ):
                 for layer, tensor in self.known.alike(name).items():
-                    if layer in widened or part is not Neurons.SECOND_BIAS:
-                        steps.append(self._widen(tensor, part, widened.get(layer)))
+                    if layer in widened or neurons is not Neurons.SECOND_BIAS:
+                        steps.append(self._widen(tensor, neurons, widened.get(layer)))
         return {step.name: step for step in steps}
 
     def _widen(self, tensor: str, part: Neurons, each: Judged | None) -> Step:
@@ -225,7 +234,7 @@ class _Work:
         return self._step(spec, Widen(tensor, spec.dtype, part, source, self.neurons), source, result.nbytes, result)
 
     def _step(
-        self, spec: TensorSpec, op: Any, source: Source | None, needed: int = 0, result: TensorSpec | None = None
+        self, spec: TensorSpec, op: Op, source: Source | None, needed: int = 0, result: TensorSpec | None = None
     ) -> Step:
         inputs = (self.base.tensor(spec.name), *(source.refs if source else ()))
         needed += source.nbytes if source else 0
@@ -240,7 +249,7 @@ class _Work:
                         yield self._branch(part, each)
             elif isinstance(part, Prefix):
                 yield self._prefix(part)
-            else:
+            elif isinstance(part, Prompt):
                 dtype = next(spec.dtype for spec in self.base.specs.values() if spec.dtype.is_weight)
                 name, ref = "prompt.embedding", part.embedding
                 op, spec = Embedding(dtype, ref), TensorSpec(name, dtype, ref.spec.shape)
@@ -256,20 +265,8 @@ class _Work:
             weight = self.base.tensor(one.behind)
             inputs[:0] = [weight, *([self.base.tensor(f"{module}.bias")] if biased else [])]
             wide = weight.spec.size // source.outputs
-        reads, adds_to = (Value.INPUT, Value.OUTPUT) if half else _values(adapter, one.norm)
-        f = activation(adapter.non_linearity)
-        assert f is not None  # judged
-        normed = Value.NORMED in (reads, adds_to) and one.norm is not None
-        site = BranchGraft(
-            module=module,
-            layer=one.layer,
-            place=one.place,
-            reads=reads,
-            adds_to=adds_to,
-            norm=owner(one.norm) if normed and one.norm else None,
-            non_linearity=f.name,
-            **{role: f"{module}.{one.place}.{role}" for role in ("down", "down_bias", "up", "up_bias")},
-        )
+        site = branch_site(adapter, one)
+        site = replace(site, reads=Value.INPUT) if half else site
         rank, out = source.width, source.outputs
         shapes = {"down": (rank, wide), "down_bias": (rank,), "up": (out, rank), "up_bias": (out,)}
         specs = tuple(TensorSpec(name, dtype, shapes[role]) for role, name in tensor_names(site).items())
@@ -316,12 +313,23 @@ class _Work:
             yield f"{sites} parts stay as nodes: the output alone is not the adapted model"
 
 
-def _values(adapter: Bottlenecks, norm: str | None) -> tuple[Value, Value]:
-    """What a bottleneck that stays in the graph reads, and what it is added to."""
+def branch_site(adapter: Bottlenecks, one: Bottleneck) -> BranchGraft:
+    """A bottleneck, of which the non-linearity is known, as nodes of the graph."""
+    module, f = owner(one.behind), activation(adapter.non_linearity)
+    assert f is not None  # judged
+    reads = adds_to = Value.OUTPUT
     if adapter.parallel:
-        return Value.RESIDUAL, Value.OUTPUT
-    if not adapter.original_ln_before:
-        return Value.OUTPUT, Value.OUTPUT
-    reads = Value.SUM if norm is None else Value.NORMED
-    adds_to = {True: Value.OUTPUT, False: reads, "post_add": Value.SUM}[adapter.residual_before_ln]
-    return reads, adds_to
+        reads = Value.RESIDUAL
+    elif adapter.original_ln_before:
+        reads = Value.SUM if one.norm is None else Value.NORMED
+        adds_to = {True: Value.OUTPUT, False: reads, "post_add": Value.SUM}[adapter.residual_before_ln]
+    return BranchGraft(
+        module=module,
+        layer=one.layer,
+        place=one.place,
+        reads=reads,
+        adds_to=adds_to,
+        norm=owner(one.norm) if reads is Value.NORMED and one.norm else None,
+        non_linearity=f.name,
+        **{role: f"{module}.{one.place}.{role}" for role in ("down", "down_bias", "up", "up_bias")},
+    )

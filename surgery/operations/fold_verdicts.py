@@ -14,13 +14,14 @@ from typing import Any
 
 from formats.dialects.adapterhub_beside import Part
 from formats.dialects.bottleneck import Bottleneck, Bottlenecks, Hypercomplex
-from formats.dialects.prompts import Network, Prefix
+from formats.dialects.prompts import Network, Prefix, Prompt, Whole
 from formats.errors import AdapterFormatError
 from formats.layers import owner
 from formats.spec import TensorSpec
 from surgery.activations import LINEAR, Activation, activation
 from surgery.errors import NotMergeable
 
+IN_FULL, REPLACED = "in full", "the tensor itself: replaced"
 WIDTH = "intermediate_size"  # the config's key of the MLP's width
 _FUNCTIONS = ("hidden_act", "activation_function", "hidden_activation")  # and of its activation
 _NUMBERED = re.compile(r"^(?P<stack>(?:.*\.)?(?:layer|h)\.)(?P<number>\d+)(?P<rest>\..*)$")
@@ -127,7 +128,7 @@ def _judged(adapter: Bottlenecks, one: Bottleneck, f: Activation, base: Base, re
     if replaced:
         f, what = LINEAR, f"{what} ≈ linear"
     if adapter.parallel:
-        split = f is LINEAR
+        split = f is LINEAR is not base.function
         way, reason = _parallel(one, f, base)
     elif adapter.original_ln_before:
         way, reason = (
@@ -160,6 +161,8 @@ def _parallel(one: Bottleneck, f: Activation, base: Base) -> tuple[Way, str]:
     if f is not g and not (f is LINEAR and g.splits):
         return Way.GRAPH, f"f is {f.name}, the MLP's activation {g.name}: no neuron of it gives f(D x)"
     parts = [one.first, f"{owner(one.first)}.bias", one.behind, f"{owner(one.behind)}.bias"]
+    if any(part not in base.specs for part in parts):
+        return Way.GRAPH, "the MLP has no biases to take D's and U's"
     shapes = [{base.specs[name].shape for name in base.alike(part).values()} for part in parts]
     widths = {shape[0] for shape in shapes[0]}
     if not all(len(shape) == 1 for shape in shapes) or widths != {base.config.get(WIDTH)}:
@@ -170,14 +173,17 @@ def _parallel(one: Bottleneck, f: Activation, base: Base) -> tuple[Way, str]:
 
 
 def verdicts_beside(part: Part) -> Iterator[Verdict]:
-    """Those of a prefix or a prompt. Raises NotMergeable for a non-linearity that nobody knows."""
+    """Those of a prefix, a prompt or a head. Raises NotMergeable for a non-linearity that nobody knows."""
     if isinstance(part, Prefix):
         if isinstance(part.values, Network) and activation(part.values.non_linearity) is None:
             raise unknown_non_linearity(part.values.non_linearity, part.ref.path)
         reason = "its softmax sums over more keys than the input's, which no weight of the model adds"
         for attention in part.attentions:
             yield Verdict(owner(attention), f"prefix of {part.length}", Way.GRAPH, reason)
-    elif not isinstance(part, Bottlenecks):
+    elif isinstance(part, Whole):
+        for name in part.tensors:
+            yield Verdict(owner(name), IN_FULL, Way.FOLDED, REPLACED)
+    elif isinstance(part, Prompt):
         where = "behind the first token" if part.after_first else "before the input"
         reason = "more tokens than the input has: the sequence becomes longer, which no weight does"
         yield Verdict("embeddings", f"prompt of {part.embedding.spec.shape[0]} {where}", Way.GRAPH, reason)

@@ -9,16 +9,19 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_parity_methods import Case, made_by_peft
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from formats.dialects.adapterhub_beside import read_beside
 from formats.paths import open_checkpoint
 from surgery.operations.adapters import open_adapters
+from surgery.operations.fold_plan import plan_fold
 from surgery.operations.merge_plan import plan_merge
 from surgery.operations.unmerge import plan_unmerge
-from surgery.plan import Step, Streams
+from surgery.plan import Step, Streams, TakesOver
+from surgery.provenance import MergedAdapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -66,6 +69,48 @@ def test_a_step_takes_no_more_memory_than_it_declares(tmp_path: Path, name: str)
         declared = step.nbytes - sum(tensor.nbytes for tensor in held)
         assert taken <= declared
         assert name not in FILLS or taken > 0.4 * declared
+
+
+@pytest.mark.parametrize(
+    ("f", "parallel"), [("linear", False), ("relu", False), ("gelu", True), ("linear", True), ("compacter", False)]
+)
+def test_folding_takes_no_more_memory_than_it_declares(tmp_path: Path, f: str, parallel: bool) -> None:
+    """Folded, half-folded, widened; a compacter's dense form."""
+    path, width, inner, rank = "encoder.layer.0", 512, 2048, 128
+    base = {f"{path}.{name}.dense.weight": torch.randn(out, into) for name, out, into in mlp(width, inner)}
+    base |= {f"{path}.{name}.dense.bias": torch.randn(out) for name, out, _ in mlp(width, inner)}
+    base[f"{path}.output.LayerNorm.weight"] = torch.ones(width)
+    module = f"{path}.output.adapters.a"
+    own = {"output_adapter": True, "reduction_factor": 4, "is_parallel": parallel, "non_linearity": f}
+    adapter = {}
+    for name, out, into in (("adapter_down.0", rank, width), ("adapter_up", width, rank)):
+        if f == "compacter":
+            own |= {"non_linearity": "linear", "phm_layer": True}
+            adapter["shared_parameters.a.phm_rule"] = torch.randn(4, 4, 4)
+            adapter[f"{module}.{name}.W_left"] = torch.randn(4, into // 4, 1)
+            adapter[f"{module}.{name}.W_right"] = torch.randn(4, 1, out // 4)
+            adapter[f"{module}.{name}.b"] = torch.randn(out)
+        else:
+            adapter |= {f"{module}.{name}.weight": torch.randn(out, into), f"{module}.{name}.bias": torch.randn(out)}
+    save_file(base, tmp_path / "base.st")
+    save_file(adapter, tmp_path / "adapter.safetensors")
+    config = {"hidden_act": "gelu", "intermediate_size": inner}
+    with open_checkpoint(tmp_path / "base.st") as w0, open_checkpoint(tmp_path / "adapter.safetensors") as opened:
+        parts = read_beside(opened, {"config": own}, w0.specs)
+        plan = plan_fold(w0, config, parts, MergedAdapter("0", 1.0, {})).plan
+    tensors, tried = base | adapter, 0
+    for step in plan.steps:
+        if isinstance(step.op, TakesOver):
+            continue
+        inputs, tried = [tensors[ref.name] for ref in step.inputs], tried + 1
+        taken = most_allocated(lambda step=step, inputs=inputs: step.op(*inputs))
+        assert taken <= step.nbytes - sum(tensor.nbytes for tensor in inputs), step.name
+    assert tried
+
+
+def mlp(width: int, inner: int) -> list[tuple[str, int, int]]:
+    """Of an MLP: name, outputs, inputs."""
+    return [("intermediate", inner, width), ("output", width, inner)]
 
 
 def run(step: Step, inputs: list[torch.Tensor]) -> object:

@@ -17,6 +17,7 @@ from formats.grafts import PrefixGraft, PromptGraft, read_grafts, tensor_names
 from formats.paths import open_checkpoint
 from surgery.operations.fold_verdicts import Way
 
+pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIGS: dict[str, Any] = {
     "prompt": lambda task: peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3),
     "p-tuning": lambda task: peft.PromptEncoderConfig(
@@ -40,7 +41,6 @@ def left(folder: Path) -> list[Any]:
         ]
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", TASKS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_prompt_or_prefix_of_peft_is_left_for_the_graph(tmp_path: Path, kind: str, name: str) -> None:
@@ -83,6 +83,27 @@ def test_a_prompt_or_prefix_of_peft_is_left_for_the_graph(tmp_path: Path, kind: 
         with torch.no_grad():
             found = model(inputs_embeds=torch.cat([tensors["embedding"][None], words], dim=1))[0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_trained_beside_a_prompt_replaces_the_base_s(tmp_path: Path) -> None:
+    """As peft saves a classifier's; a base without one is refused."""
+    base = build("bert")
+    base.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(base, CONFIGS["prompt"]("SEQ_CLS"))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "classifier" in name:
+                parameter.add_(1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    report = surgery.fold(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert sorted(each.way for each in report.verdicts) == [Way.FOLDED, Way.FOLDED, Way.GRAPH]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+    torch.testing.assert_close(after["classifier.bias"], before["classifier.bias"] + 1)
+    build("bert").bert.save_pretrained(tmp_path / "headless")
+    with pytest.raises(surgery.ReportedError, match="match nothing in the base"):
+        surgery.fold(tmp_path / "headless", tmp_path / "adapter", tmp_path / "again")
 
 
 def test_a_prompt_of_another_width_is_refused(tmp_path: Path) -> None:
