@@ -125,6 +125,25 @@ def test_a_larger_error_than_allowed_is_refused(tmp_path: Path, base: Path) -> N
     assert "4 rows held out" in done.output
 
 
+@pytest.mark.parametrize("name", ["double_seq_bn", "par_bn"])
+def test_a_model_with_a_head_is_run_as_such(tmp_path: Path, name: str) -> None:
+    """RoBERTa's names have a part before those of the adapter; its output is the head's, padding or not."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    made = RobertaForSequenceClassification(RobertaConfig(**SIZES, vocab_size=16, max_position_embeddings=16))
+    made.save_pretrained(tmp_path / "roberta")
+    mask = torch.ones_like(IDS)
+    mask[:, 8:] = 0
+    adapter = edited(tmp_path, name, bent)
+    rows = calibration(tmp_path, attention_mask=mask)
+    report = surgery.fold(tmp_path / "roberta", adapter, tmp_path / "near", calibration=rows)
+    assert report.approximation is not None
+    assert 0 < report.approximation.output < 1
+    loaded = RobertaForSequenceClassification.from_pretrained(tmp_path / "near")
+    assert loaded.config.intermediate_size == (12 if name == "double_seq_bn" else 12 + 2 * 4)
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [

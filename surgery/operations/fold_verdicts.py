@@ -128,7 +128,7 @@ def _judged(adapter: Bottlenecks, one: Bottleneck, f: Activation, base: Base, re
     if replaced:
         f, what = LINEAR, f"{what} ≈ linear"
     if adapter.parallel:
-        split = f is LINEAR
+        split = f is LINEAR is not base.function
         way, reason = _parallel(one, f, base)
     elif adapter.original_ln_before:
         way, reason = (

@@ -129,7 +129,7 @@ def test_a_bottleneck_s_first_projection_joins_the_base_s(shape: dict[str, Any],
             assert close(found, made.branch(h, layer, f), h, made.branch(h, layer, "linear"))
 
 
-@given(SHAPES, st.sampled_from(["relu", "gelu", "silu", "gelu_new", "quick_gelu"]), st.booleans())
+@given(SHAPES, st.sampled_from(["relu", "gelu", "silu", "gelu_new", "quick_gelu", "linear"]), st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_a_parallel_bottleneck_becomes_neurons(shape: dict[str, Any], g: str, linear: bool) -> None:
     """Those of the MLP's own activation, or two for each of a linear one; layers differ in how many they need."""
