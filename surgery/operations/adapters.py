@@ -13,6 +13,7 @@ from pathlib import Path
 from formats.adapter import NOTHING_TOLD, Adapter, AdapterModule, Replacement, Told
 from formats.dialects import ASKING, IN_PARTS
 from formats.errors import AdapterFormatError, UnmatchedKeys
+from formats.grafts import GRAFTS_FILE
 from formats.spec import TensorRef, TensorSpec
 from surgery.errors import NotFinite, NothingToDo, NotMergeable, NotMerged
 from surgery.operations.model_names import open_adapter_of
@@ -125,6 +126,17 @@ def _check_asked(told: Told, adapters: Collection[Adapter]) -> None:
         )
 
 
+def refuse_grafted(model: str | Path) -> None:
+    """Raises NotMergeable for a folded model that has parts of its adapter in the graph: only they make it whole."""
+    beside = Path(model) / GRAFTS_FILE
+    if beside.exists():
+        raise NotMergeable(
+            "an earlier fold left parts of an adapter beside this model, which another one would lose",
+            where=beside,
+            then="put both adapters into the original model, the one that goes into the weights first",
+        )
+
+
 def open_for_merge(
     model: str | Path,
     adapters: AdapterPaths,
@@ -141,9 +153,10 @@ def open_for_merge(
         untie: whether a head tied to its embedding becomes a tensor of its own.
 
     Raises:
-        NotMergeable: an adapter changes a tied head, which may not be untied; or as `outline_of`.
+        NotMergeable: an adapter changes a tied head, which may not be untied; or as `outline_of`, `refuse_grafted`.
         ReportedError: as `open_adapters`.
     """
+    refuse_grafted(model)
     paths = [path for path, _ in adapter_paths(adapters)]
     outline = outline_of(model, paths, base, untie=untie)
     try:

@@ -28,7 +28,7 @@ from surgery import engine
 from surgery.checks import check_finite
 from surgery.engine import Resources
 from surgery.errors import NothingToDo, NotMergeable, Unsupported, VerificationFailed
-from surgery.operations.adapters import open_for_merge
+from surgery.operations.adapters import open_for_merge, refuse_grafted
 from surgery.operations.calibrate import Approximation, calibrate
 from surgery.operations.fold_plan import Folding, plan_fold
 from surgery.operations.fold_verdicts import IN_FULL, REPLACED, Base, Verdict, Way, judge
@@ -203,12 +203,7 @@ def open_parts(model: str | Path, adapter: str | Path, base: Checkpoint) -> tupl
     for name, reason in _COMPOSED.items():
         if (Path(adapter) / name).exists():
             raise NotMergeable(reason, where=Path(adapter) / name, then="fold the adapters it consists of, one by one")
-    if (Path(model) / GRAFTS_FILE).exists():
-        raise NotMergeable(
-            "an earlier fold left parts of an adapter beside this model, which another one would lose",
-            where=Path(model) / GRAFTS_FILE,
-            then="fold both into the original model, the one that folds whole first",
-        )
+    refuse_grafted(model)
     checkpoint, config = open_adapter_file(adapter)
     with checkpoint:
         if config is None or not lies_beside(config):

@@ -216,3 +216,6 @@ def test_the_output_opens_as_a_model(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "x.st")
     with pytest.raises(surgery.ReportedError, match="an earlier fold left parts"):
         surgery.fold(tmp_path / "out", GOLDEN / "bert" / "seq_bn", tmp_path / "again")
+    lora = GOLDEN.parent / "adapterhub" / "bert" / "adapter"
+    with pytest.raises(surgery.ReportedError, match="an earlier fold left parts"):
+        surgery.merge(tmp_path / "out", lora, tmp_path / "again")
