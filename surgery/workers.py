@@ -106,10 +106,11 @@ def _serve(connection: Connection, others: list[Connection], work: Work, parent:
         return
     for other in others:
         other.close()
-    while True:
-        number = connection.recv()
-        try:
-            reply = True, work(number)
-        except Exception as error:
-            reply = False, error
-        connection.send(reply)
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone, and the signal on its way
+        while True:
+            number = connection.recv()
+            try:
+                reply = True, work(number)
+            except Exception as error:
+                reply = False, error
+            connection.send(reply)
