@@ -148,6 +148,12 @@ By merge, unmerge, verify, inspect and convert.
 | ort | `LAYER.lora_A` in an `.onnx_adapter` file | 1: multiplied into B | the model's |
 | adapterhub | `LAYER.loras.NAME.lora_A`, `.lora_B`; of (IA)³ `.lora_B` alone | the config's; the rank in files of adapters before 1.1, which scaled so | the model's |
 
+Stable Diffusion's UNet has two sets of names, the original checkpoints' (`input_blocks`) and diffusers' (`down_blocks`).
+Adapters of either fit bases of either, SDXL's by kohya's trainer among them; diffusers' files get diffusers' names,
+ComfyUI's the original's, kohya's diffusers' but for SDXL's, where its trainer takes both. Flux and SD3 have query, key
+and value in one layer on one side and in three on the other: there names do not lead across, and the base must have the
+adapter's.
+
 A file of several parts of a pipeline is read for one of them, the base's: `--component unet`. convert takes all at once,
 with a base for each: `--base unet=unet/ --base text_encoder=text_encoder/`. `unet` and `transformer`
 mean the same where a dialect tells no difference. Without `--base`, convert takes the names and shapes that LoRA's own

@@ -16,7 +16,9 @@ from formats.dialects.groups import Group, Scaling, group_modules, groups_of, sc
 from formats.dialects.parts import COMFYUI, DOTTED, chosen_part, same_part, split_part
 from formats.dialects.peft_factors import Context
 from formats.dialects.resolve import Rename, resolver
+from formats.dialects.unet_names import other_names
 from formats.errors import CorruptFile, UnmatchedKeys
+from formats.layers import owner
 from formats.spec import TensorSpec
 
 CONFIGS = "lora_adapter_metadata"  # where diffusers keeps each part's config, in the header's metadata
@@ -125,6 +127,9 @@ def _resolved(groups: list[Group], base: Mapping[str, TensorSpec], where: str) -
     try:
         rename = resolver(wanted, base, where)
     except UnmatchedKeys:
+        others = other_names({owner(name) for name in base})
+        if all(group.name in others for group in groups):
+            return others.__getitem__
         prefixes = (groups[0].prefix, *COMFYUI)
         found = [each for each in prefixes if each and any(name.endswith(each + wanted[0]) for name in base)]
         if not found:

@@ -14,6 +14,7 @@ from formats.dialects.lycoris import KEYS, OWN
 from formats.dialects.parts import COMFYUI, UNDERSCORED, prefix_of
 from formats.dialects.peft_writing import commonest
 from formats.dialects.underscored import underscored
+from formats.dialects.unet_names import Form, Names
 from formats.dialects.writing import (
     SIDES,
     Piece,
@@ -24,7 +25,6 @@ from formats.dialects.writing import (
     constant,
     kept_metadata,
     named,
-    relative,
     taken,
     turned,
     without_dropped,
@@ -71,10 +71,10 @@ class AlphaWriter:
             return self.lyco and (self.dotted or (bias.method == "full" and owner(bias.target) in whole))
 
         adapter, dropped = without_dropped(adapter, self.name, wanted, biases=has, whole=self.lyco)
-        prefix = self._prefix(wanted)
+        prefix, names = self._prefix(wanted), self._names(wanted)
         pieces: list[Piece] = []
         for module in adapter.modules:
-            name = relative(owner(module.target))
+            name = names.adapted(owner(module.target)) if self.dotted else names.get(owner(module.target))
             pieces += self._module(prefix + (name if self.dotted else underscored(name)), module, wanted)
         self._check_names(pieces)
         kept = kept_metadata(metadata)
@@ -98,6 +98,15 @@ class AlphaWriter:
                 f"{self.name} has no name for this part", expected=", ".join(table.values()), found=wanted.component
             )
         return found
+
+    def _names(self, wanted: Wanted) -> Names:
+        """The names of layers that readers know: ComfyUI the original's, kohya's trainer diffusers' of a UNet without
+        SDXL's second embedding, and of SDXL's either."""
+        modules = {owner(name) for name in wanted.base}
+        if self.dotted:
+            return Names.of(self.name, Form.ORIGINAL, modules)
+        sdxl = any(module.endswith("label_emb.0.0") for module in modules)
+        return Names.of(self.name, Form.DIFFUSERS, () if sdxl else modules)
 
     def _module(self, layer: str, module: AdapterModule, wanted: Wanted) -> Iterator[Piece]:
         """The tensors of one adapted weight or bias."""

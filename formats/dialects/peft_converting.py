@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from formats.adapter import Adapter, AdapterModule
@@ -27,6 +27,7 @@ from formats.dialects.peft_writing import (
     magnitude_key,
     magnitude_shape,
 )
+from formats.dialects.unet_names import Form, Names
 from formats.dialects.writing import (
     Piece,
     Product,
@@ -35,7 +36,6 @@ from formats.dialects.writing import (
     cannot,
     kept_metadata,
     named,
-    relative,
     taken,
     without_dropped,
 )
@@ -66,7 +66,7 @@ class PeftWriter:
                 pieces = tuple(piece for module in adapter.modules for piece in _kronecker(module))
                 config = kronecker_config(method, adapter, wanted.base) | {"base_model_name_or_path": wanted.base_name}
                 return Written(pieces, described, config, dropped)
-        pieces, config = lora_form(adapter, self.name, wanted)
+        pieces, config = lora_form(adapter, wanted, self.name)
         targets = {owner(module.target) for module in adapter.modules}
         for one in adapter.replacements:
             key = full_key(one.target, wrappers=1 if owner(one.target) in targets else 0)
@@ -99,18 +99,29 @@ class DiffusersWriter:
                 raise cannot(self.name, "layers that are neither linear nor a convolution", module)
         # diffusers' own name: unet and transformer are two.
         prefix = f"{wanted.component}." if f"{wanted.component}." in DOTTED else prefix_of(wanted.component, DOTTED)
-        pieces, config = lora_form(adapter, self.name, wanted)
-        pieces = tuple(named(piece, f"{prefix}{_within(piece.output.name)}") for piece in pieces)
+        pieces, config = lora_form(*_in_their_names(adapter, wanted), self.name)
+        pieces = tuple(named(piece, f"{prefix}{piece.output.name.removeprefix(PREFIX)}") for piece in pieces)
         told = {f"{prefix}{key}": value for key, value in config.items() if value is not None}
         text = json.dumps(told, indent=2, sort_keys=True)
         return Written(pieces, {"format": "pt", **kept_metadata(metadata), CONFIGS: text}, None, dropped)
 
 
-def _within(key: str) -> str:
-    return relative(key.removeprefix(PREFIX))
+def _in_their_names(adapter: Adapter, wanted: Wanted) -> tuple[Adapter, Wanted]:
+    """An adapter and its base by diffusers' names of layers. Raises AdapterFormatError as Names.adapted."""
+    names = Names.of("diffusers", Form.DIFFUSERS, map(owner, wanted.base))
+
+    def renamed(tensor: str) -> str:
+        return f"{names.get(owner(tensor))}.{tensor.rpartition('.')[2]}"
+
+    for module in adapter.modules:
+        names.adapted(owner(module.target))
+    modules = tuple(replace(module, target=renamed(module.target)) for module in adapter.modules)
+    base = {renamed(name): replace(spec, name=renamed(name)) for name, spec in wanted.base.items()}
+    kinds = {names.get(module): kind for module, kind in wanted.kinds.items()}
+    return replace(adapter, modules=modules), replace(wanted, base=base, kinds=kinds)
 
 
-def lora_form(adapter: Adapter, dialect: str, wanted: Wanted) -> tuple[tuple[Piece, ...], dict[str, Any]]:
+def lora_form(adapter: Adapter, wanted: Wanted, dialect: str) -> tuple[tuple[Piece, ...], dict[str, Any]]:
     """The tensors of LoRA or DoRA under peft's names, and their config.
 
     Raises:

@@ -1,7 +1,7 @@
 """From kohya's layer names, in which dots became underscores, back to the base's modules.
 
 What the underscores were is not in the name, so the base's own names are put into the same form and looked up. One
-leading part more or less is accepted if that explains every key. Knows no factors.
+leading part more or less is accepted if that explains every key, and so are a UNet's other names. Knows no factors.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 
+from formats.dialects.unet_names import other_names
 from formats.errors import AdapterFormatError, UnmatchedKeys
 from formats.layers import owner
 from formats.spec import TensorSpec
+
+# How the original checkpoints of Flux and SD3 name blocks, and diffusers does not.
+_FUSED = ("double_blocks_", "single_blocks_", "joint_blocks_")
 
 
 def underscored(module: str) -> str:
@@ -30,6 +34,7 @@ def restored(wanted: Iterable[str], base: Mapping[str, TensorSpec], where: objec
     modules = sorted({owner(name) for name in base if owner(name)})
     indexes = [_index(modules, head) for head in ["", *_heads(modules)]]
     indexes += [_behind(indexes[0], leading) for leading in _leading(wanted)]
+    indexes.append(_translated(modules))
     unmatched, index = min(
         ((sum(name not in index for name in wanted), index) for index in indexes), key=lambda pair: pair[0]
     )
@@ -65,6 +70,14 @@ def _index(modules: Iterable[str], head: str) -> dict[str, list[str]]:
     return index
 
 
+def _translated(modules: Iterable[str]) -> dict[str, list[str]]:
+    """The modules of a UNet by the form of their other names: the original checkpoint's, or diffusers'."""
+    index: dict[str, list[str]] = {}
+    for name, module in other_names(modules).items():
+        index.setdefault(underscored(name), []).append(module)
+    return index
+
+
 def _leading(wanted: list[str]) -> list[str]:
     """The first one to three words that all layers' names begin with."""
     words = wanted[0].split("_") if wanted else []
@@ -83,9 +96,12 @@ def _unmatched(names: list[str], total: int, index: Mapping[str, list[str]], whe
         lines.append(f"{name} (nearest: {', '.join(near) or 'nothing alike'})")
     if len(names) > 5:
         lines.append(f"and {len(names) - 5} more")
+    fused = all(name.startswith(_FUSED) for name in names)
     return UnmatchedKeys(
         f"{len(names)} of {total} layers of the adapter match nothing in the base",
         where=where,
         found="\n            ".join(lines),
-        then="check that the adapter was made for this base",
+        then="such layers are the original checkpoint's, in which query, key and value are one: give that as the base"
+        if fused
+        else "check that the adapter was made for this base",
     )

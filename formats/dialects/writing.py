@@ -311,11 +311,3 @@ def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """
     stale = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
     return {key: text for key, text in metadata.items() if key.startswith(("ss_", "modelspec.")) and key not in stale}
-
-
-def relative(module: str) -> str:
-    """A module's name within its part, whatever checkpoint of the whole pipeline the base is."""
-    for head in ("model.diffusion_model.", "diffusion_model."):
-        if module.startswith(head):
-            return module[len(head) :]
-    return module
