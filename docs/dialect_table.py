@@ -74,10 +74,14 @@ def _adapters() -> Iterator[tuple[str, tuple[int, ...], list[AdapterModule], lis
     yield "LoHa", (8, 12), [_module("loha", linear, _LOHA)], []
     yield "LoKr", (8, 12), [_module("lokr", linear, _LOKR, rank=1)], []
     scaled = {"settings": {"feedforward": False}, "rank": 1, "alpha": 1.0}
-    yield "(IA)³ of outputs", (8, 12), [_module("ia3", linear, _factors(ia3_l=(8, 1)), **scaled)], []
+    yield "(IA)³ of outputs, without a bias", (8, 12), [_module("ia3", linear, _factors(ia3_l=(8, 1)), **scaled)], []
     yield "DoRA around LoHa, LoKr or a core", (8, 12), [_module("dora_loha", linear, {**_LOHA, **magnitude})], []
-    ia3 = _module("lycoris_ia3", linear, _factors(scale=(8,), on_input=()), settings={"on_input": False})
-    yield "LyCORIS's OFT, BOFT, GLoRA, (IA)³", (8, 12), [ia3], []
+    scaled["settings"] = {"feedforward": True}
+    yield "(IA)³ of inputs", (8, 12), [_module("ia3", linear, _factors(ia3_l=(1, 12)), **scaled)], []
+    own = _module("lycoris_ia3", linear, _factors(scale=(8,), on_input=()), settings={"on_input": False})
+    yield "LyCORIS's (IA)³ of outputs", (8, 12), [own], []
+    oft = _module("lycoris_oft", linear, _factors(oft_blocks=(2, 4, 4), alpha=()), settings={"constraint": 0.0})
+    yield "LyCORIS's OFT, BOFT, GLoRA", (8, 12), [oft], []
     yield "a whole difference", (8, 12), [_module("full", linear, _factors(diff=(8, 12)))], []
 
 
@@ -124,6 +128,14 @@ alpha multiplied into B, a fused layer's A written once for each slice, and what
 gets factors that change nothing. Any other layer is refused, unless `--drop layer` leaves it behind. It loads our
 folders with `use_safetensors=True`. (IA)³ is merged with the bias, as the adapted model has it; the library's own merge
 forgets the bias.
+
+LyCORIS's (IA)³ learns the difference to 1 and leaves the bias, which peft's scales with the outputs: the two are the same
+of inputs, and of layers without a bias. Its OFT and BOFT turn outputs and peft's inputs, its GLoRA multiplies W0 by a
+matrix and peft's element by element: refused, but for `--to lora`.
+
+ComfyUI does not read (IA)³, leaves OFT's `rescale` aside and takes a constraint as it stands: refused. It divides DoRA by
+the length of the base's weights, where trainers and merge divide by that of the changed ones; convert says so. Its loader
+is restated in tests/comfyui_loader.py, by which all else is tested.
 
 Scalings go where a dialect keeps them: a tensor `alpha` for each layer (kohya, LyCORIS, ComfyUI, always float32), ranks
 and alphas by pattern (peft, diffusers). loralib's files hold none; the report tells the `lora_alpha` to load them with,

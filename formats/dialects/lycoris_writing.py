@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from formats.adapter import Adapter, AdapterModule
-from formats.dialects.lycoris import KEYS, OWN
+from formats.dialects.ia3_forms import difference
+from formats.dialects.lycoris import KEYS, OWN, SCALE
 from formats.dialects.parts import COMFYUI, UNDERSCORED, prefix_of
 from formats.dialects.peft_writing import commonest
 from formats.dialects.underscored import underscored
@@ -31,10 +32,11 @@ from formats.dialects.writing import (
 )
 from formats.errors import AdapterFormatError
 from formats.layers import LayerKind, owner
+from formats.spec import TensorSpec
 
 _PLAIN = (LayerKind.LINEAR, LayerKind.CONV)
 _MODULES = {"kohya": "networks.lora", "lycoris": "lycoris.kohya"}
-_UNRANKED = ("full", "lora_bias", "lycoris_oft", "lycoris_boft", "lycoris_ia3")
+_UNRANKED = ("full", "lora_bias", "lycoris_oft", "lycoris_boft", "lycoris_ia3", "ia3")
 # LyCORIS's names of algorithms, and the methods that they mean here.
 _ALGORITHMS = {
     "loha": {"loha", "dora_loha"},
@@ -42,9 +44,13 @@ _ALGORITHMS = {
     "diag-oft": {"lycoris_oft"},
     "boft": {"lycoris_boft"},
     "glora": {"lycoris_glora"},
-    "ia3": {"lycoris_ia3"},
+    "ia3": {"lycoris_ia3", "ia3"},
     "full": {"full"},
 }
+_COMFYUI_DORA = (
+    "ComfyUI divides DoRA by the length of the base's weights, not by that of the changed ones as its trainers and "
+    "surgery merge do: there the adapter has another effect; merge it into the model for the exact one"
+)
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,14 @@ class AlphaWriter:
             family = "lycoris" if self.lyco else "networks"
             if not kept["ss_network_module"].startswith(family):
                 kept["ss_network_module"] = _MODULES[self.name]
-        unsaid = not wanted.component and prefix != "lycoris_"
-        note = f"nobody says which part of a pipeline this is: written as {prefix}…; --component says another"
-        return Written(tuple(pieces), kept, None, dropped, (note,) if unsaid else ())
+        notes = []
+        if not wanted.component and prefix != "lycoris_":
+            notes.append(
+                f"nobody says which part of a pipeline this is: written as {prefix}…; --component says another"
+            )
+        if self.dotted and any(module.method.startswith("dora") for module in adapter.modules):
+            notes.append(_COMFYUI_DORA)
+        return Written(tuple(pieces), kept, None, dropped, tuple(notes))
 
     def _prefix(self, wanted: Wanted) -> str:
         """The prefix of the part; the denoiser's where nobody says, and LyCORIS's own for any model."""
@@ -116,6 +127,8 @@ class AlphaWriter:
         magnitude = module.factors.get("lora_magnitude_vector")
         if magnitude is not None and product is None and self.lyco:
             yield taken(f"{layer}.dora_scale", magnitude)
+        if self.dotted:
+            _check_comfyui(module, weight)
         if module.method in ("lora_tucker", "dora_tucker") and self.lyco:
             yield taken(f"{layer}.lora_mid.weight", module.factors["lora_mid"])
             yield taken(f"{layer}.lora_down.weight", module.factors["lora_A"])
@@ -125,11 +138,14 @@ class AlphaWriter:
             yield from self._product(layer, product)
         elif self.lyco and module.method in OWN:
             yield from self._own(layer, module)
+        elif self.name == "lycoris" and module.method == "ia3" and weight is not None and _is_weight(module):
+            yield from self._ia3(layer, module, weight)
         elif self.lyco and module.method in ("loha", "lokr", "dora_loha", "dora_lokr") and module.kind in _PLAIN:
             yield from self._kronecker(layer, module)
         elif self.lyco and module.method == "full":
             norm, plain = ("b_norm", "diff_b") if module.target.endswith(".bias") else ("w_norm", "diff")
-            yield taken(f"{layer}.{norm if vector else plain}", module.factors["diff"])
+            # ComfyUI reads b_norm only beside w_norm, and the plain names of any weight and bias.
+            yield taken(f"{layer}.{norm if vector and not self.dotted else plain}", module.factors["diff"])
         elif self.dotted and module.method == "lora_bias":
             yield taken(f"{layer}.diff_b", module.factors["lora_B.bias"], factor=module.scaling)
         else:
@@ -169,6 +185,15 @@ class AlphaWriter:
             yield taken(f"{layer}.{KEYS.get(role, role)}", ref)
         if module.method == "lycoris_glora":
             yield constant(f"{layer}.alpha", module.alpha)
+        elif module.method == "lycoris_boft" and "alpha" not in module.factors:
+            yield constant(f"{layer}.alpha", 0.0)  # without one ComfyUI leaves the layer aside
+
+    def _ia3(self, layer: str, module: AdapterModule, weight: TensorSpec) -> Iterator[Piece]:
+        """peft's (IA)³ as the difference to 1; the bias that it scales too has been refused or dropped."""
+        if module.kind not in _PLAIN or not all(module.settings.get("enabled", (True,))):
+            raise cannot(self.name, "(IA)³ of a part of a layer, or of one that stores (in, out)", module)
+        yield difference(f"{layer}.{KEYS[SCALE]}", module, weight)
+        yield constant(f"{layer}.on_input", float(module.settings["feedforward"]))
 
     def _check_names(self, pieces: list[Piece]) -> None:
         seen: dict[str, Piece] = {}
@@ -199,6 +224,23 @@ class AlphaWriter:
             dora = {"dora_wd": "True"} if any(method.startswith("dora") for method in methods) else {}
             made["ss_network_args"] = json.dumps({"algo": algorithms[0] if algorithms else "locon", **dora})
         return made
+
+
+def _check_comfyui(module: AdapterModule, weight: TensorSpec | None) -> None:
+    """Raises AdapterFormatError for what ComfyUI leaves aside, or reads as something else."""
+    kernel = () if weight is None else weight.shape[2:]
+    cored = {"lora_mid", "hada_t1", "lokr_t2"} & module.factors.keys()
+    reason = ""
+    if module.method in ("lycoris_ia3", "ia3"):
+        reason = "(IA)³, which ComfyUI does not read"
+    elif module.method == "lycoris_oft" and "rescale" in module.factors:
+        reason = "OFT's rescale, which ComfyUI leaves aside"
+    elif module.method in ("lycoris_oft", "lycoris_boft") and module.settings["constraint"]:
+        reason = "OFT's constraint, which ComfyUI does not multiply by the number of outputs"
+    elif cored and len(kernel) != 2:
+        reason = "a core of a convolution that is not two-dimensional"
+    if reason:
+        raise cannot("comfyui", reason, module, "--to lycoris keeps it; or merge it into the model")
 
 
 def _is_weight(module: AdapterModule) -> bool:

@@ -58,7 +58,7 @@ class PeftWriter:
         adapter, dropped = without_dropped(adapter, self.name, wanted, biases=lambda module: True, replaced_biases=True)
         described = {"format": "pt", **kept_metadata(metadata)}
         methods = {module.method for module in adapter.modules}
-        if methods == {"ia3"}:
+        if methods and methods <= {"ia3", "lycoris_ia3"}:
             pieces, config = ia3_form(adapter, wanted)
             return Written(pieces, described, config, dropped)
         for method in ("loha", "lokr"):

@@ -6,16 +6,22 @@ from dataclasses import replace
 from typing import Any
 
 from formats.adapter import Adapter, AdapterModule
+from formats.dialects.ia3_forms import multiple, scales_bias
 from formats.dialects.peft import PREFIX
 from formats.dialects.peft_writing import exactly
-from formats.dialects.writing import Piece, Wanted, taken
+from formats.dialects.writing import Piece, Wanted, cannot, taken
 from formats.layers import LayerKind, owner
+
+_AS_LORA = "peft's scales the bias with them; --to lora makes a LoRA of any method's ΔW"
 
 
 def ia3_form(adapter: Adapter, wanted: Wanted) -> tuple[tuple[Piece, ...], dict[str, Any]]:
     """The tensors and the adapter_config.json of an adapter whose layers all have (IA)³; their biases go with them."""
     modules = [module for module in adapter.modules if module.target.endswith(".weight")]
-    layers = {owner(module.target): bool(module.settings["feedforward"]) for module in modules}
+    for module in modules:
+        if module.method == "lycoris_ia3" and scales_bias(module, wanted.base):
+            raise cannot("peft", "(IA)³ that scales outputs and leaves the bias", module, _AS_LORA)
+    layers = {owner(module.target): bool(_of_inputs(module)) for module in modules}
     config: dict[str, Any] = {
         "peft_type": "IA3",
         "task_type": None,
@@ -26,14 +32,20 @@ def ia3_form(adapter: Adapter, wanted: Wanted) -> tuple[tuple[Piece, ...], dict[
         "fan_in_fan_out": any(module.kind is LayerKind.TRANSPOSED for module in modules),
         "init_ia3_weights": True,
     }
-    return tuple(_vector(module) for module in modules), config
+    return tuple(_vector(module, wanted) for module in modules), config
 
 
-def _vector(module: AdapterModule) -> Piece:
+def _of_inputs(module: AdapterModule) -> Any:
+    return module.settings["on_input" if module.method == "lycoris_ia3" else "feedforward"]
+
+
+def _vector(module: AdapterModule, wanted: Wanted) -> Piece:
     """The factors of all outputs or inputs; where a fused layer has them for some slices, the others are scaled too, by
     alpha alone."""
-    ref, enabled = module.factors["ia3_l"], module.settings.get("enabled", (True,))
     key = f"{PREFIX}{owner(module.target)}.ia3_l"
+    if module.method == "lycoris_ia3":
+        return multiple(key, module, wanted.base[module.target])
+    ref, enabled = module.factors["ia3_l"], module.settings.get("enabled", (True,))
     if all(enabled):
         return taken(key, ref, factor=module.scaling)
     left = iter(range(sum(enabled)))

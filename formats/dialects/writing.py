@@ -45,6 +45,7 @@ class Piece:
         sources: what it is made of.
         making: how.
         factor: of every element, in float64 before the one rounding to the output's dtype.
+        offset: added to every element after that.
         enabled: for BLOCKS, turned or not, the slices of the rows.
         laid: where the output has more than what is made, the number of the made block that lies in each of its blocks
             of rows, with `fill` around it; None for a block of nothing else.
@@ -56,6 +57,7 @@ class Piece:
     sources: tuple[TensorRef, ...] = ()
     making: Making = Making.TAKEN
     factor: float = 1.0
+    offset: float = 0.0
     enabled: tuple[bool, ...] = ()
     laid: tuple[int | None, ...] = ()
     fill: float = 0.0
@@ -64,7 +66,8 @@ class Piece:
     @property
     def is_copy(self) -> bool:
         """Whether the bytes stay what they are."""
-        plain = self.making is Making.TAKEN and self.factor == 1.0 and not self.heads and not self.laid
+        same = self.factor == 1.0 and not self.offset
+        plain = self.making is Making.TAKEN and same and not self.heads and not self.laid
         return plain and self.sources[0].spec.dtype is self.output.dtype
 
 

@@ -81,7 +81,7 @@ class Make:
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
         """The tensor, in the output's shape and dtype."""
         piece = self.piece
-        result = _made(piece, inputs).mul(piece.factor) if inputs else _constant(piece)
+        result = _made(piece, inputs).mul(piece.factor).add(piece.offset) if inputs else _constant(piece)
         if piece.heads:
             result = paired(result, piece.heads) if piece.heads > 0 else halved(result, -piece.heads)
         result = _laid(piece, result) if piece.laid else result.reshape(piece.output.shape)
