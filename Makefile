@@ -29,6 +29,7 @@ bench: .venv/test
 
 docs: .venv/test
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/round_trips.py
 
 .venv/python:
 	$(PYTHON) -c 'import sys; sys.exit("surgery needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

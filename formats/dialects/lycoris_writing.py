@@ -158,8 +158,8 @@ class AlphaWriter:
         if module.kind in SIDES:
             if not self.dotted:
                 raise cannot(self.name, "layers that are neither linear nor a convolution", module)
-            if product.magnitude is not None or module.method == "lora_fused":
-                raise cannot(self.name, f"{module.method} on a weight stored (in, out)", module)
+            if product.magnitude is not None:
+                raise cannot(self.name, "DoRA of a weight stored (in, out)", module)
             a, b = turned(b), turned(a)  # ΔWᵀ = Aᵀ Bᵀ, as the weight lies in the base
         yield named(b, f"{layer}.lora_up.weight")
         yield named(a, f"{layer}.lora_down.weight")

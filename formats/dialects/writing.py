@@ -51,6 +51,7 @@ class Piece:
             of rows, with `fill` around it; None for a block of nothing else.
         fill: there.
         heads: of so many heads the rows go from halves to pairs, as llama.cpp rotates them; negative, the way back.
+        across: whether the rows of those heads are the output's columns, since it has been turned round.
     """
 
     output: TensorSpec
@@ -62,6 +63,7 @@ class Piece:
     laid: tuple[int | None, ...] = ()
     fill: float = 0.0
     heads: int = 0
+    across: bool = False
 
     @property
     def is_copy(self) -> bool:
@@ -207,7 +209,8 @@ def turned(piece: Piece) -> Piece:
     """A matrix the other way round."""
     shape = piece.output.shape[::-1]
     making = {**_TURNED, **{turned: plain for plain, turned in _TURNED.items()}}[piece.making]
-    return replace(piece, output=replace(piece.output, shape=shape), making=making)
+    output = replace(piece.output, shape=shape)
+    return replace(piece, output=output, making=making, across=bool(piece.heads) and not piece.across)
 
 
 def constant(name: str, value: float) -> Piece:

@@ -83,7 +83,9 @@ class Make:
         piece = self.piece
         result = _made(piece, inputs).mul(piece.factor).add(piece.offset) if inputs else _constant(piece)
         if piece.heads:
-            result = paired(result, piece.heads) if piece.heads > 0 else halved(result, -piece.heads)
+            rows = result.mT if piece.across else result
+            rows = paired(rows, piece.heads) if piece.heads > 0 else halved(rows, -piece.heads)
+            result = rows.mT if piece.across else rows
         result = _laid(piece, result) if piece.laid else result.reshape(piece.output.shape)
         rounded = round_once(result.contiguous(), piece.output.dtype)
         check_finite(rounded, piece.output.name)

@@ -40,7 +40,7 @@ def test_peft_loads_what_came_through_another_dialect(tmp_path: Path, kind: str,
     try:
         surgery.convert(tmp_path / "peft", between, way, base=base, told=told)
     except surgery.ReportedError as error:
-        assert "cannot express" in str(error)  # noqa: PT017 - tests/test_convert.py says which
+        assert "cannot express" in str(error)  # noqa: PT017 - docs/round-trips.md says which
         return
     said = surgery.Told(alpha=12 if kind == "rsLoRA" else 6) if way == "loralib" else surgery.Told()
     surgery.convert(between, back, "peft", base=base, told=said)
