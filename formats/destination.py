@@ -92,10 +92,10 @@ def _another(path: Path, container: Container) -> FormatError:
     if named is Container.GGUF:
         return FormatError("only convert --to gguf writes GGUF", where=path, expected=f"a folder, or a {plain} file")
     return FormatError(
-        "only convert writes torch's container: it has no room for what a safetensors file says of itself",
+        "torch's container has no room for what this output says of itself, so only convert without --to writes it",
         where=path,
         expected=f"a folder, or a {plain} file",
-        then="write that, and turn it into this by surgery convert",
+        then="write that, and turn it into this by surgery convert without --to",
     )
 
 

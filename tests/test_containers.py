@@ -196,8 +196,13 @@ def test_an_adapter_in_torchs_container_merges_and_converts(cli: Cli, cli_json: 
     assert cli_json("inspect", tmp_path / "old")["adapter"]["dialect"] == "peft"
     cli_json("convert", tmp_path / "old", "-o", tmp_path / "new")
     assert {file.name for file in (tmp_path / "new").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-    found = [cli_json("merge", base, tmp_path / one, "-o", tmp_path / f"merged-{one}") for one in ("old", "new")]
-    assert found[0]["digest"] == found[1]["digest"]
+    cli_json("convert", tmp_path / "old", "-o", tmp_path / "one.st")  # its config goes into the metadata
+    cli_json("convert", tmp_path / "old" / "adapter_model.bin", "-o", tmp_path / "lone.st")
+    (note,) = cli_json("convert", tmp_path / "new", "-o", tmp_path / "one.pt")["notes"]
+    assert "left behind: adapter_config" in note
+    sources = ("old", "new", "one.st", "lone.st")
+    found = [cli_json("merge", base, tmp_path / one, "-o", tmp_path / f"merged-{one}") for one in sources]
+    assert len({report["digest"] for report in found}) == 1
     merged = tiny_models.load("llama", tmp_path / "merged-old")
     expected = tuned.merge_and_unload()
     assert torch.allclose(tiny_models.logits(merged), tiny_models.logits(expected), atol=1e-5)

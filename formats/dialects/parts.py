@@ -74,6 +74,7 @@ def chosen_part(present: Iterable[str], told: str | None, where: str) -> str:
             where=where,
             expected="one part" if told is None else told,
             found=", ".join(part or "keys without a part" for part in found),
-            then=f"say which part the base is: --component {found[-1] or 'unet'}",
+            then=f"say which part the base is: --component {found[-1] or 'unet'}"
+            + ("; convert takes all, with a base for each: --base PART=PATH" if told is None else ""),
         )
     return str(told)

@@ -17,8 +17,9 @@ from pathlib import Path
 from formats.checkpoint import Checkpoint
 from formats.containers import Container, container_named
 from formats.destination import Destination, create_checkpoint, destination_like, named_in
+from formats.dialects import CONFIG_KEY
 from formats.errors import AdapterFormatError, FormatError
-from formats.paths import ADAPTER_CONFIG, container_of, open_checkpoint
+from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, container_of, open_checkpoint
 from formats.sharded import ShardedCheckpoint
 from surgery import engine
 from surgery.engine import Resources
@@ -78,8 +79,8 @@ def convert_container(
                 then="say the dialect: --to peft, and --base",
             )
         chosen = _chosen(out, container)
-        plan = plan_container(checkpoint, chosen)
         destination = _destination(Path(source), Path(out), checkpoint, chosen, max_shard_size, force)
+        plan = plan_container(checkpoint, chosen, None if destination.is_folder else _config(Path(source)))
         with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
             outcomes = engine.run(plan, writer, resources)
         hashes = {name: digest for outcome in outcomes for name, digest in outcome.figures["hashes"].items()}
@@ -105,20 +106,33 @@ def planned(
     """The plan of convert_container, whose arguments these are. Raises FormatError for those that contradict."""
     with open_checkpoint(source) as checkpoint:
         chosen = _chosen(out, container)
-        _destination(Path(source), Path(out), checkpoint, chosen, max_shard_size, False)
-        return plan_container(checkpoint, chosen)
+        destination = _destination(Path(source), Path(out), checkpoint, chosen, max_shard_size, False)
+        return plan_container(checkpoint, chosen, None if destination.is_folder else _config(Path(source)))
 
 
-def plan_container(checkpoint: Checkpoint, container: Container) -> Plan:
-    """Every tensor copied; the metadata too, unless the output is torch's container, which has room for none."""
+def plan_container(checkpoint: Checkpoint, container: Container, config: str | None = None) -> Plan:
+    """Every tensor copied; the metadata too, unless the output is torch's container, which has room for none.
+
+    Args:
+        checkpoint: the source.
+        container: of the output.
+        config: an adapter's, as text, where the output is one file and has it in the metadata.
+    """
     steps = tuple(
         Step(name, (checkpoint.tensor(name),), (spec,), Copy(name)) for name, spec in checkpoint.specs.items()
     )
-    metadata = _OF_TORCH | dict(checkpoint.metadata)
+    metadata = _OF_TORCH | dict(checkpoint.metadata) | ({} if config is None else {CONFIG_KEY: config})
     torch = container is Container.TORCH
     lost = sorted(metadata.keys() - _OF_TORCH.keys()) if torch else []
     notes = (f"torch's container holds no metadata, left behind: {', '.join(lost)}",) if lost else ()
     return Plan("convert", steps, {} if torch else metadata, (*checkpoint.notes, *notes))
+
+
+def _config(source: Path) -> str | None:
+    """The text of the config that lies beside an adapter's weights."""
+    file = (source if source.is_dir() else source.parent) / ADAPTER_CONFIG
+    ours = source.is_dir() or source.name in (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS)
+    return file.read_text(encoding="utf-8") if ours and file.exists() else None
 
 
 def _chosen(out: str | Path, container: str | None) -> Container:
