@@ -46,7 +46,9 @@ def methods() -> str:
         merged.append(f"| `{peft_type}`{f', `{setting}`' if setting else ''} | {known[name].paper} | {away} |")
     merged += [f"| `{each}` | replaces tensors of the base | yes, from the receipt |" for each in REPLACING]
     refused = [f"| `{peft_type}` | {reason} |" for peft_type, reason in sorted(REFUSED.items())]
-    return "\n".join([_METHODS, *merged, _REFUSED, *refused, ""])
+    types = {peft_type for peft_type, _, _ in rows} | set(REPLACING)
+    count = f"{len(types)} methods are merged, in {len(merged)} forms; {len(refused)} are refused."
+    return "\n".join([_METHODS.replace("COUNT", count), *merged, _REFUSED, *refused, ""])
 
 
 _METHODS = """# The methods of PEFT
@@ -58,6 +60,13 @@ Generated from the tables in formats/dialects/peft_methods.py and surgery/method
 Each gives what `merge_and_unload` of the installed peft gives, within 1e-6 of the largest weight in float32
 (tests/parity/test_parity_methods.py), rounded once. Settings that a method cannot be merged with are refused while
 planning, with the reason.
+
+COUNT
+
+With peft in float64 as the judge, each weight is off by at most 1.0e-7 of its largest element, of which half a step of
+float32 is 6e-8. Over the 78 settings of that test peft itself in float32 is the less exact in 50, by up to 2.5e-7 (HRA
+with orthonormal vectors), as exact in 22, and nearer in 6 by up to 7e-8: four of DEFT and FourierFT, which peft computes in
+float32 even then, and two within the last bit.
 
 | method | mathematics | can be taken off |
 |---|---|---|"""

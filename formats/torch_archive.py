@@ -51,7 +51,9 @@ def read_archive(descriptor: int, path: Path) -> Archive:
             return _read_legacy(stream, path)
     tar = os.pread(descriptor, 5, 257) == b"ustar"
     raise NotACheckpoint(
-        "a tar archive, as torch before 0.2 wrote them" if tar else "not a file that torch.save wrote",
+        "a tar archive, as torch before 0.2 wrote them: torch too loads those only by running their pickles"
+        if tar
+        else "not a file that torch.save wrote",
         where=path,
         expected="a zip archive with a data.pkl, or torch's older form",
         found=f"{os.fstat(descriptor).st_size} bytes that start with {opening[:8]!r}",
