@@ -55,6 +55,36 @@ def test_cat_is_the_sum(tmp_path: Path) -> None:
         torch.testing.assert_close(model(X), adapted(X), atol=1e-5, rtol=1e-4)
 
 
+def products(path: Path, scale: float) -> dict[str, torch.Tensor]:
+    """scale · BA of each layer, in float64 from the stored factors."""
+    tensors = load_file(path / "adapter_model.safetensors")
+    pairs = {key: key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B") for key in tensors}
+    return {
+        key.partition(".lora_")[0]: scale * (tensors[b].double().flatten(1) @ tensors[key].double().flatten(1))
+        for key, b in pairs.items()
+        if key != b
+    }
+
+
+def test_cat_equals_adding_one_after_another_in_float64(tmp_path: Path) -> None:
+    """Factors in float64: one product for two, within its rounding, also with a negative weight."""
+    one, other = two(tmp_path)
+    for path in (one, other):
+        file = path / "adapter_model.safetensors"
+        save_file({key: tensor.double() for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    report = surgery.combine([(one, 0.7), (other, -0.3)], tmp_path / "c", how="cat")
+    assert report.residual < 1e-15
+    config = json.loads((tmp_path / "c" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"]
+    expected = products(one, 0.7 * 5 / 3)
+    for layer, product in products(other, -0.3 * 6 / 4**0.5).items():
+        expected[layer] = expected[layer] + product
+    found = products(tmp_path / "c", 1.0)
+    assert found.keys() == expected.keys()
+    for layer, product in expected.items():
+        torch.testing.assert_close(found[layer], product, atol=1e-14, rtol=1e-13)
+
+
 def test_the_order_does_not_show(tmp_path: Path) -> None:
     """The same bytes whichever adapter comes first, for any number of threads."""
     one, other = two(tmp_path)

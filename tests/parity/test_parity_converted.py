@@ -57,21 +57,25 @@ class Loralib(nn.Module):
         super().__init__()
         self.token_emb = loralib.Embedding(10, 12, r=4, lora_alpha=alpha)
         self.turned = loralib.Linear(12, 8, r=4, lora_alpha=alpha, fan_in_fan_out=True)
+        self.blocks = nn.ModuleList([Net().blocks[0], Net().blocks[1]])
+        for block in self.blocks:
+            block.attn.to_q = loralib.Linear(12, 8, r=4, lora_alpha=alpha)
+            block.attn.to_out[0] = loralib.Linear(8, 12, r=4, lora_alpha=alpha, bias=False)
 
 
-@pytest.mark.parametrize("kind", ["embedding", "Conv1D"])
-def test_loralib_loads_what_we_write(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "alpha"), [("embedding", 6), ("Conv1D", 6), ("linear", 6), ("rsLoRA", 12)])
+def test_loralib_loads_what_we_write(tmp_path: Path, kind: str, alpha: int) -> None:
     """Its layers merge to the weights that peft merges, with the alpha that the report tells."""
     expected = made_by_peft(tmp_path, kind).state_dict()
     report = surgery.convert(tmp_path / "peft", tmp_path / "l.safetensors", "loralib", base=tmp_path / "base.st")
-    assert any("lora_alpha = 6" in note for note in report.notes)
-    layer = KINDS[kind]["target_modules"][0]
-    model = Loralib(6)
+    assert any(f"lora_alpha = {alpha}" in note for note in report.notes)
+    model = Loralib(alpha)
     model.load_state_dict(load_file(tmp_path / "base.st"), strict=False)
     found = model.load_state_dict(load_file(tmp_path / "l.safetensors"), strict=False)
     assert not found.unexpected_keys
-    weight = model.eval().state_dict()[f"{layer}.weight"]
-    torch.testing.assert_close(weight, expected[f"{layer}.weight"], atol=1e-6, rtol=1e-6)
+    for layer in KINDS[kind]["target_modules"]:
+        weight = model.eval().state_dict()[f"{layer}.weight"]
+        torch.testing.assert_close(weight, expected[f"{layer}.weight"], atol=1e-6, rtol=1e-6)
 
 
 def test_fused_layers_become_one_product(tmp_path: Path) -> None:
