@@ -150,7 +150,7 @@ By merge, unmerge, verify, inspect and convert.
 | | a key | alpha | names |
 |---|---|---|---|
 | peft | `base_model.model.LAYER.lora_A.weight` | the config's | the model's |
-| kohya | `lora_unet_LAYER.lora_down.weight`; `lora_te_`, `lora_te1_`, `lora_te2_`, `lora_te3_` | a tensor; without one the rank | dots are underscores: restored from the base's names |
+| kohya | `lora_unet_LAYER.lora_down.weight`; `lora_te_`, `lora_te1_`, `lora_te2_`, `lora_te3_`; OneTrainer's `lora_transformer_` | a tensor; without one the rank | dots are underscores: restored from the base's names |
 | lycoris | the same, or `lycoris_LAYER.…`: `lora_mid`, `hada_*`, `lokr_*`, `diff`, `diff_b`, `w_norm`, `b_norm`, `dora_scale`, `oft_blocks` and `rescale`, `a1` to `b2`, `weight` beside `on_input` | the same; two whole factors of LoKr are not scaled; OFT's is its constraint | the same |
 | diffusers | `unet.LAYER.lora_A.weight`; `transformer.`, `text_encoder.`, `text_encoder_2.`, `text_encoder_3.`; `.lora.down`, `.lora_linear_layer.down`, `.processor.to_q_lora.down` | `lora_adapter_metadata`, or a tensor; without either the rank | the model's |
 | comfyui | `diffusion_model.LAYER.lora_up.weight`, or any factor above; `text_encoders.clip_l.transformer.`, `clip_g`, `t5xxl` | a tensor; without one the rank | the model's |

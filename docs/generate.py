@@ -65,8 +65,8 @@ COUNT
 
 With peft in float64 as the judge, each weight is off by at most 1.0e-7 of its largest element, of which half a step of
 float32 is 6e-8. Over the 78 settings of that test peft itself in float32 is the less exact in 50, by up to 2.5e-7 (HRA
-with orthonormal vectors), as exact in 22, and nearer in 6 by up to 7e-8: four of DEFT and FourierFT, which peft computes
-in float32 even then, and two within the last bit.
+with orthonormal vectors), as exact in 22, and nearer in 6 by up to 7e-8: four of DEFT and FourierFT, which peft
+computes in float32 even then, and two within the last bit.
 
 | method | mathematics | can be taken off |
 |---|---|---|"""

@@ -72,6 +72,18 @@ def test_unknown_keys_name_the_nearest(kohya: Path, tmp_path: Path) -> None:
     said = refused(tmp_path, {"somewhere.lora_dow.weight": torch.zeros(2, 2)})
     assert "not an adapter in a dialect we read" in said
     assert "lora_down.weight" in said
+    factors = {"lora_A.weight": torch.ones(2, 12), "lora_B.weight": torch.ones(8, 2)}
+    for prefix, tail, message in (
+        ("mine", "", "check what is before the layers, lora_unet_"),
+        ("mine", ".default", "the adapter's own, default"),
+    ):
+        keys = {f"{prefix}.{key.replace('.weight', f'{tail}.weight')}": tensor for key, tensor in factors.items()}
+        assert message in refused(tmp_path, {key: tensor.clone() for key, tensor in keys.items()})
+    mixed = {f"unet.q.{key}": tensor for key, tensor in factors.items()} | {"vae.q.lora_A.weight": torch.ones(2, 2)}
+    said = refused(tmp_path, mixed)
+    assert "found:    vae.q.lora_A.weight" in said
+    assert "another kind than the rest" in said
+    assert "no tensor here is an adapter's" in refused(tmp_path, {"model.q.weight": torch.ones(2, 2)})
 
 
 @pytest.mark.parametrize(

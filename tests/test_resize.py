@@ -216,6 +216,10 @@ def test_refused(tmp_path: Path) -> None:
         surgery.resize(before, tmp_path / "b", rank=1, overrides={"nothing.*": 2})
     with pytest.raises(surgery.FormatError, match="overwrite an input"):
         surgery.resize(before, before, rank=1, force=True)
+    surgery.convert(before, tmp_path / "c.st", "comfyui", base=tmp_path / "base.st")
+    with pytest.raises(Unsupported, match="only adapters in peft's names") as caught:
+        surgery.resize(tmp_path / "c.st", tmp_path / "b", rank=1)
+    assert "--to peft --base BASE" in str(caught.value)
     config = before / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"ensure_weight_tying": True}))
     with pytest.raises(Unsupported, match="ensure_weight_tying"):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from formats.dialects.adapterhub import AdapterHub
 from formats.dialects.adapterhub_writing import AdapterHubWriter
 from formats.dialects.dotted import ComfyUi, Diffusers
 from formats.dialects.gguf import Gguf, GgufAdapterWriter
-from formats.dialects.groups import SUFFIXES
+from formats.dialects.groups import SUFFIXES, suffix_of
 from formats.dialects.kohya import Kohya, Lycoris
 from formats.dialects.loralib import Loralib
 from formats.dialects.loralib_writing import LoralibWriter
 from formats.dialects.lycoris_writing import WRITERS as ALPHA_WRITERS
 from formats.dialects.ort import Ort, OrtWriter
+from formats.dialects.parts import COMFYUI, DOTTED, UNDERSCORED, split_part
 from formats.dialects.peft import Peft
 from formats.dialects.peft_converting import DiffusersWriter, PeftWriter
 from formats.dialects.writing import DialectWriter
@@ -56,6 +58,7 @@ IN_PARTS = ("kohya", "lycoris", "diffusers", "comfyui")  # those whose files may
 KINDLESS = (*IN_PARTS, "ort")  # those that lay a product out by the weight, whatever the layer: Wanted.kinds
 # The weights' files in folders of peft's, AdapterHub's and ours for ONNX Runtime.
 _WEIGHTS = (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, "adapter.safetensors", "pytorch_adapter.bin", OrtWriter().weights)
+_INSIDE_PEFT = re.compile(r"\.lora_[AB]\.(\w+)\.weight$")  # a key of peft's model, before it is saved
 CONFIG_KEY = "adapter_config"  # where a single-file adapter keeps its config, in the header's metadata
 
 
@@ -121,16 +124,40 @@ def dialect_of(checkpoint: Checkpoint, config: Mapping[str, Any] | None, where: 
         if dialect.recognises(checkpoint, config):
             return dialect
     keys = list(checkpoint.specs)
-    endings = [suffix for suffix in SUFFIXES if any(key.endswith(f".{suffix}") for key in keys)]
-    near = endings or sorted({each for key in keys[:50] for each in difflib.get_close_matches(_ending(key), SUFFIXES)})
+    # Those that keep the others from being a dialect's come first.
+    keys.sort(key=lambda key: suffix_of(key) is not None and _prefixed(key))
     raise AdapterFormatError(
         "not an adapter in a dialect we read",
         where=where,
         expected=", ".join(dialect.name for dialect in DIALECTS),
         found=", ".join(keys[:3]) + (" …" if len(keys) > 3 else ""),
-        then=f"the keys' ends are near {', '.join(near[:4])}: check what is before them" if near else None,
+        then=_advice(keys),
     )
 
 
+def _prefixed(key: str) -> bool:
+    return any(split_part(key, prefixes) for prefixes in (UNDERSCORED, DOTTED, COMFYUI))
+
+
+def _advice(keys: Sequence[str]) -> str:
+    """What to look at in keys of no dialect."""
+    inside = next((match for key in keys if (match := _INSIDE_PEFT.search(key))), None)
+    if inside is not None:
+        return (
+            f"these are peft's names inside a model, with the adapter's own, {inside[1]}: write it by save_pretrained"
+        )
+    ends = [key for key in keys if suffix_of(key)]
+    if any(map(_prefixed, ends)):
+        return "the first of these are of another kind than the rest: take them out, or convert the rest alone"
+    if ends:
+        heads = ", ".join(prefix for table in (UNDERSCORED, DOTTED, COMFYUI) for prefix in table)
+        return f"the keys end as factors do: check what is before the layers, {heads}"
+    stems = {suffix.removesuffix(".weight"): suffix for suffix in SUFFIXES}
+    near = {stems[stem] for key in keys[:50] for stem in difflib.get_close_matches(_ending(key), stems)}
+    if near:
+        return f"the keys' ends are near {', '.join(sorted(near)[:4])}: check them"
+    return "no tensor here is an adapter's; surgery extract makes an adapter of a tuned model"
+
+
 def _ending(key: str) -> str:
-    return ".".join(key.rsplit(".", 2)[-2:])
+    return key.removesuffix(".weight").rpartition(".")[2]

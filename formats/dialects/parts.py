@@ -18,6 +18,7 @@ UNDERSCORED = {
     "lora_te_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
+    "lora_transformer_": "transformer",  # OneTrainer's
     "lycoris_": "",
 }
 DOTTED = {f"{part}.": part for part in PARTS}

@@ -14,9 +14,10 @@ from surgery.errors import NothingToDo, NotMergeable, SurgeryError, Unsupported
 from surgery.mixing import DENSE, check_density
 from surgery.operations.adapters import AdapterPaths, adapter_paths
 from surgery.operations.extract_plan import Extraction
+from surgery.operations.open_loras import open_loras
 from surgery.operations.recast import WAYS, Mix, RecastModule, Slot
 from surgery.operations.recast_file import destination, write_recast
-from surgery.operations.recast_plan import Casting, open_loras, plan_recast, ranks_within, widest_of
+from surgery.operations.recast_plan import Casting, plan_recast, ranks_within, widest_of
 from surgery.operations.stored_dtype import dtype_named
 from surgery.plan import Plan
 from surgery.ranks import RankRule

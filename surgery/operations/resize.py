@@ -10,9 +10,10 @@ from formats.spec import DType
 from surgery.budget import Budget
 from surgery.engine import Resources
 from surgery.operations.extract_plan import Extraction
+from surgery.operations.open_loras import open_loras
 from surgery.operations.recast import Mix, RecastModule
 from surgery.operations.recast_file import destination, write_recast
-from surgery.operations.recast_plan import Casting, open_loras, plan_recast, ranks_within, widest_of
+from surgery.operations.recast_plan import Casting, plan_recast, ranks_within, widest_of
 from surgery.plan import Plan
 from surgery.ranks import RankRule
 from surgery.report import Report, Stopwatch, peak_rss
