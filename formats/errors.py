@@ -10,6 +10,7 @@
         ├── Quantised             weights in a quantised form that nothing can be added to, or without their scales
         ├── UnknownTensor         a name the checkpoint does not have
         ├── AdapterFormatError    an adapter whose config and keys contradict each other
+        │   └── NotExpressible    a change that a dialect has no place for
         ├── UnmatchedKeys         adapter keys that match nothing in the base
         ├── ShapeMismatch         tensors that belong together and differ in shape
         ├── OutputExists          the output is there already, or is an input
@@ -89,6 +90,10 @@ class UnknownTensor(FormatError):
 
 class AdapterFormatError(FormatError):
     """An adapter whose config and keys contradict each other."""
+
+
+class NotExpressible(AdapterFormatError):
+    """A change of a layer that a dialect has no place for."""
 
 
 class UnmatchedKeys(FormatError):

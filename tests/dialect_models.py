@@ -20,6 +20,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "linear": {"target_modules": LINEAR},
     "conv": {"target_modules": CONV},
     "embedding": {"target_modules": EMBEDDING},
+    "mixed": {"target_modules": ["blocks.0.attn.to_q", "token_emb"]},
     "Conv1D": {"target_modules": ["turned"], "fan_in_fan_out": True},
     "ranks": {
         "target_modules": [*LINEAR, *CONV],

@@ -152,7 +152,7 @@ def test_layers_out_of_reach_are_refused_or_dropped(tmp_path: Path, cli: Callabl
             "cannot express DoRA",
         ),
         (pair(QUERY) | {f"{QUERY}.lora_B.bias": torch.ones(8)}, {"lora_bias": True}, "the change of a bias"),
-        (loha(QUERY), {"peft_type": "LOHA", "alpha": 3}, "cannot express this"),
+        (loha(QUERY), {"peft_type": "LOHA", "alpha": 3}, "cannot express loha"),
     ],
     ids=["scaled inputs", "DoRA", "lora_bias", "LoHa"],
 )

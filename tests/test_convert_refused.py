@@ -207,6 +207,22 @@ def test_what_a_dialect_has_no_place_for_can_be_dropped(tmp_path: Path, cli_json
     assert set(load_file(out)) == {f"{LAYER}.{each}" for each in ("alpha", "lora_up.weight", "lora_down.weight")}
 
 
+def test_layers_that_a_dialect_has_no_place_for_can_be_dropped(tmp_path: Path, cli_json: Callable[..., Any]) -> None:
+    """Any dialect's: the other layers stay as they are, and what is left behind is counted."""
+    made_by_peft(tmp_path, "mixed")
+    base, source, out = tmp_path / "base.st", tmp_path / "peft", tmp_path / "k.safetensors"
+    with pytest.raises(AdapterFormatError, match="kohya cannot express") as caught:
+        surgery.convert(source, out, "kohya", base=base)
+    assert "--drop layer" in str(caught.value)
+    report = cli_json("convert", source, "--to", "kohya", "--base", base, "--drop", "layer", "-o", out)
+    assert (report["weights"], report["ledger"]["refused"]) == ({"lora": 2}, 2)
+    assert any("2 tensors are left behind, as asked" in note for note in report["notes"])
+    assert {key.partition(".")[0] for key in load_file(out)} == {LAYER}
+    made_by_peft(tmp_path, "embedding")
+    with pytest.raises(AdapterFormatError, match="nothing is left that kohya can express"):
+        surgery.convert(source, out, "kohya", base=base, drop=["layer"], force=True)
+
+
 def test_the_same_dialect_is_a_copy(kohya: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
     """It says so; tensors, metadata and config are the source's."""
     result = cli("convert", kohya, "--to", "kohya", "-o", tmp_path / "again.safetensors")

@@ -15,6 +15,7 @@ from formats.adapter import Adapter, AdapterModule
 from formats.dialects.adapterhub_sites import FUSED, INTERMEDIATE, OUTPUT, SELFATTN, SLICES, Site, sites_of
 from formats.dialects.peft_writing import commonest
 from formats.dialects.writing import (
+    DROP_LAYER,
     Making,
     Piece,
     Wanted,
@@ -84,7 +85,7 @@ def _within_reach(
             what = (
                 "factors of a layer's inputs" if inputs else "a change of this layer, which its library does not adapt"
             )
-            raise cannot("adapterhub", what, module, "leave such layers behind: --drop layer")
+            raise cannot("adapterhub", what, module, DROP_LAYER)
     if not modules:
         raise AdapterFormatError(
             "nothing is left that adapterhub can express", where=adapter.ref.path, found=", ".join(dropped[:3])
@@ -199,7 +200,7 @@ class _Factored:
             return cls(module, Piece(a.spec, (a,)), Piece(b.spec, (b,)), module.rank, _slices(module), True)
         product = wanted.product(module)
         if product is None or module.method == "dora":
-            raise cannot("adapterhub", "DoRA" if module.method == "dora" else "this", module, "--to peft has more")
+            raise cannot("adapterhub", "DoRA" if module.method == "dora" else "", module)
         return cls(module, product.a, product.b, product.rank, _THREE if site.matrix == FUSED else (True,), False)
 
     def alpha(self, rank: int) -> float:

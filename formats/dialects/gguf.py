@@ -20,6 +20,7 @@ from formats.dialects.peft_factors import Factors
 from formats.dialects.peft_writing import commonest
 from formats.dialects.resolve import unmatched_keys
 from formats.dialects.writing import (
+    DROP_LAYER,
     SIDES,
     Piece,
     Product,
@@ -173,10 +174,10 @@ class GgufAdapterWriter:
                 beyond += [ref.name for ref in module.factors.values()]
                 continue
             if unadapted:
-                raise cannot(self.name, unadapted, module, "leave such layers behind: --drop layer")
+                raise cannot(self.name, unadapted, module, DROP_LAYER)
             product = wanted.product(module)
             if product is None or product.magnitude is not None:
-                raise cannot(self.name, "DoRA" if module.method == "dora" else "this", module)
+                raise cannot(self.name, "DoRA" if module.method == "dora" else "", module)
             name = names[module.target]
             if name in products:
                 raise cannot(self.name, f"two changes of {name}", module)
@@ -210,7 +211,7 @@ class GgufAdapterWriter:
         """Refuses a layer that is stored otherwise than the model's class stores it."""
         expected = architecture.kind(name, product.module.target)
         if product.module.kind is not expected and not (name == TOKENS and product.module.kind in SIDES):
-            raise cannot(self.name, f"this: {name} is of a layer that is {expected}", product.module)
+            raise cannot(self.name, f"{name} of a layer that is not {expected}", product.module)
 
 
 def _unadapted(target: str, names: Mapping[str, str], architecture: Architecture) -> str:

@@ -39,8 +39,7 @@ class LoralibWriter:
         for module in adapter.modules:
             product = wanted.product(module)
             if product is None or module.method == "dora" or module.kind is LayerKind.CONV:
-                what = {"dora": "DoRA"}.get(module.method, "this")
-                raise cannot(self.name, what, module, "--to peft or comfyui has more")
+                raise cannot(self.name, {"dora": "DoRA"}.get(module.method, ""), module)
             if not module.target.endswith(".weight"):
                 raise AdapterFormatError(f"{self.name} has no name for this weight", where=module.target)
             products[owner(module.target)] = product

@@ -149,7 +149,7 @@ class AlphaWriter:
         elif self.dotted and module.method == "lora_bias":
             yield taken(f"{layer}.diff_b", module.factors["lora_B.bias"], factor=module.scaling)
         else:
-            raise cannot(self.name, "this", module, None if self.lyco else "--to lycoris or comfyui has more methods")
+            raise cannot(self.name, "", module, None if self.lyco else "--to lycoris has more methods")
 
     def _product(self, layer: str, product: Product) -> Iterator[Piece]:
         module, a, b = product.module, product.a, product.b
@@ -240,7 +240,7 @@ def _check_comfyui(module: AdapterModule, weight: TensorSpec | None) -> None:
     elif cored and len(kernel) != 2:
         reason = "a core of a convolution that is not two-dimensional"
     if reason:
-        raise cannot("comfyui", reason, module, "--to lycoris keeps it; or merge it into the model")
+        raise cannot("comfyui", reason, module, "--to lycoris keeps it; surgery merge puts it into the model")
 
 
 def _is_weight(module: AdapterModule) -> bool:

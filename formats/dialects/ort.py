@@ -108,7 +108,7 @@ class OrtWriter:
         for module in adapter.modules:
             product = wanted.product(module)
             if product is None or module.method == "dora" or product.module.kind not in _KINDS:
-                raise cannot(self.name, {"dora": "DoRA"}.get(module.method, "this"), module, _MERGE)
+                raise cannot(self.name, {"dora": "DoRA"}.get(module.method, ""), module, _MERGE)
             layer, _, last = module.target.rpartition(".")
             dtype = wanted.base[module.target].dtype
             if last != "weight" or not dtype.is_weight:

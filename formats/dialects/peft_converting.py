@@ -137,7 +137,7 @@ def lora_form(adapter: Adapter, wanted: Wanted, dialect: str) -> tuple[tuple[Pie
         if product is None or not module.target.endswith(".weight"):
             if module.method in _PRODUCTS:
                 raise cannot(dialect, "this weight", module)
-            raise cannot(dialect, "this beside LoRA", module, "--to lora makes a LoRA of any method's ΔW")
+            raise cannot(dialect, f"{module.method} beside LoRA" if products else "", module)
         products[owner(module.target)] = product
     for what, some in (
         ("DoRA", {layer for layer, product in products.items() if product.magnitude is not None}),

@@ -12,15 +12,13 @@ from formats.dialects.peft_writing import exactly
 from formats.dialects.writing import Piece, Wanted, cannot, taken
 from formats.layers import LayerKind, owner
 
-_AS_LORA = "peft's scales the bias with them; --to lora makes a LoRA of any method's ΔW"
-
 
 def ia3_form(adapter: Adapter, wanted: Wanted) -> tuple[tuple[Piece, ...], dict[str, Any]]:
     """The tensors and the adapter_config.json of an adapter whose layers all have (IA)³; their biases go with them."""
     modules = [module for module in adapter.modules if module.target.endswith(".weight")]
     for module in modules:
         if module.method == "lycoris_ia3" and scales_bias(module, wanted.base):
-            raise cannot("peft", "(IA)³ that scales outputs and leaves the bias", module, _AS_LORA)
+            raise cannot("peft", "(IA)³ that scales outputs and leaves the bias, which its own scales too", module)
     layers = {owner(module.target): bool(_of_inputs(module)) for module in modules}
     config: dict[str, Any] = {
         "peft_type": "IA3",

@@ -14,12 +14,13 @@ from typing import Any, Protocol
 
 from formats.adapter import Adapter, AdapterModule
 from formats.dialects.dotted import CONFIGS
-from formats.errors import AdapterFormatError
+from formats.errors import AdapterFormatError, NotExpressible
 from formats.layers import LayerKind, owner
 from formats.spec import DType, TensorRef, TensorSpec
 
 SIDES = (LayerKind.TRANSPOSED, LayerKind.EMBEDDING)  # layers that store (in, out)
 DROPS = ("bias", "full", "layer")  # what a user may leave behind where a dialect cannot express it
+DROP_LAYER = "leave such layers behind: --drop layer"
 
 
 class Making(StrEnum):
@@ -223,13 +224,22 @@ def taken(name: str, ref: TensorRef, shape: tuple[int, ...] | None = None, facto
     return Piece(TensorSpec(name, ref.spec.dtype, ref.spec.shape if shape is None else shape), (ref,), factor=factor)
 
 
-def cannot(dialect: str, what: str, module: AdapterModule, then: str | None = None) -> AdapterFormatError:
-    """The error for a weight whose change a dialect has no way to write."""
-    return AdapterFormatError(
-        f"{dialect} cannot express {what}",
-        where=module.target,
-        found=f"{module.method} on a {module.kind} layer",
-        then=then,
+def cannot(dialect: str, what: str, module: AdapterModule, then: str | None = None) -> NotExpressible:
+    """The error for a weight whose change a dialect has no way to write.
+
+    Args:
+        dialect: its name.
+        what: it has no place for; empty for the method as such.
+        module: the change.
+        then: what to do instead; where nothing is said, what holds for every method but LoRA.
+    """
+    article = "an" if module.kind is LayerKind.EMBEDDING else "a"
+    method = f"{module.method} on {article} {module.kind} layer"
+    if then is None and not module.method.startswith("lora"):
+        then = "--to lora makes a LoRA of any method's ΔW"
+    ways = [way for way in (then, None if then and "--drop" in then else DROP_LAYER) if way]
+    return NotExpressible(
+        f"{dialect} cannot express {what or method}", where=module.target, found=method, then="; or ".join(ways)
     )
 
 

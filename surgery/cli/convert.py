@@ -45,7 +45,7 @@ LORA = "lora"  # of --to: no dialect but a method
     multiple=True,
     type=click.Choice(DROPS),
     help="Leave these behind where the dialect cannot express them: changed biases, tensors carried in full, layers "
-    "that it does not adapt.",
+    "that it has no place for.",
 )
 @click.option("--container", type=click.Choice(CONTAINERS), help="Of an output folder, without --to [safetensors].")
 @options.max_shard_option("INPUT's shards")

@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from formats.adapter import NOTHING_TOLD, Adapter, Told
+from formats.adapter import NOTHING_TOLD, Adapter, AdapterModule, Told
 from formats.checkpoint import Checkpoint
 from formats.containers import Container, container_named
 from formats.destination import Destination, create_checkpoint
 from formats.dialects import ASKING, CONFIG_KEY, IN_PARTS, KINDLESS, WRITERS, dialect_of, open_adapter_file
 from formats.dialects.implied import implied_base, implied_part
 from formats.dialects.writing import DROPS, DialectWriter, Making, Piece, Wanted, Written, joined, taken, turned
-from formats.errors import AdapterFormatError
-from formats.layers import layer_kinds
+from formats.errors import AdapterFormatError, NotExpressible
+from formats.layers import layer_kinds, owner
 from formats.model_config import model_config
 from formats.paths import ADAPTER_CONFIG, open_checkpoint
 from formats.spec import TensorSpec
@@ -275,7 +275,28 @@ class _Job:
         name = "" if base is None else str(base)
         model = {} if base is None else model_config(base)
         wanted = Wanted(specs, name, told.component or read.component, self.drop, kinds, model)
-        return self.writer.write(found, self.checkpoint.metadata, wanted), read
+        found, beyond = self._without_layers(found, wanted) if "layer" in self.drop else (found, ())
+        written = self.writer.write(found, self.checkpoint.metadata, wanted)
+        return replace(written, dropped=(*written.dropped, *beyond)), read
+
+    def _without_layers(self, adapter: Adapter, wanted: Wanted) -> tuple[Adapter, tuple[str, ...]]:
+        """The adapter without the layers that the dialect refuses each by itself, and the names of their tensors."""
+        wanted = replace(wanted, drop=frozenset(DROPS))
+        layers: dict[str, list[AdapterModule]] = {}
+        for module in adapter.modules:
+            layers.setdefault(owner(module.target), []).append(module)
+        refused: list[AdapterModule] = []
+        for modules in layers.values():
+            try:
+                self.writer.write(replace(adapter, modules=tuple(modules), replacements=()), {}, wanted)
+            except NotExpressible:
+                refused += modules
+            except AdapterFormatError:
+                continue  # of the adapter as a whole: said when it is written
+        kept = tuple(module for module in adapter.modules if module not in refused)
+        if refused and not kept:
+            raise AdapterFormatError(f"nothing is left that {self.writer.name} can express", where=self.path)
+        return replace(adapter, modules=kept), tuple(ref.name for each in refused for ref in each.factors.values())
 
     def copied(self) -> tuple[Written, Adapter]:
         """The adapter as it is."""
