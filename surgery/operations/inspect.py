@@ -79,8 +79,12 @@ def inspect(path: str | Path) -> InspectReport:
 
 
 def _settings(dialect: str, config: Mapping[str, Any] | None) -> dict[str, Any]:
-    config = config or {}
-    targets = config.get("target_modules")
+    if config is None:
+        return {"dialect": dialect}
+    targets, nested = config.get("target_modules"), config.get("config")
+    if dialect == "adapterhub" and isinstance(nested, Mapping):
+        told = {name: nested.get(key) for name, key in (("method", "architecture"), ("rank", "r"), ("alpha", "alpha"))}
+        return {"dialect": dialect, **told, "base": config.get("model_name")}
     return {
         "dialect": dialect,
         "method": config.get("peft_type"),
