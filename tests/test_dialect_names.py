@@ -99,6 +99,29 @@ def test_a_name_with_one_part_more_than_the_base(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, torch.ones(3, 3)) for tensor in load_file(tmp_path / "m.st").values())
 
 
+def test_the_parts_of_a_whole_checkpoint(tmp_path: Path) -> None:
+    """SDXL's in one file, the text encoder four names deep: one part is merged after the other."""
+    names = {
+        "unet": ("lora_unet_middle_block_1_proj_in", "model.diffusion_model.middle_block.1.proj_in"),
+        "text_encoder": (
+            "lora_te1_text_model_layers_0_q_proj",
+            "conditioner.embedders.0.transformer.text_model.layers.0.q_proj",
+        ),
+    }
+    lora = {f"{key}.lora_down.weight": torch.ones(1, 3) for key, _ in names.values()}
+    lora |= {f"{key}.lora_up.weight": torch.ones(3, 1) for key, _ in names.values()}
+    save_file(lora, tmp_path / "lora.safetensors")
+    rest = {"first_stage_model.decoder.conv_in.weight": torch.zeros(3, 3)}
+    base = {f"{module}.weight": torch.zeros(3, 3) for _, module in names.values()} | rest
+    save_file(base, tmp_path / "base.st")
+    source = tmp_path / "base.st"
+    for part, (_, module) in names.items():
+        surgery.merge(source, tmp_path / "lora.safetensors", tmp_path / f"{part}.st", told=surgery.Told(component=part))
+        source = tmp_path / f"{part}.st"
+        assert torch.equal(load_file(source)[f"{module}.weight"], torch.ones(3, 3))
+    assert not any(load_file(source)[name].any() for name in rest)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64])
 def test_alpha_is_read_in_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     """Web tools store it as the factors' dtype, diffusers' conversion as an integer."""

@@ -29,6 +29,11 @@ COMFYUI = {
     "text_encoders.t5xxl.transformer.": "text_encoder_3",
 }
 
+_SEVERAL = (
+    "a checkpoint of the whole pipeline is merged with one after the other, "
+    "and convert takes all with a base for each, --base PART=PATH"
+)
+
 
 def split_part(key: str, prefixes: Mapping[str, str]) -> tuple[str, str] | None:
     """A key's prefix, and the rest of the key; None where it has none of these prefixes."""
@@ -76,6 +81,6 @@ def chosen_part(present: Iterable[str], told: str | None, where: str) -> str:
             expected="one part" if told is None else told,
             found=", ".join(part or "keys without a part" for part in found),
             then=f"say which part the base is: --component {found[-1] or 'unet'}"
-            + ("; convert takes all, with a base for each: --base PART=PATH" if told is None else ""),
+            + (f"; {_SEVERAL}" if told is None else ""),
         )
     return str(told)

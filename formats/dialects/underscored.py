@@ -32,7 +32,7 @@ def restored(wanted: Iterable[str], base: Mapping[str, TensorSpec], where: objec
     """
     wanted = sorted(set(wanted))
     modules = sorted({owner(name) for name in base if owner(name)})
-    indexes = [_index(modules, head) for head in ["", *_heads(modules)]]
+    indexes = [_index(modules, head) for head in ["", *_heads(modules, wanted)]]
     indexes += [_behind(indexes[0], leading) for leading in _leading(wanted)]
     indexes.append(_translated(modules))
     unmatched, index = min(
@@ -52,13 +52,16 @@ def restored(wanted: Iterable[str], base: Mapping[str, TensorSpec], where: objec
     return {name: index[name][0] for name in wanted}
 
 
-def _heads(modules: Iterable[str]) -> list[str]:
-    """The first one or two parts of the base's names, each with its dot."""
+def _heads(modules: Iterable[str], wanted: list[str]) -> list[str]:
+    """The first one or two parts of the base's names, each with its dot; and whatever is before the first wanted name,
+    as in checkpoints of whole pipelines."""
     found = set()
     for module in modules:
         parts = module.split(".")
         found |= {".".join(parts[:depth]) + "." for depth in (1, 2) if len(parts) > depth}
-    return sorted(found)
+        if wanted and underscored(module).endswith(f"_{wanted[0]}"):
+            found.add(module[: -len(wanted[0])])
+    return sorted(head for head in found if head.endswith("."))
 
 
 def _index(modules: Iterable[str], head: str) -> dict[str, list[str]]:
