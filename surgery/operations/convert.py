@@ -293,7 +293,8 @@ class _Job:
                 refused += modules
             except AdapterFormatError:
                 continue  # of the adapter as a whole: said when it is written
-        kept = tuple(module for module in adapter.modules if module not in refused)
+        beyond = {owner(module.target) for module in refused}
+        kept = tuple(module for module in adapter.modules if owner(module.target) not in beyond)
         if refused and not kept:
             raise AdapterFormatError(f"nothing is left that {self.writer.name} can express", where=self.path)
         return replace(adapter, modules=kept), tuple(ref.name for each in refused for ref in each.factors.values())
