@@ -71,6 +71,18 @@ def parser(description: str, rounds: int) -> argparse.ArgumentParser:
     return made
 
 
+def add_latency_options(made: argparse.ArgumentParser) -> None:
+    """The options that benchmarks by `surgery bench` share."""
+    made.add_argument("--dtype", choices=["float32", "float16"], default="float32")
+    made.add_argument("--provider", default="cpu", help="cpu, cuda … [%(default)s]")
+    made.add_argument("--cuda-graph", action="store_true", help="capture each pass into a CUDA graph")
+    made.add_argument("--threads", type=int, help="of each session [the runtime's choice]")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--work", type=Path, help="keep the graphs here [a temporary directory; 8 GB in float32]")
+    made.add_argument("--quick", action="store_true", help="a tiny model, no results kept")
+    made.add_argument("--results", type=Path, default=HERE / "results", help="folder for what was measured")
+
+
 def run(comparison: Comparison, options: argparse.Namespace) -> None:
     """Does it all; exits with 1 if a command fails or an answer is wrong."""
     try:
