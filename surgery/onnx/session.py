@@ -111,13 +111,21 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+        options.log_severity_level = 4  # or it says that there is no profile of a graph which does not load
     try:
         with _muffled() if provider != "CPUExecutionProvider" else contextlib.nullcontext():
             if provider in _ON_CUDA:
                 onnxruntime.preload_dlls()
             session = onnxruntime.InferenceSession(str(path), options, providers=_asked(provider, cuda_graph))
     except Exception as error:  # its exceptions share no base class of their own
-        raise Unsupported("ONNX Runtime does not load this graph", where=path, found=error) from error
+        raise Unsupported(
+            "ONNX Runtime does not load this graph",
+            where=path,
+            found=error,
+            then="export it with an opset that this ONNX Runtime has, or install a newer one"
+            if _opset(error)
+            else None,
+        ) from error
     nodes = assigned(session)
     actual = session.get_providers()[0]
     if actual != provider or (nodes and provider not in nodes):
@@ -129,6 +137,11 @@ def open_session(
             then="install what that provider needs (for CUDA: its libraries and a GPU), or ask for another",
         )
     return session
+
+
+def _opset(error: Exception) -> bool:
+    """Whether a graph is refused for its opset or its IR version."""
+    return any(each in str(error) for each in ("ValidateOpsetForDomain", "Unsupported model IR version"))
 
 
 def _asked(provider: str, cuda_graph: bool) -> list[tuple[str, dict[str, str]]]:
