@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from formats.errors import CorruptFile, PathNotFound
+from formats.errors import CorruptFile, PathNotFound, UnsafeFile
 from surgery.errors import InputsDiffer, ProviderUnavailable, Unsupported
 from surgery.onnx import latency
 from surgery.onnx.record import read_record
@@ -213,6 +213,17 @@ def test_files_that_are_not_there_or_no_graphs(tmp_path: Path, bert: Any) -> Non
     (tmp_path / "alone.onnx").write_bytes(bert.onnx.read_bytes())
     with pytest.raises(PathNotFound, match="weights are not where it says"):
         bench(tmp_path / "alone.onnx", tmp_path / "alone.onnx")
+
+
+@pytest.mark.parametrize("location", ["../weights", "/weights"])
+def test_weights_that_lead_elsewhere(tmp_path: Path, location: str) -> None:
+    """Nothing is read outside of the graph's folder."""
+    model = onnx.load(_tiny(tmp_path / "a.onnx", TOKENS))
+    outside = model.graph.initializer.add(name="w", dims=[1], data_type=1, data_location=1)
+    outside.external_data.add(key="location", value=location)
+    (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UnsafeFile):
+        bench(tmp_path / "a.onnx", tmp_path / "a.onnx")
 
 
 @pytest.mark.parametrize(
