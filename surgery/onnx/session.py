@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _ON_CUDA = (CUDA, TENSORRT)
+_RECORDED = (
+    "intra_op_num_threads", "inter_op_num_threads", "execution_mode", "graph_optimization_level",
+    "enable_cpu_mem_arena", "enable_mem_pattern", "use_deterministic_compute",
+)  # fmt: skip
 _SETTINGS = {"session.intra_op.allow_spinning": "0", "session.record_ep_graph_assignment_info": "1"}
 
 
@@ -165,6 +169,14 @@ def assigned(session: Any) -> dict[str, int]:
 def provider_options(session: Any, provider: str) -> Mapping[str, str]:
     """The provider's options as the session has them."""
     return {name: str(value) for name, value in sorted(session.get_provider_options().get(provider, {}).items())}
+
+
+def session_settings(session: Any) -> Mapping[str, str]:
+    """How the session runs whatever the provider, by ONNX Runtime's names; 0 threads are as many as it likes."""
+    options = session.get_session_options()
+    plain = {name: getattr(options, name) for name in _RECORDED}
+    said = {name: str(getattr(value, "name", value)) for name, value in plain.items()}
+    return said | {key: options.get_session_config_entry(key) for key in _SETTINGS}
 
 
 @contextlib.contextmanager

@@ -58,6 +58,8 @@ def test_report_is_plain_and_complete(twins: Callable[[str], Any], tmp_path: Pat
         for file in (exported.onnx, exported.onnx.parent / "model.safetensors"):
             assert said["sha256"][str(file)] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert said["versions"]["onnxruntime"] == onnxruntime.__version__
+    assert said["session"]["intra_op_num_threads"] == "1"
+    assert said["session"]["session.intra_op.allow_spinning"] == "0"
     assert said["machine"].keys() >= {"processor", "cores", "system", "load before", "load after"}
     assert datetime.datetime.fromisoformat(said["started"]).tzinfo is not None
     assert [each["shape"] for each in said["comparisons"]] == [[2, 9], [1, 4]]
@@ -67,6 +69,7 @@ def test_report_is_plain_and_complete(twins: Callable[[str], Any], tmp_path: Pat
         assert 0 < each["quantiles"]["0.05"] <= each["latency"] <= each["quantiles"]["0.95"]
         assert each["tokens_per_second"] == pytest.approx(math.prod(each["shape"]) / each["latency"])
         assert each["noise_floor"] >= 0
+        assert min(each["device_bytes"], each["device_bytes_reference"]) >= 0  # tiny models hide in what is free
         for epoch in each["epochs"]:
             assert len(epoch["log_ratios"]) == len(epoch["at"]) == len(epoch["seconds"]) >= 3
             assert len(epoch["control"]) == len(epoch["control_at"]) >= 3
