@@ -204,7 +204,7 @@ def judged(claim: Claim, built: Sequence[Built], options: argparse.Namespace) ->
         shapes=[QUICK_SHAPE if options.quick else SHAPE],
         provider=options.provider,
         margin=claim.margin,
-        seconds=1.0 if options.quick else claim.seconds,
+        seconds=session.QUICK_SECONDS if options.quick else claim.seconds,
         threads=options.threads,
         seed=options.seed,
         cuda_graph=options.cuda_graph,

@@ -144,7 +144,7 @@ def measure(built: Sequence[Built], shapes: Sequence[Shape], options: argparse.N
         shapes=shapes,
         provider=options.provider,
         margin=options.margin,
-        seconds=1.0 if options.quick else options.seconds,
+        seconds=session.QUICK_SECONDS if options.quick else options.seconds,
         threads=options.threads,
         seed=options.seed,
         cuda_graph=options.cuda_graph,
