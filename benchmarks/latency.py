@@ -202,12 +202,9 @@ def judged(claim: Claim, built: Sequence[Built], options: argparse.Namespace) ->
         built[0].path,
         *(paths[name] for name in claim.graphs),
         shapes=[QUICK_SHAPE if options.quick else SHAPE],
-        provider=options.provider,
         margin=claim.margin,
         seconds=session.QUICK_SECONDS if options.quick else claim.seconds,
-        threads=options.threads,
-        seed=options.seed,
-        cuda_graph=options.cuda_graph,
+        **session.of_every_session(options),
     )
 
 

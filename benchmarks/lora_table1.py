@@ -142,12 +142,9 @@ def measure(built: Sequence[Built], shapes: Sequence[Shape], options: argparse.N
         base,
         *others,
         shapes=shapes,
-        provider=options.provider,
         margin=options.margin,
         seconds=session.QUICK_SECONDS if options.quick else options.seconds,
-        threads=options.threads,
-        seed=options.seed,
-        cuda_graph=options.cuda_graph,
+        **session.of_every_session(options),
     )
 
 

@@ -84,6 +84,11 @@ def add_latency_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--results", type=Path, default=HERE / "results", help="folder for what was measured")
 
 
+def of_every_session(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of them that `bench` takes by the same names."""
+    return {name: getattr(options, name) for name in ("provider", "threads", "seed", "cuda_graph")}
+
+
 def run(comparison: Comparison, options: argparse.Namespace) -> None:
     """Does it all; exits with 1 if a command fails or an answer is wrong."""
     try:

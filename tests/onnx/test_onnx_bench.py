@@ -16,7 +16,7 @@ import pytest
 
 from formats.errors import CorruptFile, PathNotFound, UnsafeFile
 from surgery.errors import InputsDiffer, ProviderUnavailable, Unsupported
-from surgery.onnx import latency
+from surgery.onnx import latency, session
 from surgery.onnx.record import read_record
 from surgery.onnx.session import provider_name
 from surgery.operations.bench import bench
@@ -195,6 +195,40 @@ def test_cuda_graphs_are_refused_elsewhere(tmp_path: Path) -> None:
     model = _tiny(tmp_path / "a.onnx", TOKENS)
     with pytest.raises(Unsupported, match="CUDA provider alone"):
         bench(model, model, cuda_graph=True)
+
+
+def test_what_a_gpu_is_asked_for() -> None:
+    """float32 that stays float32; runs captured where wanted; CUDA behind TensorRT, and the CPU behind neither."""
+    assert session._asked("CUDAExecutionProvider", False) == [("CUDAExecutionProvider", {"use_tf32": "0"})]
+    captured = {"use_tf32": "0", "enable_cuda_graph": "1"}
+    assert session._asked("CUDAExecutionProvider", True) == [("CUDAExecutionProvider", captured)]
+    names = [name for name, _ in session._asked("TensorrtExecutionProvider", False)]
+    assert names == ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
+
+
+def test_a_run_before_the_buffers_are_bound_is_not_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph keeps its buffers' addresses, and that run has others; by its graph's number, -1, it is left out."""
+    seen: list[str] = []
+
+    class Watched:
+        """A session that notes which graph a run belongs to."""
+
+        def __init__(self, real: Any) -> None:
+            self.real = real
+
+        def run(self, names: Any, feeds: Any, options: Any) -> Any:
+            seen.append(options.get_run_config_entry("gpu_graph_id"))
+            return self.real.run(names, feeds, options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+    path = _tiny(tmp_path / "a.onnx", TOKENS)
+    monkeypatch.setattr(session, "open_session", lambda *a, **k: Watched(onnxruntime.InferenceSession(str(path))))
+    feeds: Any = {name: np.ones((1, 4), np.int64) for name in TOKENS}
+    bound = session.bind(path, feeds, session.Setting("CPUExecutionProvider", None, cuda_graph=True))
+    bound.run()
+    assert seen == ["-1"]
 
 
 def test_a_shape_that_only_the_runtime_refuses(twins: Callable[[str], Any]) -> None:
