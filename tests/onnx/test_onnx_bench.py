@@ -45,7 +45,7 @@ def test_report_is_plain_and_complete(twins: Callable[[str], Any], tmp_path: Pat
     """A real comparison of base and merged at two shapes: everything a doubter would ask for is in the record."""
     base, merged = twins("bert")
     record = tmp_path / "record.json"
-    report = bench(base.onnx, merged.onnx, shapes=[(2, 9), (1, 4)], seconds=1, threads=1, seed=4, record=record)
+    report = bench(base.onnx, merged.onnx, shapes=[(2, 9), (1, 4)], seconds=4, threads=1, seed=4, record=record)
     assert read_record(record) == report
     said = json.loads(record.read_text())
     assert said == json.loads(json.dumps(dataclasses.asdict(report)))
