@@ -153,14 +153,14 @@ def build(work: Path, size: Size, dtype: str) -> list[Built]:
     base = transformers.GPT2LMHeadModel(size.config()).to(getattr(torch, dtype))
     base.save_pretrained(work / "base-model")
     count = base.num_parameters()
-    built = [_exported(BASE, work / "base-model", 0)]
+    built = [exported(BASE, work / "base-model", 0)]
 
     factors = _factors(size)
     save_file(factors, work / "lora.safetensors")
     told = surgery.Told(alpha=ALPHA, enable_lora=(True, False, True))
     surgery.merge(work / "base-model", work / "lora.safetensors", work / "merged-model", told=told)
     shutil.rmtree(work / "base-model")
-    built.append(_exported(MERGED, work / "merged-model", 0))
+    built.append(exported(MERGED, work / "merged-model", 0))
     shutil.rmtree(work / "merged-model")
 
     weights = base.state_dict()
@@ -173,13 +173,14 @@ def build(work: Path, size: Size, dtype: str) -> list[Built]:
         added = model.num_parameters() - count
         model.save_pretrained(work / "model")
         del model
-        built.append(_exported(name, work / "model", added))
+        built.append(exported(name, work / "model", added))
         shutil.rmtree(work / "model")
     stamp.write_text(json.dumps([asdict(each) for each in built]))
     return built
 
 
-def _exported(name: str, model: Path, added: int) -> Built:
+def exported(name: str, model: Path, added: int) -> Built:
+    """Exports a model's folder beside it, compared with torch."""
     out = model.parent / name.replace(", ", "-").replace(" ", "-") / "model.onnx"
     report = surgery.export_onnx(model, out)
     (graph,) = report.graphs

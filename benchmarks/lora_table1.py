@@ -65,16 +65,9 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         help="batch x length; several times [the paper's; 1x32 and 1x128 on a CPU]",
     )
-    made.add_argument("--dtype", choices=["float32", "float16"], default="float32")
-    made.add_argument("--provider", default="cpu", help="cpu, cuda … [%(default)s]")
-    made.add_argument("--cuda-graph", action="store_true", help="capture each pass into a CUDA graph")
     made.add_argument("--margin", type=float, default=0.02, help="the difference that does not matter [%(default)s]")
     made.add_argument("--seconds", type=float, default=600.0, help="for each graph and shape, at most [%(default)s]")
-    made.add_argument("--threads", type=int, help="of each session [the runtime's choice]")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--work", type=Path, help="keep the graphs here [a temporary directory; 8 GB in float32]")
-    made.add_argument("--quick", action="store_true", help="a tiny model, no results kept")
-    made.add_argument("--results", type=Path, default=session.HERE / "results", help="folder for what was measured")
+    session.add_latency_options(made)
     return made
 
 
@@ -149,12 +142,9 @@ def measure(built: Sequence[Built], shapes: Sequence[Shape], options: argparse.N
         base,
         *others,
         shapes=shapes,
-        provider=options.provider,
         margin=options.margin,
-        seconds=1.0 if options.quick else options.seconds,
-        threads=options.threads,
-        seed=options.seed,
-        cuda_graph=options.cuda_graph,
+        seconds=session.QUICK_SECONDS if options.quick else options.seconds,
+        **session.of_every_session(options),
     )
 
 

@@ -29,6 +29,7 @@ from processes import CommandFailed, Contender, measure
 HERE = Path(__file__).parent
 PYTHON = sys.executable
 SURGERY = str(Path(sys.executable).with_name("surgery"))
+QUICK_SECONDS = 5.0  # of a bench on a tiny model, at most: enough on a busy machine too
 _QUICK_ROUNDS = 2
 _BUSY = 0.05  # share of the machine beyond which timings mean little
 
@@ -69,6 +70,23 @@ def parser(description: str, rounds: int) -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="a tiny model, two rounds, no results kept")
     made.add_argument("--results", type=Path, default=HERE / "results", help="folder for what was measured")
     return made
+
+
+def add_latency_options(made: argparse.ArgumentParser) -> None:
+    """The options that benchmarks by `surgery bench` share."""
+    made.add_argument("--dtype", choices=["float32", "float16"], default="float32")
+    made.add_argument("--provider", default="cpu", help="cpu, cuda … [%(default)s]")
+    made.add_argument("--cuda-graph", action="store_true", help="capture each pass into a CUDA graph")
+    made.add_argument("--threads", type=int, help="of each session [the runtime's choice]")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--work", type=Path, help="keep the graphs here [a temporary directory; 8 GB in float32]")
+    made.add_argument("--quick", action="store_true", help="a tiny model, no results kept")
+    made.add_argument("--results", type=Path, default=HERE / "results", help="folder for what was measured")
+
+
+def of_every_session(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of them that `bench` takes by the same names."""
+    return {name: getattr(options, name) for name in ("provider", "threads", "seed", "cuda_graph")}
 
 
 def run(comparison: Comparison, options: argparse.Namespace) -> None:

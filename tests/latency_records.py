@@ -91,6 +91,7 @@ def record(*comparisons: Comparison, **changes: object) -> BenchReport:
         "machine": {"processor": "A Processor 9000", "cores": "2", "system": "Linux"},
         "started": "2026-11-22T10:11:12+00:00",
         "comparisons": compared,
+        "session": {"inter_op_num_threads": "1", "session.intra_op.allow_spinning": "no spinning"},
     }
     return BenchReport(**{**plain, **changes})  # type: ignore[arg-type]
 

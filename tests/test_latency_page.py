@@ -76,6 +76,8 @@ def test_a_browser_shows_every_figure_and_asks_for_nothing(page: Page, tmp_path:
         *report.machine.values(),
         *report.sha256.values(),
         *report.sha256,
+        *report.session,
+        *report.session.values(),
         "arena",
     ):
         assert known in text

@@ -131,6 +131,11 @@ def _show(report: BenchReport) -> None:
     epochs = sum(len(each.epochs) for each in report.comparisons)
     options.show(f"{blocks} blocks on {epochs} sets of sessions in {report.seconds:.0f} s, begun {report.started}")
     for each in report.comparisons:
+        if each.device_bytes is not None and each.device_bytes_reference is not None:
+            ours, theirs = each.device_bytes / 1e6, each.device_bytes_reference / 1e6
+            place = f"{each.graph} at {each.shape[0]}×{each.shape[1]}"
+            options.show(f"{place}: a session takes {ours:,.0f} MB of memory, one of the reference {theirs:,.0f} MB")
+    for each in report.comparisons:
         role = " (positive control)" if each.role == "positive control" else ""
         place = f"{each.graph}{role} at {each.shape[0]}×{each.shape[1]}"
         options.show(f"{place}: {each.verdict} at a margin of {report.margin:.1%} ({each.reason})")

@@ -20,7 +20,7 @@ from typing import Any
 from formats.spec import DType, TensorSpec
 from surgery.errors import MissingTensors, UnknownArchitecture, Unsupported
 from surgery.meta_model import known_names
-from surgery.onnx.kinds import kind_of
+from surgery.onnx.kinds import EXPORTED, kind_of
 from surgery.onnx.program import Kind
 from surgery.onnx.settings import settings_of
 
@@ -114,6 +114,7 @@ def _find_class(name: str, path: Path) -> Any:
     raise UnknownArchitecture(
         "transformers has no model class of this name",
         where=path,
+        expected=EXPORTED,
         found=f"{name}; nearest: {', '.join(near)}" if near else name,
         then=f"correct `architectures`, install a transformers that has it (here {transformers.__version__}), or build "
         "it yourself: --factory package.module:function with the file of its weights",
@@ -140,9 +141,10 @@ def _class_name(path: Path, said: Mapping[str, Any]) -> str:
         raise UnknownArchitecture(
             "config.json does not name the model's class",
             where=path,
-            expected='"architectures": ["BertModel"], say',
+            expected=f'"architectures": ["BertModel"], say: {EXPORTED}',
             found=f'"architectures": {json.dumps(names)}',
-            then="add the class that the checkpoint was saved from",
+            then="add the class that the checkpoint was saved from, or build the module yourself: --factory "
+            "package.module:function with the file of its weights",
         )
     return names[0]
 

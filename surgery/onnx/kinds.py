@@ -18,6 +18,9 @@ from surgery.onnx.program import FLOAT, Input
 from surgery.onnx.single_pass import SinglePass, audio_program, image_program, token_program
 
 OPTIONAL_INPUTS = ("attention_mask", "token_type_ids")  # after input_ids, where the model listens to them
+EXPORTED = (
+    "a class of transformers that takes tokens, images of one size or log-mel features, encoder–decoders included"
+)
 _NO_CACHE = "leave out --with-cache"
 _IMAGE_SIDE = 224  # where neither config.json nor preprocessor_config.json says
 _FACTORY = "build the module yourself: --factory package.module:function, with --inputs and the file of its weights"
@@ -143,6 +146,6 @@ def _refused(model_class: Any, folder: Path, reason: str, then: str = _FACTORY) 
     return Unsupported(
         f"cannot export {model_class.__name__}: {reason}",
         where=folder / "config.json",
-        expected="tokens, images of one size, log-mel features, or an encoder–decoder over them, in floating point",
+        expected=f"{EXPORTED}, in floating point",
         then=then,
     )

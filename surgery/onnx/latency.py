@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from surgery.onnx.machine import device_memory
 from surgery.onnx.record import Epoch
-from surgery.onnx.session import Bound, Setting, assigned, bind, provider_options
+from surgery.onnx.session import Bound, Setting, assigned, bind, provider_options, session_settings
 from surgery.onnx.verdict import FEWEST_EPOCHS
 
 if TYPE_CHECKING:
@@ -45,13 +45,15 @@ class Rehearsal:
 
     load: seconds of making and warming it.
     once: seconds of one run, warm.
+    settings: of the session, whatever the provider.
     options: of the provider, as the session has them.
     nodes: how many each provider got.
-    device_bytes: of the device's memory that it takes; None if unknown.
+    device_bytes: of the device's memory that it takes, on the CPU of the process's; None if unknown.
     """
 
     load: float
     once: float
+    settings: Mapping[str, str]
     options: Mapping[str, str]
     nodes: Mapping[str, int]
     device_bytes: int | None
@@ -86,8 +88,9 @@ def rehearse(path: Path, feeds: Feeds, setting: Setting) -> Rehearsal:
     once = _warm(bound)
     load = time.perf_counter() - began
     after = device_memory(setting.device)
-    taken = None if before is None or after is None else after - before
-    return Rehearsal(load, once, provider_options(bound.session, setting.provider), assigned(bound.session), taken)
+    taken = None if before is None or after is None else max(0, after - before)
+    options = provider_options(bound.session, setting.provider)
+    return Rehearsal(load, once, session_settings(bound.session), options, assigned(bound.session), taken)
 
 
 def least_seconds(a: Rehearsal, b: Rehearsal) -> float:

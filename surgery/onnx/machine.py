@@ -16,6 +16,7 @@ from pathlib import Path
 from surgery.threads import cores
 
 _CPUS = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+_OURSELVES = Path("/proc/self/status")
 _ZONES = Path("/sys/class/thermal")
 _GPU = {"gpu": "name", "gpu driver": "driver_version", "gpu memory": "memory.total"}
 _GPU_STATE = {
@@ -54,9 +55,11 @@ def condition(when: str) -> dict[str, str]:
 
 
 def device_memory(device: str) -> int | None:
-    """Bytes in use on the first graphics processor; None on the CPU, or where nobody tells."""
+    """Bytes in use on the first graphics processor, or by this process on the CPU, pages of files it looks at included;
+    None where nobody tells."""
     if device != "cuda":
-        return None
+        resident = next((line for line in _read(_OURSELVES).splitlines() if line.startswith("VmRSS:")), "").split()
+        return int(resident[1]) << 10 if len(resident) > 1 else None  # "VmRSS: 1234 kB"
     used = _nvidia({"used": "memory.used"}).get("used", "").partition(" ")[0]  # "1234 MiB"
     return int(used) << 20 if used.isdigit() else None
 

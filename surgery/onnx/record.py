@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
@@ -62,7 +62,8 @@ class Comparison:
         looks: how often the verdict was tried.
         level: error allowed to each claim at the last look.
         seconds: how long it took, loading included.
-        device_bytes_reference, device_bytes: of the device's memory that one session takes; None if unknown.
+        device_bytes_reference, device_bytes: of the device's memory that one session takes, or of the process's; None
+            if unknown.
         epochs: every set of sessions.
     """
 
@@ -103,6 +104,8 @@ class BenchReport(Report):
         margin: what was declared: 0.01 means within 1 % of the reference.
         seed: of inputs, order and bootstrap.
         threads: intra-op threads asked for; None leaves it to ONNX Runtime.
+        session: threads, spinning, order and optimisation of every session, by ONNX Runtime's names; records of older
+            versions lack it.
         cuda_graph: whether runs were captured into a CUDA graph and replayed.
         sha256: of each file read.
         same_graph: for each other graph, whether its `.onnx` is the reference's byte for byte, so that only weights
@@ -129,6 +132,7 @@ class BenchReport(Report):
     machine: Mapping[str, str]
     started: str
     comparisons: tuple[Comparison, ...]
+    session: Mapping[str, str] = field(default_factory=dict)
 
 
 def to_json(report: BenchReport) -> str:
@@ -171,9 +175,15 @@ def _restored(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise _NotOurs(f"{where} is {type(value).__name__}")
         kinds = get_type_hints(kind)
-        if kinds.keys() != value.keys():
-            raise _NotOurs(f"{where} has other fields: {', '.join(sorted(kinds.keys() ^ value.keys()))}")
-        return kind(**{name: _restored(each, value[name], f"{where}.{name}") for name, each in kinds.items()})  # type: ignore[operator]
+        needed = {
+            each.name
+            for each in dataclasses.fields(kind)
+            if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        }
+        if not needed <= value.keys() <= kinds.keys():
+            odd = (needed - value.keys()) | (value.keys() - kinds.keys())
+            raise _NotOurs(f"{where} has other fields: {', '.join(sorted(odd))}")
+        return kind(**{name: _restored(kinds[name], each, f"{where}.{name}") for name, each in value.items()})  # type: ignore[operator]
     origin, inner = get_origin(kind), get_args(kind)
     if origin is tuple and isinstance(value, list):
         parts = inner[:1] * len(value) if inner[-1] is Ellipsis else inner

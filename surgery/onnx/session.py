@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _ON_CUDA = (CUDA, TENSORRT)
+_RECORDED = (
+    "intra_op_num_threads", "inter_op_num_threads", "execution_mode", "graph_optimization_level",
+    "enable_cpu_mem_arena", "enable_mem_pattern", "use_deterministic_compute",
+)  # fmt: skip
 _SETTINGS = {"session.intra_op.allow_spinning": "0", "session.record_ep_graph_assignment_info": "1"}
 
 
@@ -111,13 +115,21 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+        options.log_severity_level = 4  # or it says that there is no profile of a graph which does not load
     try:
         with _muffled() if provider != "CPUExecutionProvider" else contextlib.nullcontext():
             if provider in _ON_CUDA:
                 onnxruntime.preload_dlls()
             session = onnxruntime.InferenceSession(str(path), options, providers=_asked(provider, cuda_graph))
     except Exception as error:  # its exceptions share no base class of their own
-        raise Unsupported("ONNX Runtime does not load this graph", where=path, found=error) from error
+        raise Unsupported(
+            "ONNX Runtime does not load this graph",
+            where=path,
+            found=error,
+            then="export it with an opset that this ONNX Runtime has, or install a newer one"
+            if _opset(error)
+            else None,
+        ) from error
     nodes = assigned(session)
     actual = session.get_providers()[0]
     if actual != provider or (nodes and provider not in nodes):
@@ -129,6 +141,11 @@ def open_session(
             then="install what that provider needs (for CUDA: its libraries and a GPU), or ask for another",
         )
     return session
+
+
+def _opset(error: Exception) -> bool:
+    """Whether a graph is refused for its opset or its IR version."""
+    return any(each in str(error) for each in ("ValidateOpsetForDomain", "Unsupported model IR version"))
 
 
 def _asked(provider: str, cuda_graph: bool) -> list[tuple[str, dict[str, str]]]:
@@ -152,6 +169,14 @@ def assigned(session: Any) -> dict[str, int]:
 def provider_options(session: Any, provider: str) -> Mapping[str, str]:
     """The provider's options as the session has them."""
     return {name: str(value) for name, value in sorted(session.get_provider_options().get(provider, {}).items())}
+
+
+def session_settings(session: Any) -> Mapping[str, str]:
+    """How the session runs whatever the provider, by ONNX Runtime's names; 0 threads are as many as it likes."""
+    options = session.get_session_options()
+    plain = {name: getattr(options, name) for name in _RECORDED}
+    said = {name: str(getattr(value, "name", value)) for name, value in plain.items()}
+    return said | {key: options.get_session_config_entry(key) for key in _SETTINGS}
 
 
 @contextlib.contextmanager

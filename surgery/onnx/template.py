@@ -136,7 +136,7 @@ def _dtype(model: Exportable, stored: Mapping[str, TensorSpec]) -> DType:
             where=model.where,
             expected="F32 or F16",
             found=dtype,
-            then="say --dtype float32 or float16; or, for another provider, --dtype bfloat16 --no-verify",
+            then="say --dtype float32 or float16; or, for another provider, --dtype bfloat16",
         )
     return dtype
 

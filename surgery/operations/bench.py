@@ -148,7 +148,8 @@ def bench(
             sha256=hashes,
             same_graph={str(path): hashes[str(path)] == hashes[str(paths[0])] for path in paths[1:]},
             assigned={str(path): rehearsed[path, shapes[0]].nodes for path in paths},
-            versions=_versions(),
+            session=some.settings,
+            versions=_versions(setting.device),
             machine=described | condition("after"),
             started=started,
             comparisons=tuple(_believed(comparisons)),
@@ -180,8 +181,8 @@ class _Laboratory:
         """Runs every graph at every shape, so that what cannot run, or not in the time given, is known beforehand."""
         from surgery.onnx.latency import least_seconds, rehearse
 
-        if self.setting.device == "cuda":  # the first session's time and memory are CUDA's libraries' for the most part
-            rehearse(self.reference, next(iter(self.feeds.values())), self.setting)
+        # the first session's time and memory are for a part, with CUDA for the most part, its libraries'
+        rehearse(self.reference, next(iter(self.feeds.values())), self.setting)
         done = {
             (path, shape): rehearse(path, feeds, self.setting)
             for shape, feeds in self.feeds.items()
@@ -322,12 +323,18 @@ def _ratios(interval: tuple[float, float]) -> tuple[float, float]:
     return math.exp(interval[0]), math.exp(interval[1])
 
 
-def _versions() -> dict[str, str]:
+def _versions(device: str) -> dict[str, str]:
     import numpy
     import onnx
     import onnxruntime
 
+    built: dict[str, str] = {}
+    if device == "cuda":
+        from onnxruntime.capi import build_and_package_info
+
+        built = {"cuda, of onnxruntime": str(getattr(build_and_package_info, "cuda_version", "unknown"))}
     return {
+        **built,
         "surgery": __version__,
         "onnxruntime": onnxruntime.__version__,
         "onnx": onnx.__version__,

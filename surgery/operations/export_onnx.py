@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from surgery.onnx.program import Exportable
     from surgery.onnx.verify import Verification
 
+_IN_FLOAT32 = (
+    "compared over bfloat16 weights and in float32 otherwise, on both sides: ONNX Runtime's CPU provider does not run "
+    "bfloat16"
+)
+
 
 @dataclass(frozen=True)
 class ExportedGraph:
@@ -162,7 +167,7 @@ def export_onnx(
                 cached = any(name.startswith("past_key_values.") for name in plan.inputs)
                 plan = replace(plan, model=_exportable(source, cached, factory, inputs))
         else:
-            _check_dtype(wanted or DType.F32, wanted, verify is not False, source)
+            _check_dtype(wanted or DType.F32, wanted, verify is not False and bool(guarded), source)
             exportable = _exportable(source, with_cache, factory, inputs)
             for program in exportable.kind.programs:
                 check_target(source, target.with_name(program.prefix + target.name), force)
@@ -172,7 +177,7 @@ def export_onnx(
             plan = _traced(exportable, checkpoint, wanted, left)
         computed = next((spec.dtype for spec in plan.weights if spec.dtype.is_float), DType.F32)
         checked = plan.model if verify or (verify is None and graph is None) else None
-        _check_dtype(computed, wanted, checked is not None, source)
+        _check_dtype(computed, wanted, bool(checked and plan.left and plan.left.way), source)
         export = Export(source, target, plan.graphs, plan.weights, payload_layout(plan.weights), force, guarded)
         with staged(export, plan.payloads) as files:
             found, agreed = _verified(checked, plan, files.payload, computed, checkpoint) if checked else (None, None)
@@ -182,6 +187,8 @@ def export_onnx(
     fates += [Fate.UNUSED] * len(unused) + (plan.left.fates if plan.left else [])
     ran = agreed.nodes_run if agreed else found.nodes_run if found else {}
     unchecked = () if found or graph is not None else ("not compared with torch",)
+    if found and computed is DType.BF16:
+        unchecked = (_IN_FLOAT32,)
     return ExportReport(
         operation="export-onnx",
         output=str(target),
@@ -265,6 +272,7 @@ def _traced(model: Exportable, checkpoint: Checkpoint, dtype: DType | None, left
     """New graphs, made without weights."""
     from surgery.onnx.payload import attach_payload
     from surgery.onnx.template import build_templates
+    from surgery.onnx.verify import check_structure
 
     bare = build_templates(model, checkpoint.specs, dtype)
     for first, *rest in bare[0].ties:
@@ -277,6 +285,8 @@ def _traced(model: Exportable, checkpoint: Checkpoint, dtype: DType | None, left
         {t.prefix: attach_payload(each.model, t.weights, where) for each, t in zip(some, templates, strict=True)}
         for some in (templates, bare)
     )
+    for data in graphs.values():
+        check_structure(data, model.where)
     needed = frozenset(spec.name for template in bare for spec in template.weights)
     return _Plan(graphs, plain, weights, payloads, needed, model, left)
 
@@ -294,10 +304,8 @@ def _exportable(source: Path, cached: bool, factory: str | None, inputs: Sequenc
 def _verified(
     model: Exportable, plan: _Plan, payload: int, dtype: DType, checkpoint: Checkpoint
 ) -> tuple[Verification, Agreement | None]:
-    from surgery.onnx.verify import check_structure, verify_graphs
+    from surgery.onnx.verify import verify_graphs
 
-    for data in plan.graphs.values():
-        check_structure(data)
     if plan.left is None:
         return verify_graphs(model, plan.graphs, payload, dtype), None
     return plan.left.compare(model, plan.plain, plan.graphs, payload, dtype, checkpoint)
@@ -330,7 +338,8 @@ def _check_source(source: Path, alone: bool) -> None:
         )
 
 
-def _check_dtype(computed: DType, wanted: DType | None, checked: bool, source: Path) -> None:
+def _check_dtype(computed: DType, wanted: DType | None, kept: bool, source: Path) -> None:
+    """Refuses a dtype that is not the one asked for, and one that adapters which are `kept` cannot be compared in."""
     if wanted is not None and computed is not wanted:
         raise UnsupportedDType(
             "the graph computes in another dtype than the one asked for",
@@ -339,9 +348,9 @@ def _check_dtype(computed: DType, wanted: DType | None, checked: bool, source: P
             found=computed,
             then="leave out --dtype, or --graph",
         )
-    if checked and computed is DType.BF16:
+    if kept and computed is DType.BF16:
         raise UnsupportedDType(
-            "ONNX Runtime's CPU provider does not run bfloat16, so the graph cannot be compared with torch",
+            "ONNX Runtime's CPU provider does not run bfloat16, so adapters in the graph cannot be compared with torch",
             where=source,
             then="export it unchecked for another provider with --no-verify, or choose --dtype float32 or float16",
         )

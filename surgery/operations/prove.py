@@ -14,9 +14,10 @@ from surgery.errors import Unsupported
 from surgery.onnx.canonical import canonical
 from surgery.onnx.cost import Cost, cost
 from surgery.onnx.difference import Difference, first_difference
-from surgery.onnx.graph_file import count_nodes, load_graph
+from surgery.onnx.graph_file import count_nodes, external, load_graph
 from surgery.onnx.runtime import assignment_difference, optimise
 from surgery.onnx.session import provider_name
+from surgery.onnx.slots import all_tensors
 from surgery.report import Report, Stopwatch, peak_rss
 
 
@@ -74,7 +75,7 @@ def prove(a: str | Path, b: str | Path, *, provider: str = "cpu", shape: tuple[i
         shape: batch and sequence of the run whose operations and bytes are counted.
 
     Raises:
-        PathNotFound, CorruptFile: no graph there.
+        PathNotFound, CorruptFile: no graph there, or not its weights.
         UnsafeFile: weights outside of the graph's folder.
         ProviderUnavailable: the provider is not there, or would not run.
         Unsupported: a graph that ONNX Runtime does not load, or a shape that makes no sense.
@@ -85,6 +86,9 @@ def prove(a: str | Path, b: str | Path, *, provider: str = "cpu", shape: tuple[i
         raise Unsupported("a shape is a positive batch and sequence", found=f"{shape[0]}x{shape[1]}")
     name = provider_name(provider)
     models = (load_graph(paths[0]), load_graph(paths[1]))
+    for model, path in zip(models, paths, strict=True):
+        for tensor in all_tensors(model):
+            external(tensor, path)  # what lies elsewhere, or is not there, is told before anything else
     digests = (_sha256(paths[0]), _sha256(paths[1]))
     checks = [Check("bytes", digests[0] == digests[1])]
     checks.append(_check("graph", first_difference(*(canonical(*pair) for pair in zip(models, paths, strict=True)))))

@@ -199,7 +199,7 @@ def _figures(comparison: Comparison) -> Iterable[tuple[str, str]]:
     if comparison.tokens_per_second is not None:
         yield "tokens per second", f"{comparison.tokens_per_second:,.0f}"
     if comparison.device_bytes is not None:
-        yield "device memory", nbytes_text(comparison.device_bytes)
+        yield "memory of a session", nbytes_text(comparison.device_bytes)
     if comparison.device_bytes_reference is not None:
         yield "reference, memory", nbytes_text(comparison.device_bytes_reference)
     yield "blocks", f"{blocks} of {comparison.runs_per_block} runs"
@@ -241,6 +241,7 @@ def _record(report: BenchReport) -> str:
     options = {name: value for name, value in report.provider_options.items() if value}
     groups: tuple[tuple[str, Mapping[str, str]], ...] = (
         ("Settings", settings),
+        ("Sessions", report.session),
         ("Machine", report.machine),
         ("Versions", report.versions),
         ("Options of the provider", options),

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,6 +94,23 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Exp
         return made[kind]
 
     return export
+
+
+@pytest.fixture
+def loads_silently(capfd: pytest.CaptureFixture[str]) -> Callable[[str | Path], Any]:
+    """Loads a graph by ONNX Runtime with its warnings on; that it has any to give is an error."""
+    import onnxruntime
+
+    def load(path: str | Path) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 2  # warnings and worse
+        capfd.readouterr()
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        said = capfd.readouterr()
+        assert said.out + said.err == ""
+        return session
+
+    return load
 
 
 @pytest.fixture

@@ -56,6 +56,9 @@ def test_config_without_a_class(tmp_path: Path, content: str) -> None:
     with pytest.raises(UnknownArchitecture) as caught:
         read_architecture(tmp_path)
     assert caught.value.details["where"] == str(tmp_path / "config.json")
+    if content != "{":
+        assert "tokens, images" in caught.value.details["expected"]
+        assert "--factory" in caught.value.details["next"]
 
 
 @pytest.mark.parametrize("name", ["BertModle", "Trainer", "torch", "__name__"])
@@ -65,6 +68,8 @@ def test_unknown_class(tmp_path: Path, make_model: Make, edit_config: Make, name
     with pytest.raises(UnknownArchitecture) as caught:
         read_architecture(folder)
     assert name in caught.value.details["found"]
+    assert "tokens, images" in caught.value.details["expected"]
+    assert "--factory" in caught.value.details["next"]
     if name == "BertModle":
         assert "BertModel" in caught.value.details["found"]
 
@@ -175,6 +180,18 @@ def test_missing_tensors_are_named(tmp_path: Path, make_model: Make) -> None:
         checkpoint_specs(module, specs, folder)
     assert caught.value.details["expected"] == "encoder.layer.1.output.dense.bias, pooler.dense.weight"
     assert "encoder.layer.0.output.dense.bias" in caught.value.details["found"]
+
+
+def test_a_head_that_is_not_there(tmp_path: Path, make_model: Make) -> None:
+    """A classifier that config.json promises, and a head that it does not tie to the embedding."""
+    for kind, head in (("bert-classifier", "classifier.weight"), ("llama", "lm_head.weight")):
+        folder = make_model(tmp_path / kind, kind)
+        specs = _specs_of(folder)
+        del specs[head]
+        with pytest.raises(MissingTensors) as caught:
+            checkpoint_specs(build_module(read_architecture(folder), DType.F32), specs, folder)
+        assert caught.value.details["expected"] == head
+        assert "architectures" in caught.value.details["next"]
 
 
 def test_shapes_that_contradict_the_config(tmp_path: Path, make_model: Make, edit_config: Make) -> None:

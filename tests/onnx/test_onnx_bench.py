@@ -14,9 +14,9 @@ import onnx
 import onnxruntime
 import pytest
 
-from formats.errors import CorruptFile, PathNotFound
+from formats.errors import CorruptFile, PathNotFound, UnsafeFile
 from surgery.errors import InputsDiffer, ProviderUnavailable, Unsupported
-from surgery.onnx import latency
+from surgery.onnx import latency, session
 from surgery.onnx.record import read_record
 from surgery.onnx.session import provider_name
 from surgery.operations.bench import bench
@@ -45,7 +45,7 @@ def test_report_is_plain_and_complete(twins: Callable[[str], Any], tmp_path: Pat
     """A real comparison of base and merged at two shapes: everything a doubter would ask for is in the record."""
     base, merged = twins("bert")
     record = tmp_path / "record.json"
-    report = bench(base.onnx, merged.onnx, shapes=[(2, 9), (1, 4)], seconds=1, threads=1, seed=4, record=record)
+    report = bench(base.onnx, merged.onnx, shapes=[(2, 9), (1, 4)], seconds=4, threads=1, seed=4, record=record)
     assert read_record(record) == report
     said = json.loads(record.read_text())
     assert said == json.loads(json.dumps(dataclasses.asdict(report)))
@@ -58,6 +58,8 @@ def test_report_is_plain_and_complete(twins: Callable[[str], Any], tmp_path: Pat
         for file in (exported.onnx, exported.onnx.parent / "model.safetensors"):
             assert said["sha256"][str(file)] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert said["versions"]["onnxruntime"] == onnxruntime.__version__
+    assert said["session"]["intra_op_num_threads"] == "1"
+    assert said["session"]["session.intra_op.allow_spinning"] == "0"
     assert said["machine"].keys() >= {"processor", "cores", "system", "load before", "load after"}
     assert datetime.datetime.fromisoformat(said["started"]).tzinfo is not None
     assert [each["shape"] for each in said["comparisons"]] == [[2, 9], [1, 4]]
@@ -67,6 +69,7 @@ def test_report_is_plain_and_complete(twins: Callable[[str], Any], tmp_path: Pat
         assert 0 < each["quantiles"]["0.05"] <= each["latency"] <= each["quantiles"]["0.95"]
         assert each["tokens_per_second"] == pytest.approx(math.prod(each["shape"]) / each["latency"])
         assert each["noise_floor"] >= 0
+        assert min(each["device_bytes"], each["device_bytes_reference"]) >= 0  # tiny models hide in what is free
         for epoch in each["epochs"]:
             assert len(epoch["log_ratios"]) == len(epoch["at"]) == len(epoch["seconds"]) >= 3
             assert len(epoch["control"]) == len(epoch["control_at"]) >= 3
@@ -194,6 +197,40 @@ def test_cuda_graphs_are_refused_elsewhere(tmp_path: Path) -> None:
         bench(model, model, cuda_graph=True)
 
 
+def test_what_a_gpu_is_asked_for() -> None:
+    """float32 that stays float32; runs captured where wanted; CUDA behind TensorRT, and the CPU behind neither."""
+    assert session._asked("CUDAExecutionProvider", False) == [("CUDAExecutionProvider", {"use_tf32": "0"})]
+    captured = {"use_tf32": "0", "enable_cuda_graph": "1"}
+    assert session._asked("CUDAExecutionProvider", True) == [("CUDAExecutionProvider", captured)]
+    names = [name for name, _ in session._asked("TensorrtExecutionProvider", False)]
+    assert names == ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
+
+
+def test_a_run_before_the_buffers_are_bound_is_not_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph keeps its buffers' addresses, and that run has others; by its graph's number, -1, it is left out."""
+    seen: list[str] = []
+
+    class Watched:
+        """A session that notes which graph a run belongs to."""
+
+        def __init__(self, real: Any) -> None:
+            self.real = real
+
+        def run(self, names: Any, feeds: Any, options: Any) -> Any:
+            seen.append(options.get_run_config_entry("gpu_graph_id"))
+            return self.real.run(names, feeds, options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+    path = _tiny(tmp_path / "a.onnx", TOKENS)
+    monkeypatch.setattr(session, "open_session", lambda *a, **k: Watched(onnxruntime.InferenceSession(str(path))))
+    feeds: Any = {name: np.ones((1, 4), np.int64) for name in TOKENS}
+    bound = session.bind(path, feeds, session.Setting("CPUExecutionProvider", None, cuda_graph=True))
+    bound.run()
+    assert seen == ["-1"]
+
+
 def test_a_shape_that_only_the_runtime_refuses(twins: Callable[[str], Any]) -> None:
     """More positions than the model has: known before anything is measured, with the shape in the message."""
     base, merged = twins("bert")
@@ -213,6 +250,17 @@ def test_files_that_are_not_there_or_no_graphs(tmp_path: Path, bert: Any) -> Non
     (tmp_path / "alone.onnx").write_bytes(bert.onnx.read_bytes())
     with pytest.raises(PathNotFound, match="weights are not where it says"):
         bench(tmp_path / "alone.onnx", tmp_path / "alone.onnx")
+
+
+@pytest.mark.parametrize("location", ["../weights", "/weights"])
+def test_weights_that_lead_elsewhere(tmp_path: Path, location: str) -> None:
+    """Nothing is read outside of the graph's folder."""
+    model = onnx.load(_tiny(tmp_path / "a.onnx", TOKENS))
+    outside = model.graph.initializer.add(name="w", dims=[1], data_type=1, data_location=1)
+    outside.external_data.add(key="location", value=location)
+    (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UnsafeFile):
+        bench(tmp_path / "a.onnx", tmp_path / "a.onnx")
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from surgery.onnx.payload import PAYLOAD
 from surgery.operations.export_onnx import ExportReport, export_onnx
 from surgery.operations.extract import extract
 from surgery.operations.merge import merge
+from surgery.operations.prove import prove
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
@@ -72,9 +74,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
 
 @pytest.mark.parametrize("name", TABLE.CLASSES)
 def test_base_and_merged_share_a_graph_that_runs_like_torch(
-    exported: Callable[[str], Pair], capfd: pytest.CaptureFixture[str], name: str
+    exported: Callable[[str], Pair], loads_silently: Callable[..., Any], name: str
 ) -> None:
-    """Identical graphs over other weights; both agree with torch, pass onnx's checker, and load without a word."""
+    """Identical graphs over other weights, as prove finds too; both agree with torch, pass onnx's checker, and load
+    without a word."""
     pair = exported(name)
     assert pair.base_report.payload_blake3 != pair.merged_report.payload_blake3
     for report in (pair.base_report, pair.merged_report):
@@ -85,10 +88,19 @@ def test_base_and_merged_share_a_graph_that_runs_like_torch(
         assert Path(base.path).read_bytes() == Path(merged.path).read_bytes()
         assert base.nodes_run == merged.nodes_run
         onnx.checker.check_model(merged.path, full_check=True)
-        capfd.readouterr()
-        onnxruntime.InferenceSession(merged.path, providers=["CPUExecutionProvider"])
-        said = capfd.readouterr()
-        assert said.out + said.err == ""
+        loads_silently(merged.path)
+        proof = prove(base.path, merged.path, shape=(2, 8))
+        assert (proof.same, proof.level, proof.difference) == (True, "bytes", None)
+
+
+def test_the_resnets_convolutions_were_adapted(exported: Callable[[str], Pair]) -> None:
+    """What was merged there is LoRA of convolutions, and every one of them differs from the base's."""
+    pair = exported("resnet")
+    adapter = load_file(pair.base.parent / "adapter" / "adapter_model.safetensors")
+    kernels = [name for name, tensor in adapter.items() if name.endswith("lora_A.weight") and tensor.ndim == 4]
+    base, merged = (load_file(folder / "model.safetensors") for folder in (pair.base, pair.merged))
+    changed = [name for name, tensor in merged.items() if tensor.ndim == 4 and not torch.equal(tensor, base[name])]
+    assert 3 <= len(kernels) <= len(changed)
 
 
 @pytest.mark.parametrize("name", TABLE.CLASSES)

