@@ -10,20 +10,20 @@ times are `surgery bench`'s: paired, with a control of the reference against its
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import report
+import session
+from adapter_files import BOTH, Maker
+from report import Sheet
 
 import surgery
 
 INNER = 64  # the bottlenecks' own width
 RESULTS = Path(__file__).parent / "results"
-_CONFIG = Path(__file__).parent.parent / "tests/golden/bottleneck/bert/double_seq_bn/adapter_config.json"
 
 
 def write_model(folder: Path, layers: int, width: int) -> Path:
@@ -40,68 +40,61 @@ def write_model(folder: Path, layers: int, width: int) -> Path:
     return folder
 
 
-def write_adapter(folder: Path, layers: int, width: int, inner: int) -> Path:
-    """Bottlenecks of random weights, behind every attention and every MLP, as the library adapters saves them."""
-    import torch
-    from safetensors.torch import save_file
-
-    generator = torch.Generator().manual_seed(1)
-    tensors = {}
-    for number in range(layers):
-        for place in ("attention.output", "output"):
-            path = f"encoder.layer.{number}.{place}.adapters.style"
-            for name, shape in (("adapter_down.0", (inner, width)), ("adapter_up", (width, inner))):
-                tensors[f"{path}.{name}.weight"] = 0.02 * torch.randn(shape, generator=generator)
-                tensors[f"{path}.{name}.bias"] = 0.02 * torch.randn(shape[0], generator=generator)
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter.safetensors")
-    config = json.loads(_CONFIG.read_text())
-    config["hidden_size"] = width
-    config["config"]["reduction_factor"] = width / inner
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
 def main() -> None:
-    """Exports, times, prints, and keeps the records."""
+    """Exports, times, prints, and keeps the records and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--sequence", type=int, default=128)
     parser.add_argument("--provider", default="cpu")
     parser.add_argument("--seconds", type=float, default=200.0, help="for each comparison")
-    parser.add_argument("--keep", action="store_true", help="put the records into results/")
+    parser.add_argument("--keep", action="store_true", help="put records and table into results/")
     options = parser.parse_args()
     inner = min(INNER, options.width // 2)
-    with tempfile.TemporaryDirectory(prefix="surgery-half-fold-") as temporary:
-        root = Path(temporary)
-        model = write_model(root / "model", options.layers, options.width)
-        adapter = write_adapter(root / "adapter", options.layers, options.width, inner)
+    conditions = session.conditions({})
+    name = f"{conditions['date']}-half-fold-{options.provider}"
+    rows, kept = list[tuple[str, ...]](), []
+    with tempfile.TemporaryDirectory(prefix="surgery-half-fold-") as temporary, contextlib.chdir(temporary):
+        model = write_model(Path("model"), options.layers, options.width)
+        adapter = Maker.of(model).bottlenecks(Path("adapter"), "double_seq_bn", BOTH, inner)
         how: dict[str, dict[str, Any]] = {
             "base": {},
             "branch": {"adapters": [adapter], "adapters_as": "branch"},
             "half-folded": {"adapters": [adapter], "adapters_as": "half-folded"},
         }
-        exported = {name: surgery.export_onnx(model, root / name / "model.onnx", **each) for name, each in how.items()}
-        nodes = {name: report.nodes_run for name, report in exported.items()}
-        table = Table("graph", "against", "nodes", "latency ratio", "interval", "verdict")
-        for reference, graphs in (("base", ("branch", "half-folded")), ("branch", ("half-folded",))):
-            day = datetime.datetime.now(datetime.UTC).date()
-            record = RESULTS / f"{day}-half-fold-{options.provider}-{reference}.json" if options.keep else None
-            report = surgery.bench(
-                root / reference / "model.onnx",
-                *(root / name / "model.onnx" for name in graphs),
+        graphs = {each: f"{each}/model.onnx" for each in how}
+        nodes = {each: surgery.export_onnx(model, graphs[each], **how[each]).graphs[0].nodes_run for each in how}
+        for reference, others in (("base", ("branch", "half-folded")), ("branch", ("half-folded",))):
+            kept.append(f"{name}-{reference}.json")
+            found = surgery.bench(
+                graphs[reference],
+                *(graphs[each] for each in others),
                 shapes=((1, options.sequence),),
                 provider=options.provider,
                 seconds=options.seconds,
-                record=record,
+                record=RESULTS / kept[-1] if options.keep else None,
                 force=True,
             )
-            for name, found in zip(graphs, report.comparisons, strict=True):
-                low, high = found.interval
-                ratio, interval = f"{found.ratio:.3f}", f"{low:.3f}–{high:.3f}"
-                table.add_row(name, reference, f"{nodes[name]} : {nodes[reference]}", ratio, interval, found.verdict)
-        Console().print(table)
+            for each, compared in zip(others, found.comparisons, strict=True):
+                low, high = compared.interval
+                interval = f"{low:.3f} – {high:.3f}"
+                counts = f"{nodes[each]} : {nodes[reference]}"
+                rows.append((each, reference, counts, f"{compared.ratio:.3f}", interval, compared.verdict))
+    title = f"Houlsby's bottlenecks of {inner} in a BERT of {options.layers} layers, width {options.width}"
+    heads = ("graph", "against", "nodes run", "latency ratio", "interval", "verdict")
+    sheets = [Sheet(f"{title}, at 1 × {options.sequence}", heads, rows)]
+    remarks = [
+        f"{conditions['date']}, commit {conditions['commit'] or 'unknown'}; {session.machine(conditions)}",
+        f"{found.provider}, a margin of {100 * found.margin:g} %; every graph was compared with torch before",
+        ", ".join(f"{package} {version}" for package, version in found.versions.items()),
+    ]
+    report.show(sheets, remarks)
+    if options.keep:
+        said = " ".join(
+            f"--{each} {getattr(options, each)}" for each in ("layers", "width", "sequence", "provider", "seconds")
+        )
+        commands = {f"every block: {', '.join(kept)}": f"python benchmarks/half_fold.py {said} --keep"}
+        (RESULTS / f"{name}.md").write_text(report.as_markdown(sheets, commands, remarks), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from surgery.budget import Budget
     from surgery.engine import Resources
     from surgery.errors import FormatError, ReportedError, SurgeryError
+    from surgery.onnx.compared import CompareReport
     from surgery.onnx.record import BenchReport
     from surgery.operations.bench import bench
     from surgery.operations.combine import CombineReport, combine
+    from surgery.operations.compare import compare
     from surgery.operations.containers import ContainerReport, convert_container
     from surgery.operations.convert import ConvertReport, convert
     from surgery.operations.diff import DiffReport, diff
@@ -53,6 +55,8 @@ _HOMES = {
     "BenchReport": "surgery.onnx.record",
     "combine": "surgery.operations.combine",
     "CombineReport": "surgery.operations.combine",
+    "compare": "surgery.operations.compare",
+    "CompareReport": "surgery.onnx.compared",
     "convert_container": "surgery.operations.containers",
     "ContainerReport": "surgery.operations.containers",
     "convert": "surgery.operations.convert",
@@ -105,6 +109,7 @@ __all__ = [
     "Bounded",
     "Budget",
     "CombineReport",
+    "CompareReport",
     "ContainerReport",
     "ConvertReport",
     "DiffReport",
@@ -134,6 +139,7 @@ __all__ = [
     "__version__",
     "bench",
     "combine",
+    "compare",
     "convert",
     "convert_container",
     "diff",

@@ -123,6 +123,7 @@ def test_modules_are_short_and_say_what_they_are(path: Path) -> None:
         ["extract", "--help"],
         ["spectrum", "--help"],
         ["bench", "--help"],
+        ["compare", "--help"],
     ],
     ids=" ".join,
 )

@@ -25,6 +25,7 @@ COMMANDS = {
     "export-onnx": "surgery.cli.export_onnx",
     "prove": "surgery.cli.prove",
     "bench": "surgery.cli.bench",
+    "compare": "surgery.cli.compare",
     "convert": "surgery.cli.convert",
     "inspect": "surgery.cli.inspect",
     "diff": "surgery.cli.diff",

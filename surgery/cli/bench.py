@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import options
+from surgery.cli import measuring, options
 
 if TYPE_CHECKING:
     from surgery.onnx.record import BenchReport
@@ -17,22 +15,8 @@ if TYPE_CHECKING:
 
 @click.command("bench", epilog="Example: surgery bench base-onnx/model.onnx merged-onnx/model.onnx --expect equivalent")
 @click.argument("graphs", type=options.PATH, nargs=-1, metavar="REFERENCE GRAPH...")
-@click.option(
-    "--shape",
-    "shapes",
-    type=options.Shape(),
-    multiple=True,
-    default=("1x128",),
-    help="Batch and sequence [1x128]; repeatable.",
-)
-@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt … It must really run.")
+@measuring.measuring_options("For each graph and shape, at most; less if clear.")
 @click.option("--cuda-graph", is_flag=True, help="cuda: capture the run into a CUDA graph and time its replay.")
-@click.option("--margin", type=float, default=0.01, show_default=True, help="The difference that does not matter.")
-@click.option(
-    "--seconds", type=float, default=60.0, show_default=True, help="For each graph and shape, at most; less if clear."
-)
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of each session [the runtime's choice].")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of inputs, order and bootstrap.")
 @click.option(
     "--positive-control", type=options.PATH, metavar="GRAPH", help="Must be found slower, or nothing is said."
 )
@@ -41,18 +25,7 @@ if TYPE_CHECKING:
     type=click.Choice(["equivalent", "faster", "slower"]),
     help="Exit with 3 if any verdict is another, with 4 on inconclusive.",
 )
-@click.option("--record", type=options.PATH, metavar="FILE", help="Write the report, every block in it, as JSON.")
-@click.option(
-    "--report",
-    "picture",
-    type=options.PATH,
-    metavar="FILE",
-    help="Draw the verdicts, every block and the record: a page .html, or the ratios alone, .svg.",
-)
-@click.option("--force", is_flag=True, help="Replace what stands at the paths of record and report.")
-@click.option(
-    "--replay", type=options.PATH, metavar="FILE", help="Print (and draw) a record again; nothing is measured."
-)
+@measuring.record_options("Draw the verdicts, every block and the record: a page .html, or the ratios alone, .svg.")
 @options.json_option
 def command(
     graphs: tuple[str, ...],
@@ -81,7 +54,7 @@ def command(
         if replay is not None:
             report = read_record(replay)
         else:
-            with _progress() as progress:
+            with measuring.progress() as progress:
                 report = bench(*graphs, force=force, **how, progress=progress)
         if as_json:
             options.print_json(report)
@@ -92,19 +65,6 @@ def command(
         options.show(f"report: {picture}")
     if expect is not None:
         _check(report, expect)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, float], None] | None]:
-    """A line on stderr, if that is a terminal; written between sessions, since a bar that moves would be timed too."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    clear = "\r\033[K"
-    try:
-        yield lambda name, share: click.echo(f"{clear}{name}: {share:.0%} of its time", nl=False, err=True)
-    finally:
-        click.echo(clear, nl=False, err=True)
 
 
 def _show(report: BenchReport) -> None:

@@ -76,6 +76,19 @@ class Shape(click.ParamType[tuple[int, int]]):
         return int(batch), int(sequence)
 
 
+class NamedPath(click.ParamType[tuple[str, str]]):
+    """`PATH` or `NAME=PATH`; a path that is there by its whole name is taken as it is, and has no name."""
+
+    name = "[name=]path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """Splits off the name."""
+        if isinstance(value, tuple):
+            return value
+        name, equals, path = str(value).partition("=")
+        return (name, path) if equals and not os.path.exists(value) else ("", str(value))
+
+
 def output_options(function: Callable[..., None]) -> Callable[..., None]:
     """-o and --force."""
     function = click.option("--force", is_flag=True, help="Replace what stands at the output.")(function)

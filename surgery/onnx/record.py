@@ -1,7 +1,7 @@
 """What a bench leaves behind: every block and all that was known about the machine, as plain data and as JSON.
 
-The JSON document is the report itself, so it can be printed again, drawn, or judged anew by somebody who doubts it.
-Knows neither clock nor graph.
+The JSON document is the report itself, so it can be printed again, drawn, or judged anew by somebody who doubts it;
+so is every other report that is kept whole. Knows neither clock nor graph.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from formats.errors import CorruptFile, PathNotFound
 from surgery.report import Report
 
 Verdict = Literal["equivalent", "slower", "faster", "inconclusive"]
 Role = Literal["candidate", "positive control"]
+Kept = TypeVar("Kept", bound=Report)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,31 +136,42 @@ class BenchReport(Report):
     session: Mapping[str, str] = field(default_factory=dict)
 
 
-def to_json(report: BenchReport) -> str:
-    """The record, which `read_record` reads."""
+def to_json(report: Report) -> str:
+    """The record, which `read_report` reads."""
     return json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) + "\n"
 
 
 def read_record(path: str | Path) -> BenchReport:
+    """A bench's report from its record. Raises as `read_report`."""
+    return read_report(path, BenchReport, "bench")
+
+
+def read_report(path: str | Path, kind: type[Kept], operation: str) -> Kept:
     """A report from its record.
+
+    Args:
+        path: the record.
+        kind: the report's type.
+        operation: its name on the command line.
 
     Raises:
         PathNotFound: no file there.
-        CorruptFile: it is no record of a bench, or of one that lacks what ours have.
+        CorruptFile: it is no record of that operation, or of one that lacks what ours have.
     """
     path = Path(path)
     if not path.is_file():
         raise PathNotFound("no such file", where=path)
     try:
         document = json.loads(path.read_bytes())
-        if not isinstance(document, dict) or document.get("operation") != "bench":
-            raise _NotOurs("no document of operation bench")
-        return cast(BenchReport, _restored(BenchReport, document, "record"))
+        if not isinstance(document, dict) or document.get("operation") != operation:
+            raise _NotOurs(f"no document of operation {operation}")
+        return cast(Kept, _restored(kind, document, "record"))
     except (_NotOurs, ValueError, RecursionError) as error:  # of which JSON's own and Unicode's errors are
         raise CorruptFile(
-            "not a record of surgery bench",
+            f"not a record of surgery {operation}",
             where=path,
-            expected="what `surgery bench --record FILE.json` or `--json` wrote, by a version that writes the same",
+            expected=f"what `surgery {operation} --record FILE.json` or `--json` wrote, by a version that writes the "
+            "same",
             found=error,
             then="name such a file, or measure again",
         ) from error

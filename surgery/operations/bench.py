@@ -23,7 +23,7 @@ from formats.staging import Staging, disk_errors, write_at
 from surgery.errors import Unsupported
 from surgery.onnx.graph_file import external, load_graph
 from surgery.onnx.record import BenchReport, Comparison, Role, to_json
-from surgery.report import Stopwatch, peak_rss
+from surgery.report import Report, Stopwatch, peak_rss
 from surgery.version import __version__
 
 if TYPE_CHECKING:
@@ -79,18 +79,13 @@ def bench(
         OutputExists, WriteFailed: see Staging.
     """
     watch = Stopwatch()
-    if not (graphs and shapes and all(min(shape) > 0 for shape in shapes)):
-        raise Unsupported("bench needs a graph besides the reference, and positive shapes", found=f"shapes {shapes}")
-    if not (0 < margin < 1 and 0 < seconds < math.inf and (threads is None or threads > 0) and seed >= 0):
-        raise Unsupported(
-            "bench cannot measure this",
-            expected="a margin between 0 and 1, positive seconds and threads, and a seed that is not negative",
-            found=f"margin {margin}, {seconds} seconds, threads {threads}, seed {seed}",
-        )
+    if not graphs:
+        raise Unsupported("bench needs a graph besides the reference", where=reference)
+    check_settings(shapes, margin, seconds, threads, seed)
     candidates = tuple(dict.fromkeys(map(Path, graphs)))
     controls = () if positive_control is None else (Path(positive_control),)
     paths = (Path(reference), *controls, *candidates)
-    with _kept(record, paths, force) as keep:
+    with kept_record(record, paths, force) as keep:
         models = {path: load_graph(path) for path in paths}
 
         from surgery.onnx import feeds as inputs
@@ -158,6 +153,35 @@ def bench(
     return report
 
 
+def check_settings(
+    shapes: Sequence[tuple[int, int]], margin: float, seconds: float, threads: int | None, seed: int
+) -> None:
+    """Raises Unsupported for what no measurement can be made with."""
+    if not (shapes and all(min(shape) > 0 for shape in shapes)):
+        raise Unsupported("a measurement needs positive shapes", found=f"shapes {shapes}")
+    if not (0 < margin < 1 and 0 < seconds < math.inf and (threads is None or threads > 0) and seed >= 0):
+        raise Unsupported(
+            "bench cannot measure this",
+            expected="a margin between 0 and 1, positive seconds and threads, and a seed that is not negative",
+            found=f"margin {margin}, {seconds} seconds, threads {threads}, seed {seed}",
+        )
+
+
+def check_time(path: Path, shape: tuple[int, int], a: Rehearsal, b: Rehearsal, seconds: float) -> None:
+    """Raises Unsupported where `seconds` allow no verdict on b, the graph at `path`, against a."""
+    from surgery.onnx.latency import least_seconds
+
+    needed = least_seconds(a, b)
+    if needed > seconds:
+        raise Unsupported(
+            "too little time for any verdict",
+            where=f"{path} at {shape[0]}×{shape[1]}",
+            expected=f"about {math.ceil(needed)} seconds or more",
+            found=f"{seconds:g} seconds",
+            then="give it more --seconds, or choose a smaller --shape",
+        )
+
+
 @dataclass(frozen=True)
 class _Laboratory:
     """What all comparisons of a bench share.
@@ -179,7 +203,7 @@ class _Laboratory:
 
     def rehearse(self, paths: Sequence[Path]) -> dict[tuple[Path, tuple[int, int]], Rehearsal]:
         """Runs every graph at every shape, so that what cannot run, or not in the time given, is known beforehand."""
-        from surgery.onnx.latency import least_seconds, rehearse
+        from surgery.onnx.latency import rehearse
 
         # the first session's time and memory are for a part, with CUDA for the most part, its libraries'
         rehearse(self.reference, next(iter(self.feeds.values())), self.setting)
@@ -189,15 +213,7 @@ class _Laboratory:
             for path in dict.fromkeys(paths)
         }
         for path, shape in itertools.product(paths[1:], self.feeds):
-            needed = least_seconds(done[self.reference, shape], done[path, shape])
-            if needed > self.seconds:
-                raise Unsupported(
-                    "too little time for any verdict",
-                    where=f"{path} at {shape[0]}×{shape[1]}",
-                    expected=f"about {math.ceil(needed)} seconds or more",
-                    found=f"{self.seconds:g} seconds",
-                    then="give it more --seconds, or choose a smaller --shape",
-                )
+            check_time(path, shape, done[self.reference, shape], done[path, shape], self.seconds)
         return done
 
     def compare(
@@ -290,14 +306,17 @@ def _believed(comparisons: Sequence[Comparison]) -> Iterator[Comparison]:
 
 
 @contextlib.contextmanager
-def _kept(record: str | Path | None, inputs: Sequence[Path], force: bool) -> Iterator[Callable[[BenchReport], None]]:
-    """Opens the record's file, if one is wanted; the function that it gives writes the report there."""
+def kept_record(record: str | Path | None, inputs: Sequence[Path], force: bool) -> Iterator[Callable[[Report], None]]:
+    """Opens the record's file, if one is wanted; the function that it gives writes the report there.
+
+    Raises OutputExists: see Staging.
+    """
     if record is None:
         yield lambda report: None
         return
     staging = Staging(Path(record), folder=False, inputs=inputs, force=force)
 
-    def keep(report: BenchReport) -> None:
+    def keep(report: Report) -> None:
         text = to_json(report).encode()
         with disk_errors(staging.target):
             write_at(staging.create(size=len(text)), text, 0)

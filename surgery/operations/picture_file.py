@@ -10,7 +10,9 @@ from typing import TypeVar
 from formats.staging import Staging, disk_errors, write_at
 from surgery.curve import Spectrum
 from surgery.errors import SurgeryError
+from surgery.onnx.compared import CompareReport
 from surgery.onnx.record import BenchReport
+from surgery.pictures.compare_page import compare_page, compare_poster
 from surgery.pictures.latency_page import latency_page, latency_poster
 from surgery.pictures.page import page, poster
 
@@ -18,6 +20,7 @@ Subject = TypeVar("Subject")
 Forms = Mapping[str, Callable[[Subject], str]]  # suffix → what draws the subject
 
 LATENCY_FORMS: Forms[BenchReport] = {".html": latency_page, ".svg": latency_poster}
+COMPARISON_FORMS: Forms[CompareReport] = {".html": compare_page, ".svg": compare_poster}
 
 
 def spectra_forms(base: str | Path, tuned: str | Path) -> Forms[Sequence[Spectrum]]:

@@ -39,12 +39,28 @@ def _signed(share: float) -> str:
 
 
 def ratio_chart(
-    comparisons: Sequence[Comparison], margin: float, names: Mapping[str, str], width: int
+    comparisons: Sequence[Comparison],
+    margin: float,
+    names: Mapping[str, str],
+    width: int,
+    details: Mapping[str, str] | None = None,
 ) -> tuple[str, int]:
-    """All ratios with their intervals against the band of the margin, controls in grey; and the drawing's height."""
+    """All ratios with their intervals against the band of the margin, controls in grey; and the drawing's height.
+
+    Args:
+        comparisons: a row each.
+        margin: that was declared.
+        names: of the graphs, by path.
+        width: in pixels.
+        details: a line about each graph, by path; its shape then only where there are several. There is more room then.
+    """
     axis, place, ticks = _axis(comparisons, margin)
     narrow = width < 600
     row, left, right, top = (72, 14, 14, 26) if narrow else (50, 220, 196, 26)
+    room = 22 if narrow else 28
+    if details is not None:
+        row, left, room = (90, left, 30) if narrow else (row, 340, 44)
+    several = len({comparison.shape for comparison in comparisons}) > 1
     height = top + row * len(comparisons) + 44
     plot = Plot(width, height, (left, top, right, 44), axis, Scale(0, 1))
     edge = -100 * margin / (1 + margin), 100 * margin  # the two one-sided tests' bounds: ±log(1 + margin)
@@ -60,15 +76,19 @@ def ratio_chart(
         name = names[comparison.graph]
         shape = f"{comparison.shape[0]}×{comparison.shape[1]}"
         about = f"{shape}, {comparison.role}" if comparison.role != "candidate" else shape
+        if details is not None:
+            about = f"{details[comparison.graph]}; {about}" if several else details[comparison.graph]
         found = f"{change(comparison.ratio)}  ({span(comparison.interval)})"
         said = f"{SIGNS[comparison.verdict]} {comparison.verdict}"
-        line = down + (40 if narrow else 20)
+        line = down + (row - 32 if narrow else 20)
         if narrow:
-            body += text_at(left, down + 8, f"{cut(name, 22)}, {about}", "head", title=comparison.graph)
+            first = cut(name, room) if details is not None else f"{cut(name, room)}, {about}"
+            body += text_at(left, down + 8, first, "head", title=comparison.graph)
             body += text_at(width - right, down + 8, said, f"head {comparison.verdict}", "end")
-            body += text_at(left, down + 24, found, "tick")
+            body += text_at(left, down + 24, about, "tick") if details is not None else ""
+            body += text_at(left, line - 16, found, "tick")
         else:
-            body += text_at(14, down + 18, cut(name, 28), "head", title=comparison.graph)
+            body += text_at(14, down + 18, cut(name, room), "head", title=comparison.graph)
             body += text_at(14, down + 34, about, "tick")
             body += text_at(width - right + 16, down + 18, said, f"head {comparison.verdict}")
             body += text_at(width - right + 16, down + 34, found, "tick")

@@ -25,8 +25,9 @@ from surgery.pictures.latency_charts import (
 )
 from surgery.pictures.style import document, placed, sheet, variables
 
-_COLOURS = variables({"three": "#16794a"}, {"three": "#58c98d"})
-_DRAWING = """
+MARKS = (
+    variables({"three": "#16794a"}, {"three": "#58c98d"})
+    + """
 .mark .bar{stroke-width:3.4;stroke-linecap:round}.mark circle{stroke:var(--paper);stroke-width:1.2}
 .mark.control .bar{stroke-width:2}.control .bar{stroke:var(--edge)}.control circle{fill:var(--edge)}
 .equivalent .bar{stroke:var(--one)}.equivalent circle,text.equivalent{fill:var(--one)}
@@ -37,7 +38,9 @@ _DRAWING = """
 .dots{fill:none;stroke-linecap:round;stroke-width:3.4}.dots.one{stroke:var(--one);opacity:.55}
 .dots.all{stroke:var(--edge);opacity:.7}
 """
-_LAYOUT = """
+)
+TITLE = ".title{font-size:17px;font-weight:600;fill:var(--ink)}"
+LAYOUT = """
 h1{margin-bottom:4px}h2{overflow-wrap:anywhere}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(210px,1fr));gap:12px;margin:18px 0 0}
 .card{background:var(--card);border-radius:10px;border-left:5px solid var(--soft);padding:10px 14px}
@@ -60,7 +63,7 @@ font-size:13px}
 @media(max-width:520px){.cards{gap:8px}.card{padding:6px 12px}.card strong{font-size:17px}}
 h3{font-size:14px;margin:22px 0 4px}
 """
-_MEANING = (
+MEANING = (
     "Both graphs run in one process on the same inputs, in blocks A B B A of shuffled order; a block is one ratio of "
     "medians. Sessions are made anew several times: each set of them counts once, by its median block, and the "
     "interval and the two one-sided tests are over sets. The verdict is tried several times while time passes, and "
@@ -89,7 +92,7 @@ def latency_page(report: BenchReport) -> str:
     ]
     body = "".join(
         (
-            f"<h1>{escape(heading)}</h1>\n<p>{escape(_lead(report))}</p>\n",
+            f"<h1>{escape(heading)}</h1>\n<p>{escape(lead(report))}</p>\n",
             f'<div class="cards">{"".join(_card(each, names[each.graph]) for each in report.comparisons)}</div>\n',
             "<h2>Time against the reference</h2>\n",
             f"<p>A dot is the ratio, a bar its interval, against {escape(reference)}; in grey, {escape(reference)} "
@@ -97,11 +100,11 @@ def latency_page(report: BenchReport) -> str:
             "".join(drawings),
             *(f"\n{_section(each, report, names[each.graph], reference)}" for each in report.comparisons),
             _structure(report, names),
-            _record(report),
-            f"<footer>{escape(_MEANING)}</footer>\n",
+            record_section(report, command(report)),
+            f"<footer>{escape(MEANING)}</footer>\n",
         )
     )
-    return document(heading, body, _COLOURS + _DRAWING + _LAYOUT)
+    return document(heading, body, MARKS + LAYOUT)
 
 
 def latency_poster(report: BenchReport) -> str:
@@ -109,12 +112,10 @@ def latency_poster(report: BenchReport) -> str:
     names = short_names([report.reference, *(each.graph for each in report.comparisons)])
     chart, height = ratio_chart(report.comparisons, report.margin, names, WIDE)
     body = text_at(14, 32, _heading(report, {path: cut(name, 24) for path, name in names.items()}), "title") + text_at(
-        14, 52, _lead(report), "name"
+        14, 52, lead(report), "name"
     )
     body += placed(chart, 0, 64, WIDE, height)
-    return sheet(
-        body, WIDE, 64 + height, f"{_COLOURS}{_DRAWING}.title{{font-size:17px;font-weight:600;fill:var(--ink)}}"
-    )
+    return sheet(body, WIDE, 64 + height, MARKS + TITLE)
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
@@ -140,7 +141,8 @@ def _heading(report: BenchReport, names: Mapping[str, str]) -> str:
     return f"Against {words['reference']}, within {words['margin']}: {found}"
 
 
-def _lead(report: BenchReport) -> str:
+def lead(report: BenchReport) -> str:
+    """What the figures rest on, in a line."""
     blocks = sum(len(epoch.log_ratios) for each in report.comparisons for epoch in each.epochs)
     with_graph = ", with CUDA graphs" if report.cuda_graph else ""
     return (
@@ -227,8 +229,8 @@ def _structure(report: BenchReport, names: Mapping[str, str]) -> str:
     return f"<h2>The graphs</h2>\n{_pairs({names.get(path, path): text for path, text in said.items()})}\n"
 
 
-def _record(report: BenchReport) -> str:
-    """Everything that somebody who doubts it would ask for."""
+def record_section(report: BenchReport, again: str) -> str:
+    """Everything that somebody who doubts it would ask for; `again` is the command that measures it once more."""
     settings = {
         "started": report.started,
         "reference": report.reference,
@@ -251,7 +253,7 @@ def _record(report: BenchReport) -> str:
         f'<dt>{escape(path)}</dt><dd><code class="hash">{digest}</code></dd>' for path, digest in report.sha256.items()
     )
     return (
-        f"<h2>The record</h2>\n<p>{escape(' '.join(report.notes))}</p>\n<pre>{escape(command(report))}</pre>\n"
+        f"<h2>The record</h2>\n<p>{escape(' '.join(report.notes))}</p>\n<pre>{escape(again)}</pre>\n"
         f'<div class="charts">{parts}</div><h3>SHA-256</h3><dl class="record">{hashes}</dl>\n'
     )
 

@@ -1,0 +1,78 @@
+"""What the commands share that time graphs: their options, and a line of progress. Nothing but click and printing."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+import click
+
+from surgery.cli import options
+
+
+def measuring_options(seconds: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What commands that time graphs share; `seconds` says what --seconds is for."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        for each in (
+            click.option("--seed", type=int, default=0, show_default=True, help="Of inputs, order and bootstrap."),
+            click.option(
+                "--threads", type=click.IntRange(min=1), help="Threads of each session [the runtime's choice]."
+            ),
+            click.option("--seconds", type=float, default=60.0, show_default=True, help=seconds),
+            click.option(
+                "--margin", type=float, default=0.01, show_default=True, help="The difference that does not matter."
+            ),
+            click.option(
+                "--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt … It must really run."
+            ),
+            click.option(
+                "--shape",
+                "shapes",
+                type=options.Shape(),
+                multiple=True,
+                default=("1x128",),
+                help="Batch and sequence [1x128]; repeatable.",
+            ),
+        ):
+            function = each(function)
+        return function
+
+    return decorate
+
+
+def record_options(picture: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """--record, --report, --force and --replay; `picture` says what --report draws."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        for each in (
+            click.option(
+                "--replay",
+                type=options.PATH,
+                metavar="FILE",
+                help="Print (and draw) a record again; nothing is measured.",
+            ),
+            click.option("--force", is_flag=True, help="Replace what stands at the paths of record and report."),
+            click.option("--report", "picture", type=options.PATH, metavar="FILE", help=picture),
+            click.option(
+                "--record", type=options.PATH, metavar="FILE", help="Write the report, every block in it, as JSON."
+            ),
+        ):
+            function = each(function)
+        return function
+
+    return decorate
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, float], None] | None]:
+    """A line on stderr, if that is a terminal; written between sessions, since a bar that moves would be timed too."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    clear = "\r\033[K"
+    try:
+        yield lambda name, share: click.echo(f"{clear}{name}: {share:.0%}", nl=False, err=True)
+    finally:
+        click.echo(clear, nl=False, err=True)
