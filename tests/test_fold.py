@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bottleneck_models import GOLDEN, saved
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -18,7 +19,6 @@ import surgery
 from surgery.cli import main
 from surgery.operations.fold import verdicts
 
-GOLDEN = Path(__file__).parent / "golden" / "bottleneck"
 BASE = GOLDEN / "bert" / "base.st"
 LAYER = "encoder.layer.0.output.adapters.style"
 Change = Callable[[dict[str, torch.Tensor]], None]
@@ -162,6 +162,27 @@ def test_the_names_of_adapter_bert_are_mapped_as_documented(tmp_path: Path) -> N
     )
     torch.testing.assert_close(grafts[f"{path}.up"], w2.T.contiguous())
     torch.testing.assert_close(grafts[f"{path}.up_bias"], b2[0])
+
+
+@pytest.mark.parametrize("name", ["double_seq_bn_linear", "compacter_linear"])
+def test_a_llama_gets_the_biases_that_a_fold_needs(tmp_path: Path, name: str) -> None:
+    """By its config, in every layer: zeros but for what the adapter has; where nothing makes room, one node is left."""
+    base, adapter = saved("llama", tmp_path / "base"), GOLDEN / "llama" / name
+    report = surgery.fold(base, adapter, tmp_path / "out")
+    assert report.settings == {"attention_bias": True, "mlp_bias": True}
+    assert {each.way for each in report.verdicts} == {"folded"}
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    biases = {tensor: bool(after[tensor].any()) for tensor in after.keys() - before.keys()}
+    assert {tensor for tensor, any_of_it in biases.items() if any_of_it} == {
+        f"layers.{layer}.{module}.bias" for layer in (0, 1) for module in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    assert len(biases) == 2 * 7
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    found = verdicts(base, adapter)
+    assert {(each.way, each.reason) for each in found} == {
+        ("half-folded", "linear, but the projection has no bias to take s(U b_D + b_U)")
+    }
 
 
 def test_half_precision_is_rounded_once(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def read_beside(checkpoint: Checkpoint, config: Mapping[str, Any], base: Mapping
             found=f"architecture = {', '.join(map(str, architectures))}",
         )
     held = _held(checkpoint, [_KINDS[each] for each in architectures])
-    return tuple(_part(checkpoint.ref, part, held, base) for part in parts)
+    model_type = config.get("model_type")
+    return tuple(_part(checkpoint.ref, part, held, base, model_type) for part in parts)
 
 
 def _part(
@@ -72,12 +73,13 @@ def _part(
     own: Mapping[str, Any],
     tensors: Mapping[str, Mapping[str, Roles]],
     base: Mapping[str, TensorSpec],
+    model_type: str | None,
 ) -> Part:
     """One part of an adapter, by its own config."""
     architecture = own.get("architecture")
     held = tensors[_KINDS[architecture]]
     if architecture is None:
-        return read_bottlenecks(ref, held, tensors[_SHARED].get("", {}), own, base)
+        return read_bottlenecks(ref, held, tensors[_SHARED].get("", {}), own, base, model_type)
     # The model holds a prefix or a prompt, and each layer the same prefix again, which has a name in the file too.
     own_roles = [roles for holder, roles in held.items() if not holder.endswith(".pool")]
     if len(own_roles) != 1:

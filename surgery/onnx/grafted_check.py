@@ -16,6 +16,7 @@ from formats.grafts import BranchGraft, Graft, PrefixGraft, PromptGraft, tensor_
 from formats.spec import DType
 from surgery.errors import Unsupported, VerificationFailed
 from surgery.grafted import attach_branch
+from surgery.meta_model import known_names
 from surgery.onnx.architecture import quiet
 from surgery.onnx.grafting import positions_taken, tokens_added
 from surgery.onnx.program import Exportable
@@ -107,20 +108,13 @@ def _run_torch(model: Any, sites: Sequence[Graft], tensors: Tensors, feeds: Sequ
 
 
 def _in_module(site: BranchGraft, model: Any) -> BranchGraft:
-    """The site by the module's names, which are not always the file's."""
-    state = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    return replace(
-        site,
-        module=_own_name(site.module, state, model.base_model_prefix),
-        norm=None if site.norm is None else _own_name(site.norm, state, model.base_model_prefix),
-    )
-
-
-def _own_name(module: str, state: Mapping[str, Any], prefix: str) -> str:
-    for name in (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}.")):
-        if f"{name}.weight" in state:
-            return name
-    raise Unsupported("the model has no such module", where=f"{module}.weight", then="report the model's class")
+    """The site by the module's names, which are not always the file's. Raises Unsupported where it has no such one."""
+    wanted = [f"{name}.weight" for name in (site.module, site.norm) if name]
+    known = {name: new.removesuffix(".weight") for name, new in known_names(model, wanted)[0].items()}
+    if len(known) < len(wanted):
+        raise Unsupported("the model has no such module", where=wanted[0], then="report the model's class")
+    module, *norm = (known[name] for name in wanted)
+    return replace(site, module=module, norm=norm[0] if norm else None)
 
 
 def _attend_to_prefixes(model: Any, prefixes: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
