@@ -7,13 +7,14 @@ positions of an input begin that follows a prefix. Knows names and shapes; no pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from formats.grafts import PromptGraft
 from formats.spec import TensorSpec
 from surgery.errors import Unsupported
+from surgery.onnx.graft_image_prompt import find_embeddings, lengthen
 from surgery.onnx.graft_prefix import batches
 from surgery.onnx.graph import Graph
 from surgery.onnx.made import Made, Part
@@ -37,14 +38,9 @@ def graft_prompt(graph: Graph, site: PromptGraft, tensors: Mapping[str, TensorSp
     Raises:
         Unsupported: embeddings that are not found, or a graph that looks at the tokens behind them.
     """
-    words, (length, width) = _words(graph), tensors[site.embedding].shape
-    end = words.output[0]
-    if not site.among_words:
-        while len(graph.readers(end)) == 1:
-            node = graph.readers(end)[0]
-            if node.op_type not in ("Add", "LayerNormalization", "MatMul", "Gemm", "Reshape"):
-                raise _unexpected("the sum and the norm of embeddings", node)
-            end = node.output[0]
+    length, width = tensors[site.embedding].shape
+    of_image = _TOKENS not in graph.inputs and not site.among_words
+    end = find_embeddings(graph) if of_image else _embeddings(graph, site)
     if graph.axes(end)[-1:] != (width,):
         raise Unsupported(
             "the prompt is as wide as no embedding of the graph",
@@ -53,10 +49,16 @@ def graft_prompt(graph: Graph, site: PromptGraft, tensors: Mapping[str, TensorSp
             found=width,
             then="check that the adapter was made for this model",
         )
-    longer = _Longer(graph, end, length)
-    longer.go_through()
+    tokens = graph.axes(end)[1]
+    if isinstance(tokens, int):
+        lengthen(graph, end, length)
+        after: int | str = tokens + length
+    else:
+        longer = _Longer(graph, end, length)
+        longer.go_through()
+        after = longer.axis
     made = Made(TensorSpec(PROMPT, tensors[site.embedding].dtype, (1, length, width)), (Part(site.embedding),))
-    graph.declare(made.spec, words.input[0])
+    graph.declare(made.spec, end)
     every = graph.add(
         "Expand", [PROMPT, batches(graph, 3)], "prompt/Expand", [("prompt/Expand", end, ("batch", length, width))]
     )
@@ -71,7 +73,7 @@ def graft_prompt(graph: Graph, site: PromptGraft, tensors: Mapping[str, TensorSp
         pieces = [every, end]
     own = {"prompt/first", "prompt/rest"}
     readers = [node for node in graph.readers(end) if node.name not in own]
-    axes = ("batch", longer.axis, width)
+    axes = ("batch", after, width)
     joined = graph.add("Concat", pieces, "prompt/Concat", [("prompt/Concat", end, axes)], axis=1)
     for node in readers:
         graph.reroute(node, end, joined)
@@ -79,25 +81,52 @@ def graft_prompt(graph: Graph, site: PromptGraft, tensors: Mapping[str, TensorSp
 
 
 def move_positions(graph: Graph, by: int) -> None:
-    """Has the input's positions begin at another number than 0.
+    """Has the input's positions begin at another number than 0: in a table of them, or where angles are made of them.
 
     Raises:
-        Unsupported: there is not one table of positions, looked up at numbers that depend on the sequence alone.
+        Unsupported: neither is there just once, at numbers that depend on the sequence alone.
     """
     tables = [node for node in graph.nodes if node.op_type == "Gather" and node.input[0] in graph.initialisers]
-    along = [node for node in tables if graph.axes(node.input[1])[-1:] == ("sequence",)]
-    found = [node for node in along if not _looks_at(graph, node.input[1])]
+    along = [(node, node.input[1]) for node in tables if graph.axes(node.input[1])[-1:] == ("sequence",)]
+    angles = {node.input[0] for node in graph.nodes if node.op_type == "Cos"}
+    casts = [(node, node.input[0]) for node in graph.nodes if node.op_type == "Cast" and _leads_to(graph, node, angles)]
+    found = [(node, positions) for node, positions in along + casts if not _looks_at(graph, positions)]
     if len(found) != 1:
         raise Unsupported(
-            "the prefix moves the input's positions, and the graph has not one table of positions to look them up in",
-            expected="one Gather at positions that the sequence's length tells",
-            found=", ".join(node.name for node in found) or "none",
+            "the prefix moves the input's positions, and the graph has not one place where it looks them up",
+            expected="one Gather, or one Cast before the cosines, of positions that the sequence's length tells",
+            found=", ".join(node.name for node, _ in found) or "none",
             then=_THEN,
         )
-    (node,) = found
-    positions = node.input[1]
+    ((node, positions),) = found
     moved = graph.add("Add", [positions, graph.integers(by)], "prefix/positions", like=positions)
     graph.reroute(node, positions, moved)
+
+
+def _leads_to(graph: Graph, node: onnx.NodeProto, values: Collection[str]) -> bool:
+    """Whether what a node makes comes to one of the values by products, sums and changes of shape alone."""
+    pending = [node.output[0]]
+    while pending:
+        value = pending.pop()
+        if value in values:
+            return True
+        pending += [
+            reader.output[0]
+            for reader in graph.readers(value)
+            if reader.op_type in ("Mul", "MatMul", "Concat", "Transpose", "Unsqueeze", "Reshape")
+        ]
+    return False
+
+
+def _embeddings(graph: Graph, site: PromptGraft) -> str:
+    """The value that a prompt is put before: words' embeddings, or the last of what makes embeddings of them."""
+    end: str = _words(graph).output[0]
+    while not site.among_words and len(graph.readers(end)) == 1:
+        node = graph.readers(end)[0]
+        if node.op_type not in ("Add", "LayerNormalization", "MatMul", "Gemm", "Reshape"):
+            raise _unexpected("the sum and the norm of embeddings", node)
+        end = node.output[0]
+    return end
 
 
 def _words(graph: Graph) -> onnx.NodeProto:

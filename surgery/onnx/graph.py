@@ -103,8 +103,7 @@ class Graph:
         """Notes a value's type, that of another, and its axes, where any are known."""
         import onnx
 
-        element = self.initialisers[like].data_type if like in self.initialisers else 0
-        element = element or (self.values[like].type.tensor_type.elem_type if like in self.values else 0)
+        element = self._element(like)
         if not axes or not element:
             return
         known = onnx.helper.make_tensor_value_info(value, element, [axis or None for axis in axes])
@@ -113,6 +112,12 @@ class Graph:
         else:
             self.values[value] = self.proto.value_info.add()
             self.values[value].CopyFrom(known)
+
+    def _element(self, name: str) -> int:
+        """The type of a tensor or a value; 0 where the graph does not tell."""
+        if name in self.initialisers:
+            return int(self.initialisers[name].data_type)
+        return int(self.values[name].type.tensor_type.elem_type) if name in self.values else 0
 
     def reroute(self, node: onnx.NodeProto, old: str, new: str) -> None:
         """Has a node read another value."""
@@ -127,10 +132,10 @@ class Graph:
                 axis.dim_param = new
 
     def declare(self, spec: TensorSpec, like: str) -> str:
-        """A tensor of the payload, of another's type; it does not say yet where it lies."""
+        """A tensor of the payload, of the type of another or of a value; it does not say yet where it lies."""
         import onnx
 
-        kind, external = self.initialisers[like].data_type, onnx.TensorProto.EXTERNAL
+        kind, external = self._element(like), onnx.TensorProto.EXTERNAL
         tensor = self.proto.initializer.add(name=spec.name, dims=spec.shape, data_type=kind, data_location=external)
         self.initialisers[spec.name] = tensor
         return spec.name

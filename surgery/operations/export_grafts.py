@@ -106,6 +106,8 @@ class Grafted:
             if part.added:
                 exact = tensor.to(torch.float64) + self.tensors[part.added].to(torch.float64)
                 tensor = exact.to(tensor.dtype)
+            if part.heads:
+                tensor = tensor.view(len(tensor), part.heads, -1).transpose(0, 1).repeat_interleave(part.copies, 0)
             parts.append(tensor.mT if part.turned else tensor)
         return torch.cat(parts, made.axis).reshape(made.spec.shape).contiguous()
 
