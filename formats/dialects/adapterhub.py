@@ -31,6 +31,13 @@ _REFUSED = {
     "use_dora": "its DoRA divides by ‖W0 + BA‖ without alpha and scales the bias too, which no other DoRA does",
     "vera_d": "its VeRA has other tensors than peft's, and is not read",
 }
+# Other methods, each with the reason that a user needs.
+_BESIDE = "the method is no change of a weight: surgery fold says what of it can go into weights"
+_OTHERS = {
+    **dict.fromkeys((None, "prefix_tuning", "prompt_tuning", "union"), _BESIDE),
+    "mtl_lora": "MTL-LoRA mixes its up-projections by the task, which no weight can express",
+    "reft": "ReFT changes hidden states at chosen positions of the input, which no weight can express",
+}
 
 
 class AdapterHub:
@@ -83,7 +90,7 @@ def _checked(own: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     mode = own.get("composition_mode", "add")
     if own.get("architecture") != "lora" or mode not in _ROLES or not own.get("r"):
         raise AdapterFormatError(
-            "of AdapterHub's methods only LoRA and (IA)³ are merged into weights",
+            _OTHERS.get(own.get("architecture"), "of AdapterHub's methods only LoRA and (IA)³ are merged into weights"),
             where=where,
             expected=f"architecture = lora, composition_mode = {' or '.join(_ROLES)}",
             found=f"architecture = {own.get('architecture')}, composition_mode = {mode}",

@@ -94,7 +94,7 @@ class Bottlenecks:
 
 
 # Settings that make something else of a bottleneck, each with the reason that a user needs.
-_REFUSED = {
+REFUSED = {
     "use_gating": "its gate depends on the input",
     "inv_adapter": "invertible adapters change the embeddings, and are not read",
     "ln_before": "a norm of its own before the bottleneck is not read",
@@ -129,7 +129,7 @@ def read_bottlenecks(
         ShapeMismatch: tensors that do not fit the base or the config.
         UnmatchedKeys: layers that the base does not have.
     """
-    refuse_settings(_REFUSED, own, ref)
+    refuse_settings(REFUSED, own, ref)
     places = _found(modules, ref, model_type)
     rename = resolver([f"{path}{place.behind}.weight" for _, place, _, path in places.values()], base, ref.path)
     layouts = list(dict.fromkeys(layout for layout, *_ in places.values())) or [layout_of(base) or LAYOUTS[0]]

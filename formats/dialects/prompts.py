@@ -13,7 +13,7 @@ from typing import Any
 
 from formats.checkpoint import Checkpoint
 from formats.dialects.adapterhub_layers import LAYOUTS, layout_of
-from formats.dialects.bottleneck import Dense, Roles, refuse_others, refuse_settings, setting, shaped
+from formats.dialects.bottleneck import Dense, Roles, refuse_others, setting, shaped
 from formats.dialects.resolve import unmatched_keys
 from formats.errors import AdapterFormatError
 from formats.spec import CheckpointRef, TensorRef, TensorSpec
@@ -86,19 +86,23 @@ class Whole:
 
 
 _HOLDER = "base_model."  # before the names of tensors that peft saves in full beside a prompt
-_GATED = {"use_gating": "its gate depends on the input"}
 _LOCATIONS = ("self_prefix", "self")  # of models that are encoder or decoder, and not both; the latter DistilBERT's
 
 
-def read_prefix(ref: CheckpointRef, roles: Roles, own: Mapping[str, Any], base: Mapping[str, TensorSpec]) -> Prefix:
-    """The adapter: its tensors by their names within it, and the config of the method.
+def read_prefix(
+    ref: CheckpointRef,
+    roles: Roles,
+    own: Mapping[str, Any],
+    base: Mapping[str, TensorSpec],
+    model_type: str | None = None,
+) -> Prefix:
+    """The adapter: its tensors by their names within it, the config of the method, and the model's type if it is known.
 
     Raises:
         AdapterFormatError: settings or models that are not read, tensors that are missing or belong to nothing.
         ShapeMismatch: tensors that do not fit the base's width and depth, or the config.
     """
-    refuse_settings(_GATED, own, ref)
-    sizes = _Sizes.of(ref, base)
+    sizes = _Sizes.of(ref, base, model_type)
     width, keys, attentions = sizes.width, sizes.keys, sizes.attentions
     layers = tuple(sorted(set(attentions) - set(own.get("leave_out") or ())))
     places = tuple(attentions[layer] for layer in layers)
@@ -120,14 +124,20 @@ def read_prefix(ref: CheckpointRef, roles: Roles, own: Mapping[str, Any], base: 
     return Prefix(ref, length, layers, network, places, keys, False)
 
 
-def read_prompt(ref: CheckpointRef, roles: Roles, own: Mapping[str, Any], base: Mapping[str, TensorSpec]) -> Prompt:
+def read_prompt(
+    ref: CheckpointRef,
+    roles: Roles,
+    own: Mapping[str, Any],
+    base: Mapping[str, TensorSpec],
+    model_type: str | None = None,
+) -> Prompt:
     """The adapter, as `read_prefix`."""
     combine = own.get("combine", "prefix")
     if combine not in ("prefix", "prefix_after_bos"):
         raise AdapterFormatError(
             "no known place for a prompt", where=ref.path, expected="prefix, prefix_after_bos", found=combine
         )
-    shape = (setting(own, "prompt_length", int, ref), _Sizes.of(ref, base).width)
+    shape = (setting(own, "prompt_length", int, ref), _Sizes.of(ref, base, model_type).width)
     embedding = shaped("prompt_embedding.weight", roles, shape, ref.path)
     refuse_others(roles, {embedding}, ref.path)
     return Prompt(ref, embedding, combine == "prefix_after_bos", False)
@@ -178,9 +188,17 @@ class _Sizes:
     attentions: Mapping[int, str]
 
     @classmethod
-    def of(cls, ref: CheckpointRef, base: Mapping[str, TensorSpec]) -> _Sizes:
-        """A base's. Raises AdapterFormatError for one that is not known."""
+    def of(cls, ref: CheckpointRef, base: Mapping[str, TensorSpec], model_type: str | None = None) -> _Sizes:
+        """A base's. Raises AdapterFormatError for one that is not known, or not of the adapter's type."""
         layout = layout_of(base)
+        if layout is not None and model_type not in (None, *layout.types):
+            raise AdapterFormatError(
+                "the adapter is of another type of model than the base, or of one that is not read",
+                where=ref.path,
+                expected=" or ".join(layout.types),
+                found=model_type,
+                then="check that the adapter was made for this base",
+            )
         if layout is None:
             raise AdapterFormatError(
                 "prefixes and prompts are read of models whose layers are known",

@@ -72,7 +72,8 @@ def test_older_files_are_scaled_as_they_were_trained(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"architecture": "prefix_tuning"}, "only LoRA and"),
+        ({"architecture": "other"}, "only LoRA and"),
+        ({"architecture": "prefix_tuning"}, "surgery fold"),
         ({"composition_mode": "other"}, "only LoRA and"),
         ({"composition_mode": "scale"}, "no factor of"),
         ({"use_gating": True}, "depends on the input"),

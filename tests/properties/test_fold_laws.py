@@ -65,7 +65,9 @@ class Made:
         save_file(self.base, folder / "base" / "model.safetensors")
         (folder / "base" / "config.json").write_text(json.dumps({"hidden_act": activation, "intermediate_size": inner}))
         save_file(self.adapter, folder / "adapter" / "adapter.safetensors")
-        (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"config": own}))
+        (folder / "adapter" / "adapter_config.json").write_text(
+            json.dumps({"config": own, "version": "adapters.1.3.0"})
+        )
         self.folder, self.x = folder, drawn(7, inner)
         self.r = drawn(7, width)
         self.scaling = shape["scaling"]
