@@ -123,7 +123,8 @@ GPT-2-, GPT-J- and Llama-like models, and one config rules all layers: a smaller
 alpha multiplied into B, a fused layer's A written once for each slice, and what the config reaches beyond the adapter
 gets factors that change nothing. Any other layer is refused, unless `--drop layer` leaves it behind. It loads our
 folders with `use_safetensors=True`. (IA)³ is merged with the bias, as the adapted model has it; the library's own merge
-forgets the bias.
+forgets the bias. Its VeRA and DoRA are merged as the adapted model computes them: VeRA with square matrices, DoRA with
+the bias scaled and without alpha / r in its norm; neither is any other dialect's.
 
 Scalings go where a dialect keeps them: a tensor `alpha` for each layer (kohya, LyCORIS, ComfyUI, always float32), ranks
 and alphas by pattern (peft, diffusers). loralib's files hold none; the report tells the `lora_alpha` to load them with,

@@ -1,6 +1,7 @@
 """Makes tests/golden/bottleneck/: tiny models and, of each, adapters that are no change of a weight, as the library
-adapters saves them, with random tensors and what the adapted model gives; in heads/ adapters with a head beside them,
-in refused/ what no fold can express. In an environment of its own, since adapters 1.3.0 needs transformers 4.57:
+adapters saves them, with random tensors and what the adapted model gives; in weights/ its VeRA and DoRA, in heads/
+adapters with a head beside them, in refused/ what no fold can express. In an environment of its own, since adapters
+1.3.0 needs transformers 4.57:
 
     python3 -m venv golden-venv
     golden-venv/bin/pip install adapters==1.3.0 torch==2.13.0
@@ -20,7 +21,9 @@ from adapters import (
     BertAdapterModel,
     CompacterConfig,
     CompacterPlusPlusConfig,
+    DoRAConfig,
     DoubleSeqBnConfig,
+    DvoRAConfig,
     LoRAConfig,
     LoReftConfig,
     MAMConfig,
@@ -31,6 +34,7 @@ from adapters import (
     SeqBnConfig,
     SeqBnInvConfig,
     UniPELTConfig,
+    VeraConfig,
     ViTAdapterModel,
 )
 from adapters.composition import Fuse, Parallel, Stack
@@ -90,6 +94,16 @@ REFUSED = {
         SeqBnConfig(reduction_factor=2, use_gating=True),
     ),
 }
+# VeRA's and DoRA's: of layers of one shape, since VeRA's have the same matrices; the library has no DoRA of Conv1D.
+MLP = {"intermediate_lora": True, "output_lora": True}
+WEIGHTS = {
+    "bert_vera": VeraConfig(r=2, alpha=3),
+    "bert_dora": DoRAConfig(r=2, alpha=3, **MLP),
+    "bert_dvora": DvoRAConfig(r=2, alpha=5),
+    "gpt2_vera": VeraConfig(r=2, alpha=3, selfattn_lora=False, intermediate_lora=True),
+    "llama_vera": VeraConfig(r=2, alpha=2, selfattn_lora=False, output_lora=True),
+    "llama_dora": DoRAConfig(r=2, alpha=2, **MLP),
+}
 INPUT_IDS = torch.tensor([[1, 5, 2, 9, 7]])
 
 
@@ -110,29 +124,38 @@ def main() -> None:
         for config in CHOSEN.get(name, CONFIGS):
             if config != "prompt_tuning" or name not in PROMPTLESS:
                 adapted(name, config)
+    for case, config in WEIGHTS.items():
+        save(FOLDER / "weights" / case, case.partition("_")[0], config, headless=False)
     refused()
     headed()
 
 
 def adapted(name: str, config: str) -> None:
     """One adapter of a model, and what the adapted model gives."""
-    folder = FOLDER / name / config
-    # The rule that a compacter's projections share is saved only where its key has a model's name before it.
-    model = MODELS[name]() if "compacter" not in config else HEADS[name](MODELS[name]().config)
-    model.base_model.load_state_dict(load_file(FOLDER / name / "base.st"), strict="compacter" not in config)
-    adapters.init(model.eval())
-    model.add_adapter("style", config=CONFIGS[config], set_active=True)
-    random(model)
     # A prefix is held by the model and by every layer, which safetensors does not save.
-    model.save_adapter(
-        str(folder), "style", with_head=False, use_safetensors=not {"prefix", "mam"} & set(config.split("_"))
-    )
+    safe = not {"prefix", "mam"} & set(config.split("_"))
+    save(FOLDER / name / config, name, CONFIGS[config], headless="compacter" not in config, safe=safe)
+
+
+def save(folder: Path, name: str, config: object, *, headless: bool, safe: bool = True) -> None:
+    """An adapter, and what the adapted model gives.
+
+    Matrices that layers share (compacters', VeRA's) are saved only where their keys have a model's name before them,
+    from a model with a head.
+    """
+    model = MODELS[name]() if headless else HEADS[name](MODELS[name]().config)
+    model.base_model.load_state_dict(load_file(FOLDER / name / "base.st"), strict=headless)
+    adapters.init(model.eval())
+    model.add_adapter("style", config=config, set_active=True)
+    random(model)
+    folder.parent.mkdir(exist_ok=True)
+    model.save_adapter(str(folder), "style", with_head=False, use_safetensors=safe)
     given = {"pixel_values": torch.randn(1, 3, 4, 4)} if name == "vit" else {"input_ids": INPUT_IDS}
     with torch.no_grad():
         hidden = model.base_model(**given).last_hidden_state
         model.set_active_adapters(None)
         plain = model.base_model(**given).last_hidden_state
-    assert hidden.shape != plain.shape or not torch.allclose(hidden, plain, atol=1e-2), config
+    assert hidden.shape != plain.shape or not torch.allclose(hidden, plain, atol=1e-2), folder
     save_file({**given, "last_hidden_state": hidden}, folder / "outputs.st")
 
 
