@@ -79,10 +79,19 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Whole:
-    """Tensors that replace the base's, by its names: heads, which peft trains beside a prompt."""
+    """Tensors that replace the base's, by its names: heads, which are trained beside an adapter.
+
+    Attributes:
+        ref: their file.
+        tensors: none where they are left.
+        kind: what the head is called; empty where nobody says.
+        left: why the base cannot take it; empty where it can.
+    """
 
     ref: CheckpointRef
     tensors: Mapping[str, TensorRef]
+    kind: str = ""
+    left: str = ""
 
 
 _HOLDER = "base_model."  # before the names of tensors that peft saves in full beside a prompt

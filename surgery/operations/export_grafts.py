@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from formats import Checkpoint, DType, open_checkpoint
+from formats.dialects.prompts import Whole
 from formats.errors import CorruptFile
 from formats.grafts import GRAFTS_FILE, BranchGraft, Graft, PromptGraft, Value, read_grafts
 from formats.layers import LayerKind, layer_kinds
@@ -171,6 +172,14 @@ def open_grafts(
     if parts is None:
         found = _left(beside, base, turned, asked)
     else:
+        for part in parts:
+            if isinstance(part, Whole) and part.tensors:
+                raise Unsupported(
+                    "the adapter carries weights in full, which a graph of the base does not have",
+                    where=part.ref.path,
+                    found=", ".join(part.tensors),
+                    then=f"fold it first, and export that: surgery fold {model} {adapters[0]} -o folded",
+                )
         record = fingerprint_beside(adapters[0])
         grafting = plan_grafting(base, model_config(model), parts, record.digest, half=asked == HALF)
         tensors = {name: tensor for step in grafting.steps for name, tensor in _run(step, base).items()}

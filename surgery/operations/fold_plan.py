@@ -342,6 +342,9 @@ class _Work:
         for room in self.rooms:
             names = ", ".join(each.rpartition(".")[2] for each in room.projections)
             yield f"{names} get biases in every layer: {room.setting} = true"
+        for part in self.parts:
+            if isinstance(part, Whole) and part.left:
+                yield f"the head ({part.kind}) is left: {part.left}"
         if sites:
             yield f"{sites} parts stay as nodes: the output alone is not the adapted model"
 

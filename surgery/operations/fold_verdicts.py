@@ -34,6 +34,7 @@ class Way(StrEnum):
     WIDENED = "widened"  # into more neurons of the MLP
     HALF = "half-folded"  # the first projection joins the base's; the rest stays as nodes
     GRAPH = "graph"  # stays as nodes
+    LEFT = "left"  # a head that the base has no layers for: it is not in the output
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,8 @@ def verdicts_beside(part: Part) -> Iterator[Verdict]:
         for attention in part.attentions:
             yield Verdict(owner(attention), f"prefix of {part.length}", Way.GRAPH, reason)
     elif isinstance(part, Whole):
+        if part.left:
+            yield Verdict("head", part.kind, Way.LEFT, part.left)
         for name in part.tensors:
             yield Verdict(owner(name), IN_FULL, Way.FOLDED, REPLACED)
     elif isinstance(part, Prompt):
