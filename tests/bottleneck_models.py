@@ -10,6 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from formats.grafts import Graft, read_grafts, tensor_names
+from formats.paths import open_checkpoint
 from surgery.meta_model import known_names
 
 GOLDEN = Path(__file__).parent / "golden" / "bottleneck"
@@ -38,3 +40,14 @@ def saved(model: str, folder: Path) -> Path:
 def inputs(golden: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What a golden output is of."""
     return {name: tensor for name, tensor in golden.items() if name in ("input_ids", "pixel_values")}
+
+
+def sites(folder: Path) -> list[tuple[Graft, dict[str, torch.Tensor]]]:
+    """What must stay in the graph of a folded model, with its tensors."""
+    if not (folder / "grafts.safetensors").exists():
+        return []
+    with open_checkpoint(folder / "grafts.safetensors") as checkpoint:
+        return [
+            (site, {role: checkpoint.read(name) for role, name in tensor_names(site).items()})
+            for site in read_grafts(checkpoint).sites
+        ]

@@ -90,8 +90,9 @@ def fold(
             prefixes; or whatever merge takes.
         out: a folder, or a `.safetensors`/`.st` file where nothing must stay in the graph.
         told: as for merge.
-        calibration: a safetensors file of input_ids (rows, length), and attention_mask where rows are padded: fold
-            not only what is exact, but also bottlenecks whose f an affine map, the nearest on these rows, stands for.
+        calibration: a safetensors file of input_ids (rows, length), and attention_mask where rows are padded, or of
+            pixel_values: fold not only what is exact, but also bottlenecks whose f an affine map, the nearest on these
+            rows, stands for.
         max_error: the largest ‖error‖ / ‖output‖ of the model, on rows held out, that this may cost.
         force: replace what stands at `out`.
         resources: threads and memory.

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from bottleneck_models import CASES, GOLDEN, inputs, saved
+from bottleneck_models import CASES, GOLDEN, inputs, saved, sites
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import surgery
-from formats.grafts import BranchGraft, Graft, PrefixGraft, PromptGraft, Value, read_grafts, tensor_names
+from formats.grafts import BranchGraft, PrefixGraft, PromptGraft, Value, read_grafts
 from formats.paths import open_checkpoint
 from surgery.grafted import attach_branch
 from surgery.onnx.grafted_check import _in_module
@@ -38,17 +38,6 @@ WAYS = {
     "prompt_tuning": (Way.GRAPH, Way.GRAPH),
 }
 BEFORE = ("gpt2", "llama", "vit")
-
-
-def sites(folder: Path) -> list[tuple[Graft, dict[str, torch.Tensor]]]:
-    """What must stay in the graph of a folded model, with its tensors."""
-    if not (folder / "grafts.safetensors").exists():
-        return []
-    with open_checkpoint(folder / "grafts.safetensors") as checkpoint:
-        return [
-            (site, {role: checkpoint.read(name) for role, name in tensor_names(site).items()})
-            for site in read_grafts(checkpoint).sites
-        ]
 
 
 def executed(folder: Path, given: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:

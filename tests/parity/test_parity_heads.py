@@ -137,3 +137,20 @@ def test_a_head_of_something_else_is_refused(tmp_path: Path) -> None:
         config.write_text(text)
         with pytest.raises(surgery.ReportedError, match="cannot be read"):
             surgery.fold(base, adapter, tmp_path / "out")
+
+
+class Runs:
+    """What a pickle may carry."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("run",)
+
+
+def test_a_head_s_pickle_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that holds more than tensors is refused."""
+    base, adapter = model("bert_static", tmp_path / "base"), edited(tmp_path, "bert_static")
+    torch.save({"classifier.weight": Runs()}, adapter / "pytorch_model_head.bin")
+    with pytest.raises(surgery.ReportedError):
+        surgery.fold(base, adapter, tmp_path / "out")
+    assert "run" not in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
