@@ -1,13 +1,13 @@
 """Prompts left in a graph: constant embeddings before the input's, and whatever depends on the sequence made longer.
 
 What comes before the embeddings keeps the input's own length. What comes after reads longer inputs: the mask with ones
-before it, token types with zeros; and where it shares nodes with what comes before, it gets its own. Also where the
-positions of an input begin that follows a prefix. Knows names and shapes; no payload, no file.
+before it, token types with zeros; and where it shares nodes with what comes before, it gets its own. Knows names and
+shapes; no payload, no file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from formats.grafts import PromptGraft
 from formats.spec import TensorSpec
 from surgery.errors import Unsupported
 from surgery.onnx.graft_image_prompt import find_embeddings, lengthen
+from surgery.onnx.graft_positions import count_places
 from surgery.onnx.graft_prefix import batches
 from surgery.onnx.graph import Graph
 from surgery.onnx.made import Made, Part
@@ -39,6 +40,8 @@ def graft_prompt(graph: Graph, site: PromptGraft, tensors: Mapping[str, TensorSp
         Unsupported: embeddings that are not found, or a graph that looks at the tokens behind them.
     """
     length, width = tensors[site.embedding].shape
+    if site.among_words:
+        count_places(graph)
     of_image = _TOKENS not in graph.inputs and not site.among_words
     end = find_embeddings(graph) if of_image else _embeddings(graph, site)
     if graph.axes(end)[-1:] != (width,):
@@ -80,44 +83,6 @@ def graft_prompt(graph: Graph, site: PromptGraft, tensors: Mapping[str, TensorSp
     return (made,)
 
 
-def move_positions(graph: Graph, by: int) -> None:
-    """Has the input's positions begin at another number than 0: in a table of them, or where angles are made of them.
-
-    Raises:
-        Unsupported: neither is there just once, at numbers that depend on the sequence alone.
-    """
-    tables = [node for node in graph.nodes if node.op_type == "Gather" and node.input[0] in graph.initialisers]
-    along = [(node, node.input[1]) for node in tables if graph.axes(node.input[1])[-1:] == ("sequence",)]
-    angles = {node.input[0] for node in graph.nodes if node.op_type == "Cos"}
-    casts = [(node, node.input[0]) for node in graph.nodes if node.op_type == "Cast" and _leads_to(graph, node, angles)]
-    found = [(node, positions) for node, positions in along + casts if not _looks_at(graph, positions)]
-    if len(found) != 1:
-        raise Unsupported(
-            "the prefix moves the input's positions, and the graph has not one place where it looks them up",
-            expected="one Gather, or one Cast before the cosines, of positions that the sequence's length tells",
-            found=", ".join(node.name for node, _ in found) or "none",
-            then=_THEN,
-        )
-    ((node, positions),) = found
-    moved = graph.add("Add", [positions, graph.integers(by)], "prefix/positions", like=positions)
-    graph.reroute(node, positions, moved)
-
-
-def _leads_to(graph: Graph, node: onnx.NodeProto, values: Collection[str]) -> bool:
-    """Whether what a node makes comes to one of the values by products, sums and changes of shape alone."""
-    pending = [node.output[0]]
-    while pending:
-        value = pending.pop()
-        if value in values:
-            return True
-        pending += [
-            reader.output[0]
-            for reader in graph.readers(value)
-            if reader.op_type in ("Mul", "MatMul", "Concat", "Transpose", "Unsqueeze", "Reshape")
-        ]
-    return False
-
-
 def _embeddings(graph: Graph, site: PromptGraft) -> str:
     """The value that a prompt is put before: words' embeddings, or the last of what makes embeddings of them."""
     end: str = _words(graph).output[0]
@@ -141,20 +106,6 @@ def _words(graph: Graph) -> onnx.NodeProto:
         if len(tables) > 1 or len(readers) != 1:
             raise _unexpected("one Gather of the tokens' embeddings", (tables or readers or [None])[0])
         value = readers[0].output[0]
-
-
-def _looks_at(graph: Graph, value: str) -> list[str]:
-    """The graph's inputs whose contents a value depends on; their shapes do not count."""
-    found, pending, seen = [], [value], set()
-    while pending:
-        name = pending.pop()
-        if name in graph.inputs:
-            found.append(name)
-        node = graph.maker(name)
-        if node is not None and node.op_type != "Shape" and name not in seen:
-            pending += node.input
-        seen.add(name)
-    return found
 
 
 @dataclass

@@ -104,12 +104,23 @@ def _run_torch(model: Any, sites: Sequence[Graft], tensors: Tensors, feeds: Sequ
         for feed in feeds:
             given = {name: torch.from_numpy(array.copy()) for name, array in feed.items()}
             if moved:
-                length = given["input_ids"].shape[1]
-                given["position_ids"] = torch.arange(moved, moved + length)[None]  # (1, sequence)
+                given["position_ids"] = _positions(model, given["input_ids"], moved)
             with _prompted(model, given, sites, tensors) as longer:
                 result = model(**longer)
             outputs.append([tensor.numpy() for tensor in result.to_tuple() if isinstance(tensor, torch.Tensor)])
     return outputs
+
+
+def _positions(model: Any, ids: torch.Tensor, moved: int) -> torch.Tensor:
+    """Those of a model's tokens behind so many others; RoBERTa counts without padding.  # (1 or batch, sequence)"""
+    import torch
+
+    embeddings = getattr(model.base_model, "embeddings", None)
+    count = getattr(embeddings, "create_position_ids_from_input_ids", None)
+    if count is None:
+        return torch.arange(moved, moved + ids.shape[1])[None]
+    found: torch.Tensor = count(ids, model.config.pad_token_id, moved)
+    return found
 
 
 def _in_module(site: BranchGraft, model: Any) -> BranchGraft:

@@ -125,6 +125,16 @@ class Graph:
         self._readers[old] = [each for each in self.readers(old) if each is not node]
         self._readers.setdefault(new, []).append(node)
 
+    def drop_unread(self, value: str) -> None:
+        """Takes away the nodes that made nothing but a value that nobody reads any more."""
+        node = self.makers.get(value)
+        if node is None or any(self.readers(name) for name in node.output):
+            return
+        self.nodes = [each for each in self.nodes if each is not node]
+        for name in dict.fromkeys(node.input):
+            self._readers[name] = [each for each in self.readers(name) if each is not node]
+            self.drop_unread(name)
+
     def rename_axis(self, value: str, old: str, new: str) -> None:
         """Gives an axis that varies another name."""
         for axis in self.values[value].type.tensor_type.shape.dim if value in self.values else ():

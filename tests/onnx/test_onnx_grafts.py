@@ -161,12 +161,12 @@ def test_what_changes_the_model_s_shapes_is_exported_anew(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "roberta"])
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_prompts_and_prefixes_of_peft(
     tmp_path: Path, export: Callable[..., Any], bases: Bases, kind: str, method: str
 ) -> None:
-    """Among the words' embeddings, and with positions that begin behind the prefix."""
+    """Among the words' embeddings, and with positions that begin behind the prefix, RoBERTa's without padding."""
     from transformers import AutoModel
 
     configs = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}
@@ -251,6 +251,23 @@ def test_a_site_that_looks_otherwise_is_refused(bases: Bases, site: Any, message
         with pytest.raises(Unsupported, match=message) as caught:
             graft_sites(model, [site], _Site.SPECS, base.specs, frozenset(), HALF)
     assert caught.value.details.get("found") or message == "does not multiply"
+
+
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        (PromptGraft(False, False, "up"), "as wide as no embedding"),
+        (PromptGraft(True, False, "down"), "embeddings do not look"),  # there are no words to put it among
+        (PrefixGraft("encoder.layer.0.output.dense", 0, False, "keys", "keys"), "attention does not look"),
+        (PrefixGraft("encoder.layer.0.attention.output.dense", 0, True, "keys", "keys"), "moves the input's positions"),
+        (PrefixGraft("encoder.layer.0.attention.output.dense", 0, False, "up", "up"), "not as wide as the attention"),
+    ],
+)
+def test_an_image_s_site_that_looks_otherwise_is_refused(bases: Bases, site: Any, message: str) -> None:
+    """As one of words."""
+    model = onnx.load(bases["vit"][1].output, load_external_data=False)
+    with open_checkpoint(bases["vit"][0]) as base, pytest.raises(Unsupported, match=message):
+        graft_sites(model, [site], _Site.SPECS, base.specs, frozenset(), HALF)
 
 
 def edited(folder: Path, source: Path, **settings: Any) -> Path:
