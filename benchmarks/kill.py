@@ -3,11 +3,12 @@
     python benchmarks/kill.py                # 200 kills, about two minutes
     python benchmarks/kill.py --kills 12 --small
 
-A server loads the libraries once and forks for each run, so that every kill hits the work and none the imports. The
-moments are uniform over the time that a whole run takes, and a little beyond. After each kill every input must be the
-same, byte for byte, and the output the one of a run that nobody killed, or absent; an output with an undo file must
-have that one too. Anything else fails. What a kill may leave: an undo file without an output, and hidden files or
-folders (.NAME.xxxxxxxx.tmp), which are no output.
+A server loads the libraries once and forks for each run, so that every kill hits the work and none the imports; the
+run works with copies of itself, as the command line does, which die with it. The moments are uniform over the time
+that a whole run takes, and a little beyond. After each kill every input must be the same, byte for byte, and the
+output the one of a run that nobody killed, or absent; an output with an undo file must have that one too. Anything
+else fails. What a kill may leave: an undo file without an output, and hidden files or folders (.NAME.xxxxxxxx.tmp),
+which are no output.
 """
 
 from __future__ import annotations
@@ -44,12 +45,13 @@ SERVER = """
 import json, os, sys
 import surgery, torch
 import surgery.operations.merge, surgery.operations.unmerge, formats.staging
+from surgery.engine import Resources
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()
     if not pid:
-        getattr(surgery, job.pop("verb"))(**job)
+        getattr(surgery, job.pop("verb"))(**job, resources=Resources(processes=True))
         os._exit(0)
     print(pid, flush=True)
     sys.stdin.readline()

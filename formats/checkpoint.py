@@ -76,6 +76,13 @@ class CheckpointWriter(TensorWriter, Protocol):
     output appear whole; leaving it by an exception leaves nothing.
     """
 
+    @property
+    def shared(self) -> bool:
+        """Whether a copy of this process, made by fork, can write a tensor in this writer's stead."""
+
+    def written(self, name: str) -> None:
+        """Says that such a copy has."""
+
     def write_bytes(self, name: str, payload: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Writes one tensor's payload as it is."""
 

@@ -200,6 +200,8 @@ class _Output:
         self.parts = self._container.parts
         self.omit = self._container.omit
         self.seal = self._container.seal
+        self.shared = self._container.shared
+        self.written = self._container.written
 
     def attach(self, filename: str, content: bytes) -> None:
         self._refuse_file(filename)

@@ -203,6 +203,12 @@ class PlainWriter:
         if written != nbytes:
             raise IncompleteOutput("a payload came in part", where=name, expected=nbytes, found=written)
 
+    shared = True  # all that a copy of the process adds is in the file
+
+    def written(self, name: str) -> None:
+        """Says that a copy of this process has written one tensor, whole and as declared."""
+        self._settle(name)
+
     def omit(self, name: str) -> None:
         """Leaves a declared tensor out."""
         self._settle(name)

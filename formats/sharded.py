@@ -193,6 +193,15 @@ class ShardedWriter:
         """Writes one tensor's payload piece by piece."""
         return self._writers[self._shards[name]].parts(name)
 
+    @property
+    def shared(self) -> bool:
+        """Whether a copy of this process can write a tensor in this writer's stead."""
+        return all(writer.shared for writer in self._writers.values())
+
+    def written(self, name: str) -> None:
+        """Says that such a copy has."""
+        self._writers[self._shards[name]].written(name)
+
     def omit(self, name: str) -> None:
         """Leaves a declared tensor out."""
         self._writers[self._shards[name]].omit(name)

@@ -136,6 +136,12 @@ class TorchWriter:
             raise IncompleteOutput("a payload came in part", where=name, expected=member.size, found=written)
         member.crc = crc if in_order else None
 
+    shared = False  # each member's checksum is ours alone
+
+    def written(self, name: str) -> None:
+        """Refuses: nobody else knows the checksum."""
+        raise IncompleteOutput("a tensor that another process wrote has no checksum", where=name)
+
     def omit(self, name: str) -> None:
         """Refuses: the pickle names every tensor that was declared."""
         raise IncompleteOutput("a tensor of a torch file cannot be left out", where=name)

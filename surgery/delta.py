@@ -185,8 +185,8 @@ def _roomy(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch
 
 @functools.cache
 def _fast_dtype(device: str) -> torch.dtype:
-    """bfloat16 where it is multiplied by matrix units."""
+    """bfloat16 where the processor has instructions that multiply it."""
     import torch
 
-    units: bool = torch.cpu._is_amx_tile_supported() if device == "cpu" else torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if units else torch.float32
+    capable: bool = torch.cpu._is_avx512_bf16_supported() if device == "cpu" else torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if capable else torch.float32

@@ -1,4 +1,4 @@
-"""Runs a Plan on threads, within a byte budget.
+"""Runs a Plan on threads, or on copies of this process, within a byte budget.
 
 Order of completion never shows: outcomes come back in the plan's order, and the writer's bytes do not depend on it.
 Knows nothing of what a step computes.
@@ -10,7 +10,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,18 +19,21 @@ from formats.checkpoint import Checkpoint, CheckpointWriter, TensorWriter
 from formats.errors import ReportedError
 from formats.paths import open_checkpoint
 from formats.spec import CheckpointRef, TensorRef, TensorSpec
-from formats.tensors import Bytes, bytes_from_tensor, tensor_from_bytes
+from formats.tensors import Bytes, bytes_from_tensor, spec_of, tensor_from_bytes
 from surgery.errors import Unsupported
 from surgery.plan import Compares, Outcome, Plan, Step, Streams, TakesOver
 from surgery.provenance import new_hash
 from surgery.threads import cores, torch_threads
+from surgery.workers import Work, can_fork, forked
 
 if TYPE_CHECKING:
     import torch
 
 _COPIED = 1 << 18  # bytes that are copied at once: still in the cache when they are hashed and written
 _CHUNK = 1 << 19  # bytes of each of two tensors that are compared: both stay in the cache
+Packed = tuple[tuple[Bytes, TensorSpec] | None, ...]
 Writers = tuple[CheckpointWriter | None, TensorWriter | None]  # of outputs, and of what steps declare aside
+_WORTH_COPIES = 64 << 20  # bytes that a plan moves; below, making copies of the process takes longer than they save
 DEFAULT_MEMORY = 512 << 20  # bytes that steps may hold at once; a larger step runs alone
 
 
@@ -39,20 +42,23 @@ class Resources:
     """What a run may use.
 
     Attributes:
-        jobs: worker threads; 0 means one for each core this process may run on.
+        jobs: workers; 0 means one for each core this process may run on.
         memory: bytes that running steps may hold together.
         device: where steps compute: tensors are read on the CPU, moved there, and come back to be written.
         progress: called after each step with its number, the total and the step's name.
+        processes: whether workers may be copies of this process, which do not wait for each other as threads do. For a
+            process that is surgery's own and has loaded no more than we do.
     """
 
     jobs: int = 0
     memory: int = DEFAULT_MEMORY
     device: str = "cpu"
     progress: Callable[[int, int, str], None] | None = None
+    processes: bool = False
 
     @property
     def workers(self) -> int:
-        """The number of worker threads."""
+        """The number of workers."""
         return self.jobs or cores()
 
 
@@ -76,23 +82,30 @@ def run(
     resources = resources or Resources()
     device = _device(resources.device)
     workers = max(1, min(resources.workers, len(plan.steps)))
-    intra_op = max(1, cores() // workers)
-    budget = _Budget(resources.memory)
+    intra_op = max(1, resources.workers // workers)
     stop = threading.Event()
-    writers: Writers = (writer, aside)
-    with Readers() as readers, torch_threads():
+    with Readers() as readers, torch_threads(), contextlib.ExitStack() as copies:
+        running = _Running(plan, readers, (writer, aside), _Budget(resources.memory), device, stop)
+        if (writer is None or writer.shared) and _pays(plan, resources, workers, device):
+            running = replace(running, elsewhere=copies.enter_context(forked(workers, running.packed)))
         # Largest first: the last step to finish is then a small one.
         order = sorted(range(len(plan.steps)), key=lambda index: -plan.steps[index].volume)
         pool = ThreadPoolExecutor(workers, "surgery", initializer=torch.set_num_threads, initargs=(intra_op,))
         futures: dict[int, Future[Outcome]] = {}
         try:
             for index in order:
-                futures[index] = pool.submit(_run_step, plan.steps[index], readers, writers, budget, device, stop)
+                futures[index] = pool.submit(running.run, index)
             _follow(plan, futures, resources)
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
         return tuple(futures[index].result() for index in range(len(plan.steps)))
+
+
+def _pays(plan: Plan, resources: Resources, workers: int, device: torch.device) -> bool:
+    """Whether copies of this process may do the work, and would do it sooner than threads."""
+    allowed = resources.processes and can_fork() and device.type == "cpu"
+    return allowed and workers > 1 and sum(step.volume for step in plan.steps) >= _WORTH_COPIES
 
 
 def _device(name: str) -> torch.device:
@@ -112,36 +125,75 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _run_step(
-    step: Step,
-    readers: Readers,
-    writers: Writers,
-    budget: _Budget,
-    device: torch.device,
-    stop: threading.Event,
-) -> Outcome:
-    try:
-        if stop.is_set():
-            return Outcome((), {})
-        if isinstance(step.op, TakesOver):
-            return _take_over(step, step.op, readers, writers[0])
-        outcome = _unchanged(step, readers)
-        with budget.hold(step.nbytes if outcome is None else 0):
-            if stop.is_set():
+@dataclass(frozen=True)
+class _Running:
+    """A plan under way. `elsewhere` has a copy of this process compute a step; None: the calling thread does."""
+
+    plan: Plan
+    readers: Readers
+    writers: Writers
+    budget: _Budget
+    device: torch.device
+    stop: threading.Event
+    elsewhere: Work | None = None
+
+    def run(self, index: int) -> Outcome:
+        """One step, from its inputs to what is written."""
+        step = self.plan.steps[index]
+        try:
+            if self.stop.is_set():
                 return Outcome((), {})
-            if isinstance(step.op, Streams):
-                outcome = _stream(step, step.op, readers, writers[0], device)
-            else:
-                if outcome is None:
-                    outcome = step.op(*(readers.read(ref).to(device) for ref in step.inputs))
-                _write(writers[0], step.outputs, outcome.tensors, step.shrinks)
-            _write(writers[1], step.asides, outcome.asides, True)
-    except Exception as error:
-        stop.set()
-        if not isinstance(error, ReportedError):
-            error.add_note(f"while running the step {step.name}")
-        raise
-    return Outcome((), outcome.fates, outcome.figures)
+            outcome = _unchanged(step, self.readers)
+            held = 0 if outcome is not None or isinstance(step.op, TakesOver) else step.nbytes
+            with self.budget.hold(held):
+                if self.stop.is_set():
+                    return Outcome((), {})
+                outcome = self._computed(index) if outcome is None else outcome
+                if not isinstance(step.op, TakesOver | Streams):
+                    _write(self.writers[0], step.outputs, outcome.tensors, step.shrinks)
+                _write(self.writers[1], step.asides, outcome.asides, True)
+        except Exception as error:
+            self.stop.set()
+            if not isinstance(error, ReportedError):
+                error.add_note(f"while running the step {step.name}")
+            raise
+        return Outcome((), outcome.fates, outcome.figures)
+
+    def _computed(self, index: int) -> Outcome:
+        """The step's outcome, with the tensors that are still to be written."""
+        step, writer = self.plan.steps[index], self.writers[0]
+        if self.elsewhere is None:
+            return self._compute(step)
+        outcome, tensors, asides = self.elsewhere(index)
+        if writer is not None and isinstance(step.op, TakesOver | Streams):
+            for spec in step.outputs:
+                writer.written(spec.name)
+        whole: Outcome = replace(outcome, tensors=_unpacked(tensors), asides=_unpacked(asides))
+        return whole
+
+    def _compute(self, step: Step) -> Outcome:
+        if isinstance(step.op, TakesOver):
+            return _take_over(step, step.op, self.readers, self.writers[0])
+        if isinstance(step.op, Streams):
+            return _stream(step, step.op, self.readers, self.writers[0], self.device)
+        return step.op(*(self.readers.read(ref).to(self.device) for ref in step.inputs))
+
+    def packed(self, index: int) -> tuple[Outcome, Packed, Packed]:
+        """A step's outcome, in a form that goes to another process."""
+        import torch
+
+        torch.set_num_threads(1)  # a copy made by fork has none of its parent's threads
+        outcome = self._compute(self.plan.steps[index])
+        return replace(outcome, tensors=(), asides=()), _packed(outcome.tensors), _packed(outcome.asides)
+
+
+def _packed(tensors: tuple[torch.Tensor | None, ...]) -> Packed:
+    """Tensors as what they consist of: torch itself would pass on a name in shared memory."""
+    return tuple(None if each is None else (bytes_from_tensor(each), spec_of("", each)) for each in tensors)
+
+
+def _unpacked(packed: Packed) -> tuple[torch.Tensor | None, ...]:
+    return tuple(None if each is None else tensor_from_bytes(*each) for each in packed)
 
 
 def _take_over(step: Step, op: TakesOver, readers: Readers, writer: CheckpointWriter | None) -> Outcome:

@@ -15,6 +15,7 @@ ReportedError
     ├── InputsDiffer          two graphs that cannot be fed the same inputs
     ├── TemplateMismatch      an ONNX graph whose weights are not the base's, or not told apart
     ├── ProviderUnavailable   the execution provider asked for is not the one that would run
+    ├── WorkerLost            a process that worked for this one was killed
     └── VerificationFailed    a check ran and said no (exit code 3)
 """
 
@@ -39,6 +40,7 @@ __all__ = [
     "UnknownArchitecture",
     "Unsupported",
     "VerificationFailed",
+    "WorkerLost",
 ]
 
 
@@ -92,6 +94,10 @@ class TemplateMismatch(SurgeryError):
 
 class ProviderUnavailable(SurgeryError):
     """The execution provider asked for is not the one that would run."""
+
+
+class WorkerLost(SurgeryError):
+    """A process that worked for this one was killed, by the system where memory ran out."""
 
 
 class VerificationFailed(SurgeryError):

@@ -20,7 +20,7 @@ class Report:
         operation: its name on the command line.
         output: the path that was written.
         seconds: wall time of the operation, imports of this process not counted.
-        peak_rss_bytes: the process's largest resident set so far.
+        peak_rss_bytes: the largest resident set so far, of the process or of one that worked for it.
         ledger: how many tensors met each fate; every tensor of every input has exactly one.
         notes: what the user should know besides.
     """
@@ -34,8 +34,8 @@ class Report:
 
 
 def peak_rss() -> int:
-    """The process's largest resident set so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The largest resident set so far, in bytes: of this process, or of one that it has waited for."""
+    peak = max(resource.getrusage(whose).ru_maxrss for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return peak if sys.platform == "darwin" else peak * 1024
 
 

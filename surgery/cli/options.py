@@ -108,9 +108,9 @@ def engine_options(function: Callable[..., None]) -> Callable[..., None]:
     function = click.option(
         "--memory", type=ByteSize(), default="512MiB", show_default=True, help="What running steps may hold together."
     )(function)
-    return click.option(
-        "--jobs", type=click.IntRange(min=0), default=0, help="Worker threads; 0 means one for each core."
-    )(function)
+    return click.option("--jobs", type=click.IntRange(min=0), default=0, help="Workers; 0 means one for each core.")(
+        function
+    )
 
 
 def json_option(function: Callable[..., None]) -> Callable[..., None]:
@@ -303,7 +303,7 @@ def resources(jobs: int, memory: int, device: str) -> Iterator[Resources]:
     from surgery.engine import Resources
 
     if not sys.stderr.isatty():
-        yield Resources(jobs, memory, device)
+        yield Resources(jobs, memory, device, processes=True)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -315,7 +315,7 @@ def resources(jobs: int, memory: int, device: str) -> Iterator[Resources]:
         def advance(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total, description=name)
 
-        yield Resources(jobs, memory, device, advance)
+        yield Resources(jobs, memory, device, advance, processes=True)
 
 
 def print_json(report: Any) -> None:

@@ -103,12 +103,38 @@ class CertainSum:
         if rows.dtype == torch.float64:
             return None
         block = slice(begin, begin + len(rows))
-        weight, change, total, bound, above = self._scratch(rows)
+        weight, change, total, _, _ = self._scratch(rows)
         first, *others = self._products
         torch.mm(first.left[block], first.right, out=change)
         for product in others:
             change.addmm_(product.left[block], product.right)
         torch.add(weight.copy_(rows), change, out=total)
+        return self._decide(block, out)
+
+    def show(self, out: torch.Tensor, watch: Watch) -> None:
+        """Shows a watch the latest block's change and what `out` has of it."""
+        import torch
+
+        weight, change, total, stored, _ = self._scratch(out)
+        watch.take(torch.sub(stored.copy_(out), weight, out=total), change)
+
+    def back(self, rows: torch.Tensor, begin: int, out: torch.Tensor, forth: CertainSum) -> Positions | None:
+        """Rounds a block of which another sum, of the products with the other sign, has just told the change.
+
+        Args:
+            rows, begin, out: as for `round`.
+            forth: that sum.
+        """
+        import torch
+
+        self._buffers = forth._buffers
+        _, change, total, stored, _ = self._scratch(rows)
+        torch.sub(stored.copy_(rows), change, out=total)
+        return self._decide(slice(begin, begin + len(rows)), out)
+
+    def _decide(self, block: slice, out: torch.Tensor) -> Positions | None:
+        """Rounds the scratch's sums, of those rows."""
+        _, _, total, bound, above = self._scratch(out)
         self._bound(total, self._reach(block), bound)
         if not _largest(bound) < _LARGEST:
             return None
@@ -116,33 +142,7 @@ class CertainSum:
         open_ = _differing(out, above.copy_(total.add_(bound, alpha=2)))
         return open_ if len(open_) <= _MOST_OPEN * out.numel() else None
 
-    def show(self, out: torch.Tensor, watch: Watch) -> None:
-        """Shows a watch the latest block's change and what `out` has of it."""
-        weight, change, _, stored, _ = self._scratch(out)
-        watch.take(stored.copy_(out).sub_(weight), change)
-
-    def change(self, rows: torch.Tensor) -> torch.Tensor:
-        """Σ products of the latest block, in float32, until the next.  # (n, columns)"""
-        return self._scratch(rows)[1]
-
-    def decide(self, total: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, Positions]:
-        """Rounds single sums.
-
-        Args:
-            total: (n,) float32, each a weight, exact in float32, plus its products in float32.
-            rows: (n,) their rows.
-
-        Returns:
-            (n,) of the dtype, and the positions of those that are left to the caller.
-        """
-        import torch
-
-        bound = self._bound(total, self._reach(rows)[:, 0], torch.empty_like(total))
-        below = (total - bound).to(self._dtype)
-        above = (total - bound).add_(bound, alpha=2).to(self._dtype)
-        return below, np.flatnonzero((below.view(torch.int16) != above.view(torch.int16)).cpu().numpy())
-
-    def _reach(self, rows: slice | torch.Tensor) -> torch.Tensor:
+    def _reach(self, rows: slice) -> torch.Tensor:
         """No sum of |left| · |right| of these rows is larger.  # (n, 1) float32"""
         first, *others = (product.reach[rows] for product in self._products)
         for reach in others:

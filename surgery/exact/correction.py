@@ -108,23 +108,6 @@ class Corrections:
         self._waiting.clear()
         return words, len(words[0])
 
-    def add_where(self, actual: Bytes, positions: Words, predicted: Words, merged: Bytes) -> None:
-        """The same where only some elements, at ascending `positions`, may be predicted otherwise than right; all that
-        are likely to be wrong are among them. `predicted`: their integers."""
-        truth = _words(actual, actual.nbytes, self._itemsize)
-        if self._fraction is None or self._waiting or not _CHUNK // 2 <= len(truth) <= _CHUNK:
-            guess = truth.copy()
-            guess[positions] = predicted
-            self.add(actual, guess.view(np.uint8), merged)
-            return
-        told = Coarsened(merged.view(truth.dtype)[positions].view(np.uint8), self._fraction)
-        likely = _is_likely(predicted, 0, told)
-        difference = truth[positions] - predicted  # modulo 2^bits
-        wrong = difference != 0
-        marked, other = likely & wrong, wrong & ~likely
-        both = np.concatenate([difference[marked], difference[other]])
-        self._put(len(truth), wrong[likely], positions[other], both)
-
     def _add(self, truth: Words, guess: Words, merged: Words | None = None) -> None:
         wrong = truth != guess
         hints = None if merged is None or self._fraction is None else Coarsened(merged.view(np.uint8), self._fraction)

@@ -35,7 +35,7 @@ class RoundedSum:
         single = (delta for delta in deltas if serves and isinstance(delta, ExactProduct))
         self._single = [(each.left.numpy(), each.right.mT.contiguous().numpy(), each.scale) for each in single]
 
-    def round(self, rows: torch.Tensor, begin: int, out: torch.Tensor, watch: Watch | None = None) -> Positions | None:
+    def round(self, rows: torch.Tensor, begin: int, out: torch.Tensor, watch: Watch | None = None) -> bool:
         """Rounds any number of rows.
 
         Args:
@@ -45,25 +45,43 @@ class RoundedSum:
             watch: is shown the change that was asked for, in float32, and the one that is stored.
 
         Returns:
-            If the rows were one block and float32 decided nearly all of it, the positions of the rest; else None.
+            Whether the rows were one block, and float32 decided nearly all of it.
         """
-        rest: Positions | None = None
+        certain = False
         spans = list(blocks(rows, BLOCK_ELEMENTS if self._certain else None))
         for first, last in spans:
-            rest = self._block(rows[first:last], begin + first, out[first:last], watch)
-        return rest if len(spans) == 1 else None
+            certain = self._block(rows[first:last], begin + first, out[first:last], watch)
+        return certain and len(spans) == 1
 
-    def _block(self, rows: torch.Tensor, begin: int, out: torch.Tensor, watch: Watch | None) -> Positions | None:
+    def _block(self, rows: torch.Tensor, begin: int, out: torch.Tensor, watch: Watch | None) -> bool:
         rest = self._certain.round(rows, begin, out) if self._certain else None
         if self._certain is None or rest is None:
             self._sum(rows, begin, out, watch)
-            return None
-        if len(rest):
-            at = _on(rest, out)
-            out.view(-1)[at] = self._single_sums(rows, begin, rest).to(out.device)
+            return False
+        self._complete(rows, begin, out, rest)
         if watch is not None:
             self._certain.show(out, watch)
-        return rest
+        return True
+
+    def back(self, rows: torch.Tensor, begin: int, out: torch.Tensor, forth: RoundedSum) -> None:
+        """Rounds one block that another sum has just made, by adding the negatives of these deltas.
+
+        Args:
+            rows, begin, out: as for `round`.
+            forth: that sum, for which float32 decided nearly all of the block.
+        """
+        assert self._certain is not None
+        assert forth._certain is not None
+        rest = self._certain.back(rows, begin, out, forth._certain)
+        if rest is None:
+            self._sum(rows, begin, out, None)
+        else:
+            self._complete(rows, begin, out, rest)
+
+    def _complete(self, rows: torch.Tensor, begin: int, out: torch.Tensor, rest: Positions) -> None:
+        """Rounds what float32 left open."""
+        if len(rest):
+            out.view(-1)[_on(rest, out)] = self._single_sums(rows, begin, rest).to(out.device)
 
     def _sum(self, rows: torch.Tensor, begin: int, out: torch.Tensor, watch: Watch | None) -> None:
         """Rounds in float64."""
@@ -88,34 +106,6 @@ class RoundedSum:
             exact += np.vecdot(left[begin + row], right[column]) * scale
         exact += rows.reshape(-1)[_on(positions, rows)].to("cpu", torch.float64).numpy()
         return round_once(torch.from_numpy(exact), self._dtype)
-
-    def change(self, rows: torch.Tensor) -> torch.Tensor:
-        """Σ deltas of the latest block that float32 decided, of as many rows as these, until the next."""
-        assert self._certain is not None
-        return self._certain.change(rows)
-
-    def some(self, rows: torch.Tensor, begin: int, change: torch.Tensor, positions: Positions) -> torch.Tensor:
-        """Single elements of rows + Σ deltas, rounded.
-
-        Args:
-            rows: (n, columns), any dtype that float32 holds: the matrix from row `begin` on.
-            begin: its first row.
-            change: (n, columns) float32: −Σ deltas of these rows, as the sum has it that they are the negatives of.
-            positions: (m,) in the rows seen as flat.
-
-        Returns:
-            (m,) of the dtype, on the CPU.
-        """
-        import torch
-
-        assert self._certain is not None
-        at = _on(positions, rows)
-        total = rows.reshape(-1)[at].to(torch.float32).sub_(change.reshape(-1)[at])
-        rounded, rest = self._certain.decide(total, begin + at // rows.shape[1])
-        rounded = rounded.cpu()
-        if len(rest):
-            rounded[torch.from_numpy(rest)] = self._single_sums(rows, begin, positions[rest])
-        return rounded
 
 
 def _on(positions: Positions, like: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
-from formats.tensors import Bytes, bytes_from_tensor, torch_dtype
+from formats.tensors import bytes_from_tensor, torch_dtype
 from surgery.checks import check_finite, is_finite
-from surgery.exact.certain import Positions
 from surgery.exact.correction import Corrections
 from surgery.exact.rounded_sum import BLOCK_ELEMENTS, RoundedSum, segments
 from surgery.exact.survival import Watch
@@ -61,11 +58,14 @@ class MergeRows:
 
     def streamed(self, source: Source, rest: tuple[torch.Tensor, ...], sink: Sink) -> Outcome:
         """Adds, rounds once, hashes both ends."""
+        import torch
+
         watch, before, after = Watch(), new_hash(), new_hash()
         corrections = Corrections(self.base.dtype.itemsize, self._fraction) if self.undo else None
         for begin, rows, forward, back in self._pieces(source, rest):
             columns = rows.shape[1]
-            merged, undecided = _rounded(forward, rows, begin[1], self.dtype, watch)
+            merged = torch.empty(rows.shape, dtype=torch_dtype(self.dtype), device=rows.device)
+            certain = forward.round(rows, begin[1], merged, watch)
             if not watch.is_finite and not is_finite(merged):
                 check_finite(rows, self.base.name)
                 raise out_of_range(self.base.name, merged.dtype)
@@ -75,14 +75,13 @@ class MergeRows:
             sink(begin[0] * columns, merged)
             if corrections is None or back is None:
                 continue
-            told = bytes_from_tensor(merged)
-            if undecided is None or self._fraction is None:
-                guess, _ = _rounded(back, merged, begin[1], self.base.dtype)
-                corrections.add(here, bytes_from_tensor(guess), told if self._fraction is not None else None)
+            told = bytes_from_tensor(merged) if self._fraction is not None else None
+            guess = torch.empty(rows.shape, dtype=torch_dtype(self.base.dtype), device=rows.device)
+            if certain and told is not None:
+                back.back(merged, begin[1], guess, forward)
             else:
-                doubtful = _doubtful(here, told, self.base.dtype, self._fraction, undecided)
-                guesses = back.some(merged, begin[1], forward.change(merged), doubtful)
-                corrections.add_where(here, doubtful, bytes_from_tensor(guesses).view("<u2"), told)
+                back.round(merged, begin[1], guess)
+            corrections.add(here, bytes_from_tensor(guess), told)
         figures: dict[str, Any] = {
             "base": {self.base.name: before.hexdigest()},
             "hashes": {self.base.name: after.hexdigest()},
@@ -118,33 +117,3 @@ class MergeRows:
                     back = RoundedSum(negative, self.base.dtype, piece.device) if self.undo else None
                     sums = RoundedSum(parts, self.dtype, piece.device), back
                 yield (begin, begin - first), piece, *sums
-
-
-def _doubtful(base: Bytes, merged: Bytes, dtype: DType, fraction: int, undecided: Positions) -> Positions:
-    """Where taking the deltas off again, rounded, may miss the base. Elsewhere it cannot.
-
-    What comes off is the base plus the error of rounding the sum. Where the sum's exponent is no larger than the
-    base's, that error is at most half the base's last place, and less wherever float32 told how to round: rounding
-    leads back. But a power of two has closer neighbours below it.
-
-    Args:
-        base, merged: payloads of one size and dtype.
-        dtype: of both, of 16 bits.
-        fraction: bits of its fraction.
-        undecided: positions that float32 left open.
-    """
-    before, after = base.view("<u2"), merged.view("<u2")
-    exponent = np.uint16((1 << (8 * dtype.itemsize - 1)) - (1 << fraction))
-    doubtful = (after & exponent) > (before & exponent)
-    doubtful |= (before & np.uint16((1 << fraction) - 1)) == 0
-    doubtful[undecided] = True
-    return np.flatnonzero(doubtful)
-
-
-def _rounded(
-    total: RoundedSum, rows: torch.Tensor, begin: int, dtype: DType, watch: Watch | None = None
-) -> tuple[torch.Tensor, Positions | None]:
-    import torch
-
-    result = torch.empty(rows.shape, dtype=torch_dtype(dtype), device=rows.device)
-    return result, total.round(rows, begin, result, watch)
