@@ -127,7 +127,8 @@ GPT-2-, GPT-J- and Llama-like models, and one config rules all layers: a smaller
 alpha multiplied into B, a fused layer's A written once for each slice, and what the config reaches beyond the adapter
 gets factors that change nothing. Any other layer is refused. It loads our
 folders with `use_safetensors=True`. (IA)³ is merged with the bias, as the adapted model has it; the library's own merge
-forgets the bias.
+forgets the bias. Its VeRA and DoRA are merged as the adapted model computes them: VeRA with square matrices, DoRA with
+the bias scaled and without alpha / r in its norm; neither is any other dialect's.
 
 LyCORIS's (IA)³ learns the difference to 1 and leaves the bias, which peft's scales with the outputs: the two are the same
 of inputs, and of layers without a bias. Its OFT and BOFT turn outputs and peft's inputs, its GLoRA multiplies W0 by a

@@ -1,6 +1,6 @@
 """A transformers model of torch with bottlenecks in its graph, by hooks: the reference for what grafts mean.
 
-For measuring and for tests; ONNX graphs get theirs elsewhere. Knows BERT-like models and GPT-2, as the readers do.
+For measuring and for tests; ONNX graphs get theirs elsewhere. Knows the models that the readers know.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_NORMS = ("ln_2", "layernorm_after", "post_attention_layernorm")  # what reads the residual of an MLP, if not the MLP
 Seen = Callable[["torch.Tensor"], None]
 Detach = Callable[[], None]
 
@@ -66,7 +67,10 @@ def attach_branch(
 def _residual(model: nn.Module, projection: str) -> tuple[nn.Module, int]:
     """The module whose argument of that number is what the model adds to a projection's outputs."""
     holder = owner(projection)
+    block = owner(holder)
     if projection.endswith(".dense"):  # BERT's get it as their second input
         return model.get_submodule(holder), 1
-    block = owner(holder)
-    return model.get_submodule(block if holder.endswith(".attn") else f"{block}.ln_2"), 0
+    if holder.endswith((".attn", ".attention", ".self_attn")):
+        return model.get_submodule(block), 0
+    norms = (getattr(model.get_submodule(block), name, None) for name in _NORMS)
+    return next((norm for norm in norms if norm is not None), model.get_submodule(holder)), 0

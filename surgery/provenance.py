@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,11 +64,13 @@ def fingerprint(adapter: Adapter) -> tuple[str, dict[str, str]]:
     adapter's payload. Raises NotFinite.
     """
     hashes: dict[str, str] = {}
-    with open_checkpoint(adapter.ref.path) as checkpoint, torch_threads(1):
+    with ExitStack() as stack, torch_threads(1):
+        files = {ref.checkpoint for ref in adapter.tensors}
+        opened = {file: stack.enter_context(open_checkpoint(file.path)) for file in files}
         for ref in adapter.tensors:
-            tensor = checkpoint.read(ref.name)
+            tensor = opened[ref.checkpoint].read(ref.name)
             if tensor.is_floating_point():
-                check_finite(tensor, f"{ref.name} of {adapter.ref.path}")
+                check_finite(tensor, f"{ref.name} of {ref.checkpoint.path}")
             hashes[ref.name] = tensor_hash(tensor)
     parts: list[list[Any]] = [
         [

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bottleneck_models import GOLDEN, MODELS, saved
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -18,7 +19,6 @@ import surgery
 from surgery.cli import main
 from surgery.operations.fold import verdicts
 
-GOLDEN = Path(__file__).parent / "golden" / "bottleneck"
 BASE = GOLDEN / "bert" / "base.st"
 LAYER = "encoder.layer.0.output.adapters.style"
 Change = Callable[[dict[str, torch.Tensor]], None]
@@ -69,7 +69,7 @@ def infinite(tensors: dict[str, torch.Tensor]) -> None:
         ("double_seq_bn_linear", without(f"{LAYER}.adapter_up.weight"), {}, "a part of the adapter is missing"),
         ("double_seq_bn_linear", same, {"reduction_factor": 4}, "does not fit the base"),
         ("double_seq_bn_linear", infinite, {}, "NaN or Inf"),
-        ("seq_bn", same, {"architecture": "reft"}, "only LoRA and \\(IA\\)³"),
+        ("seq_bn", same, {"architecture": "reft"}, "at chosen positions"),
         ("prompt_tuning", same, {"prompt_length": 2}, "does not fit the base"),
     ],
 )
@@ -94,26 +94,89 @@ def test_another_model_s_adapter_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["adapter_fusion_config.json", "adapter_setup.json"])
-def test_compositions_are_refused(tmp_path: Path, name: str) -> None:
-    """What an adapter among several does is not its own."""
-    adapter = edited(tmp_path, "seq_bn")
-    (adapter / name).write_text("{}")
-    with pytest.raises(surgery.ReportedError, match=r"depend on the input|no single one"):
-        surgery.fold(BASE, adapter, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("model", "other", "name"),
+    [
+        (model, other, name)
+        for name in ("double_seq_bn", "prefix_tuning")
+        for model in MODELS
+        for other in MODELS
+        if model != other
+    ],
+)
+def test_no_family_takes_another_s_adapter(tmp_path: Path, model: str, other: str, name: str) -> None:
+    """Though the projections of some have the same names, or their prefixes the same keys."""
+    if (model, other) in (("bert", "roberta"), ("roberta", "bert")):  # the same layers, and both say so
+        assert verdicts(GOLDEN / model / "base.st", GOLDEN / other / name)
+        return
+    with pytest.raises(surgery.ReportedError, match=r"match nothing|its norms elsewhere|another type of model"):
+        surgery.fold(GOLDEN / model / "base.st", GOLDEN / other / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_union_with_gates_is_refused(tmp_path: Path) -> None:
-    """UniPELT's."""
+def test_a_model_of_which_the_library_knows_other_sums_is_refused(tmp_path: Path) -> None:
+    """By its model type, or by norms and factors that only it has."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(GOLDEN / "llama" / "seq_bn", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
+    with pytest.raises(surgery.ReportedError, match="place that is not read"):
+        surgery.fold(GOLDEN / "llama" / "base.st", adapter, tmp_path / "out")
+    for model, extra in (
+        ("llama", "layers.{}.post_feedforward_layernorm.weight"),
+        ("vit", "encoder.layer.{}.lambda_1"),
+    ):
+        more = {extra.format(layer): torch.ones(8) for layer in (0, 1)}
+        save_file({**load_file(GOLDEN / model / "base.st"), **more}, tmp_path / "other.st")
+        with pytest.raises(surgery.ReportedError, match="another depth"):
+            surgery.fold(tmp_path / "other.st", GOLDEN / model / "seq_bn", tmp_path / "out")
+
+
+def test_an_early_file_calls_gelu_otherwise(tmp_path: Path) -> None:
+    """Without a version "gelu" is the tanh form and "gelu_orig" the exact one, as the library reads it."""
+    adapter = edited(tmp_path, "par_bn_gelu")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    del config["version"]
+    for name, meant in (("gelu", "gelu_new"), ("gelu_orig", "gelu"), ("relu", "relu")):
+        config["config"]["non_linearity"] = name
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        assert {each.what for each in verdicts(BASE, adapter)} == {f"parallel bottleneck, {meant}"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_plus", "own residual and norm"),
+        ("double_seq_bn_gated", "gate depends on the input"),
+        ("fusion", "weights depend on the input"),
+        ("loreft", "at chosen positions"),
+        ("parallel", "no single one"),
+        ("prefix_tuning_gated", "gate depends on the input"),
+        ("seq_bn_inv", "invertible adapters change the embeddings"),
+        ("stack", "no single one"),
+        ("unipelt", "gate depends on the input"),
+    ],
+)
+def test_what_no_fold_can_express_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    """As the library saves it, with the reason; nothing is written, and --dry-run and export-onnx say the same."""
+    adapter = GOLDEN / "refused" / name
+    base = saved("bert", tmp_path / "base")
+    with pytest.raises(surgery.ReportedError, match=message):
+        surgery.fold(base, adapter, tmp_path / "out")
+    with pytest.raises(surgery.ReportedError, match=message):
+        verdicts(base, adapter)
+    with pytest.raises(surgery.ReportedError, match=message):
+        surgery.export_onnx(base, tmp_path / "out.onnx", adapters=[adapter])
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_union_with_lora_is_refused(tmp_path: Path) -> None:
+    """Also where UniPELT's gates are switched off."""
     union = tmp_path / "union"
-    shutil.copytree(GOLDEN / "bert" / "mam", union)
+    shutil.copytree(GOLDEN / "refused" / "unipelt", union)
     config = json.loads((union / "adapter_config.json").read_text())
     for part in config["config"]["configs"]:
-        part["use_gating"] = True
-    (union / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(surgery.ReportedError, match="depends on the input"):
-        surgery.fold(BASE, union, tmp_path / "out")
-    config["config"]["configs"] = [{"architecture": "lora", "use_gating": True}]
+        part["use_gating"] = False
     (union / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(surgery.ReportedError, match="or of one of each"):
         surgery.fold(BASE, union, tmp_path / "out")
@@ -162,6 +225,27 @@ def test_the_names_of_adapter_bert_are_mapped_as_documented(tmp_path: Path) -> N
     )
     torch.testing.assert_close(grafts[f"{path}.up"], w2.T.contiguous())
     torch.testing.assert_close(grafts[f"{path}.up_bias"], b2[0])
+
+
+@pytest.mark.parametrize("name", ["double_seq_bn_linear", "compacter_linear"])
+def test_a_llama_gets_the_biases_that_a_fold_needs(tmp_path: Path, name: str) -> None:
+    """By its config, in every layer: zeros but for what the adapter has; where nothing makes room, one node is left."""
+    base, adapter = saved("llama", tmp_path / "base"), GOLDEN / "llama" / name
+    report = surgery.fold(base, adapter, tmp_path / "out")
+    assert report.settings == {"attention_bias": True, "mlp_bias": True}
+    assert {each.way for each in report.verdicts} == {"folded"}
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    biases = {tensor: bool(after[tensor].any()) for tensor in after.keys() - before.keys()}
+    assert {tensor for tensor, any_of_it in biases.items() if any_of_it} == {
+        f"layers.{layer}.{module}.bias" for layer in (0, 1) for module in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    assert len(biases) == 2 * 7
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    found = verdicts(base, adapter)
+    assert {(each.way, each.reason) for each in found} == {
+        ("half-folded", "linear, but the projection has no bias to take s(U b_D + b_U)")
+    }
 
 
 def test_half_precision_is_rounded_once(tmp_path: Path) -> None:

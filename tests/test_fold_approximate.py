@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from bottleneck_models import GOLDEN, built, saved, sites
 from click.testing import CliRunner
-from safetensors.torch import save_file
-from test_fold import GOLDEN, edited
+from safetensors.torch import load_file, save_file
+from test_fold import edited
 
 import surgery
 from formats.grafts import BranchGraft, read_grafts, tensor_names
 from formats.paths import open_checkpoint
 from surgery.cli import main
 from surgery.grafted import attach_branch
+from surgery.onnx.grafted_check import _in_module
 from surgery.operations.fold_verdicts import Way
 
 SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -25,7 +27,6 @@ HELD_OUT = [3, 7, 11, 15]
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """The golden BERT as a folder."""
-    from safetensors.torch import load_file
     from transformers import BertConfig, BertModel
 
     model = BertModel(BertConfig(**SIZES, vocab_size=16, max_position_embeddings=16))
@@ -78,6 +79,46 @@ def test_the_error_that_is_told_is_the_folded_model_s(tmp_path: Path, base: Path
     assert float((near - exact).norm() / exact.norm()) == pytest.approx(found.output, rel=1e-3)
     assert 1e-4 < found.output < 1
     assert all(0 < error < 1 for error in found.modules.values())
+
+
+@pytest.mark.parametrize("model", ["vit", "llama", "distilbert"])
+def test_other_models_are_calibrated_too(tmp_path: Path, model: str) -> None:
+    """On images, or without biases: what is told is what the folded model does on the rows held out."""
+    from transformers import AutoModel
+
+    rows = {"input_ids": IDS}
+    if model == "vit":
+        rows = {"pixel_values": torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(0))}
+    save_file(rows, tmp_path / "rows.st")
+    base, adapter = tmp_path / "base", GOLDEN / model / "double_seq_bn"
+    wide = built(model)
+    for parameter in wide.parameters():
+        parameter.data *= 20 if parameter.dim() == 2 else 1  # so that tokens differ, and bend f
+    wide.save_pretrained(base)
+    surgery.fold(base, adapter, tmp_path / "exact")
+    report = surgery.fold(base, adapter, tmp_path / "near", calibration=tmp_path / "rows.st")
+    assert {each.way for each in report.verdicts} == {Way.FOLDED}
+    given = {name: tensor[HELD_OUT] for name, tensor in rows.items()}
+    exact, near = (AutoModel.from_pretrained(tmp_path / folder).eval() for folder in ("exact", "near"))
+    for site, own in sites(tmp_path / "exact"):
+        assert isinstance(site, BranchGraft)
+        attach_branch(exact, _in_module(site, exact), own)
+    with torch.no_grad():
+        one, other = (each(**given).last_hidden_state for each in (exact, near))
+    assert report.approximation is not None
+    assert float((other - one).norm() / one.norm()) == pytest.approx(report.approximation.output, rel=1e-3)
+    assert report.approximation.output > 1e-4
+
+
+@pytest.mark.parametrize("shape", [(16, 3, 8, 8), (1, 3, 4, 4), (16, 4, 4)])
+def test_images_of_another_size_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Or too few, or none at all."""
+    base, adapter = saved("vit", tmp_path / "base"), GOLDEN / "vit" / "double_seq_bn"
+    for name in ("pixel_values", "input_ids"):
+        save_file({name: torch.zeros(shape)}, tmp_path / "rows.st")
+        with pytest.raises(surgery.ReportedError, match="no calibration rows"):
+            surgery.fold(base, adapter, tmp_path / "out", calibration=tmp_path / "rows.st")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_affine_on_every_token_is_folded_as_it_is(tmp_path: Path, base: Path) -> None:

@@ -1,7 +1,8 @@
-"""Reading AdapterHub's LoRA and (IA)³ (the library adapters). Tested against files that it made.
+"""Reading AdapterHub's LoRA, (IA)³, VeRA and DoRA (the library adapters). Tested against files that it made.
 
 Keys are `<module>.loras.<name>.lora_A` and `lora_B`, laid out as loralib's, fused query, key and value included;
-(IA)³ has lora_B alone, a factor of each output. The config says alpha and which slices are adapted. Knows no
+(IA)³ has lora_B alone, a factor of each output. VeRA has square matrices, vera_B and vera_D, and lora_A and lora_B once
+for all layers; DoRA has m.weight beside the others. The config says alpha and which slices are adapted. Knows no
 mathematics.
 """
 
@@ -21,20 +22,25 @@ from formats.errors import AdapterFormatError, ShapeMismatch
 from formats.layers import LayerKind, owner
 from formats.spec import TensorSpec, shape_text
 
-_FACTOR = re.compile(r"^(?P<module>.+)\.loras\.(?P<name>[^.]+)\.(?P<role>lora_[AB])$")
+_FACTOR = re.compile(r"^(?P<module>.+)\.loras\.(?P<name>[^.]+)\.(?P<role>lora_[AB]|vera_[BD]|m\.weight)$")
+_SHARED = re.compile(r"^(?:.+\.)?shared_parameters\.[^.]+\.(?P<role>lora_[AB])$")
 _VERSION = re.compile(r"^adapters\.(?P<major>\d+)\.(?P<minor>\d+)")
-# What the config's composition_mode makes of the factors, and which of them there are.
+# The factors that the config's composition_mode makes of every layer, and those of VeRA and DoRA.
 _ROLES = {"add": ("lora_A", "lora_B"), "scale": ("lora_B",)}
+_VERA, _MAGNITUDE = ("vera_B", "vera_D"), "m.weight"
 # Other settings than LoRA's plain ones, each with the reason that a user needs.
-_REFUSED = {
-    "use_gating": "its gate depends on the input, which no weight can express",
-    "use_dora": "its DoRA divides by ‖W0 + BA‖ without alpha and scales the bias too, which no other DoRA does",
-    "vera_d": "its VeRA has other tensors than peft's, and is not read",
+_REFUSED = {"use_gating": "its gate depends on the input, which no weight can express"}
+# Other methods, each with the reason that a user needs.
+_BESIDE = "the method is no change of a weight: surgery fold says what of it can go into weights"
+_OTHERS = {
+    **dict.fromkeys((None, "prefix_tuning", "prompt_tuning", "union"), _BESIDE),
+    "mtl_lora": "MTL-LoRA mixes its up-projections by the task, which no weight can express",
+    "reft": "ReFT changes hidden states at chosen positions of the input, which no weight can express",
 }
 
 
 class AdapterHub:
-    """The dialect of AdapterHub's adapters: LoRA and (IA)³."""
+    """The dialect of AdapterHub's adapters: LoRA, (IA)³, VeRA and DoRA."""
 
     name = "adapterhub"
 
@@ -54,17 +60,30 @@ class AdapterHub:
         where, config = checkpoint.ref.path, config or {}
         own = _checked(config["config"], where)
         mode = own.get("composition_mode", "add")
+        roles, shared = _roles(own)
         modules: dict[str, Factors] = {}
+        once: Factors = {}
         for key in checkpoint.specs:
             match = _FACTOR.match(key)
-            if match is None or match["role"] not in _ROLES[mode]:
+            of_all = _SHARED.match(key) if shared else None
+            if of_all is not None:
+                once[of_all["role"]] = checkpoint.tensor(key)
+            elif match is not None and match["role"] in roles:
+                modules.setdefault(match["module"], {})[match["role"]] = checkpoint.tensor(key)
+            else:
                 raise AdapterFormatError(
                     f"a tensor that is no factor of {'LoRA' if mode == 'add' else '(IA)³'}",
                     where=where,
-                    expected=" or ".join(f"….loras.NAME.{role}" for role in _ROLES[mode]),
+                    expected=" or ".join(f"….loras.NAME.{role}" for role in roles),
                     found=key,
                 )
-            modules.setdefault(match["module"], {})[match["role"]] = checkpoint.tensor(key)
+        if missing := [role for role in shared if role not in once]:
+            raise AdapterFormatError(
+                "the file lacks the matrices that all layers share",
+                where=where,
+                expected=", ".join(missing),
+                then="save it from a model with a head: from one without, the library leaves them out",
+            )
         rename = resolver([f"{module}.weight" for module in modules], base, where)
         context = Context.of({}, rename, base, where)
         matrices = own.get("attn_matrices") or ()
@@ -72,7 +91,9 @@ class AdapterHub:
         reading = Reading(_alpha(config, own), Told(enable_lora=fused), context)
         adapted: list[AdapterModule] = []
         for module, factors in sorted(modules.items()):
-            if mode == "add":
+            if shared or own.get("use_dora"):
+                adapted += _other_product(module, {**once, **factors}, roles, own, reading)
+            elif mode == "add":
                 adapted.append(_low_rank(module, factors, own["r"], reading))
             else:
                 adapted += _scaled(module, factors, reading)
@@ -83,7 +104,7 @@ def _checked(own: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     mode = own.get("composition_mode", "add")
     if own.get("architecture") != "lora" or mode not in _ROLES or not own.get("r"):
         raise AdapterFormatError(
-            "of AdapterHub's methods only LoRA and (IA)³ are merged into weights",
+            _OTHERS.get(own.get("architecture"), "of AdapterHub's methods only LoRA and (IA)³ are merged into weights"),
             where=where,
             expected=f"architecture = lora, composition_mode = {' or '.join(_ROLES)}",
             found=f"architecture = {own.get('architecture')}, composition_mode = {mode}",
@@ -92,6 +113,15 @@ def _checked(own: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         if own.get(setting):
             raise AdapterFormatError(f"{setting}: {reason}", where=where, found=f"{setting} = {own[setting]}")
     return own
+
+
+def _roles(own: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The factors of each layer, and those that all share."""
+    roles: tuple[str, ...] = _ROLES[own.get("composition_mode", "add")]
+    shared: tuple[str, ...] = ()
+    if own.get("vera_d") is not None or own.get("vera_b") is not None:
+        roles, shared = _VERA, roles
+    return ((*roles, _MAGNITUDE) if own.get("use_dora") else roles), shared
 
 
 def _alpha(config: Mapping[str, Any], own: Mapping[str, Any]) -> float:
@@ -112,6 +142,34 @@ def _low_rank(module: str, factors: Factors, rank: int, reading: Reading) -> Ada
             expected=f"r = {rank}",
             found=adapted.rank,
         )
+    return adapted
+
+
+def _other_product(
+    module: str, factors: Factors, roles: tuple[str, ...], own: Mapping[str, Any], reading: Reading
+) -> list[AdapterModule]:
+    """The weight of one layer with VeRA or DoRA, and the bias, which the latter scales too."""
+    context = reading.context
+    if missing := [role for role in roles if role not in factors]:
+        raise AdapterFormatError(
+            "a part of the adapter is missing", where=f"{context.where}: {module}", expected=", ".join(missing)
+        )
+    rank = factors["lora_B"].spec.shape[-1]
+    if rank != own["r"]:
+        raise AdapterFormatError(
+            "the factors' rank contradicts the config",
+            where=f"{context.where}: {module}",
+            expected=f"r = {own['r']}",
+            found=rank,
+        )
+    target, bias = (context.rename(f"{module}.{last}") for last in ("weight", "bias"))
+    kind = context.kinds.get(owner(target), LayerKind.LINEAR)
+    if _MAGNITUDE not in factors:
+        return [AdapterModule(target, "vera_square", kind, factors, rank, reading.alpha)]
+    named = {role.removesuffix(".weight"): ref for role, ref in factors.items()}
+    adapted = [AdapterModule(target, "dora_outputs", kind, named, rank, reading.alpha)]
+    if bias in context.base:
+        adapted.append(AdapterModule(bias, "dora_outputs", LayerKind.LINEAR, named, rank, reading.alpha, reads=target))
     return adapted
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from formats.checkpoint import Checkpoint
-from formats.dialects.bottleneck import Bottlenecks, Roles, read_bottlenecks
+from formats.dialects.bottleneck import REFUSED, Bottlenecks, Roles, read_bottlenecks, refuse_settings
 from formats.dialects.prompts import Prefix, Prompt, Whole, read_peft_prompt, read_prefix, read_prompt
 from formats.errors import AdapterFormatError
 from formats.spec import CheckpointRef, TensorRef, TensorSpec
@@ -23,6 +23,7 @@ _KEY = re.compile(
 
 
 Part = Bottlenecks | Prefix | Prompt | Whole
+_EARLY = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # what files without a version mean (adapters.utils, 1.3)
 _PEFT = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 
 
@@ -54,7 +55,11 @@ def read_beside(checkpoint: Checkpoint, config: Mapping[str, Any], base: Mapping
     if config.get("peft_type") in _PEFT:
         return read_peft_prompt(checkpoint, config, base)
     own = config["config"]
+    if "version" not in config and own.get("non_linearity") in _EARLY:
+        own = {**own, "non_linearity": _EARLY[own["non_linearity"]]}
     parts = own["configs"] if own.get("architecture") == _UNION else [own]
+    for part in parts:  # for they have tensors of their own, which would only look like another method's
+        refuse_settings(REFUSED, part, checkpoint.ref)
     architectures = [part.get("architecture") for part in parts]
     if not set(architectures) <= set(_KINDS) or len(set(architectures)) < len(architectures):
         raise AdapterFormatError(
@@ -64,7 +69,8 @@ def read_beside(checkpoint: Checkpoint, config: Mapping[str, Any], base: Mapping
             found=f"architecture = {', '.join(map(str, architectures))}",
         )
     held = _held(checkpoint, [_KINDS[each] for each in architectures])
-    return tuple(_part(checkpoint.ref, part, held, base) for part in parts)
+    model_type = config.get("model_type")
+    return tuple(_part(checkpoint.ref, part, held, base, model_type) for part in parts)
 
 
 def _part(
@@ -72,19 +78,20 @@ def _part(
     own: Mapping[str, Any],
     tensors: Mapping[str, Mapping[str, Roles]],
     base: Mapping[str, TensorSpec],
+    model_type: str | None,
 ) -> Part:
     """One part of an adapter, by its own config."""
     architecture = own.get("architecture")
     held = tensors[_KINDS[architecture]]
     if architecture is None:
-        return read_bottlenecks(ref, held, tensors[_SHARED].get("", {}), own, base)
+        return read_bottlenecks(ref, held, tensors[_SHARED].get("", {}), own, base, model_type)
     # The model holds a prefix or a prompt, and each layer the same prefix again, which has a name in the file too.
     own_roles = [roles for holder, roles in held.items() if not holder.endswith(".pool")]
     if len(own_roles) != 1:
         raise AdapterFormatError(
             "the file has another number of prefixes or prompts than one", where=ref.path, found=", ".join(held)
         )
-    return (read_prefix if architecture == "prefix_tuning" else read_prompt)(ref, own_roles[0], own, base)
+    return (read_prefix if architecture == "prefix_tuning" else read_prompt)(ref, own_roles[0], own, base, model_type)
 
 
 def _held(checkpoint: Checkpoint, kinds: Sequence[str]) -> dict[str, dict[str, Roles]]:

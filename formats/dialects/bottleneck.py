@@ -1,5 +1,5 @@
 """Reading AdapterHub's bottlenecks: Houlsby's, Pfeiffer's, parallel ones, compacters. Tested against files that the
-library adapters made of BERT and GPT-2.
+library adapters made of all models in `adapterhub_layers`.
 
 What is read is plain data, with the names of the base's weights around each bottleneck: what of it can go into weights
 is for others to say. Knows no mathematics.
@@ -8,10 +8,11 @@ is for others to say. Knows no mathematics.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from formats.dialects.adapterhub_layers import ATTENTION, LAYOUTS, Layout, Place, layout_of
 from formats.dialects.resolve import Rename, resolver
 from formats.errors import AdapterFormatError, ShapeMismatch
 from formats.layers import LayerKind, layer_kinds, owner
@@ -48,9 +49,10 @@ class Bottleneck:
 
     Attributes:
         layer: its number.
-        place: "mh_adapter" behind the attention, "output_adapter" behind the MLP, as the config calls them.
+        place: ATTENTION or MLP, behind which of them it is.
         behind: the base's weight whose outputs h it follows.
-        first: the base's first weight of the MLP; None behind an attention.
+        first: the base's first weight of the MLP, of those that have a gate the one that is not its; None behind an
+            attention.
         norm: the base's weight of the norm of h plus the residual; None where a model has its norms elsewhere.
         down, up: the projections.
         scaling: a number, or learned: one, or one for each output.
@@ -91,16 +93,8 @@ class Bottlenecks:
     modules: tuple[Bottleneck, ...]
 
 
-_BERT, _GPT2 = (rf"(?P<path>(?:\w+\.)?{name}\.(?P<number>\d+)\.)" for name in (r"encoder\.layer", "h"))
-# The layer's path; in it the module that holds a bottleneck; its place; and in the layer behind, first and norm.
-_PLACES: tuple[tuple[str, str, str, tuple[str, str | None, str | None]], ...] = (
-    (_BERT, r"attention\.output", "mh_adapter", ("attention.output.dense", None, "attention.output.LayerNorm")),
-    (_BERT, "output", "output_adapter", ("output.dense", "intermediate.dense", "output.LayerNorm")),
-    (_GPT2, "attention_adapters", "mh_adapter", ("attn.c_proj", None, None)),
-    (_GPT2, "output_adapters", "output_adapter", ("mlp.c_proj", "mlp.c_fc", None)),
-)
 # Settings that make something else of a bottleneck, each with the reason that a user needs.
-_REFUSED = {
+REFUSED = {
     "use_gating": "its gate depends on the input",
     "inv_adapter": "invertible adapters change the embeddings, and are not read",
     "ln_before": "a norm of its own before the bottleneck is not read",
@@ -118,6 +112,7 @@ def read_bottlenecks(
     shared: Roles,
     own: Mapping[str, Any],
     base: Mapping[str, TensorSpec],
+    model_type: str | None = None,
 ) -> Bottlenecks:
     """The adapter, resolved against the base's tensors.
 
@@ -127,18 +122,22 @@ def read_bottlenecks(
         shared: those that all of them share.
         own: the config of the method.
         base: the base's tensors.
+        model_type: of the model that it was trained in; None where nobody says.
 
     Raises:
         AdapterFormatError: settings or models that are not read, tensors that are missing or belong to nothing.
         ShapeMismatch: tensors that do not fit the base or the config.
         UnmatchedKeys: layers that the base does not have.
     """
-    refuse_settings(_REFUSED, own, ref)
-    places = {holder: _Place.of(holder, ref) for holder in modules}
-    rename = resolver([f"{place.path}{place.behind}.weight" for place in places.values()], base, ref.path)
+    refuse_settings(REFUSED, own, ref)
+    places = _found(modules, ref, model_type)
+    rename = resolver([f"{path}{place.behind}.weight" for _, place, _, path in places.values()], base, ref.path)
+    layouts = list(dict.fromkeys(layout for layout, *_ in places.values())) or [layout_of(base) or LAYOUTS[0]]
+    for layout, place, _, path in places.values():
+        _check_norm(rename(f"{path}{place.norm}.weight"), layout, ref, base)
     reading = _Reading(ref, own, base, rename, shared, layer_kinds(base))
-    _check_places({(place.number, place.place) for place in places.values()}, ref, own, base)
-    found = [reading.module(place, modules[holder]) for holder, place in places.items()]
+    _check_places({(number, place.name) for _, place, number, _ in places.values()}, layouts[0], ref, own, base)
+    found = [reading.module(*place, modules[holder]) for holder, place in places.items()]
     return Bottlenecks(
         ref=ref,
         non_linearity=setting(own, "non_linearity", str, ref).lower(),
@@ -150,16 +149,53 @@ def read_bottlenecks(
     )
 
 
+Found = tuple[Layout, Place, int, str]  # where a bottleneck is, by the adapter's names: its layer's number and path
+
+
+def _found(holders: Iterable[str], ref: CheckpointRef, model_type: str | None) -> dict[str, Found]:
+    """Where each module's bottleneck is. Raises AdapterFormatError for one that is in no model that is known."""
+    found = {}
+    for holder in holders:
+        for layout, place in ((each, place) for each in LAYOUTS for place in each.places):
+            match = re.fullmatch(layout.path + re.escape(place.holder), holder)
+            if match and model_type in (None, *layout.types):
+                found[holder] = layout, place, int(match["number"]), match["path"]
+        if holder not in found:
+            raise AdapterFormatError(
+                "a bottleneck at a place that is not read",
+                where=ref.path,
+                expected=f"a layer of {', '.join(name for layout in LAYOUTS for name in layout.types)}",
+                found=holder if model_type is None else f"{holder} of {model_type}",
+            )
+    return found
+
+
+def _check_norm(norm: str, layout: Layout, ref: CheckpointRef, base: Mapping[str, TensorSpec]) -> None:
+    """Refuses a base whose norms are elsewhere: a residual is another there, though the projections have its names."""
+    if norm not in base:
+        raise AdapterFormatError(
+            "the base has its norms elsewhere than the adapter's model",
+            where=ref.path,
+            expected=f"{norm}, as in {layout.types[0]}",
+            then="check that the adapter was made for this base",
+        )
+
+
 def _check_places(
-    found: set[tuple[int, str]], ref: CheckpointRef, own: Mapping[str, Any], base: Mapping[str, TensorSpec]
+    found: set[tuple[int, str]],
+    layout: Layout,
+    ref: CheckpointRef,
+    own: Mapping[str, Any],
+    base: Mapping[str, TensorSpec],
 ) -> None:
     """Refuses an adapter that does not have just the bottlenecks that its config puts into the base."""
-    wanted = set()
-    for numbered, _, place, (behind, _, _) in _PLACES:
-        for name in base if own.get(place) else ():
-            match = re.fullmatch(numbered + re.escape(f"{behind}.weight"), name)
-            if match and int(match["number"]) not in (own.get("leave_out") or ()):
-                wanted.add((int(match["number"]), place))
+    wanted = {
+        (number, place.name)
+        for place in layout.places
+        if own.get(place.name)
+        for number, _ in layout.layers(base, place)
+        if number not in (own.get("leave_out") or ())
+    }
     for number, place in sorted(found ^ wanted):
         raise AdapterFormatError(
             "the config and the file contradict each other about a bottleneck, or the base has another depth",
@@ -223,33 +259,6 @@ def refuse_others(roles: Roles, used: set[TensorRef], where: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a bottleneck is, by the adapter's names."""
-
-    path: str
-    number: int
-    place: str
-    behind: str
-    first: str | None
-    norm: str | None
-
-    @classmethod
-    def of(cls, holder: str, ref: CheckpointRef) -> _Place:
-        """That of a module. Raises AdapterFormatError for one of another model's."""
-        for numbered, inner, place, around in _PLACES:
-            match = re.fullmatch(numbered + inner, holder)
-            if match:
-                return cls(match["path"], int(match["number"]), place, *around)
-        raise AdapterFormatError(
-            "bottlenecks are read of BERT-like models and of GPT-2",
-            where=ref.path,
-            expected="encoder.layer.N.output, encoder.layer.N.attention.output, h.N.output_adapters, "
-            "h.N.attention_adapters",
-            found=holder,
-        )
-
-
-@dataclass(frozen=True)
 class _Reading:
     """What reading a bottleneck needs to know."""
 
@@ -260,22 +269,21 @@ class _Reading:
     shared: Roles
     kinds: Mapping[str, LayerKind]
 
-    def module(self, place: _Place, roles: Roles) -> Bottleneck:
+    def module(self, layout: Layout, place: Place, number: int, path: str, roles: Roles) -> Bottleneck:
         """One bottleneck."""
-        where = f"{self.ref.path}: {place.path}{place.place}"
-        behind = self.rename(f"{place.path}{place.behind}.weight")
-        first, norm = (
-            None if name is None else self.rename(f"{place.path}{name}.weight") for name in (place.first, place.norm)
-        )
+        where = f"{self.ref.path}: {path}{place.name}"
+        behind = self.rename(f"{path}{place.behind}.weight")
+        first = None if place.name == ATTENTION else self.rename(f"{path}{place.first}.weight")
+        norm = self.rename(f"{path}{place.norm}.weight") if layout.norm_behind else None
         turned = self.kinds.get(owner(behind)) is LayerKind.TRANSPOSED
         width = self.base[behind].shape[-1 if turned else 0]
-        inner = self._inner(place.number, width)
+        inner = self._inner(number, width)
         down = self._projection("adapter_down.0", roles, (inner, width), where)
         up = self._projection("adapter_up", roles, (width, inner), where)
         scaling = self._scaling(roles, width, where)
         tensors = [*vars(down).values(), *vars(up).values(), scaling]
         refuse_others(roles, {each for each in tensors if isinstance(each, TensorRef)}, where)
-        return Bottleneck(place.number, place.place, behind, first, norm, down, up, scaling)
+        return Bottleneck(number, place.name, behind, first, norm, down, up, scaling)
 
     def _inner(self, layer: int, width: int) -> int:
         """The bottleneck's own width: the config divides by one number for all layers, or by one for each."""

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     help="Also fold where an affine map stands for the non-linearity: the nearest on the rows of --calibration.",
 )
 @click.option(
-    "--calibration", type=options.PATH, metavar="FILE", help="A safetensors file with input_ids [and attention_mask]."
+    "--calibration",
+    type=options.PATH,
+    metavar="FILE",
+    help="A safetensors file with input_ids [and attention_mask], or pixel_values.",
 )
 @click.option(
     "--max-error",

@@ -192,7 +192,7 @@ def lengthen(matrix: torch.Tensor, delta: Delta, lengths: torch.Tensor, result: 
     for begin, end in blocks(matrix):
         block = delta.rows(begin, end)
         block += matrix[begin:end].to(block.dtype)
-        block *= (lengths[begin:end].to(block.dtype) / _row_norms(block))[:, None]
+        block *= (lengths[begin:end].to(block.dtype) / row_norms(block))[:, None]
         result[begin:end] = round_once(block, dtype)
 
 
@@ -232,7 +232,7 @@ def sum_of(deltas: Sequence[Delta], begin: int, end: int) -> torch.Tensor:
     return block
 
 
-def _row_norms(block: torch.Tensor) -> torch.Tensor:
+def row_norms(block: torch.Tensor) -> torch.Tensor:
     """‖row‖ of each row, the squares added in pairs of a fixed order, element by element: torch's own sums choose
     theirs by shape, threads and the machine's vectors.  # (rows,) float64"""
     squares = block.square()  # (rows, columns)

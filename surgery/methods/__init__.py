@@ -9,6 +9,7 @@ from formats.layers import LayerKind
 from formats.spec import TensorSpec
 from surgery.errors import NotMergeable
 from surgery.methods.adalora import AdaLora
+from surgery.methods.adapterhub import OutputDora, SquareVera
 from surgery.methods.base import AdditiveMethod, Spacious, TransformingMethod
 from surgery.methods.beft import Beft
 from surgery.methods.boft import Boft
@@ -62,6 +63,7 @@ ADDITIVE: tuple[AdditiveMethod, ...] = (
     PVera(),
     RandLora(),
     Shira(),
+    SquareVera(),
     Supertuning(),
     UniLora(),
     VbLora(),
@@ -83,6 +85,7 @@ TRANSFORMING: tuple[TransformingMethod, ...] = (
     MissBat(),
     Oft(),
     OutputBoft(),
+    OutputDora(),
     OutputOft(),
     Peanut(),
     ProductGlora(),

@@ -158,7 +158,7 @@ def _half_folded(
     """The projection gives h and what f takes; f, up and their sum are left. The bias of up joins the projection's.
 
     Gemm adds its bias at no cost: one for both. Behind MatMul ONNX Runtime makes h's bias one with the norm that
-    follows, so that h keeps its own node.
+    follows, so that h keeps its own node; where it has none, one Add serves both.
     """
     weight, bias, path = f"{site.module}.weight", f"{site.module}.bias", f"{site.module}/adapter"
     (out, rank), dtype = tensors[site.up].shape, tensors[site.up].dtype
@@ -182,30 +182,35 @@ def _half_folded(
         first = Part(bias, own=True, added=site.up_bias)
     before, readers, name = graph.axes(product), list(graph.readers(product)), f"{site.module}.half_folded.bias"
     graph.note(product, product, (*before[:-1], out + rank))
-    parts = [(f"{path}/h", product, before), (f"{path}/z", product, (*before[:-1], rank))]
-    h, z = graph.add("Split", [product, graph.integers(out, rank)], f"{path}/Split", parts, axis=-1), f"{path}/z"
-    if found.product.op_type == "Gemm":
-        biases = [Made(TensorSpec(name, dtype, (out + rank,)), (first, Part(site.down_bias)))]
-        graph.declare(biases[0].spec, weight)
-        del found.product.input[2:]
-        found.product.input.append(name)
-        active = activate(graph, site.non_linearity, z, path)
-        result = graph.add("Gemm", [active, up.spec.name, h], f"{path}/up", like=h)
-    else:
+    gemm = found.product.op_type == "Gemm"
+    apart = not gemm and found.bias is not None
+    if apart:
         biases = [
             Made(TensorSpec(name, dtype, (out,)), (first,)),
             taken(tensors[site.down_bias], f"{site.module}.adapter_down.bias"),
         ]
-        for each in biases:
-            graph.declare(each.spec, weight)
+    else:
+        biases = [Made(TensorSpec(name, dtype, (out + rank,)), (first, Part(site.down_bias)))]
+    for each in biases:
+        graph.declare(each.spec, weight)
+    whole = product
+    if gemm:
+        del found.product.input[2:]
+        found.product.input.append(name)
+    elif not apart:
+        whole = graph.add("Add", [product, name], f"{path}/bias", like=product)
+    parts = [(f"{path}/h", product, before), (f"{path}/z", product, (*before[:-1], rank))]
+    h, z = graph.add("Split", [whole, graph.integers(out, rank)], f"{path}/Split", parts, axis=-1), f"{path}/z"
+    if apart:
         z = graph.add("Add", [z, biases[1].spec.name], f"{path}/down_bias", like=z)
-        active = activate(graph, site.non_linearity, z, path)
+    active = activate(graph, site.non_linearity, z, path)
+    if gemm:
+        result = graph.add("Gemm", [active, up.spec.name, h], f"{path}/up", like=h)
+    else:
         change = graph.add("MatMul", [active, up.spec.name], f"{path}/up", like=h)
         result = graph.add("Add", [h, change], f"{path}/Add", like=h)
-        if found.bias is not None:
-            graph.reroute(found.bias, bias, name)
-        else:
-            result = graph.add("Add", [result, name], f"{path}/bias", like=h)
+    if apart:
+        graph.reroute(found.bias, bias, name)
     for reader in readers:
         graph.reroute(reader, product, result)
     return (both, *biases, up)

@@ -1,7 +1,9 @@
 """Prefixes left in a graph: constant keys and values before those of an attention, which every token attends to.
 
 An attention is found from the projection of its outputs, backwards: the product with the values, the softmax, the sum
-with the mask, the product of queries and keys. Knows names and shapes; no payload, no file.
+with the mask, the product of queries and keys. Keys and values are joined with the prefix where they are last (batch,
+sequence, heads, size), or, where nodes between turn or repeat the heads, (batch, heads, sequence, size). Knows names
+and shapes; no payload, no file.
 """
 
 from __future__ import annotations
@@ -19,8 +21,22 @@ from surgery.onnx.made import Made, Part
 if TYPE_CHECKING:
     import onnx
 
-_SEQUENCE = 1  # the axis of tokens in keys and values (batch, sequence, heads, size)
 _THEN = "the model's attention has another shape: report the class and its config.json"
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Where keys or values are joined with a prefix.
+
+    Attributes:
+        node: what reads them.
+        value: they themselves: with heads and size, an axis of batches and one of tokens.
+        sequence: the latter: 1 before the heads, 2 behind them.
+    """
+
+    node: onnx.NodeProto
+    value: str
+    sequence: int
 
 
 @dataclass(frozen=True)
@@ -28,14 +44,14 @@ class Attention:
     """The nodes of one attention.
 
     Attributes:
-        keys, values: the nodes that transpose (batch, sequence, heads, size).
+        keys, values: where they are joined.
         masked: the node that adds the mask to the scores; None without a mask.
         mask: the mask (batch, 1, sequence, sequence), what it adds.
         wide: values whose last axis is the keys' sequence, scores and what comes of them.
     """
 
-    keys: onnx.NodeProto
-    values: onnx.NodeProto
+    keys: Joint
+    values: Joint
     masked: onnx.NodeProto | None
     mask: str
     wide: tuple[str, ...]
@@ -55,44 +71,28 @@ def graft_prefix(
     Raises:
         Unsupported: an attention that does not look as expected, or is not as wide as the prefix.
     """
-    attention = find_attention(graph, site.module, turned=turned)
+    attention, made = find_attention(graph, site.module, turned=turned), []
     length, width = tensors[site.keys].shape
-    heads, size = (int(axis) for axis in graph.axes(attention.keys.input[0])[2:])  # found with them
-    if heads * size != width:
-        raise Unsupported(
-            "the prefix is not as wide as the attention's keys",
-            where=site.module,
-            expected=f"{heads} heads of {size}",
-            found=width,
-            then="check that the adapter was made for this model",
-        )
-    shape, path, made = (1, length, heads, size), f"{site.module}/prefix", []
-    longer = f"{length} + {graph.axes(attention.keys.input[0])[_SEQUENCE]}"
-    for node, role, source, last in (
-        (attention.keys, "keys", site.keys, 3),
-        (attention.values, "values", site.values, 2),
-    ):
-        own, spec = node.input[0], TensorSpec(f"{site.module}.prefix.{role}", tensors[source].dtype, shape)
-        made.append(Made(spec, (Part(source),)))
-        name = graph.declare(spec, f"{site.module}.weight")
-        every = graph.add(
-            "Expand",
-            [name, batches(graph, 4)],
-            f"{path}/{role}/Expand",
-            [(f"{path}/{role}", own, ("batch", *shape[1:]))],
-        )
-        before = graph.axes(own)
-        joined = graph.add(
-            "Concat",
-            [every, own],
-            f"{path}/{role}/Concat",
-            [(f"{path}/{role}/Concat", own, ("batch", longer, *before[2:]))],
-            axis=_SEQUENCE,
-        )
-        graph.reroute(node, own, joined)
-        axes = list(graph.axes(node.output[0]))
-        axes[last] = longer
-        graph.note(node.output[0], node.output[0], axes)
+    for joint, role, source in ((attention.keys, "keys", site.keys), (attention.values, "values", site.values)):
+        before = graph.axes(joint.value)
+        heads, size = int(before[3 - joint.sequence]), int(before[3])  # found with them
+        # Where heads were repeated before, so that several queries share keys, the prefix's are too.
+        own = width // size
+        if width % size or heads % own or (joint.sequence == 1 and heads != own):
+            raise Unsupported(
+                "the prefix is not as wide as the attention's keys",
+                where=site.module,
+                expected=f"{heads} heads of {size}",
+                found=width,
+                then="check that the adapter was made for this model",
+            )
+        shape, part = (1, length, heads, size), Part(source)
+        if joint.sequence == 2:
+            shape, part = (1, heads, length, size), Part(source, heads=own, copies=heads // own)
+        spec = TensorSpec(f"{site.module}.prefix.{role}", tensors[source].dtype, shape)
+        made.append(Made(spec, (part,)))
+        _join(graph, joint, graph.declare(spec, f"{site.module}.weight"), f"{site.module}/prefix/{role}", length)
+    longer = _longer(length, graph.axes(attention.keys.value)[attention.keys.sequence])
     for value in attention.wide:
         graph.note(value, value, (*graph.axes(value)[:-1], longer))
     if attention.masked is not None:
@@ -103,6 +103,26 @@ def graft_prefix(
             graph.add("Pad", [mask, pads], padded, [(padded, mask, (*graph.axes(mask)[:-1], longer))])
         graph.reroute(attention.masked, mask, padded)
     return tuple(made)
+
+
+def _join(graph: Graph, joint: Joint, prefix: str, path: str, length: int) -> None:
+    """Has a node read keys or values with the prefix before them."""
+    node, own, axis = joint.node, joint.value, joint.sequence
+    before = graph.axes(own)
+    every = graph.add(
+        "Expand", [prefix, batches(graph, 4)], f"{path}/Expand", [(path, own, ("batch", *graph.axes(prefix)[1:]))]
+    )
+    joined = list(before)
+    joined[axis] = _longer(length, before[axis])
+    both = graph.add("Concat", [every, own], f"{path}/Concat", [(f"{path}/Concat", own, joined)], axis=axis)
+    graph.reroute(node, own, both)
+    if node.op_type == "Transpose":
+        turned = [joined[each] for each in attribute(node, "perm")]
+        graph.note(node.output[0], node.output[0], turned)
+
+
+def _longer(length: int, axis: int | str) -> int | str:
+    return length + axis if isinstance(axis, int) else f"{length} + {axis}"
 
 
 def batches(graph: Graph, rank: int) -> str:
@@ -120,7 +140,6 @@ def find_attention(graph: Graph, module: str, *, turned: bool) -> Attention:
     products = graph.products(f"{module}.weight", turned, _THEN)
     walk = _Walk(graph, module)
     context = walk.back(products[0].input[0], "MatMul", over=("Reshape", "Transpose"))
-    values = walk.back(context.input[1], "Transpose")
     softmax = walk.back(context.input[0], "Softmax", over=("Cast",))
     wide = [*walk.between(context.input[0], softmax), softmax.output[0]]
     scores, masked, mask = softmax.input[0], None, ""
@@ -137,20 +156,7 @@ def find_attention(graph: Graph, module: str, *, turned: bool) -> Attention:
     if inner.op_type != "MatMul":
         inner = walk.back(inner.input[0], "MatMul")
         wide.append(inner.output[0])
-    keys = walk.back(inner.input[1], "Transpose")
-    for node in (keys, values):
-        axes = graph.axes(node.input[0])
-        if len(axes) != 4 or not all(isinstance(axis, int) and axis for axis in axes[2:]):
-            raise walk.unexpected("keys and values (batch, sequence, heads, size)", node)
-    if _permuted(graph, keys) != 3 or _permuted(graph, values) != 2:
-        raise walk.unexpected("keys and values whose sequence comes last, and last but one", keys)
-    return Attention(keys, values, masked, mask, tuple(wide))
-
-
-def _permuted(graph: Graph, node: onnx.NodeProto) -> int:
-    """Where the axis of tokens goes."""
-    permutation: list[int] = attribute(node, "perm")
-    return permutation.index(_SEQUENCE)
+    return Attention(walk.joint(inner, -1), walk.joint(context, -2), masked, mask, tuple(wide))
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,18 @@ class _Walk:
             found.append(value)
             value = self.graph.makers[value].input[0]
         return found
+
+    def joint(self, product: onnx.NodeProto, tokens: int) -> Joint:
+        """Where a product's second factor is joined, whose axis of tokens is that one there. Raises Unsupported."""
+        node, value, places = product, product.input[1], list(range(4))
+        maker = self.graph.maker(value)
+        if maker is not None and maker.op_type == "Transpose":
+            node, value, places = maker, maker.input[0], attribute(maker, "perm")
+        sequence, axes = places[tokens], self.graph.axes(value)
+        heads_and_size = (axes[3 - sequence], axes[3]) if sequence in (1, 2) and len(axes) == 4 else ()
+        if not heads_and_size or not all(isinstance(axis, int) and axis for axis in heads_and_size):
+            raise self.unexpected("keys and values with heads, size, and an axis of tokens", node)
+        return Joint(node, value, sequence)
 
     def unexpected(self, expected: str, node: onnx.NodeProto | None) -> Unsupported:
         return Unsupported(

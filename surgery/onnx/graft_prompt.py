@@ -1,8 +1,8 @@
 """Prompts left in a graph: constant embeddings before the input's, and whatever depends on the sequence made longer.
 
 What comes before the embeddings keeps the input's own length. What comes after reads longer inputs: the mask with ones
-before it, token types with zeros; and where it shares nodes with what comes before, it gets its own. Also where the
-positions of an input begin that follows a prefix. Knows names and shapes; no payload, no file.
+before it, token types with zeros; and where it shares nodes with what comes before, it gets its own. Knows names and
+shapes; no payload, no file.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from formats.grafts import PromptGraft
 from formats.spec import TensorSpec
 from surgery.errors import Unsupported
+from surgery.onnx.graft_image_prompt import find_embeddings, lengthen
+from surgery.onnx.graft_positions import count_places
 from surgery.onnx.graft_prefix import batches
 from surgery.onnx.graph import Graph
 from surgery.onnx.made import Made, Part
@@ -37,14 +39,11 @@ def graft_prompt(graph: Graph, site: PromptGraft, tensors: Mapping[str, TensorSp
     Raises:
         Unsupported: embeddings that are not found, or a graph that looks at the tokens behind them.
     """
-    words, (length, width) = _words(graph), tensors[site.embedding].shape
-    end = words.output[0]
-    if not site.among_words:
-        while len(graph.readers(end)) == 1:
-            node = graph.readers(end)[0]
-            if node.op_type not in ("Add", "LayerNormalization", "MatMul", "Gemm", "Reshape"):
-                raise _unexpected("the sum and the norm of embeddings", node)
-            end = node.output[0]
+    length, width = tensors[site.embedding].shape
+    if site.among_words:
+        count_places(graph)
+    of_image = _TOKENS not in graph.inputs and not site.among_words
+    end = find_embeddings(graph) if of_image else _embeddings(graph, site)
     if graph.axes(end)[-1:] != (width,):
         raise Unsupported(
             "the prompt is as wide as no embedding of the graph",
@@ -53,10 +52,16 @@ def graft_prompt(graph: Graph, site: PromptGraft, tensors: Mapping[str, TensorSp
             found=width,
             then="check that the adapter was made for this model",
         )
-    longer = _Longer(graph, end, length)
-    longer.go_through()
+    tokens = graph.axes(end)[1]
+    if isinstance(tokens, int):
+        lengthen(graph, end, length)
+        after: int | str = tokens + length
+    else:
+        longer = _Longer(graph, end, length)
+        longer.go_through()
+        after = longer.axis
     made = Made(TensorSpec(PROMPT, tensors[site.embedding].dtype, (1, length, width)), (Part(site.embedding),))
-    graph.declare(made.spec, words.input[0])
+    graph.declare(made.spec, end)
     every = graph.add(
         "Expand", [PROMPT, batches(graph, 3)], "prompt/Expand", [("prompt/Expand", end, ("batch", length, width))]
     )
@@ -71,33 +76,22 @@ def graft_prompt(graph: Graph, site: PromptGraft, tensors: Mapping[str, TensorSp
         pieces = [every, end]
     own = {"prompt/first", "prompt/rest"}
     readers = [node for node in graph.readers(end) if node.name not in own]
-    axes = ("batch", longer.axis, width)
+    axes = ("batch", after, width)
     joined = graph.add("Concat", pieces, "prompt/Concat", [("prompt/Concat", end, axes)], axis=1)
     for node in readers:
         graph.reroute(node, end, joined)
     return (made,)
 
 
-def move_positions(graph: Graph, by: int) -> None:
-    """Has the input's positions begin at another number than 0.
-
-    Raises:
-        Unsupported: there is not one table of positions, looked up at numbers that depend on the sequence alone.
-    """
-    tables = [node for node in graph.nodes if node.op_type == "Gather" and node.input[0] in graph.initialisers]
-    along = [node for node in tables if graph.axes(node.input[1])[-1:] == ("sequence",)]
-    found = [node for node in along if not _looks_at(graph, node.input[1])]
-    if len(found) != 1:
-        raise Unsupported(
-            "the prefix moves the input's positions, and the graph has not one table of positions to look them up in",
-            expected="one Gather at positions that the sequence's length tells",
-            found=", ".join(node.name for node in found) or "none",
-            then=_THEN,
-        )
-    (node,) = found
-    positions = node.input[1]
-    moved = graph.add("Add", [positions, graph.integers(by)], "prefix/positions", like=positions)
-    graph.reroute(node, positions, moved)
+def _embeddings(graph: Graph, site: PromptGraft) -> str:
+    """The value that a prompt is put before: words' embeddings, or the last of what makes embeddings of them."""
+    end: str = _words(graph).output[0]
+    while not site.among_words and len(graph.readers(end)) == 1:
+        node = graph.readers(end)[0]
+        if node.op_type not in ("Add", "LayerNormalization", "MatMul", "Gemm", "Reshape"):
+            raise _unexpected("the sum and the norm of embeddings", node)
+        end = node.output[0]
+    return end
 
 
 def _words(graph: Graph) -> onnx.NodeProto:
@@ -112,20 +106,6 @@ def _words(graph: Graph) -> onnx.NodeProto:
         if len(tables) > 1 or len(readers) != 1:
             raise _unexpected("one Gather of the tokens' embeddings", (tables or readers or [None])[0])
         value = readers[0].output[0]
-
-
-def _looks_at(graph: Graph, value: str) -> list[str]:
-    """The graph's inputs whose contents a value depends on; their shapes do not count."""
-    found, pending, seen = [], [value], set()
-    while pending:
-        name = pending.pop()
-        if name in graph.inputs:
-            found.append(name)
-        node = graph.maker(name)
-        if node is not None and node.op_type != "Shape" and name not in seen:
-            pending += node.input
-        seen.add(name)
-    return found
 
 
 @dataclass

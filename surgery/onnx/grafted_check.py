@@ -7,6 +7,7 @@ So the model's own weights are compared at the same time. Takes the payload as a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +17,7 @@ from formats.grafts import BranchGraft, Graft, PrefixGraft, PromptGraft, tensor_
 from formats.spec import DType
 from surgery.errors import Unsupported, VerificationFailed
 from surgery.grafted import attach_branch
+from surgery.meta_model import known_names
 from surgery.onnx.architecture import quiet
 from surgery.onnx.grafting import positions_taken, tokens_added
 from surgery.onnx.program import Exportable
@@ -53,16 +55,20 @@ def check_grafted(
     assert isinstance(kind, SinglePass)  # whoever grafts sees to it
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     added, taken = tokens_added(sites, shapes), positions_taken(sites, shapes)
-    feeds = [{name: array[:, : max(1, kind.longest - taken)] for name, array in feed.items()} for feed in kind.feeds(0)]
+    tokens = {each.name for each in kind.program.inputs if each.axes[1:] == ("sequence",)}
+    most = max(1, kind.longest - taken)
+    feeds = [
+        {name: array[:, :most] if name in tokens else array for name, array in feed.items()} for feed in kind.feeds(0)
+    ]
     expected = _run_torch(model.load(dtype), sites, tensors, feeds)
     sizes: dict[str, tuple[float, float]] = {}  # of each output: difference, and the largest value
     with sessions(model, graphs, payload) as runtime:
         for feed, theirs in zip(feeds, expected, strict=True):
             ours = runtime.run("", feed)
-            mask = feed["attention_mask"] if "attention_mask" in feed else np.ones_like(feed["input_ids"])
+            mask = feed.get("attention_mask", np.ones((1, 0)))
             valid = np.pad(mask, ((0, 0), (added, 0)), constant_values=1).astype(bool)  # (batch, tokens)
             for (name, output), reference in zip(ours.items(), theirs, strict=True):
-                per_token = reference.shape[:2] == valid.shape and reference.ndim > 2
+                per_token = "attention_mask" in feed and reference.shape[:2] == valid.shape and reference.ndim > 2
                 difference, scale = distance(reference, output, valid if per_token else None)
                 before = sizes.get(name, (0.0, 0.0))
                 sizes[name] = (max(before[0], difference), max(before[1], scale))
@@ -78,7 +84,7 @@ def check_grafted(
             found=f"{worst:.2g} (absolute {largest:.2g})",
             then="please report the model's class and the adapter's config",
         )
-    tried = tuple(tuple(map(int, feed["input_ids"].shape)) for feed in feeds)
+    tried = tuple(tuple(map(int, next(iter(feed.values())).shape)) for feed in feeds)
     return Verification(tried, largest, worst, where, limit, None, nodes)
 
 
@@ -98,29 +104,33 @@ def _run_torch(model: Any, sites: Sequence[Graft], tensors: Tensors, feeds: Sequ
         for feed in feeds:
             given = {name: torch.from_numpy(array.copy()) for name, array in feed.items()}
             if moved:
-                length = given["input_ids"].shape[1]
-                given["position_ids"] = torch.arange(moved, moved + length)[None]  # (1, sequence)
+                given["position_ids"] = _positions(model, given["input_ids"], moved)
             with _prompted(model, given, sites, tensors) as longer:
                 result = model(**longer)
             outputs.append([tensor.numpy() for tensor in result.to_tuple() if isinstance(tensor, torch.Tensor)])
     return outputs
 
 
+def _positions(model: Any, ids: torch.Tensor, moved: int) -> torch.Tensor:
+    """Those of a model's tokens behind so many others; RoBERTa counts without padding.  # (1 or batch, sequence)"""
+    import torch
+
+    embeddings = getattr(model.base_model, "embeddings", None)
+    count = getattr(embeddings, "create_position_ids_from_input_ids", None)
+    if count is None:
+        return torch.arange(moved, moved + ids.shape[1])[None]
+    found: torch.Tensor = count(ids, model.config.pad_token_id, moved)
+    return found
+
+
 def _in_module(site: BranchGraft, model: Any) -> BranchGraft:
-    """The site by the module's names, which are not always the file's."""
-    state = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    return replace(
-        site,
-        module=_own_name(site.module, state, model.base_model_prefix),
-        norm=None if site.norm is None else _own_name(site.norm, state, model.base_model_prefix),
-    )
-
-
-def _own_name(module: str, state: Mapping[str, Any], prefix: str) -> str:
-    for name in (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}.")):
-        if f"{name}.weight" in state:
-            return name
-    raise Unsupported("the model has no such module", where=f"{module}.weight", then="report the model's class")
+    """The site by the module's names, which are not always the file's. Raises Unsupported where it has no such one."""
+    wanted = [f"{name}.weight" for name in (site.module, site.norm) if name]
+    known = {name: new.removesuffix(".weight") for name, new in known_names(model, wanted)[0].items()}
+    if len(known) < len(wanted):
+        raise Unsupported("the model has no such module", where=wanted[0], then="report the model's class")
+    module, *norm = (known[name] for name in wanted)
+    return replace(site, module=module, norm=norm[0] if norm else None)
 
 
 def _attend_to_prefixes(model: Any, prefixes: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -130,14 +140,19 @@ def _attend_to_prefixes(model: Any, prefixes: Mapping[int, tuple[torch.Tensor, t
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+    numbered = ((module, re.search(r"\.(\d+)\.", name)) for name, module in model.named_modules())
+    layers = {module: int(match[1]) for module, match in numbered if match}
+
     def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **how: Any) -> Any:
         batch, heads, _, size = key.shape
-        own = prefixes.get(module.layer_idx)
+        own = prefixes.get(layers[module])
         if own is not None:
             before = [each.view(-1, heads, size).transpose(0, 1).expand(batch, -1, -1, -1) for each in own]
             key, value = (torch.cat(pair, 2) for pair in zip(before, (key, value), strict=True))
             if attention_mask is not None:
                 attention_mask = functional.pad(attention_mask, (len(own[0]), 0))
+        groups = query.shape[1] // heads  # of queries that share keys
+        key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
         found = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, scale=how.get("scaling")
         )  # (batch, heads, sequence, size)

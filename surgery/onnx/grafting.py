@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from formats.grafts import BranchGraft, Graft, PrefixGraft, PromptGraft
 from formats.spec import TensorSpec
 from surgery.onnx.graft_branch import HALF, graft_branch
+from surgery.onnx.graft_positions import move_positions
 from surgery.onnx.graft_prefix import graft_prefix
-from surgery.onnx.graft_prompt import graft_prompt, move_positions
+from surgery.onnx.graft_prompt import graft_prompt
 from surgery.onnx.graph import Graph
 from surgery.onnx.made import Made
 

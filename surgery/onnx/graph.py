@@ -103,8 +103,7 @@ class Graph:
         """Notes a value's type, that of another, and its axes, where any are known."""
         import onnx
 
-        element = self.initialisers[like].data_type if like in self.initialisers else 0
-        element = element or (self.values[like].type.tensor_type.elem_type if like in self.values else 0)
+        element = self._element(like)
         if not axes or not element:
             return
         known = onnx.helper.make_tensor_value_info(value, element, [axis or None for axis in axes])
@@ -114,11 +113,27 @@ class Graph:
             self.values[value] = self.proto.value_info.add()
             self.values[value].CopyFrom(known)
 
+    def _element(self, name: str) -> int:
+        """The type of a tensor or a value; 0 where the graph does not tell."""
+        if name in self.initialisers:
+            return int(self.initialisers[name].data_type)
+        return int(self.values[name].type.tensor_type.elem_type) if name in self.values else 0
+
     def reroute(self, node: onnx.NodeProto, old: str, new: str) -> None:
         """Has a node read another value."""
         node.input[:] = [new if name == old else name for name in node.input]
         self._readers[old] = [each for each in self.readers(old) if each is not node]
         self._readers.setdefault(new, []).append(node)
+
+    def drop_unread(self, value: str) -> None:
+        """Takes away the nodes that made nothing but a value that nobody reads any more."""
+        node = self.makers.get(value)
+        if node is None or any(self.readers(name) for name in node.output):
+            return
+        self.nodes = [each for each in self.nodes if each is not node]
+        for name in dict.fromkeys(node.input):
+            self._readers[name] = [each for each in self.readers(name) if each is not node]
+            self.drop_unread(name)
 
     def rename_axis(self, value: str, old: str, new: str) -> None:
         """Gives an axis that varies another name."""
@@ -127,10 +142,10 @@ class Graph:
                 axis.dim_param = new
 
     def declare(self, spec: TensorSpec, like: str) -> str:
-        """A tensor of the payload, of another's type; it does not say yet where it lies."""
+        """A tensor of the payload, of the type of another or of a value; it does not say yet where it lies."""
         import onnx
 
-        kind, external = self.initialisers[like].data_type, onnx.TensorProto.EXTERNAL
+        kind, external = self._element(like), onnx.TensorProto.EXTERNAL
         tensor = self.proto.initializer.add(name=spec.name, dims=spec.shape, data_type=kind, data_location=external)
         self.initialisers[spec.name] = tensor
         return spec.name

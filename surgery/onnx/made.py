@@ -16,12 +16,16 @@ class Part:
         own: whether it is the model's own.
         turned: whether its axes are exchanged first.
         added: a graft's tensor that is added to it, if any.
+        heads: of columns of several heads' how many: they are laid out (heads, rows, size) then; 0 for others.
+        copies: how many of each head one behind the other, where heads are laid out.
     """
 
     name: str
     own: bool = False
     turned: bool = False
     added: str = ""
+    heads: int = 0
+    copies: int = 1
 
 
 @dataclass(frozen=True)

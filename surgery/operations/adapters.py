@@ -12,8 +12,12 @@ from pathlib import Path
 
 from formats.adapter import NOTHING_TOLD, Adapter, AdapterModule, Replacement, Told
 from formats.dialects import ASKING, IN_PARTS
+from formats.dialects.adapterhub import AdapterHub
+from formats.dialects.adapterhub_heads import read_head
+from formats.dialects.prompts import Whole
 from formats.errors import AdapterFormatError, UnmatchedKeys
 from formats.grafts import GRAFTS_FILE
+from formats.model_config import model_config
 from formats.spec import TensorRef, TensorSpec
 from surgery.errors import NotFinite, NothingToDo, NotMergeable, NotMerged
 from surgery.operations.model_names import open_adapter_of
@@ -66,6 +70,8 @@ def open_adapters(
     specs: Mapping[str, TensorSpec],
     weight: float | None = None,
     told: Told = NOTHING_TOLD,
+    *,
+    with_heads: bool = True,
 ) -> tuple[WeighedAdapter, ...]:
     """Opens adapters against a model's tensors, in the order of their digests.
 
@@ -75,6 +81,7 @@ def open_adapters(
         specs: the model's tensors.
         weight: a factor of all of them; None where nobody said.
         told: what the caller says of those whose dialect has no config.
+        with_heads: whether heads that lie beside adapters are theirs.
 
     Raises:
         AdapterFormatError: something is told that none of them asks for.
@@ -89,6 +96,8 @@ def open_adapters(
         if factor is not None and not math.isfinite(factor):
             raise NotFinite("a weight that is no number", where=path, found=f"weight {factor}")
         adapter = open_adapter_of(model, path, specs, told)
+        if with_heads and adapter.dialect == AdapterHub.name:
+            adapter = _with_head(adapter, read_head(path, specs, model_config(model)))
         if not adapter.tensors or factor == 0:
             raise NothingToDo("the merge would change nothing", where=path, found=f"weight {factor}")
         digest, tensors = fingerprint(adapter)
@@ -104,6 +113,16 @@ def open_adapters(
         raise NothingToDo("no adapter was named", where=model)
     _check_asked(told, [each.adapter for each in found.values()])
     return tuple(found[digest] for digest in sorted(found))
+
+
+def _with_head(adapter: Adapter, head: Whole | None) -> Adapter:
+    """An adapter that has a head beside it."""
+    if head is None:
+        return adapter
+    if head.left:
+        return replace(adapter, notes=(*adapter.notes, f"the head ({head.kind}) is left: {head.left}"))
+    carried = tuple(Replacement(name, source, False) for name, source in head.tensors.items())
+    return replace(adapter, replacements=(*adapter.replacements, *carried))
 
 
 def _check_asked(told: Told, adapters: Collection[Adapter]) -> None:
@@ -145,12 +164,14 @@ def open_for_merge(
     told: Told = NOTHING_TOLD,
     *,
     untie: bool = False,
+    with_heads: bool = True,
 ) -> tuple[tuple[WeighedAdapter, ...], Outline]:
     """Opens adapters against what a base is to become, and says what that is.
 
     Args:
         model, adapters, base, weight, told: as for `open_adapters`, base the base's tensors.
         untie: whether a head tied to its embedding becomes a tensor of its own.
+        with_heads: as for `open_adapters`.
 
     Raises:
         NotMergeable: an adapter changes a tied head, which may not be untied; or as `outline_of`, `refuse_grafted`.
@@ -160,7 +181,7 @@ def open_for_merge(
     paths = [path for path, _ in adapter_paths(adapters)]
     outline = outline_of(model, paths, base, untie=untie)
     try:
-        opened = open_adapters(model, adapters, outline.specs, weight, told)
+        opened = open_adapters(model, adapters, outline.specs, weight, told, with_heads=with_heads)
     except UnmatchedKeys:
         heads = {} if untie else tied_head(model, outline.specs)
         if not heads:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _HELD_OUT = 4  # every so-manyth row
 _ROWS = 8  # at once
+_IMAGES = "pixel_values"
 _SINGULAR = 1e-12  # of the largest eigenvalue: directions that no token moves in
 
 
@@ -80,7 +81,8 @@ def calibrate(
         base: its tensors.
         judged: all bottlenecks of the adapter.
         chosen: those that are to get an affine map, by these weights.
-        calibration: a safetensors file with input_ids (rows, length) and, if rows are padded, attention_mask.
+        calibration: a safetensors file with input_ids (rows, length) and, if rows are padded, attention_mask; for a
+            model of images pixel_values (rows, channels, height, width).
 
     Raises:
         FormatError: a calibration file that does not fit the model, or has too few rows or tokens.
@@ -91,7 +93,7 @@ def calibrate(
     loaded = _loaded(model)
     placed = [_placed(loaded, adapter, each, base) for adapter, each in judged]
     inputs = _inputs(calibration, loaded)
-    rows = inputs["input_ids"].shape[0]
+    rows = len(next(iter(inputs.values())))
     last = [row for row in range(rows) if row % _HELD_OUT == _HELD_OUT - 1] or [rows - 1]
     first = [row for row in range(rows) if row not in last]
     with torch.no_grad():
@@ -158,28 +160,49 @@ def _placed(model: Any, adapter: Bottlenecks, each: Judged, base: Checkpoint) ->
 
 def _inputs(calibration: str | Path, model: Any) -> dict[str, torch.Tensor]:
     """The file's tensors. Raises FormatError."""
-    import torch
-
     with open_checkpoint(calibration) as checkpoint:
         shapes = {name: spec.shape for name, spec in checkpoint.specs.items()}
+        if model.main_input_name == _IMAGES:
+            return {_IMAGES: _images(checkpoint, shapes.get(_IMAGES, ()), model.config)}
         ids = shapes.get("input_ids", ())
         if len(ids) != 2 or ids[0] < 2 or not ids[1] or shapes.get("attention_mask", ids) != ids:
-            raise FormatError(
-                "no calibration rows",
-                where=calibration,
-                expected="input_ids (rows, length) of two rows at least, attention_mask of the same shape or none",
-                found=", ".join(f"{name} ({shape_text(shape)})" for name, shape in shapes.items()) or "nothing",
+            raise _no_rows(
+                checkpoint, "input_ids (rows, length) of two rows at least, attention_mask of the same shape or none"
             )
-        inputs: dict[str, torch.Tensor] = {
-            name: checkpoint.read(name).to(torch.long) for name in ("input_ids", "attention_mask") if name in shapes
-        }
+        return _tokens(checkpoint, model)
+
+
+def _no_rows(checkpoint: Checkpoint, expected: str) -> FormatError:
+    found = ", ".join(f"{name} ({shape_text(spec.shape)})" for name, spec in checkpoint.specs.items())
+    return FormatError("no calibration rows", where=checkpoint.ref.path, expected=expected, found=found or "nothing")
+
+
+def _images(checkpoint: Checkpoint, shape: tuple[int, ...], config: Any) -> torch.Tensor:
+    import torch
+
+    size = config.image_size if isinstance(config.image_size, list | tuple) else [config.image_size] * 2
+    if shape[:1] < (2,) or shape[1:] != (config.num_channels, *size):
+        sides = " × ".join(map(str, size))
+        raise _no_rows(checkpoint, f"{_IMAGES} of two images at least, {config.num_channels} × {sides} each")
+    return checkpoint.read(_IMAGES).to(torch.float32)
+
+
+def _tokens(checkpoint: Checkpoint, model: Any) -> dict[str, torch.Tensor]:
+    """Rows of tokens and their mask. Raises FormatError for tokens that the model does not have."""
+    import torch
+
+    inputs: dict[str, torch.Tensor] = {
+        name: checkpoint.read(name).to(torch.long)
+        for name in ("input_ids", "attention_mask")
+        if name in checkpoint.specs
+    }
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     words = model.get_input_embeddings().num_embeddings
     low, high = (int(extreme) for extreme in torch.aminmax(inputs["input_ids"]))
     if low < 0 or high >= words:
         raise FormatError(
             "tokens that the model does not have",
-            where=calibration,
+            where=checkpoint.ref.path,
             expected=f"0 to {words - 1}",
             found=f"{low} to {high}",
         )
@@ -198,16 +221,19 @@ def _run(
     seen: Mapping[str, Callable[[torch.Tensor], None]],
 ) -> list[torch.Tensor]:
     """The model's output for each batch, with the bottlenecks in its graph; of tokens that are not padding."""
+    import torch
+
     mask: list[torch.Tensor] = []
 
     def watch(name: str) -> Callable[[torch.Tensor], None] | None:
-        return (lambda z: seen[name](z[mask[-1]].double())) if name in seen else None
+        return (lambda z: seen[name](z[mask[-1]].flatten(0, -2).double())) if name in seen else None
 
     detach = [attach_branch(model, each.site, each.tensors(), watch(each.behind)) for each in placed]
     outputs = []
     try:
         for batch in batches:
-            mask.append(batch["attention_mask"].bool())
+            whole = torch.ones(len(next(iter(batch.values()))), dtype=torch.bool)  # of images: every token
+            mask.append(batch.get("attention_mask", whole).bool())
             output = model(**batch)[0]
             outputs.append((output[mask[-1]] if output.shape[:2] == mask[-1].shape else output).double())
     finally:

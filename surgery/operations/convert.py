@@ -16,6 +16,8 @@ from formats.checkpoint import Checkpoint
 from formats.containers import Container, container_named
 from formats.destination import Destination, create_checkpoint
 from formats.dialects import ASKING, CONFIG_KEY, IN_PARTS, KINDLESS, WRITERS, dialect_of, open_adapter_file
+from formats.dialects.adapterhub import AdapterHub
+from formats.dialects.adapterhub_heads import has_head
 from formats.dialects.implied import implied_base, implied_part
 from formats.dialects.writing import DROPS, DialectWriter, Making, Piece, Wanted, Written, joined, taken, turned
 from formats.errors import AdapterFormatError, NotExpressible
@@ -244,6 +246,8 @@ def plan_convert(
     else:
         written, read = job.part(base, told)
     notes = [*written.notes]
+    if source == AdapterHub.name and has_head(Path(path)):
+        notes.append("the head beside the adapter stays behind: merge and fold take it along")
     if read.left:
         notes.append(f"{len(read.left)} tensors of other parts of the pipeline are left behind")
     if written.dropped:

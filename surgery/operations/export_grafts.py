@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from formats import Checkpoint, DType, open_checkpoint
+from formats.dialects.prompts import Whole
 from formats.errors import CorruptFile
 from formats.grafts import GRAFTS_FILE, BranchGraft, Graft, PromptGraft, Value, read_grafts
 from formats.layers import LayerKind, layer_kinds
@@ -106,6 +107,8 @@ class Grafted:
             if part.added:
                 exact = tensor.to(torch.float64) + self.tensors[part.added].to(torch.float64)
                 tensor = exact.to(tensor.dtype)
+            if part.heads:
+                tensor = tensor.view(len(tensor), part.heads, -1).transpose(0, 1).repeat_interleave(part.copies, 0)
             parts.append(tensor.mT if part.turned else tensor)
         return torch.cat(parts, made.axis).reshape(made.spec.shape).contiguous()
 
@@ -169,6 +172,14 @@ def open_grafts(
     if parts is None:
         found = _left(beside, base, turned, asked)
     else:
+        for part in parts:
+            if isinstance(part, Whole) and part.tensors:
+                raise Unsupported(
+                    "the adapter carries weights in full, which a graph of the base does not have",
+                    where=part.ref.path,
+                    found=", ".join(part.tensors),
+                    then=f"fold it first, and export that: surgery fold {model} {adapters[0]} -o folded",
+                )
         record = fingerprint_beside(adapters[0])
         grafting = plan_grafting(base, model_config(model), parts, record.digest, half=asked == HALF)
         tensors = {name: tensor for step in grafting.steps for name, tensor in _run(step, base).items()}

@@ -18,7 +18,9 @@ from formats.adapter import NOTHING_TOLD, Told
 from formats.checkpoint import Checkpoint
 from formats.destination import create_checkpoint, destination_like
 from formats.dialects import open_adapter_file
+from formats.dialects.adapterhub import AdapterHub
 from formats.dialects.adapterhub_beside import Part, lies_beside, read_beside
+from formats.dialects.adapterhub_heads import open_head, read_head
 from formats.dialects.bottleneck import Bottlenecks
 from formats.errors import FormatError
 from formats.grafts import GRAFTS_FILE
@@ -31,7 +33,7 @@ from surgery.errors import NothingToDo, NotMergeable, Unsupported, VerificationF
 from surgery.operations.adapters import open_for_merge, refuse_grafted
 from surgery.operations.calibrate import Approximation, calibrate
 from surgery.operations.fold_plan import Folding, plan_fold
-from surgery.operations.fold_verdicts import IN_FULL, REPLACED, Base, Verdict, Way, judge
+from surgery.operations.fold_verdicts import IN_FULL, REPLACED, Base, Verdict, Way, judge, verdicts_beside
 from surgery.operations.merge import MergeReport, merge, output_digest
 from surgery.operations.vocabulary import CONFIG, companion, parsed_config, with_settings, without_companion
 from surgery.plan import Outcome, no_fates
@@ -88,8 +90,9 @@ def fold(
             prefixes; or whatever merge takes.
         out: a folder, or a `.safetensors`/`.st` file where nothing must stay in the graph.
         told: as for merge.
-        calibration: a safetensors file of input_ids (rows, length), and attention_mask where rows are padded: fold
-            not only what is exact, but also bottlenecks whose f an affine map, the nearest on these rows, stands for.
+        calibration: a safetensors file of input_ids (rows, length), and attention_mask where rows are padded, or of
+            pixel_values: fold not only what is exact, but also bottlenecks whose f an affine map, the nearest on these
+            rows, stands for.
         max_error: the largest ‖error‖ / ‖output‖ of the model, on rows held out, that this may cost.
         force: replace what stands at `out`.
         resources: threads and memory.
@@ -208,7 +211,9 @@ def open_parts(model: str | Path, adapter: str | Path, base: Checkpoint) -> tupl
     with checkpoint:
         if config is None or not lies_beside(config):
             return None
-        return read_beside(checkpoint, config, base.specs)
+        parts = read_beside(checkpoint, config, base.specs)
+    head = read_head(Path(adapter), base.specs, model_config(model))
+    return parts if head is None else (*parts, head)
 
 
 def model_config(model: str | Path) -> dict[str, Any]:
@@ -223,16 +228,25 @@ def fingerprint_beside(adapter: str | Path) -> MergedAdapter:
     Raises NotFinite.
     """
     checkpoint, config = open_adapter_file(adapter)
-    hashes = {}
+    hashes: dict[str, str] = {}
     with checkpoint:
-        for name in checkpoint.specs:
-            tensor = checkpoint.read(name)
-            if tensor.is_floating_point():
-                check_finite(tensor, f"{name} of {checkpoint.ref.path}")
-            hashes[name] = tensor_hash(tensor)
+        hashes |= {name: _hash(checkpoint, name) for name in checkpoint.specs}
         content = content_digest((spec, hashes[name]) for name, spec in checkpoint.specs.items())
+    head = open_head(Path(adapter))
+    if head is not None:
+        with head[0] as tensors:
+            own = {name: _hash(tensors, name) for name in tensors.specs}
+            hashes |= {f"head {name}": each for name, each in own.items()}
+            content += content_digest((spec, own[name]) for name, spec in tensors.specs.items())
     said = json.dumps([content, config], sort_keys=True)
     return MergedAdapter(blake3(said.encode()).hexdigest(), 1.0, hashes)
+
+
+def _hash(checkpoint: Checkpoint, name: str) -> str:
+    tensor = checkpoint.read(name)
+    if tensor.is_floating_point():
+        check_finite(tensor, f"{name} of {checkpoint.ref.path}")
+    return tensor_hash(tensor)
 
 
 def merged_verdicts(model: str | Path, adapter: str | Path, base: Checkpoint, told: Told) -> tuple[Verdict, ...]:
@@ -243,6 +257,10 @@ def merged_verdicts(model: str | Path, adapter: str | Path, base: Checkpoint, to
             found.append(Verdict(owner(module.target), module.method, Way.FOLDED, "a change of the weight: merged"))
         for full in each.adapter.replacements:
             found.append(Verdict(owner(full.target), IN_FULL, Way.FOLDED, REPLACED))
+        if each.adapter.dialect == AdapterHub.name and (
+            head := read_head(Path(adapter), base.specs, model_config(model))
+        ):
+            found += [one for one in verdicts_beside(head) if one.way is Way.LEFT]
     return tuple(found)
 
 

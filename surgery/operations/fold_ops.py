@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from formats.dialects.bottleneck import Bottleneck, Dense, Hypercomplex
 from formats.dialects.prompts import Network, Prefix
-from formats.spec import DType, TensorRef
+from formats.spec import DType, TensorRef, TensorSpec
 from formats.tensors import torch_dtype
 from surgery.activations import function
 from surgery.checks import check_finite
@@ -141,6 +141,29 @@ class FoldBias:
         """In one piece."""
         result = round_once(self.source.matrices(inputs[1:]).through_bias(inputs[0]), self.dtype)
         return changed(self.name, inputs[0].cpu(), result, Fate.MERGED)
+
+
+@dataclass(frozen=True)
+class NewBias:
+    """s(U b_D + b_U) as the bias of a projection that had none; zeros where no bottleneck is behind it.
+
+    Inputs: the bottleneck's tensors, if there is one.
+    """
+
+    result: TensorSpec
+    source: Source | None
+
+    def __call__(self, *inputs: torch.Tensor) -> Outcome:
+        """In one piece."""
+        import torch
+
+        exact = torch.zeros(self.result.shape, dtype=torch.float64)
+        if self.source is not None:
+            exact = self.source.matrices(inputs).through_bias(exact)
+        bias = round_once(exact, self.result.dtype)
+        name = self.result.name
+        _check(bias, name)
+        return Outcome((bias,), {}, {"hashes": {name: tensor_hash(bias)}, "changed": True})
 
 
 class Neurons(Enum):

@@ -27,10 +27,11 @@ from surgery.operations.fold_ops import (
     FoldWeight,
     KeysAndValues,
     Neurons,
+    NewBias,
     Source,
     Widen,
 )
-from surgery.operations.fold_verdicts import WIDTH, Base, Judged, Verdict, Way, judge, verdicts_beside
+from surgery.operations.fold_verdicts import Base, Judged, Room, Verdict, Way, judge, verdicts_beside
 from surgery.operations.merge_ops import Copy, Merge
 from surgery.operations.merge_plan import refuse_merged
 from surgery.plan import Op, Plan, Step
@@ -98,7 +99,8 @@ def plan_fold(
             tool=TOOL,
             adapters=(adapter,),
             base_tensors=dict.fromkeys(base.specs, UNKNOWN),
-            lost=tuple(sorted(changing)),
+            added=tuple(sorted(set(changing) - set(base.specs))),
+            lost=tuple(sorted(set(changing) & set(base.specs))),
             base_metadata=dict(base.metadata),
         )
     steps = (*changing.values(), *copied, *(step for step, _ in grafting))
@@ -200,10 +202,12 @@ class _Work:
         for _, each in self.judged:
             if each.verdict.way is Way.FOLDED:
                 weight, source = each.one.behind, self.source(each)
-                spec, bias = self.base.specs[weight], self.base.specs[f"{owner(weight)}.bias"]
+                spec, bias = self.base.specs[weight], self.base.specs.get(f"{owner(weight)}.bias")
                 fold = FoldWeight(weight, spec.dtype, source, self.transposed(weight))
                 steps.append(self._step(spec, fold, source, _BLOCK))
-                steps.append(self._step(bias, FoldBias(bias.name, bias.dtype, source), source))
+                if bias is not None:
+                    steps.append(self._step(bias, FoldBias(bias.name, bias.dtype, source), source))
+        steps += self._biases()
         for part in self.parts:
             if isinstance(part, Whole):
                 for name, ref in part.tensors.items():
@@ -224,6 +228,28 @@ class _Work:
                     if layer in widened or neurons is not Neurons.SECOND_BIAS:
                         steps.append(self._widen(tensor, neurons, widened.get(layer)))
         return {step.name: step for step in steps}
+
+    def _biases(self) -> Iterator[Step]:
+        """Those that the base has no room for yet, in all layers: what is folded, and zeros."""
+        folded = {owner(each.one.behind): self.source(each) for each in self.roomy}
+        for name, spec in self.base.specs.items():
+            if name.endswith(".weight") and any(owner(name).endswith(room.projections) for room in self.rooms):
+                result = TensorSpec(f"{owner(name)}.bias", spec.dtype, spec.shape[:1])
+                source = folded.get(owner(name))
+                needed = 16 * result.size + (source.nbytes if source else 0)
+                yield Step(result.name, source.refs if source else (), (result,), NewBias(result, source), needed)
+
+    @property
+    def roomy(self) -> list[Judged]:
+        """The bottlenecks that are folded, but for the bias that there is no room for yet."""
+        folded = [each for _, each in self.judged if each.verdict.way is Way.FOLDED]
+        return [each for each in folded if f"{owner(each.one.behind)}.bias" not in self.base.specs]
+
+    @property
+    def rooms(self) -> list[Room]:
+        """What makes room for biases."""
+        rooms = {room.setting: room for each in self.roomy if (room := self.known.room(each.one.place))}
+        return list(rooms.values())
 
     def _widen(self, tensor: str, part: Neurons, each: Judged | None) -> Step:
         spec, source = self.base.specs[tensor], None if each is None else self.source(each)
@@ -300,7 +326,10 @@ class _Work:
 
     def settings(self) -> dict[str, Any]:
         """What config.json must say."""
-        return {WIDTH: self.known.config[WIDTH] + self.neurons} if self.widened else {}
+        settings: dict[str, Any] = {room.setting: True for room in self.rooms}
+        if self.widened:
+            settings[self.known.width] = self.known.config[self.known.width] + self.neurons
+        return settings
 
     def notes(self, sites: int) -> Iterator[str]:
         """What the user should be told."""
@@ -308,7 +337,14 @@ class _Work:
             layers = self.known.alike(next(iter(self.widened.values())).one.behind)
             filled = sum(layer not in self.widened for layer in layers)
             zeros = f"; {filled} layers have no adapter: theirs are zeros" if filled else ""
-            yield f"every MLP gets {self.neurons} neurons more: {WIDTH} = {self.settings()[WIDTH]}{zeros}"
+            width = self.known.width
+            yield f"every MLP gets {self.neurons} neurons more: {width} = {self.settings()[width]}{zeros}"
+        for room in self.rooms:
+            names = ", ".join(each.rpartition(".")[2] for each in room.projections)
+            yield f"{names} get biases in every layer: {room.setting} = true"
+        for part in self.parts:
+            if isinstance(part, Whole) and part.left:
+                yield f"the head ({part.kind}) is left: {part.left}"
         if sites:
             yield f"{sites} parts stay as nodes: the output alone is not the adapted model"
 

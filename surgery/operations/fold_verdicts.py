@@ -13,18 +13,18 @@ from enum import StrEnum
 from typing import Any
 
 from formats.dialects.adapterhub_beside import Part
+from formats.dialects.adapterhub_layers import ATTENTION, MLP
 from formats.dialects.bottleneck import Bottleneck, Bottlenecks, Hypercomplex
 from formats.dialects.prompts import Network, Prefix, Prompt, Whole
-from formats.errors import AdapterFormatError
 from formats.layers import owner
 from formats.spec import TensorSpec
 from surgery.activations import LINEAR, Activation, activation
 from surgery.errors import NotMergeable
 
 IN_FULL, REPLACED = "in full", "the tensor itself: replaced"
-WIDTH = "intermediate_size"  # the config's key of the MLP's width
-_FUNCTIONS = ("hidden_act", "activation_function", "hidden_activation")  # and of its activation
-_NUMBERED = re.compile(r"^(?P<stack>(?:.*\.)?(?:layer|h)\.)(?P<number>\d+)(?P<rest>\..*)$")
+_WIDTHS = ("intermediate_size", "hidden_dim")  # the config's keys of the MLP's width
+_FUNCTIONS = ("hidden_act", "activation_function", "hidden_activation", "activation")  # and of its activation
+_NUMBERED = re.compile(r"^(?P<stack>(?:.*\.)?(?:layers?|h)\.)(?P<number>\d+)(?P<rest>\..*)$")
 
 
 class Way(StrEnum):
@@ -34,6 +34,7 @@ class Way(StrEnum):
     WIDENED = "widened"  # into more neurons of the MLP
     HALF = "half-folded"  # the first projection joins the base's; the rest stays as nodes
     GRAPH = "graph"  # stays as nodes
+    LEFT = "left"  # a head that the base has no layers for: it is not in the output
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,27 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class Room:
+    """Biases that a model may have by its config: of all projections at a place, in every layer.
+
+    Attributes:
+        setting: the config's, that says so.
+        projections: their paths inside of a layer.
+    """
+
+    setting: str
+    projections: tuple[str, ...]
+
+
+_ROOMS: Mapping[str | None, Mapping[str, Room]] = {
+    "llama": {
+        ATTENTION: Room("attention_bias", tuple(f".self_attn.{each}_proj" for each in "qkvo")),
+        MLP: Room("mlp_bias", tuple(f".mlp.{each}_proj" for each in ("gate", "up", "down"))),
+    }
+}
+
+
+@dataclass(frozen=True)
 class Base:
     """What verdicts depend on: the base's tensors, and its config.json, empty where there is none."""
 
@@ -80,6 +102,19 @@ class Base:
         """The MLP's activation."""
         named = next((self.config[key] for key in _FUNCTIONS if isinstance(self.config.get(key), str)), None)
         return None if named is None else activation(named)
+
+    @property
+    def width(self) -> str:
+        """The config's key of the MLP's width."""
+        return next((key for key in _WIDTHS if key in self.config), _WIDTHS[0])
+
+    def room(self, place: str) -> Room | None:
+        """What makes room for biases at a place of the base whose projections have none; None where nothing does."""
+        room = _ROOMS.get(self.config.get("model_type"), {}).get(place)
+        if room is None or self.config.get(room.setting):
+            return None
+        found = {name for name in self.specs if name.rpartition(".")[0].endswith(room.projections)}
+        return None if any(name.endswith(".bias") for name in found) else room
 
     def alike(self, name: str) -> dict[int, str]:
         """The tensors that are to their layers what this one is to its own, by the layers' numbers."""
@@ -94,7 +129,6 @@ def judge(adapter: Bottlenecks, base: Base, linear: Collection[str] = ()) -> tup
 
     Raises:
         NotMergeable: a non-linearity that nobody knows, or an adapter that changes the model's own nodes.
-        AdapterFormatError: a base whose norms are elsewhere than the adapter's reader takes them to be.
     """
     f = activation(adapter.non_linearity)
     if f is None:
@@ -105,14 +139,6 @@ def judge(adapter: Bottlenecks, base: Base, linear: Collection[str] = ()) -> tup
             where=adapter.ref.path,
             found="original_ln_after = false",
         )
-    for one in adapter.modules:
-        if one.norm is not None and one.norm not in base.specs:
-            raise AdapterFormatError(
-                "the base has no norm behind the adapted layer, as BERT-like models have it",
-                where=adapter.ref.path,
-                expected=one.norm,
-                then="bottlenecks of models with other norms are not read",
-            )
     return tuple(_judged(adapter, one, f, base, one.behind in linear) for one in adapter.modules)
 
 
@@ -142,7 +168,11 @@ def _judged(adapter: Bottlenecks, one: Bottleneck, f: Activation, base: Base, re
     elif f is not LINEAR:
         way, reason = Way.HALF, f"{f.name} is not linear; D h + b_D = (DW) x + (D b + b_D) reads what W reads"
     elif f"{owner(one.behind)}.bias" not in base.specs:
+        room = base.room(one.place)
         way, reason = Way.HALF, "linear, but the projection has no bias to take s(U b_D + b_U)"
+        if room is not None:
+            reason = f"f is linear: W' = (I + sUD)W; {room.setting} gives room for b' = s(U b_D + b_U), zeros elsewhere"
+            way = Way.FOLDED
     else:
         dense = "dense form, " if kind == "compacter" else ""
         way, reason = Way.FOLDED, f"{dense}f is linear: W' = (I + sUD)W, b' = (I + sUD)b + s(U b_D + b_U)"
@@ -165,8 +195,11 @@ def _parallel(one: Bottleneck, f: Activation, base: Base) -> tuple[Way, str]:
         return Way.GRAPH, "the MLP has no biases to take D's and U's"
     shapes = [{base.specs[name].shape for name in base.alike(part).values()} for part in parts]
     widths = {shape[0] for shape in shapes[0]}
-    if not all(len(shape) == 1 for shape in shapes) or widths != {base.config.get(WIDTH)}:
-        return Way.GRAPH, f"the MLPs have several widths, or another than config.json's {WIDTH}: one number says all"
+    if not all(len(shape) == 1 for shape in shapes) or widths != {base.config.get(base.width)}:
+        return (
+            Way.GRAPH,
+            f"the MLPs have several widths, or another than config.json's {base.width}: one number says all",
+        )
     if f is g:
         return Way.WIDENED, f"{f.name} is the MLP's, and r what it reads: neurons [W1; D], [W2, sU]"
     return Way.WIDENED, f"{g.name}(z) − {g.name}(−z) = z: neurons [W1; D; −D], [W2, sU, −sU]"
@@ -181,6 +214,8 @@ def verdicts_beside(part: Part) -> Iterator[Verdict]:
         for attention in part.attentions:
             yield Verdict(owner(attention), f"prefix of {part.length}", Way.GRAPH, reason)
     elif isinstance(part, Whole):
+        if part.left:
+            yield Verdict("head", part.kind, Way.LEFT, part.left)
         for name in part.tensors:
             yield Verdict(owner(name), IN_FULL, Way.FOLDED, REPLACED)
     elif isinstance(part, Prompt):

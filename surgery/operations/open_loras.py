@@ -33,9 +33,9 @@ def open_loras(adapters: AdapterPaths, base: str | Path | None) -> tuple[Weighed
         _check_dialect(path)
     if base is not None:
         with open_checkpoint(base) as w0:
-            opened = open_for_merge(base, adapters, w0.specs)[0]
+            opened = open_for_merge(base, adapters, w0.specs, with_heads=False)[0]
     else:
-        opened = open_adapters(paths[0], adapters, _implied(paths))
+        opened = open_adapters(paths[0], adapters, _implied(paths), with_heads=False)
     for each in opened:
         _check(each)
     return opened

@@ -1,5 +1,5 @@
-"""AdapterHub's LoRA and (IA)³, as tests/golden/make_adapterhub.py made them with the library itself, and what the
-library made of files that we write."""
+"""AdapterHub's LoRA, (IA)³, VeRA and DoRA, as tests/golden/make_adapterhub.py and make_bottleneck.py made them with the
+library itself, and what the library made of files that we write."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from bottleneck_models import GOLDEN as MODELS
+from bottleneck_models import inputs, saved
 from safetensors.torch import load_file, save_file
 
 import surgery
@@ -72,11 +74,13 @@ def test_older_files_are_scaled_as_they_were_trained(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"architecture": "prefix_tuning"}, "only LoRA and"),
+        ({"architecture": "other"}, "only LoRA and"),
+        ({"architecture": "prefix_tuning"}, "surgery fold"),
         ({"composition_mode": "other"}, "only LoRA and"),
         ({"composition_mode": "scale"}, "no factor of"),
         ({"use_gating": True}, "depends on the input"),
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "a part of the adapter is missing"),
+        ({"vera_d": 0.1}, "no factor of LoRA"),
         ({"r": 4}, "rank contradicts the config"),
     ],
     ids=str,
@@ -86,6 +90,77 @@ def test_what_it_cannot_mean_is_refused(tmp_path: Path, settings: dict[str, Any]
     adapter = edited(tmp_path, "bert", **settings)
     with pytest.raises(AdapterFormatError, match=message):
         surgery.merge(GOLDEN / "bert" / "base.st", adapter, tmp_path / "m.st")
+
+
+WEIGHTS = MODELS / "weights"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in WEIGHTS.iterdir()))
+def test_vera_and_dora_are_what_the_adapted_model_computes(tmp_path: Path, name: str) -> None:
+    """With alpha ≠ rank, of which the library's merge of DoRA knows nothing, and the biases that its DoRA scales."""
+    from transformers import AutoModel
+
+    base, golden = saved(name.partition("_")[0], tmp_path / "base"), load_file(WEIGHTS / name / "outputs.st")
+    report = surgery.merge(base, WEIGHTS / name, tmp_path / "merged")
+    with torch.no_grad():
+        found = AutoModel.from_pretrained(tmp_path / "merged").eval()(**inputs(golden)).last_hidden_state
+    torch.testing.assert_close(found, golden["last_hidden_state"], atol=1e-5, rtol=1e-5)
+    assert report.ledger["merged"] == {"bert_dora": 16, "bert_dvora": 8, "bert_vera": 4, "llama_dora": 8}.get(name, 2)
+    if name.endswith("_vera"):
+        surgery.unmerge(tmp_path / "merged", WEIGHTS / name, tmp_path / "back")
+        back, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "back", base))
+        for tensor in before:
+            torch.testing.assert_close(back[tensor], before[tensor], atol=1e-6, rtol=1e-5)
+
+
+def test_vera_and_dora_are_exact_in_float64(tmp_path: Path) -> None:
+    """A merged layer against the unmerged one: W x + b, with the library's formula, relative 1e-12."""
+    base = {name: tensor.double() for name, tensor in load_file(MODELS / "bert" / "base.st").items()}
+    save_file(base, tmp_path / "base.st")
+    surgery.merge(tmp_path / "base.st", WEIGHTS / "bert_dvora", tmp_path / "m.st")
+    merged, parts = load_file(tmp_path / "m.st"), load_file(WEIGHTS / "bert_dvora" / "adapter.safetensors")
+    shared = {role: parts[f"bert.shared_parameters.style.{role}"].double() for role in ("lora_A", "lora_B")}
+    layer = "encoder.layer.1.attention.self.value"
+    own = {role: parts[f"bert.{layer}.loras.style.{role}"].double() for role in ("vera_B", "vera_D", "m.weight")}
+    product = own["vera_B"] @ shared["lora_B"] @ own["vera_D"] @ shared["lora_A"]
+    weight, bias = base[f"{layer}.weight"], base[f"{layer}.bias"]
+    factor = own["m.weight"][:, 0] / (weight + product).norm(dim=1)
+    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = factor * (x @ weight.T + bias + 5 / 2 * x @ product.T)
+    found = x @ merged[f"{layer}.weight"].T + merged[f"{layer}.bias"]
+    assert (found - expected).norm() <= 1e-12 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("source", "drop", "message"),
+    [
+        ("bert_vera", "shared_parameters", "matrices that all layers share"),
+        ("bert_dora", "layer.0.attention.self.query.loras.style.m.weight", "a part of the adapter is missing"),
+        ("bert_vera", "layer.0.attention.self.query.loras.style.vera_D", "a part of the adapter is missing"),
+    ],
+)
+def test_half_of_a_vera_or_a_dora_is_refused(tmp_path: Path, source: str, drop: str, message: str) -> None:
+    """The library itself leaves the shared matrices out where it saves from a model without a head."""
+    copy = tmp_path / "adapter"
+    shutil.copytree(WEIGHTS / source, copy)
+    tensors = load_file(copy / "adapter.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if drop not in name}, copy / "adapter.safetensors")
+    with pytest.raises(AdapterFormatError, match=message):
+        surgery.merge(MODELS / "bert" / "base.st", copy, tmp_path / "m.st")
+
+
+def test_a_dora_of_a_layer_stored_the_other_way_is_refused(tmp_path: Path) -> None:
+    """The library takes its norms along the wrong side."""
+    copy = tmp_path / "adapter"
+    shutil.copytree(WEIGHTS / "gpt2_vera", copy)
+    tensors = load_file(copy / "adapter.safetensors")
+    magnitudes = {f"transformer.h.{layer}.mlp.c_fc.loras.style.m.weight": torch.ones(32, 1) for layer in (0, 1)}
+    save_file(tensors | magnitudes, copy / "adapter.safetensors")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    config["config"]["use_dora"] = True
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(surgery.ReportedError, match="not defined for this kind of layer"):
+        surgery.merge(MODELS / "gpt2" / "base.st", copy, tmp_path / "m.st")
 
 
 def test_other_tensors_beside_the_factors_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""fold against the library adapters: what tests/golden/make_bottleneck.py made of BERT and GPT-2 is what the folded,
-widened, half-folded and grafted models give in transformers."""
+"""fold against the library adapters: what tests/golden/make_bottleneck.py made is what the folded, widened, half-folded
+and grafted models give in transformers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from bottleneck_models import CASES, GOLDEN, inputs, saved, sites
 from safetensors.torch import load_file, save_file
-from test_parity_bottleneck import GOLDEN
 from torch import nn
 
 import surgery
-from formats.grafts import BranchGraft, Graft, PrefixGraft, PromptGraft, Value, read_grafts, tensor_names
+from formats.grafts import BranchGraft, PrefixGraft, PromptGraft, Value, read_grafts
 from formats.paths import open_checkpoint
 from surgery.grafted import attach_branch
+from surgery.onnx.grafted_check import _in_module
 from surgery.operations.fold_verdicts import Way
 
-SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
-# What becomes of each config in BERT (with gelu) and in GPT-2.
+# What becomes of each config where the norms come behind (with gelu), and where they come before.
 WAYS = {
     "compacter": (Way.HALF, Way.HALF),
     "compacter++": (Way.GRAPH, Way.GRAPH),
@@ -35,36 +35,12 @@ WAYS = {
     "mam": (Way.GRAPH, Way.GRAPH),
     "prefix_tuning": (Way.GRAPH, Way.GRAPH),
     "prefix_tuning_flat": (Way.GRAPH, Way.GRAPH),
-    "prompt_tuning": (Way.GRAPH, None),
+    "prompt_tuning": (Way.GRAPH, Way.GRAPH),
 }
-CASES = [(model, name) for name, ways in WAYS.items() for model, way in zip(("bert", "gpt2"), ways, strict=True) if way]
+BEFORE = ("gpt2", "llama", "vit")
 
 
-def saved(model: str, folder: Path) -> Path:
-    """The golden model as a folder that transformers loads."""
-    from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
-
-    if model == "bert":
-        built: Any = BertModel(BertConfig(**SIZES, vocab_size=16, max_position_embeddings=16))
-    else:
-        built = GPT2Model(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=16, n_positions=16))
-    built.load_state_dict(load_file(GOLDEN / model / "base.st"))
-    built.save_pretrained(folder)
-    return folder
-
-
-def sites(folder: Path) -> list[tuple[Graft, dict[str, torch.Tensor]]]:
-    """What must stay in the graph of a folded model, with its tensors."""
-    if not (folder / "grafts.safetensors").exists():
-        return []
-    with open_checkpoint(folder / "grafts.safetensors") as checkpoint:
-        return [
-            (site, {role: checkpoint.read(name) for role, name in tensor_names(site).items()})
-            for site in read_grafts(checkpoint).sites
-        ]
-
-
-def executed(folder: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+def executed(folder: Path, given: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """A folded model's last hidden state, with whatever it left for the graph put there."""
     from transformers import AutoModel, DynamicCache
 
@@ -73,17 +49,20 @@ def executed(folder: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -
     heads: list[tuple[torch.Tensor, torch.Tensor]] = []
     for site, tensors in sites(folder):
         if isinstance(site, BranchGraft):
-            attach_branch(model, site, tensors)
+            attach_branch(model, _in_module(site, model), tensors)
         elif isinstance(site, PrefixGraft):
             assert not site.moves_positions
-            keys, values = (tensors[role].view(-1, 2, 4).transpose(0, 1)[None] for role in ("keys", "values"))
+            keys, values = (tensors[role].unflatten(1, (-1, 4)).transpose(0, 1)[None] for role in ("keys", "values"))
             heads.append((keys, values))
         else:
             assert isinstance(site, PromptGraft)
             assert not site.among_words
             put_before(model, tensors["embedding"])
-    if heads and folder.name.startswith("gpt2"):
-        more = {"past_key_values": DynamicCache(), "position_ids": torch.arange(ids.shape[1]).view(1, -1)}
+    if heads and folder.name.startswith(("gpt2", "llama")):
+        more = {
+            "past_key_values": DynamicCache(),
+            "position_ids": torch.arange(given["input_ids"].shape[1]).view(1, -1),
+        }
         for layer, pair in enumerate(heads):
             more["past_key_values"].update(*pair, layer)
     elif heads:
@@ -95,7 +74,7 @@ def executed(folder: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -
 
         monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", prefixed)
     with torch.no_grad():
-        found: torch.Tensor = model(ids, **more).last_hidden_state
+        found: torch.Tensor = model(**given, **more).last_hidden_state
     return found
 
 
@@ -113,10 +92,10 @@ def test_the_folded_model_gives_what_the_library_gives(
     """Every config that the library knows, within 1e-5 in float32."""
     adapter, golden = GOLDEN / model / name, load_file(GOLDEN / model / name / "outputs.st")
     report = surgery.fold(saved(model, tmp_path / "base"), adapter, tmp_path / f"{model}-folded")
-    assert {each.way for each in report.verdicts} == {WAYS[name][model == "gpt2"]}
-    whole = WAYS[name][model == "gpt2"] in (Way.FOLDED, Way.WIDENED)
-    assert (report.grafts is None) == whole
-    found = executed(tmp_path / f"{model}-folded", golden["input_ids"], monkeypatch)
+    way = WAYS[name][model in BEFORE]
+    assert {each.way for each in report.verdicts} == {way}
+    assert (report.grafts is None) == (way in (Way.FOLDED, Way.WIDENED))
+    found = executed(tmp_path / f"{model}-folded", inputs(golden), monkeypatch)
     torch.testing.assert_close(found, golden["last_hidden_state"], atol=1e-5, rtol=1e-5)
 
 
@@ -161,8 +140,8 @@ def test_a_relu_bert_takes_a_relu_adapter(tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
     surgery.fold(base, GOLDEN / "bert" / "par_bn", tmp_path / "grafted")
     (tmp_path / "grafted" / "config.json").write_text(json.dumps(config))
-    ids, patch = torch.tensor([[1, 5, 2, 9, 7]]), pytest.MonkeyPatch()
-    both = [executed(tmp_path / name, ids, patch) for name in ("widened", "grafted")]
+    given, patch = {"input_ids": torch.tensor([[1, 5, 2, 9, 7]])}, pytest.MonkeyPatch()
+    both = [executed(tmp_path / name, given, patch) for name in ("widened", "grafted")]
     torch.testing.assert_close(*both, atol=1e-5, rtol=1e-5)
 
 

@@ -65,7 +65,9 @@ class Made:
         save_file(self.base, folder / "base" / "model.safetensors")
         (folder / "base" / "config.json").write_text(json.dumps({"hidden_act": activation, "intermediate_size": inner}))
         save_file(self.adapter, folder / "adapter" / "adapter.safetensors")
-        (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"config": own}))
+        (folder / "adapter" / "adapter_config.json").write_text(
+            json.dumps({"config": own, "version": "adapters.1.3.0"})
+        )
         self.folder, self.x = folder, drawn(7, inner)
         self.r = drawn(7, width)
         self.scaling = shape["scaling"]
@@ -146,3 +148,51 @@ def test_a_parallel_bottleneck_becomes_neurons(shape: dict[str, Any], g: str, li
             ]
             added = made.branch(made.r, layer, f)
             assert close(mlp[1], mlp[0] + added, mlp[0], added)
+
+
+@given(SHAPES, st.sampled_from(["linear", "relu"]))
+@settings(max_examples=20, deadline=None)
+def test_a_projection_without_a_bias_gets_one(shape: dict[str, Any], f: str) -> None:
+    """Llama's: W' x + b' = h + s(U(D h + b_D) + b_U), h = W x; and half-folded, where f is not linear."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, generator = Path(name), torch.Generator().manual_seed(shape["seed"])
+
+        def drawn(*sizes: int) -> torch.Tensor:
+            return torch.randn(*sizes, generator=generator, dtype=torch.float64)
+
+        width, inner, rank = shape["width"], shape["inner"], max(shape["width"] // shape["factors"][0], 1)
+        mlp = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+        base = {f"layers.0.mlp.{proj}.weight": drawn(*sizes) for proj, sizes in mlp.items()}
+        base["layers.0.post_attention_layernorm.weight"] = drawn(width)
+        sizes = {"adapter_down.0": (rank, width), "adapter_up": (width, rank)}
+        weights = {role: shape["size"] * drawn(*both) for role, both in sizes.items()}
+        biases = {role: drawn(out) for role, (out, _) in sizes.items()}
+        adapter = {f"layers.0.output_adapters.adapters.a.{role}.weight": each for role, each in weights.items()}
+        adapter |= {f"layers.0.output_adapters.adapters.a.{role}.bias": each for role, each in biases.items()}
+        own = {"output_adapter": True, "reduction_factor": shape["factors"][0], "non_linearity": f, "scaling": -0.37}
+        for path, tensors, file, config in (
+            ("base", base, "model.safetensors", {"model_type": "llama"}),
+            ("adapter", adapter, "adapter.safetensors", {"config": own, "version": "adapters.1.3.0"}),
+        ):
+            (folder / path).mkdir()
+            save_file(tensors, folder / path / file)
+            (folder / path / ("config.json" if path == "base" else "adapter_config.json")).write_text(
+                json.dumps(config)
+            )
+        report = surgery.fold(folder / "base", folder / "adapter", folder / "out")
+        x = drawn(7, inner)
+        h = nn.functional.linear(x, base["layers.0.mlp.down_proj.weight"])
+        z = nn.functional.linear(h, weights["adapter_down.0"], biases["adapter_down.0"])
+        added = -0.37 * nn.functional.linear(function(f)(z), weights["adapter_up"], biases["adapter_up"])
+        folded = load_file(folder / "out" / "model.safetensors")
+        if f == "linear":
+            assert report.settings == {"mlp_bias": True}
+            module = "layers.0.mlp.down_proj"
+            found = nn.functional.linear(x, folded[f"{module}.weight"], folded[f"{module}.bias"])
+            assert close(found, h + added, h, added)
+            assert not any(folded[f"layers.0.mlp.{proj}.bias"].any() for proj in ("gate_proj", "up_proj"))
+        else:
+            grafts, path = load_file(folder / "out" / "grafts.safetensors"), "layers.0.mlp.down_proj.output_adapter"
+            z = nn.functional.linear(x, grafts[f"{path}.down"], grafts[f"{path}.down_bias"])
+            found = nn.functional.linear(function(f)(z), grafts[f"{path}.up"], grafts[f"{path}.up_bias"])
+            assert close(found, added, h, 0.37 * z @ weights["adapter_up"].mT)

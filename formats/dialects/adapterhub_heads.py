@@ -1,0 +1,161 @@
+"""Reading the heads that the library adapters saves beside an adapter: head_config.json and a file of weights.
+
+A head of transformers' own class keeps its names. One of the library's flexible heads is a list of layers; it belongs
+into a base whose class has the same head (adapters.head_utils, 1.3). Plain data; knows no mathematics.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from formats.checkpoint import Checkpoint
+from formats.dialects.prompts import Whole
+from formats.errors import AdapterFormatError, CorruptFile
+from formats.paths import open_checkpoint
+from formats.spec import TensorRef, TensorSpec, shape_text
+
+CONFIG = "head_config.json"
+_WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
+_LAYER = re.compile(r"heads\.[^.]+\.(?P<number>\d+)\.(?P<last>weight|bias)")
+
+
+@dataclass(frozen=True)
+class _Class:
+    """The head of one of transformers' classes.
+
+    Attributes:
+        head_type: what the library calls such a head.
+        modules: those with weights, in order.
+        activation: between them.
+        use_pooler: whether it reads the pooled output; None where the library does not ask.
+    """
+
+    head_type: str
+    modules: tuple[str, ...]
+    activation: str | None = None
+    use_pooler: bool | None = None
+
+
+_FAMILIES = ("Bert", "Roberta", "XLMRoberta", "DistilBert", "GPT2", "Llama", "Mistral")
+_CLASSES: Mapping[str, _Class] = {
+    **{f"{family}ForQuestionAnswering": _Class("question_answering", ("qa_outputs",)) for family in _FAMILIES},
+    **{f"{family}ForTokenClassification": _Class("tagging", ("classifier",)) for family in _FAMILIES},
+    **{f"{family}ForTokenClassification": _Class("tagging", ("score",)) for family in ("Llama", "Mistral")},
+    **{f"{family}ForSequenceClassification": _Class("classification", ("score",)) for family in _FAMILIES[4:]},
+    **{
+        f"{family}ForSequenceClassification": _Class(
+            "classification", ("classifier.dense", "classifier.out_proj"), "tanh", False
+        )
+        for family in ("Roberta", "XLMRoberta")
+    },
+    "BertForSequenceClassification": _Class("classification", ("classifier",), None, True),
+    "DistilBertForSequenceClassification": _Class("classification", ("pre_classifier", "classifier"), "relu", False),
+    "ViTForImageClassification": _Class("image_classification", ("classifier",), None, False),
+}
+
+
+def has_head(adapter: Path) -> bool:
+    """Whether a head lies beside an adapter."""
+    return ((adapter if adapter.is_dir() else adapter.parent) / CONFIG).is_file()
+
+
+def open_head(adapter: Path) -> tuple[Checkpoint, dict[str, Any]] | None:
+    """The tensors and the config of the head beside an adapter; None where there is none. The caller closes it.
+
+    Raises:
+        AdapterFormatError: one without the other.
+        CorruptFile: a config that is no JSON object.
+    """
+    folder = adapter if adapter.is_dir() else adapter.parent
+    weights = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
+    config = folder / CONFIG
+    if bool(weights) is not config.is_file():
+        raise AdapterFormatError(
+            "half of a head beside the adapter",
+            where=folder,
+            expected=f"{CONFIG} and {' or '.join(_WEIGHTS)}",
+            found=(weights or [config])[0].name,
+        )
+    if not weights:
+        return None
+    try:
+        document = json.loads(config.read_text(encoding="utf-8"))
+        if not isinstance(document, dict) or not isinstance(document.get("config"), dict | None):
+            raise ValueError("not a head's")
+    except ValueError as error:
+        raise CorruptFile(f"the head's config cannot be read: {error}", where=config) from error
+    return open_checkpoint(weights[0]), document
+
+
+def read_head(adapter: Path, base: Mapping[str, TensorSpec], model: Mapping[str, Any]) -> Whole | None:
+    """The head beside an adapter, by the base's names; or without tensors, and with the reason why it is left.
+
+    Args:
+        adapter: its folder, or its file of weights.
+        base: the base's tensors.
+        model: its config.json, which says what class it is; empty where there is none.
+
+    Raises:
+        AdapterFormatError: half of a head, or tensors of something else.
+        CorruptFile: as `open_head`.
+    """
+    found = open_head(adapter)
+    if found is None:
+        return None
+    checkpoint, config = found
+    with checkpoint:
+        tensors = {name: checkpoint.tensor(name) for name in checkpoint.specs}
+        ref = checkpoint.ref
+    classes = model.get("architectures") or [None]
+    base_class, own = str(classes[0]), config["config"]
+    kind = str(own.get("head_type")) if own else str(config.get("model_class"))
+    if classes == [None]:
+        return Whole(ref, {}, kind, "no config.json says what class the base is")
+    if own:
+        known = _CLASSES.get(base_class)
+        if known is None or not _same(known, own):
+            return Whole(ref, {}, kind, f"{base_class} has no such head: {_described(own)}")
+        tensors = _renamed(tensors, known, ref.path)
+    elif base_class != kind:
+        return Whole(ref, {}, kind, f"the base is a {base_class}")
+    for name, tensor in tensors.items():
+        if name not in base:
+            return Whole(ref, {}, kind, f"the base has no {name} of its own")
+        if base[name].shape != tensor.spec.shape:
+            shapes = f"{shape_text(base[name].shape)}, the head's {shape_text(tensor.spec.shape)}"
+            return Whole(ref, {}, kind, f"the base's {name} is {shapes}: give the base as many labels first")
+    return Whole(ref, tensors, kind)
+
+
+def _same(known: _Class, own: Mapping[str, Any]) -> bool:
+    """Whether a flexible head is that of a class."""
+    layers = own.get("layers")
+    if own.get("head_type") != known.head_type or layers != len(known.modules):
+        return False
+    pooled = known.use_pooler is None or bool(own.get("use_pooler")) is known.use_pooler
+    return pooled and (layers == 1 or own.get("activation_function") == known.activation)
+
+
+def _described(own: Mapping[str, Any]) -> str:
+    said = (f"{key} = {own[key]}" for key in ("layers", "activation_function", "use_pooler") if key in own)
+    return ", ".join((str(own.get("head_type")), *said))
+
+
+def _renamed(tensors: Mapping[str, TensorRef], known: _Class, where: str) -> dict[str, TensorRef]:
+    """The tensors of a list of layers by a class's names. Raises AdapterFormatError for others."""
+    matches = {name: match for name in tensors if (match := _LAYER.fullmatch(name))}
+    numbers = sorted({int(match["number"]) for match in matches.values()})
+    if len(matches) < len(tensors) or len(numbers) != len(known.modules):
+        raise AdapterFormatError(
+            "the head's file has other tensors than its config says",
+            where=where,
+            expected=f"heads.NAME.N.weight of {len(known.modules)} layers",
+            found=", ".join(sorted(tensors)),
+        )
+    modules = dict(zip(numbers, known.modules, strict=True))
+    return {f"{modules[int(match['number'])]}.{match['last']}": tensors[name] for name, match in matches.items()}

@@ -1,0 +1,128 @@
+"""The layers of the models that the library adapters puts bottlenecks and prefixes into, by the names of their files.
+
+Read from the models' mixins and layers (adapters 1.3), tested on each. Plain data; knows no adapter and no mathematics.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from formats.spec import TensorSpec
+
+ATTENTION, MLP = "mh_adapter", "output_adapter"  # the places of bottlenecks, as an adapter's config calls them
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer may have a bottleneck; all paths are inside of the layer.
+
+    Attributes:
+        name: ATTENTION or MLP.
+        holder: the module that the library gives the bottleneck to.
+        behind: the projection whose outputs it follows.
+        norm: that of the residual: of h plus r where it comes behind, else of r alone.
+        first: of an MLP, the first of its projections; empty for an attention.
+    """
+
+    name: str
+    holder: str
+    behind: str
+    norm: str
+    first: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A family of models whose layers have the same names.
+
+    Attributes:
+        types: the model types that are of it.
+        numbered: what stands before a layer's number.
+        places: of a layer.
+        norm_behind: whether the norms are of h plus the residual, and not of the residual before the sublayer.
+        keys: the projection whose outputs are the attention's keys; empty where these are as wide as the model.
+    """
+
+    types: tuple[str, ...]
+    numbered: str
+    places: tuple[Place, ...]
+    norm_behind: bool
+    keys: str = ""
+
+    @property
+    def path(self) -> str:
+        """A pattern of a layer's path."""
+        return rf"(?P<path>(?:\w+\.)?{re.escape(self.numbered)}\.(?P<number>\d+)\.)"
+
+    def layers(self, base: Mapping[str, TensorSpec], place: Place) -> Iterator[tuple[int, str]]:
+        """The layers of a base that have the place, by number and path."""
+        pattern = re.compile(self.path + re.escape(f"{place.behind}.weight"))
+        for name in base:
+            match = pattern.fullmatch(name)
+            if match and f"{match['path']}{place.norm}.weight" in base and not self._others(match["path"], base):
+                yield int(match["number"]), match["path"]
+
+    def _others(self, path: str, base: Mapping[str, TensorSpec]) -> bool:
+        """Whether a layer has what only models with other sums have: Gemma's norms behind, BEiT's factors."""
+        return any(f"{path}{name}" in base for name in _OTHERS)
+
+
+_OTHERS = ("pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight", "lambda_1")
+LAYOUTS = (
+    Layout(
+        ("bert", "roberta", "xlm-roberta", "electra", "bert-generation"),
+        "encoder.layer",
+        (
+            Place(ATTENTION, "attention.output", "attention.output.dense", "attention.output.LayerNorm"),
+            Place(MLP, "output", "output.dense", "output.LayerNorm", "intermediate.dense"),
+        ),
+        True,
+    ),
+    Layout(
+        ("distilbert",),
+        "transformer.layer",
+        (
+            Place(ATTENTION, "attention_adapters", "attention.out_lin", "sa_layer_norm"),
+            Place(MLP, "output_adapters", "ffn.lin2", "output_layer_norm", "ffn.lin1"),
+        ),
+        True,
+    ),
+    Layout(
+        ("vit",),
+        "encoder.layer",
+        (
+            Place(ATTENTION, "attention_adapters", "attention.output.dense", "layernorm_before"),
+            Place(MLP, "output.output_adapters", "output.dense", "layernorm_after", "intermediate.dense"),
+        ),
+        False,
+    ),
+    Layout(
+        ("gpt2",),
+        "h",
+        (
+            Place(ATTENTION, "attention_adapters", "attn.c_proj", "ln_1"),
+            Place(MLP, "output_adapters", "mlp.c_proj", "ln_2", "mlp.c_fc"),
+        ),
+        False,
+    ),
+    Layout(
+        ("llama", "mistral"),
+        "layers",
+        (
+            Place(ATTENTION, "attention_adapters", "self_attn.o_proj", "input_layernorm"),
+            Place(MLP, "output_adapters", "mlp.down_proj", "post_attention_layernorm", "mlp.up_proj"),
+        ),
+        False,
+        "self_attn.k_proj",
+    ),
+)
+
+
+def layout_of(base: Mapping[str, TensorSpec]) -> Layout | None:
+    """The layout of a base's layers; None where its names, or its norms, are of no model that is known."""
+    return next(
+        (each for each in LAYOUTS if any(next(each.layers(base, place), None) for place in each.places)),
+        None,
+    )
