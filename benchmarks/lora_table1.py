@@ -249,7 +249,10 @@ def said(options: argparse.Namespace, size: Any, found: BenchReport, conditions:
         "of the branch's parameters a half are zeros: its B has a block for the keys, so that one product is enough",
         *([f"not run here: {', '.join(left_out)}"] if left_out else []),
         *(
-            ["a CPU needs minutes for a pass at 16 × 256 and 32 × 512: smaller shapes instead"]
+            [
+                "16 × 256 has 32 times the tokens of 1 × 128, 32 × 512 has 128 times: passes too long for "
+                "enough blocks on a CPU, so smaller shapes instead"
+            ]
             if options.provider == "cpu"
             else []
         ),
