@@ -16,7 +16,7 @@ from formats.grafts import BranchGraft, read_grafts, tensor_names
 from formats.paths import open_checkpoint
 from surgery.cli import main
 from surgery.grafted import attach_branch
-from surgery.onnx.grafted_check import _in_module
+from surgery.onnx.grafted_check import in_module
 from surgery.operations.fold_verdicts import Way
 
 SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -102,7 +102,7 @@ def test_other_models_are_calibrated_too(tmp_path: Path, model: str) -> None:
     exact, near = (AutoModel.from_pretrained(tmp_path / folder).eval() for folder in ("exact", "near"))
     for site, own in sites(tmp_path / "exact"):
         assert isinstance(site, BranchGraft)
-        attach_branch(exact, _in_module(site, exact), own)
+        attach_branch(exact, in_module(site, exact), own)
     with torch.no_grad():
         one, other = (each(**given).last_hidden_state for each in (exact, near))
     assert report.approximation is not None

@@ -94,7 +94,7 @@ def _run_torch(model: Any, sites: Sequence[Graft], tensors: Tensors, feeds: Sequ
     bottlenecks = [site for site in sites if isinstance(site, BranchGraft)]
     for site in bottlenecks:
         own = {role: tensors[name] for role, name in tensor_names(site).items()}
-        attach_branch(model, _in_module(site, model), own)
+        attach_branch(model, in_module(site, model), own)
     prefixes = {site.layer: site for site in sites if isinstance(site, PrefixGraft)}
     if prefixes:
         _attend_to_prefixes(model, {n: (tensors[site.keys], tensors[site.values]) for n, site in prefixes.items()})
@@ -123,7 +123,7 @@ def _positions(model: Any, ids: torch.Tensor, moved: int) -> torch.Tensor:
     return found
 
 
-def _in_module(site: BranchGraft, model: Any) -> BranchGraft:
+def in_module(site: BranchGraft, model: Any) -> BranchGraft:
     """The site by the module's names, which are not always the file's. Raises Unsupported where it has no such one."""
     wanted = [f"{name}.weight" for name in (site.module, site.norm) if name]
     known = {name: new.removesuffix(".weight") for name, new in known_names(model, wanted)[0].items()}

@@ -17,7 +17,7 @@ import surgery
 from formats.grafts import BranchGraft, PrefixGraft, PromptGraft, Value, read_grafts
 from formats.paths import open_checkpoint
 from surgery.grafted import attach_branch
-from surgery.onnx.grafted_check import _in_module
+from surgery.onnx.grafted_check import in_module
 from surgery.operations.fold_verdicts import Way
 
 # What becomes of each config where the norms come behind (with gelu), and where they come before.
@@ -49,7 +49,7 @@ def executed(folder: Path, given: dict[str, torch.Tensor], monkeypatch: pytest.M
     heads: list[tuple[torch.Tensor, torch.Tensor]] = []
     for site, tensors in sites(folder):
         if isinstance(site, BranchGraft):
-            attach_branch(model, _in_module(site, model), tensors)
+            attach_branch(model, in_module(site, model), tensors)
         elif isinstance(site, PrefixGraft):
             assert not site.moves_positions
             keys, values = (tensors[role].unflatten(1, (-1, 4)).transpose(0, 1)[None] for role in ("keys", "values"))
