@@ -10,7 +10,7 @@ demo: .venv/demo
 	$(BIN)/python examples/demo.py
 
 test: .venv/test browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # The tests of pages open them. Debian's and Ubuntu's packages are the only source used.
 browser:

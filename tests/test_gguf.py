@@ -32,7 +32,7 @@ HAS = {
     "adapterhub": {"attention"},
     "gguf": set(KINDS),
 }
-PAIRS = [(kind, dialect) for dialect, kinds in HAS.items() for kind in kinds]
+PAIRS = [(kind, dialect) for dialect, kinds in HAS.items() for kind in sorted(kinds)]
 
 
 def told_of(dialect: str, kind: str) -> surgery.Told:
