@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,3 +133,18 @@ def test_nothing_but_json_goes_to_stdout(pair: tuple[Path, Path], tmp_path: Path
     save_file(perturbed(weights()), tmp_path / "x.st")
     for arguments in (["inspect", pair[0]], ["diff", pair[0], tmp_path / "x.st"]):
         json.loads(cli(*arguments, "--json").stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["inspect", "nowhere.st", "--json"], 1), (["no"], 2)]
+)
+def test_the_program_ends_with_all_of_its_output_and_its_code(arguments: list[str], code: int) -> None:
+    """Though it does not wait for Python to take everything down."""
+    program = [sys.executable, "-c", "from surgery.cli import run; run()", *arguments]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == code
+    if code == 1:
+        assert json.loads(done.stdout)["error"]["type"] == "PathNotFound"
+        assert done.stderr.startswith("error: ")
+    else:
+        assert "Usage" in done.stdout + done.stderr

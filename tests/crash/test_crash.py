@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 MODEL = {f"layers.{index}.up.weight": torch.randn(512, 512) for index in range(24)}
-SURGERY = [sys.executable, "-c", "from surgery.cli import main; main()"]
+SURGERY = [sys.executable, "-c", "from surgery.cli import run; run()"]
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_a_full_disk_is_one_clear_error(big_pair: tuple[Path, Path], tmp_path: P
     program = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20));"
-        "from surgery.cli import main; main()"
+        "from surgery.cli import run; run()"
     )
     command = [sys.executable, "-c", program, *arguments[verb], "-o", str(out / "result.st")]
     done = subprocess.run(command, capture_output=True, text=True)
