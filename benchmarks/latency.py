@@ -124,7 +124,7 @@ def run(options: argparse.Namespace, work: Path) -> None:
         "records": [f"{name}-{claim.name}.record.json" for claim in records],
     }
     page = report.as_markdown([table, *sheets], {f"blocks and machine: {name}-….record.json": command}, remarks)
-    report.write(options.results, name, report.as_json(document), page)
+    report.write(options.results, "-".join([name, *(options.model or ())]), report.as_json(document), page)
 
 
 def graphs_of(model: str, work: Path, options: argparse.Namespace) -> tuple[Path, list[Built]]:
