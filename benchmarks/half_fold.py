@@ -1,6 +1,7 @@
 """Compares Houlsby's bottlenecks half-folded with the same as branches, and both with the model without them.
 
-    python benchmarks/half_fold.py                       # BERT-base's shape, bottlenecks of 64, batch 1: ten minutes
+    python benchmarks/half_fold.py                       # BERT-base's shape, bottlenecks of 64, 1 × 128: ten minutes
+    python benchmarks/half_fold.py --sequence 8            # where calls of nodes count for more than products
     python benchmarks/half_fold.py --layers 2 --width 32 # does it work?
 
 Model and adapter are generated. Before anything is timed each graph is compared with torch, by export-onnx itself. The
@@ -52,7 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     inner = min(INNER, options.width // 2)
     conditions = session.conditions({})
-    name = f"{conditions['date']}-half-fold-{options.provider}"
+    name = f"{conditions['date']}-half-fold-{options.provider}-1x{options.sequence}"
     rows, kept = list[tuple[str, ...]](), []
     with tempfile.TemporaryDirectory(prefix="surgery-half-fold-") as temporary, contextlib.chdir(temporary):
         model = write_model(Path("model"), options.layers, options.width)
