@@ -91,6 +91,9 @@ def run(options: argparse.Namespace, work: Path) -> None:
     from surgery.pictures.latency_page import latency_poster
 
     claims = [claim for claim in CLAIMS if claim.model in (options.model or (MINILM, GPT2))]
+    conditions = session.conditions({})
+    graphs = ["cuda-graph"] if options.cuda_graph else []
+    name = "-".join([conditions["date"], "latency", options.provider, options.dtype, *graphs])
     sheets, records = [], {}
     for model in dict.fromkeys(claim.model for claim in claims):
         print(f"building graphs of {model}", file=sys.stderr)
@@ -98,21 +101,19 @@ def run(options: argparse.Namespace, work: Path) -> None:
         with contextlib.chdir(folder):  # where the records have their paths from
             sheets.append(report.answers(f"Answers, {model}", answers(model, built, options.dtype)))
             for claim in (each for each in claims if each.model == model):
-                records[claim] = judged(claim, built, options)
-    conditions = session.conditions({})
+                records[claim] = found = judged(claim, built, options)
+                if not options.quick:  # at once: what is measured stays, whatever becomes of the claims after it
+                    options.results.mkdir(parents=True, exist_ok=True)
+                    path = options.results / f"{name}-{claim.name}"
+                    path.with_name(f"{path.name}.record.json").write_text(to_json(found), encoding="utf-8")
+                    path.with_name(f"{path.name}.svg").write_text(latency_poster(found), encoding="utf-8")
     rows = {claim: list(zip(claim.graphs, found.comparisons, strict=True)) for claim, found in records.items()}
     table = Sheet("Latency against the base", _HEADINGS, [_row(c, *each) for c, some in rows.items() for each in some])
     remarks = said(options, records, conditions)
     report.show([table, *sheets], remarks)
     if options.quick:
         return
-    graphs = ["cuda-graph"] if options.cuda_graph else []
-    name = "-".join([conditions["date"], "latency", options.provider, options.dtype, *graphs])
     command = shown(options)
-    for claim, found in records.items():
-        options.results.mkdir(parents=True, exist_ok=True)
-        (options.results / f"{name}-{claim.name}.record.json").write_text(to_json(found), encoding="utf-8")
-        (options.results / f"{name}-{claim.name}.svg").write_text(latency_poster(found), encoding="utf-8")
     document = {
         "benchmark": "latency",
         "command": command,
