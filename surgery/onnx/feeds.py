@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     Feeds = dict[str, np.ndarray[Any, np.dtype[Any]]]  # input name → what it is fed
 
+_SAME_VALUES = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
@@ -175,7 +176,10 @@ def _length(entry: GraphInput, axis: int, extents: _Extents) -> int | None:
 def vocabulary(model: Any) -> int:
     """Rows of the embedding that input_ids index; 100 where the graph hides it."""
     rows = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}
+    tokens = {"input_ids"}  # and the same in another shape or type
     for node in model.graph.node:
-        if node.op_type == "Gather" and node.input[1] == "input_ids" and node.input[0] in rows:
+        if node.op_type == "Gather" and node.input[1] in tokens and node.input[0] in rows:
             return int(rows[node.input[0]])
+        if node.op_type in _SAME_VALUES and node.input[0] in tokens:
+            tokens.update(node.output)
     return 100

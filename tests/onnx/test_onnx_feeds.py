@@ -98,3 +98,20 @@ def test_inputs_we_cannot_feed(inputs: dict[str, tuple[int, Axes]], reason: str)
     with pytest.raises(Unsupported, match=reason) as caught:
         make_feeds(_graph(inputs), PATH, (2, 7), 0)
     assert next(iter(inputs)) in caught.value.details["where"]
+
+
+def test_a_vocabulary_behind_a_reshape() -> None:
+    """As GPT-2 flattens its ids before it looks them up."""
+    nodes = [
+        onnx.helper.make_node("Reshape", ["input_ids", "flat"], ["ids"]),
+        onnx.helper.make_node("Gather", ["positions", "other"], ["no"]),
+        onnx.helper.make_node("Gather", ["words", "ids"], ["yes"]),
+    ]
+    held = [onnx.numpy_helper.from_array(np.zeros((size, 4), np.float32), name) for name, size in _TABLES.items()]
+    declared = [onnx.helper.make_tensor_value_info("input_ids", INT64, ("batch", "sequence"))]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "ids", declared, [], held))
+    assert vocabulary(model) == 37
+    assert make_feeds(model, PATH, (4, 64), 0)["input_ids"].max() < 37
+
+
+_TABLES = {"positions": 64, "words": 37}
