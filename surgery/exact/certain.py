@@ -3,7 +3,7 @@
 A sum in float32 is off by an amount that can be bounded. Rounding is monotone: where sum − bound and sum + bound round
 to the same value, so does the exact sum, in whatever order the float32 one was taken. 16 bits are so few that this is
 nearly everywhere; the few elements left are named, to be computed exactly. So no bit depends on float32, and a merge
-takes a quarter less than with sums in float64, with an undo file a third. Knows no file and no method.
+takes a quarter less than with sums in float64. Knows no file and no method.
 """
 
 from __future__ import annotations
