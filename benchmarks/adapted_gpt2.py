@@ -179,10 +179,10 @@ def build(work: Path, size: Size, dtype: str) -> list[Built]:
     return built
 
 
-def exported(name: str, model: Path, added: int) -> Built:
-    """Exports a model's folder beside it, compared with torch."""
+def exported(name: str, model: Path, added: int, *adapters: Path) -> Built:
+    """Exports a model's folder beside it, adapters as branches, compared with torch."""
     out = model.parent / name.replace(", ", "-").replace(" ", "-") / "model.onnx"
-    report = surgery.export_onnx(model, out)
+    report = surgery.export_onnx(model, out, adapters=adapters)
     (graph,) = report.graphs
     assert graph.nodes_run is not None
     assert report.max_rel_error is not None

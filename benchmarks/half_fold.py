@@ -1,8 +1,8 @@
 """Compares Houlsby's bottlenecks half-folded with the same as branches, and both with the model without them.
 
-    python benchmarks/half_fold.py                       # BERT-base's shape, bottlenecks of 64, 1 × 128: ten minutes
-    python benchmarks/half_fold.py --sequence 8            # where calls of nodes count for more than products
-    python benchmarks/half_fold.py --layers 2 --width 32 # does it work?
+    python benchmarks/half_fold.py                            # BERT-base's shape, bottlenecks of 64, 1 × 128: 10 min
+    python benchmarks/half_fold.py --layers 6 --width 384 --sequence 8 --sequence 16 --sequence 32     # MiniLM's shape
+    python benchmarks/half_fold.py --layers 2 --width 32      # does it work?
 
 Model and adapter are generated. Before anything is timed each graph is compared with torch, by export-onnx itself. The
 times are `surgery bench`'s: paired, with a control of the reference against itself; each record is kept whole.
@@ -46,14 +46,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--sequence", type=int, default=128)
+    parser.add_argument("--sequence", type=int, action="append", help="several times; each in a batch of 1 [128]")
     parser.add_argument("--provider", default="cpu")
-    parser.add_argument("--seconds", type=float, default=200.0, help="for each comparison")
+    parser.add_argument("--margin", type=float, default=0.01, help="the difference that does not matter [%(default)s]")
+    parser.add_argument("--seconds", type=float, default=200.0, help="for each comparison [%(default)s]")
     parser.add_argument("--keep", action="store_true", help="put records and table into results/")
     options = parser.parse_args()
     inner = min(INNER, options.width // 2)
+    sequences = options.sequence or [128]
     conditions = session.conditions({})
-    name = f"{conditions['date']}-half-fold-{options.provider}-1x{options.sequence}"
+    name = f"{conditions['date']}-half-fold-{options.provider}-{options.layers}x{options.width}"
     rows, kept = list[tuple[str, ...]](), []
     with tempfile.TemporaryDirectory(prefix="surgery-half-fold-") as temporary, contextlib.chdir(temporary):
         model = write_model(Path("model"), options.layers, options.width)
@@ -70,20 +72,23 @@ def main() -> None:
             found = surgery.bench(
                 graphs[reference],
                 *(graphs[each] for each in others),
-                shapes=((1, options.sequence),),
+                shapes=[(1, sequence) for sequence in sequences],
+                margin=options.margin,
                 provider=options.provider,
                 seconds=options.seconds,
                 record=RESULTS / kept[-1] if options.keep else None,
                 force=True,
             )
-            for each, compared in zip(others, found.comparisons, strict=True):
-                low, high = compared.interval
-                interval = f"{low:.3f} – {high:.3f}"
+            for compared in found.comparisons:
+                each = Path(compared.graph).parent.name
+                shape = " × ".join(map(str, compared.shape))
                 counts = f"{nodes[each]} : {nodes[reference]}"
-                rows.append((each, reference, counts, f"{compared.ratio:.3f}", interval, compared.verdict))
+                ratio, interval = f"{compared.ratio:.3f}", "{:.3f} – {:.3f}".format(*compared.interval)
+                milliseconds = f"{1e3 * compared.latency_reference:.3g}"
+                rows.append((shape, each, reference, milliseconds, counts, ratio, interval, compared.verdict))
     title = f"Houlsby's bottlenecks of {inner} in a BERT of {options.layers} layers, width {options.width}"
-    heads = ("graph", "against", "nodes run", "latency ratio", "interval", "verdict")
-    sheets = [Sheet(f"{title}, at 1 × {options.sequence}", heads, rows)]
+    heads = ("shape", "graph", "against", "that one, ms", "nodes run", "latency ratio", "interval", "verdict")
+    sheets = [Sheet(title, heads, sorted(rows, key=lambda row: sequences.index(int(row[0].split()[-1]))))]
     remarks = [
         f"{conditions['date']}, commit {conditions['commit'] or 'unknown'}; {session.machine(conditions)}",
         f"{found.provider}, a margin of {100 * found.margin:g} %; every graph was compared with torch before",
@@ -91,9 +96,10 @@ def main() -> None:
     ]
     report.show(sheets, remarks)
     if options.keep:
-        said = " ".join(
-            f"--{each} {getattr(options, each)}" for each in ("layers", "width", "sequence", "provider", "seconds")
-        )
+        settings = [
+            f"--{each} {getattr(options, each)}" for each in ("layers", "width", "provider", "margin", "seconds")
+        ]
+        said = " ".join([*(f"--sequence {sequence}" for sequence in sequences), *settings])
         commands = {f"every block: {', '.join(kept)}": f"python benchmarks/half_fold.py {said} --keep"}
         (RESULTS / f"{name}.md").write_text(report.as_markdown(sheets, commands, remarks), encoding="utf-8")
 

@@ -29,6 +29,7 @@ from processes import CommandFailed, Contender, measure
 HERE = Path(__file__).parent
 PYTHON = sys.executable
 SURGERY = str(Path(sys.executable).with_name("surgery"))
+CP = ("cp", "--reflink=never") if sys.platform == "linux" else ("cp",)
 QUICK_SECONDS = 5.0  # of a bench on a tiny model, at most: enough on a busy machine too
 _QUICK_ROUNDS = 2
 _BUSY = 0.05  # share of the machine beyond which timings mean little
