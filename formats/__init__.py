@@ -4,7 +4,7 @@ from formats.checkpoint import Checkpoint, CheckpointWriter
 from formats.destination import Destination, create_checkpoint, destination_like
 from formats.errors import FormatError, ReportedError
 from formats.paths import open_checkpoint
-from formats.spec import CheckpointRef, DType, TensorRef, TensorSpec
+from formats.spec import CheckpointRef, DType, Place, TensorRef, TensorSpec
 
 __all__ = [
     "Checkpoint",
@@ -13,6 +13,7 @@ __all__ = [
     "DType",
     "Destination",
     "FormatError",
+    "Place",
     "ReportedError",
     "TensorRef",
     "TensorSpec",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from formats.spec import CheckpointRef, TensorRef, TensorSpec
+from formats.spec import CheckpointRef, Place, TensorRef, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +46,9 @@ class Checkpoint(Protocol):
 
     def read_into(self, name: str, begin: int, buffer: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Fills a buffer with the payload from byte `begin` on."""
+
+    def place(self, name: str) -> Place | None:
+        """Where the payload lies in one piece of a file; None where it is put together when it is read."""
 
     def close(self) -> None:
         """Releases the files; reading afterwards is an error."""

@@ -21,7 +21,7 @@ from formats.errors import IncompleteOutput, NotACheckpoint, PathNotFound
 from formats.layout import Layout
 from formats.names import unknown_tensor
 from formats.reading import fill
-from formats.spec import CheckpointRef, TensorRef, TensorSpec
+from formats.spec import CheckpointRef, Place, TensorRef, TensorSpec
 from formats.staging import Staging, copy_range, disk_errors, send, write_at
 from formats.tensors import Bytes, bytes_from_tensor, spec_of, tensor_from_bytes
 
@@ -96,8 +96,11 @@ class PlainFile:
 
     def read_into(self, name: str, begin: int, buffer: Bytes) -> None:
         """Fills a buffer with the payload from byte `begin` on."""
-        offset = self._offsets[self._spec(name).name] + begin
-        fill(self._descriptor, offset, buffer, f"{self.path}: {name}")
+        fill(self._descriptor, self.place(name).offset + begin, buffer, f"{self.path}: {name}")
+
+    def place(self, name: str) -> Place:
+        """Where the payload lies."""
+        return Place(self.path, self._offsets[self._spec(name).name])
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor on the CPU, in its stored dtype and shape."""

@@ -17,7 +17,7 @@ from formats.errors import CorruptFile, PathNotFound
 from formats.names import unknown_tensor
 from formats.plain_file import PlainFile, PlainWriter
 from formats.safetensors_file import SAFETENSORS
-from formats.spec import CheckpointRef, TensorRef, TensorSpec
+from formats.spec import CheckpointRef, Place, TensorRef, TensorSpec
 from formats.staging import Staging, disk_errors, write_at
 from formats.tensors import Bytes
 from formats.torch_file import TorchFile
@@ -99,6 +99,10 @@ class ShardedCheckpoint:
     def read_into(self, name: str, begin: int, buffer: Bytes) -> None:
         """Fills a buffer with the payload from byte `begin` on."""
         self._file(name).read_into(name, begin, buffer)
+
+    def place(self, name: str) -> Place | None:
+        """Where the payload lies; None in a torch file."""
+        return self._file(name).place(name)
 
     def _file(self, name: str) -> PlainFile | TorchFile:
         if name not in self.specs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 
@@ -75,6 +76,14 @@ class CheckpointRef:
     """What it takes to open a checkpoint again, in this process or another."""
 
     path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a payload lies as it is: a file, and the first byte in it."""
+
+    path: Path
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from formats.errors import CorruptFile, NotACheckpoint, PathNotFound, Unsupporte
 from formats.model_config import model_config
 from formats.names import unknown_tensor
 from formats.reading import fill
-from formats.spec import CheckpointRef, TensorRef, TensorSpec, shape_text
+from formats.spec import CheckpointRef, Place, TensorRef, TensorSpec, shape_text
 from formats.tensors import Bytes, tensor_from_bytes
 from formats.tied import kept_once
 from formats.torch_archive import read_archive
@@ -107,10 +107,11 @@ class TorchFile:
         spec, view = self._spec(name), self._views[name]
         if not buffer.nbytes:
             return
-        start = self._storages[view.storage.key][0] + view.offset * spec.dtype.itemsize
-        if view.is_contiguous:
-            fill(self._descriptor, start + begin, buffer, f"{self.path}: {name}")
+        place = self.place(name)
+        if place is not None:
+            fill(self._descriptor, place.offset + begin, buffer, f"{self.path}: {name}")
             return
+        start = self._start(name)
         width = spec.dtype.itemsize
         first, last = begin // width, -(-(begin + buffer.nbytes) // width)
         elements: np.ndarray[Any, Any] = np.ndarray(
@@ -120,6 +121,14 @@ class TorchFile:
         buffer[:] = gathered[begin - first * width :][: buffer.nbytes]
         if last == view.size and self._mapped is not None:
             self._mapped.madvise(mmap.MADV_DONTNEED)  # one tensor's pages are enough in memory
+
+    def place(self, name: str) -> Place | None:
+        """Where the tensor lies; None where its elements are scattered."""
+        return Place(self.path, self._start(name)) if self._views[name].is_contiguous else None
+
+    def _start(self, name: str) -> int:
+        spec, view = self._spec(name), self._views[name]
+        return self._storages[view.storage.key][0] + view.offset * spec.dtype.itemsize
 
     def _map(self, name: str) -> mmap.mmap:
         """The file mapped, for tensors whose elements lie scattered: reading these one by one would take for ever."""

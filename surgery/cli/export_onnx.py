@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 @click.command(
     "export-onnx",
-    epilog="Examples: surgery export-onnx merged/ -o merged-onnx/model.onnx; "
+    epilog="Examples: surgery export-onnx base/ -o base-onnx/model.onnx; "
+    "surgery export-onnx merged/ --graph base-onnx/model.onnx -o merged/model.onnx; "
     "surgery export-onnx base/ --adapter a/ --adapter b/ --as inputs -o base-onnx/model.onnx",
 )
 @click.argument("model", type=options.PATH)
@@ -83,6 +84,8 @@ def command(
 
     The graph depends on the architecture alone: base and merged give the same bytes, and only the weights differ. An
     encoder–decoder becomes two graphs, encoder_OUT and decoder_OUT, over one file of weights.
+
+    In MODEL's own folder, -o MODEL/model.onnx, the graph alone is written, over the weights that are there.
 
     A merged adapter costs nothing; one that is left in the graph costs two small products for every adapted weight, and
     as inputs can be exchanged from run to run: one graph serves many adapters of the same weights.

@@ -11,15 +11,17 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from formats import Checkpoint, DType, TensorSpec
 from formats.errors import CorruptFile, PathNotFound, ShapeMismatch, UnsupportedDType
-from formats.layout import Layout
 from formats.names import nearest
 from surgery.errors import MissingTensors, Unsupported
-from surgery.onnx.payload import PAYLOAD
+from surgery.onnx.graph_file import PRODUCER
 from surgery.onnx.settings import SETTINGS, TIES, differing, settings_of
+
+if TYPE_CHECKING:
+    import onnx
 
 PREFIXES = ("encoder_", "decoder_")  # of the files of a model that is two graphs
 _DTYPES = {1: DType.F32, 10: DType.F16, 11: DType.F64, 16: DType.BF16, 6: DType.I32, 7: DType.I64, 9: DType.BOOL,
@@ -33,9 +35,8 @@ class ExistingGraph:
 
     Attributes:
         prefix: of its name, where the model is several graphs.
-        data: its bytes.
+        model: the graph; its weights are elsewhere.
         weights: what the payload must hold for it, by name.
-        offsets: where it expects each weight.
         settings: config.json of the model it was made for; empty for an own module.
         ties: names of a model that ties them → the weight that stands for them.
         inputs, outputs: names.
@@ -43,9 +44,8 @@ class ExistingGraph:
     """
 
     prefix: str
-    data: bytes
+    model: onnx.ModelProto
     weights: Mapping[str, TensorSpec]
-    offsets: Mapping[str, int]
     settings: Mapping[str, Any]
     ties: Mapping[str, str]
     inputs: tuple[str, ...]
@@ -71,29 +71,25 @@ def read_graphs(path: Path) -> tuple[ExistingGraph, ...]:
 def _read(prefix: str, path: Path) -> ExistingGraph:
     import onnx
 
-    data = path.read_bytes()
     try:
-        model = onnx.load_model_from_string(data)
+        model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError, whose package onnx may change
         raise CorruptFile("not an ONNX file", where=path, found=error) from error
     outside = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    places = {tensor.name: {entry.key: entry.value for entry in tensor.external_data} for tensor in outside}
     notes = {entry.key: entry.value for entry in model.metadata_props}
-    elsewhere = {place.get("location", "") for place in places.values()} - {PAYLOAD}
-    odd = elsewhere or SETTINGS not in notes or any(tensor.data_type not in _DTYPES for tensor in outside)
-    if model.producer_name != "surgery" or odd:
+    odd = SETTINGS not in notes or any(tensor.data_type not in _DTYPES for tensor in outside)
+    if model.producer_name != PRODUCER or odd:
         raise Unsupported(
-            "only a graph that this export-onnx wrote tells where each weight belongs, and which config.json it is for",
+            "only a graph that this export-onnx wrote tells what each weight is, and which config.json it is for",
             where=path,
-            expected=f"weights in {PAYLOAD} beside it, under their names; {SETTINGS} in the metadata",
+            expected=f"weights outside of it, under their names; {SETTINGS} in the metadata",
             found=f"written by {model.producer_name or 'an unnamed tool'}, metadata: {', '.join(notes) or 'none'}",
             then=_TRACE,
         )
     return ExistingGraph(
         prefix=prefix,
-        data=data,
+        model=model,
         weights={t.name: TensorSpec(t.name, _DTYPES[t.data_type], tuple(t.dims)) for t in outside},
-        offsets={name: int(place.get("offset", 0)) for name, place in places.items()},
         settings=json.loads(notes[SETTINGS]),
         ties=json.loads(notes.get(TIES, "{}")),
         inputs=tuple(value.name for value in model.graph.input),
@@ -108,21 +104,17 @@ def weights_of(graphs: Iterable[ExistingGraph]) -> tuple[TensorSpec, ...]:
     return tuple(every[name] for name in sorted(every))
 
 
-def require_fit(
-    graphs: Sequence[ExistingGraph], path: Path, checkpoint: Checkpoint, where: Layout, convert: bool
-) -> None:
+def require_fit(graphs: Sequence[ExistingGraph], path: Path, checkpoint: Checkpoint, convert: bool) -> None:
     """Refuses a checkpoint whose tensors are not the graphs' by name, dtype and shape.
 
     Args:
         graphs: of one export.
         path: where they are, for messages.
         checkpoint: the weights that are to go under them.
-        where: the layout of what the payload will be.
         convert: whether weights of another floating-point dtype will be converted.
 
     Raises:
         MissingTensors, ShapeMismatch, UnsupportedDType: the first that does not fit, or all that are not there.
-        CorruptFile: the graph expects a weight elsewhere than the payload will have it.
     """
     weights = weights_of(graphs)
     missing = [spec.name for spec in weights if spec.name not in checkpoint.specs]
@@ -151,11 +143,6 @@ def require_fit(
                 expected=spec.dtype,
                 found=ours.dtype,
                 then=f"convert with --dtype, or {_TRACE}",
-            )
-    for graph in graphs:
-        if any(offset != where.offsets[name] for name, offset in graph.offsets.items()):
-            raise CorruptFile(
-                "the graph looks for weights elsewhere than export-onnx puts them", where=path, then=_TRACE
             )
 
 

@@ -67,7 +67,7 @@ class _Filled:
 def check_graft(
     model: Exportable,
     graphs: Mapping[str, bytes],
-    payload: int,
+    payload: Mapping[str, int],
     dtype: DType,
     specs: Mapping[str, TensorSpec],
     case: Case,
@@ -77,7 +77,7 @@ def check_graft(
     Args:
         model: the model and how it is used.
         graphs: the grafted ones by prefix, pointing into the payload.
-        payload: a descriptor of the payload's file, open for reading.
+        payload: descriptors of the weights' files, open for reading, by the names that the graphs look for.
         dtype: what the graphs compute in.
         specs: the model's tensors.
         case: what to compare.

@@ -2,7 +2,7 @@
 
 transformers loads the folder in torch; bottlenecks are put into that model by hooks, prefixes by an attention of its
 own, prompts as embeddings; ONNX Runtime runs the graph over its payload on the CPU; both get the same random inputs.
-So the model's own weights are compared at the same time. Takes the payload as an open file, as `verify` does.
+So the model's own weights are compared at the same time. Takes the payload as open files, as `verify` does.
 """
 
 from __future__ import annotations
@@ -33,14 +33,19 @@ _ATTENTION = "surgery_prefixed"
 
 
 def check_grafted(
-    model: Exportable, graphs: Mapping[str, bytes], payload: int, dtype: DType, sites: Sequence[Graft], tensors: Tensors
+    model: Exportable,
+    graphs: Mapping[str, bytes],
+    payload: Mapping[str, int],
+    dtype: DType,
+    sites: Sequence[Graft],
+    tensors: Tensors,
 ) -> Verification:
     """Compares torch with ONNX Runtime.
 
     Args:
         model: the model; its kind is a single pass.
         graphs: the grafted one, by its prefix.
-        payload: a descriptor of the payload's file, open for reading.
+        payload: descriptors of the weights' files, open for reading, by the names that the graphs look for.
         dtype: what the graph computes in.
         sites: what is in the graph.
         tensors: the grafts' own.

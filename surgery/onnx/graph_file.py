@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from formats.errors import CorruptFile, PathNotFound, UnsafeFile
+from formats.containers import container_named
+from formats.errors import CorruptFile, NotACheckpoint, PathNotFound, UnsafeFile
+from formats.paths import open_checkpoint
 from formats.reading import fill
 from formats.tensors import Bytes
 
@@ -22,12 +24,15 @@ if TYPE_CHECKING:
     import onnx
 
 
+PRODUCER = "surgery"  # of graphs that export-onnx writes
+
+
 def load_graph(path: Path) -> onnx.ModelProto:
     """The graph without its external weights.
 
     Raises:
         PathNotFound: no such file.
-        CorruptFile: no ONNX graph in it.
+        CorruptFile: no ONNX graph in it, or one of ours whose weights have been written anew since.
     """
     import onnx
 
@@ -39,7 +44,40 @@ def load_graph(path: Path) -> onnx.ModelProto:
         raise CorruptFile("not an ONNX file", where=path, found=error) from error
     if not model.graph.output:
         raise CorruptFile("not an ONNX file, or one whose graph gives nothing", where=path)
+    if model.producer_name == PRODUCER:
+        _require_places(model, path)
     return model
+
+
+def _require_places(model: onnx.ModelProto, path: Path) -> None:
+    """A graph finds weights by offset, and whatever lies there a runtime takes for them. Of ours the names are known
+    too: so where the files tell names, each must be where the graph looks for it."""
+    import onnx
+
+    held: dict[str, dict[str, int]] = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            said = {entry.key: entry.value for entry in tensor.external_data}
+            held.setdefault(said.get("location", ""), {})[tensor.name] = int(said.get("offset", "0"))
+    for location, offsets in held.items():
+        file = path.parent / location
+        if Path(location).name != location or container_named(location) is None or not file.is_file():
+            continue  # `external` says what is wrong with it
+        try:
+            checkpoint = open_checkpoint(file)
+        except NotACheckpoint:
+            continue  # another tool's file under such a name
+        with checkpoint:
+            for name, offset in offsets.items():
+                place = checkpoint.place(name) if name in checkpoint.specs else None
+                if place is None or place.offset != offset:
+                    raise CorruptFile(
+                        "the weights have been written anew since the graph was exported, and lie elsewhere",
+                        where=path,
+                        expected=f"{name} at byte {offset} of {location}",
+                        found=f"at byte {place.offset}" if place else "not there",
+                        then="export the graph again",
+                    )
 
 
 @dataclass(frozen=True)

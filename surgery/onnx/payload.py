@@ -1,9 +1,10 @@
-"""The weights of an ONNX graph, as one safetensors file beside it.
+"""The weights of an ONNX graph: one safetensors file beside it, or the model's own files where it lies beside those.
 
-The payload is canonical: its name is fixed, it holds what the graph needs and nothing else, and its header is a
-function of names, dtypes and shapes alone. So the offsets that the graph's initialisers carry never depend on the
-file the weights came from, and two models of one architecture share one graph byte for byte. Loads torch only to
-convert weights to another dtype, and knows nothing of what the graph computes.
+The payload that is written is canonical: its name is fixed, it holds what the graph needs and nothing else, and its
+header is a function of names, dtypes and shapes alone. So the offsets that the graph's initialisers carry never depend
+on the file the weights came from, and two models of one architecture share one graph byte for byte. Over the model's
+own files it is one graph but for these offsets. Loads torch only to convert weights to another dtype, and knows nothing
+of what the graph computes.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from formats import DType, TensorSpec
+from formats import DType, Place, TensorSpec
 from formats.layout import Layout, layout
 from formats.staging import disk_errors, send, write_at
 from formats.tensors import Bytes, bytes_from_tensor, tensor_from_bytes
 from surgery.errors import NotFinite
 from surgery.exact.rounding import round_once
+from surgery.onnx.graph_file import External
 from surgery.provenance import new_hash
 
 if TYPE_CHECKING:
@@ -43,6 +46,13 @@ class Payloads(Protocol):
     def read_into(self, name: str, begin: int, buffer: Bytes) -> None:
         """Fills a buffer with a tensor's payload from byte `begin` on."""
 
+    def place(self, name: str) -> Place | None:
+        """Where a tensor's payload lies in one piece of a file; None where it does not."""
+
+
+class Unusable(Exception):
+    """Why files cannot be a graph's weights: what they hold."""
+
 
 class Beside:
     """The payloads of a checkpoint, and of tensors that are made when they are read, the latest of them in memory."""
@@ -61,34 +71,54 @@ class Beside:
             self._latest = name, self._make(name)
         buffer[:] = self._latest[1][begin : begin + buffer.nbytes]
 
+    def place(self, name: str) -> Place | None:
+        """As in Payloads: nowhere yet, if it is made."""
+        return None if name in self._made else self._base.place(name)
+
 
 def payload_layout(weights: Iterable[TensorSpec]) -> Layout:
     """Header and offsets of the canonical payload."""
     return layout(weights, METADATA)
 
 
-def attach_payload(model: onnx.ModelProto, weights: Iterable[TensorSpec], where: Layout) -> bytes:
-    """The graph's bytes, with each weight's initialiser pointing at its place in the payload.
+def places_in_payload(weights: Iterable[TensorSpec], where: Layout) -> dict[str, External]:
+    """Where each weight lies in the canonical payload, by name."""
+    return {spec.name: External(PAYLOAD, where.offsets[spec.name], spec.nbytes) for spec in weights}
+
+
+def places_in_files(weights: Iterable[TensorSpec], source: Payloads) -> dict[str, External]:
+    """Where each weight lies in the files that it is read from, by name; the graph goes beside them.
+
+    Raises Unusable: a weight is not stored as the graph takes it, or its file is a link, which runtimes refuse.
+    """
+    found = {}
+    for spec in weights:
+        stored, place = source.specs[spec.name], source.place(spec.name)
+        if stored.dtype is not spec.dtype:
+            raise Unusable(f"{spec.name} in {stored.dtype}, where the graph takes {spec.dtype}")
+        if place is None:
+            raise Unusable(f"{spec.name} not as the graph takes it, or not at all")
+        if place.path.is_symlink() or place.path.stat().st_nlink > 1:
+            raise Unusable(f"{place.path.name}, which is a link")
+        found[spec.name] = External(place.path.name, place.offset, spec.nbytes)
+    return found
+
+
+def attach_payload(model: onnx.ModelProto, places: Mapping[str, External]) -> bytes:
+    """The graph's bytes, with each weight's initialiser pointing at its place.
 
     Args:
         model: a template's model; it is left as it is.
-        weights: the template's weights.
-        where: their layout.
+        places: of its weights.
     """
     import onnx
 
     pointed = onnx.ModelProto()
     pointed.CopyFrom(model)
-    specs = {spec.name: spec for spec in weights}
     for tensor in pointed.graph.initializer:
-        if tensor.name in specs:
+        if tensor.name in places:
             del tensor.external_data[:]
-            entries = {
-                "location": PAYLOAD,
-                "offset": where.offsets[tensor.name],
-                "length": specs[tensor.name].nbytes,
-            }
-            for key, value in entries.items():
+            for key, value in asdict(places[tensor.name]).items():
                 tensor.external_data.add(key=key, value=str(value))
     data: bytes = pointed.SerializeToString(deterministic=True)
     return data

@@ -20,6 +20,7 @@ from formats.spec import DType, TensorSpec
 from surgery.errors import Unsupported
 from surgery.garbage import uncollected
 from surgery.onnx.architecture import checkpoint_specs, quiet, stored_ties
+from surgery.onnx.graph_file import PRODUCER
 from surgery.onnx.program import Exportable, Program, called, example
 from surgery.onnx.settings import SETTINGS, TIES, as_text
 
@@ -260,7 +261,7 @@ def _canonical(
     for index, value in enumerate(constants):
         value.name = value.const_value.name = f"constant_{index}"
 
-    proto = onnx.ModelProto(ir_version=IR_VERSION, producer_name="surgery")
+    proto = onnx.ModelProto(ir_version=IR_VERSION, producer_name=PRODUCER)
     for domain, version in sorted(model.opset_imports.items()):
         proto.opset_import.add(domain=domain, version=version)
     proto.graph.name = "model"

@@ -1,7 +1,7 @@
 """Does the graph compute what the model computes?
 
 Runs the model in torch, loaded by its own library, and its graphs over their payload in ONNX Runtime on the CPU, on the
-same random inputs, and compares. What is tried is the model's kind's business. Takes the payload as an open file, so
+same random inputs, and compares. What is tried is the model's kind's business. Takes the payload as open files, so
 that what is checked is what is written, before it has a name.
 """
 
@@ -15,13 +15,15 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from formats import DType
 from surgery.errors import Unsupported, VerificationFailed
 from surgery.onnx.architecture import quiet
-from surgery.onnx.payload import PAYLOAD
 from surgery.onnx.program import Arrays, Exportable, Runtime
+
+if TYPE_CHECKING:
+    import onnx
 
 # What one rounding may cost, with room: in float16 both runtimes add up in float32 and round only what they store. Of a
 # bfloat16 graph that computes in float32 (see `widened`) only constants are rounded, where torch has them exact.
@@ -63,7 +65,7 @@ class Errors:
 
 
 def verify_graphs(
-    model: Exportable, graphs: Mapping[str, bytes], payload: int, dtype: DType, *, seed: int = 0
+    model: Exportable, graphs: Mapping[str, bytes], payload: Mapping[str, int], dtype: DType, *, seed: int = 0
 ) -> Verification:
     """Compares torch with ONNX Runtime: in bfloat16, which its CPU provider does not run, over weights of bfloat16 and
     with everything else in float32, on both sides.
@@ -71,7 +73,7 @@ def verify_graphs(
     Args:
         model: the model and how it is used.
         graphs: the bytes of its `.onnx` files, by prefix.
-        payload: a descriptor of the payload's file, open for reading.
+        payload: descriptors of the weights' files, open for reading, by the names that the graphs look for.
         dtype: what the graphs compute in.
         seed: of the random inputs.
 
@@ -158,13 +160,14 @@ def relative(difference: float, scale: float) -> float:
     return difference / scale if scale else (math.inf if difference else 0.0)
 
 
-def check_structure(graph: bytes, where: Path) -> None:
+def check_structure(graph: onnx.ModelProto, where: Path) -> None:
     """ONNX's own checker with shape inference. It insists on finding external data under its name, which the payload
     does not have yet; so weights are shown to it as inputs. Raises Unsupported: an op does not take what it is given,
     such as a convolution bfloat16 in the opset that we write."""
     import onnx
 
-    model = onnx.load_model_from_string(graph)
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
     weights = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     for tensor in weights:
         model.graph.initializer.remove(tensor)
@@ -219,29 +222,31 @@ class Sessions:
 
 
 @contextlib.contextmanager
-def sessions(model: Exportable, graphs: Mapping[str, bytes], payload: int) -> Iterator[Sessions]:
-    """Opens the graphs over their payload, an open file. Raises Unsupported where one does not load."""
+def sessions(model: Exportable, graphs: Mapping[str, bytes], payload: Mapping[str, int]) -> Iterator[Sessions]:
+    """Opens the graphs over their payload, open files. Raises Unsupported where one does not load."""
     import numpy as np
     import onnxruntime
 
     opened: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch, mmap.mmap(payload, 0, prot=mmap.PROT_READ) as mapped:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        mapped = [stack.enter_context(mmap.mmap(file, 0, prot=mmap.PROT_READ)) for file in payload.values()]
         try:
             for prefix, graph in graphs.items():
                 options = onnxruntime.SessionOptions()
                 options.enable_profiling = True
                 options.log_severity_level = 3  # it warns of every input that has a default, as adapters' have
                 options.profile_file_prefix = f"{scratch}/{prefix}profile"
-                view = np.frombuffer(mapped, np.uint8)
+                views = [np.frombuffer(each, np.uint8) for each in mapped]
+                sizes = [view.nbytes for view in views]
                 try:
-                    options.add_external_initializers_from_files_in_memory([PAYLOAD], [view], [view.nbytes])
+                    options.add_external_initializers_from_files_in_memory([*payload], views, sizes)
                     opened[prefix] = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
                 except Exception as error:  # its exceptions share no base class of their own
                     raise Unsupported(
                         "ONNX Runtime does not load the graph; nothing was written", where=model.where, found=error
                     ) from error
                 finally:
-                    del view, options  # or the mapping cannot be closed
+                    del views, options  # or the mappings cannot be closed
             yield Sessions(opened)
         finally:
             opened.clear()

@@ -193,7 +193,7 @@ class Keeping:
         model: Exportable,
         plain: Mapping[str, bytes],
         graphs: Mapping[str, bytes],
-        payload: int,
+        payload: Mapping[str, int],
         dtype: DType,
         base: Checkpoint,
     ) -> tuple[Verification, Agreement | None]:
@@ -204,7 +204,7 @@ class Keeping:
             model: the model and how it is used.
             plain: the model's graphs by prefix, pointing into the payload.
             graphs: the same with the adapters in them.
-            payload: a descriptor of the payload's file.
+            payload: descriptors of the weights' files, by the names that the graphs look for.
             dtype: of the weights.
             base: the model's tensors.
 

@@ -117,7 +117,7 @@ class Grafted:
         model: Exportable,
         plain: Mapping[str, bytes],
         graphs: Mapping[str, bytes],
-        payload: int,
+        payload: Mapping[str, int],
         dtype: DType,
         base: Checkpoint,
     ) -> tuple[Verification, None]:

@@ -19,15 +19,17 @@ from formats.adapter import NOTHING_TOLD, Told
 from formats.errors import NotACheckpoint, PathNotFound, UnsupportedDType
 from surgery.errors import Unsupported
 from surgery.onnx.existing import read_graphs, require_fit, require_same_settings, require_ties, weights_of
-from surgery.onnx.payload import Payloads, payload_layout
+from surgery.onnx.payload import Payloads, attach_payload
 from surgery.operations.export_adapters import Keeping
 from surgery.operations.export_grafts import Grafted, open_grafts
-from surgery.operations.onnx_files import Export, check_target, staged
+from surgery.operations.onnx_files import Export, check_target, placed, staged
 from surgery.operations.stored_dtype import dtype_named
 from surgery.plan import Fate
 from surgery.report import Report, Stopwatch, peak_rss
 
 if TYPE_CHECKING:
+    import onnx
+
     from surgery.onnx.graft_check import Agreement
     from surgery.onnx.program import Exportable
     from surgery.onnx.verify import Verification
@@ -64,8 +66,8 @@ class ExportReport(Report):
 
     Attributes:
         graphs: the graphs: one, or encoder and decoder.
-        payload: path of the weights, which the graphs find by name beside them.
-        payload_blake3: hash of the weights' file.
+        payload: path of the weights, which the graphs find by name beside them; the model's where they are its own.
+        payload_blake3: hash of the weights' file; None for the model's own, which are not read.
         traced: whether the graphs were made now, and not taken from another export.
         max_abs_error: largest difference from torch at valid tokens; None if not verified.
         max_rel_error: the same in relation to the largest value of its output.
@@ -84,7 +86,7 @@ class ExportReport(Report):
 
     graphs: tuple[ExportedGraph, ...]
     payload: str
-    payload_blake3: str
+    payload_blake3: str | None
     traced: bool
     max_abs_error: float | None
     max_rel_error: float | None
@@ -116,8 +118,8 @@ def export_onnx(
     force: bool = False,
     verify: bool | None = None,
 ) -> ExportReport:
-    """Writes OUT.onnx and, beside it, `model.safetensors`. An encoder–decoder becomes `encoder_OUT.onnx` and
-    `decoder_OUT.onnx` over one `model.safetensors`.
+    """Writes OUT.onnx and, beside it, `model.safetensors`; in the model's own folder OUT.onnx alone, over the files
+    that are there. An encoder–decoder becomes `encoder_OUT.onnx` and `decoder_OUT.onnx` over the same weights.
 
     Args:
         model: a Hugging Face folder: config.json, and weights in one file or in shards. With `graph` or `factory`
@@ -178,9 +180,13 @@ def export_onnx(
         computed = next((spec.dtype for spec in plan.weights if spec.dtype.is_float), DType.F32)
         checked = plan.model if verify or (verify is None and graph is None) else None
         _check_dtype(computed, wanted, bool(checked and plan.left and plan.left.way), source)
-        export = Export(source, target, plan.graphs, plan.weights, payload_layout(plan.weights), force, guarded)
+        where = placed(plan.weights, plan.payloads, source, target)
+        graphs = {prefix: attach_payload(model, where.places) for prefix, model in plan.graphs.items()}
+        export = Export(source, target, graphs, plan.weights, where, force, guarded)
         with staged(export, plan.payloads) as files:
-            found, agreed = _verified(checked, plan, files.payload, computed, checkpoint) if checked else (None, None)
+            found, agreed = (
+                _verified(checked, plan, export, files.payload, computed, checkpoint) if checked else (None, None)
+            )
         kept = plan.needed & {spec.name for spec in plan.weights}
         unused = tuple(sorted(checkpoint.specs.keys() - plan.needed))
     fates = [Fate.COPIED] * len(kept) + [Fate.CONVERTED] * (len(plan.needed) - len(kept))
@@ -196,7 +202,7 @@ def export_onnx(
         peak_rss_bytes=peak_rss(),
         ledger={fate.value: fates.count(fate) for fate in Fate},
         notes=(*checkpoint.notes, *plan.notes, *unchecked, *(plan.left.notes if plan.left else ())),
-        graphs=tuple(_described(export, prefix, data, ran.get(prefix)) for prefix, data in plan.graphs.items()),
+        graphs=tuple(_described(export, prefix, model, ran.get(prefix)) for prefix, model in plan.graphs.items()),
         payload=str(export.payload),
         payload_blake3=files.blake3,
         traced=graph is None,
@@ -221,15 +227,15 @@ class _Plan:
     """What is to be written, and what to say of it.
 
     Attributes:
-        graphs, plain: by prefix, with the adapters and without.
+        graphs, plain: by prefix, with the adapters and without; no weight has its place yet.
         weights, payloads: what the payload holds.
         needed: the checkpoint's tensors that the model needs.
         model: what the graphs are checked against.
         left: the adapters in new graphs.
     """
 
-    graphs: Mapping[str, bytes]
-    plain: Mapping[str, bytes]
+    graphs: Mapping[str, onnx.ModelProto]
+    plain: Mapping[str, onnx.ModelProto]
     weights: tuple[TensorSpec, ...]
     payloads: Payloads
     needed: frozenset[str]
@@ -244,7 +250,7 @@ def _onto(graph: Path, source: Path, checkpoint: Checkpoint, convert: bool) -> _
     """The graphs of another export, if the checkpoint's tensors are what they are over."""
     given = read_graphs(graph)
     weights = weights_of(given)
-    require_fit(given, graph, checkpoint, payload_layout(weights), convert)
+    require_fit(given, graph, checkpoint, convert)
     require_ties(given[0].ties, checkpoint)
     config = source / "config.json"
     settings = given[0].settings
@@ -255,7 +261,7 @@ def _onto(graph: Path, source: Path, checkpoint: Checkpoint, convert: bool) -> _
         notes = ("no config.json beside the weights: only names, dtypes and shapes were compared with the graph",)
     names = settings.get("architectures") or [""]
     inputs = tuple(name for each in given for name in each.inputs)
-    graphs = {each.prefix: each.data for each in given}
+    graphs = {each.prefix: each.model for each in given}
     needed = frozenset(spec.name for spec in weights)
     return _Plan(graphs, graphs, weights, checkpoint, needed, None, None, inputs, str(names[0]), notes)
 
@@ -270,7 +276,6 @@ def _computed(specs: Mapping[str, TensorSpec], dtype: DType | None) -> dict[str,
 
 def _traced(model: Exportable, checkpoint: Checkpoint, dtype: DType | None, left: Keeping | Grafted) -> _Plan:
     """New graphs, made without weights."""
-    from surgery.onnx.payload import attach_payload
     from surgery.onnx.template import build_templates
     from surgery.onnx.verify import check_structure
 
@@ -280,13 +285,9 @@ def _traced(model: Exportable, checkpoint: Checkpoint, dtype: DType | None, left
     templates, payloads = left.put(bare, checkpoint)
     every = {spec.name: spec for template in templates for spec in template.weights}
     weights = tuple(every[name] for name in sorted(every))
-    where = payload_layout(weights)
-    graphs, plain = (
-        {t.prefix: attach_payload(each.model, t.weights, where) for each, t in zip(some, templates, strict=True)}
-        for some in (templates, bare)
-    )
-    for data in graphs.values():
-        check_structure(data, model.where)
+    graphs, plain = ({template.prefix: template.model for template in some} for some in (templates, bare))
+    for graph in graphs.values():
+        check_structure(graph, model.where)
     needed = frozenset(spec.name for template in bare for spec in template.weights)
     return _Plan(graphs, plain, weights, payloads, needed, model, left)
 
@@ -302,22 +303,21 @@ def _exportable(source: Path, cached: bool, factory: str | None, inputs: Sequenc
 
 
 def _verified(
-    model: Exportable, plan: _Plan, payload: int, dtype: DType, checkpoint: Checkpoint
+    model: Exportable, plan: _Plan, export: Export, payload: Mapping[str, int], dtype: DType, checkpoint: Checkpoint
 ) -> tuple[Verification, Agreement | None]:
     from surgery.onnx.verify import verify_graphs
 
     if plan.left is None:
-        return verify_graphs(model, plan.graphs, payload, dtype), None
-    return plan.left.compare(model, plan.plain, plan.graphs, payload, dtype, checkpoint)
+        return verify_graphs(model, export.graphs, payload, dtype), None
+    plain = {prefix: attach_payload(graph, export.placed.places) for prefix, graph in plan.plain.items()}
+    return plan.left.compare(model, plain, export.graphs, payload, dtype, checkpoint)
 
 
-def _described(export: Export, prefix: str, data: bytes, nodes_run: int | None) -> ExportedGraph:
-    import onnx
-
-    graph = onnx.load_model_from_string(data).graph
+def _described(export: Export, prefix: str, model: onnx.ModelProto, nodes_run: int | None) -> ExportedGraph:
+    graph = model.graph
     return ExportedGraph(
         path=str(export.path(prefix)),
-        sha256=hashlib.sha256(data).hexdigest(),
+        sha256=hashlib.sha256(export.graphs[prefix]).hexdigest(),
         nodes=len(graph.node),
         nodes_run=nodes_run,
         inputs=tuple(value.name for value in graph.input),

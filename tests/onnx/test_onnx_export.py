@@ -213,26 +213,6 @@ def test_into_a_folder_that_holds_other_things(model: Path, tmp_path: Path, quic
     assert _left(out) == {"tokenizer.json", "model.onnx", PAYLOAD}
 
 
-def test_into_the_models_own_folder(model: Path, quick: None, bert_template: Template) -> None:
-    """Its weights serve as they are if they are canonical; otherwise they are not ours to replace, force or not."""
-    plain = (model / PAYLOAD).read_bytes()
-    export_onnx(model, model / "model.onnx")
-    assert (model / PAYLOAD).read_bytes() == plain
-    (model / "model.onnx").unlink()
-    save_file(load_file(model / PAYLOAD), model / PAYLOAD, metadata={"mine": "yes"})
-    with pytest.raises(OutputExists, match="own folder"):
-        export_onnx(model, model / "model.onnx", force=True)
-    assert "model.onnx" not in _left(model)
-
-
-def test_into_a_sharded_models_own_folder(bert: Any, tmp_path: Path, quick: None) -> None:
-    """A second set of weights beside the shards would change what the folder means."""
-    sharded = tmp_path / "sharded"
-    transformers.BertModel.from_pretrained(bert.model).save_pretrained(sharded, max_shard_size="20KB")
-    with pytest.raises(OutputExists, match="second set of weights"):
-        export_onnx(sharded, sharded / "model.onnx", force=True)
-
-
 def test_a_linked_payload_is_no_payload(model: Path, tmp_path: Path, quick: None) -> None:
     """onnx refuses links; so a link to the right bytes is a conflict, and what it leads to is not touched."""
     out = tmp_path / "out"

@@ -154,24 +154,20 @@ def test_a_tie_that_the_weights_broke(tmp_path: Path, twins: Callable[[str], Any
         export_onnx(folder, tmp_path / "out/model.onnx", graph=base.onnx)
 
 
-@pytest.mark.parametrize("which", ["missing", "no onnx", "somebody else's", "other offsets"])
+@pytest.mark.parametrize("which", ["missing", "no onnx", "somebody else's"])
 def test_graphs_that_will_not_do(tmp_path: Path, twins: Callable[[str], Any], merged: Path, which: str) -> None:
-    """No file, no ONNX, no graph of ours, or one whose weights would lie elsewhere."""
+    """No file, no ONNX, or no graph of ours."""
     path = tmp_path / "graph.onnx"
-    model = onnx.load(twins("bert")[0].onnx, load_external_data=False)
     expected: type[FormatError] | type[ReportedError] = CorruptFile
     if which == "missing":
         expected = PathNotFound
     elif which == "no onnx":
         path.write_text("neither")
-    elif which == "somebody else's":
+    else:
+        model = onnx.load(twins("bert")[0].onnx, load_external_data=False)
         model.producer_name = "pytorch"
         path.write_bytes(model.SerializeToString())
         expected = Unsupported
-    else:
-        outside = next(t for t in model.graph.initializer if t.external_data)
-        next(entry for entry in outside.external_data if entry.key == "offset").value = "8"
-        path.write_bytes(model.SerializeToString())
     with pytest.raises(expected):
         export_onnx(merged, tmp_path / "out/model.onnx", graph=path)
     assert not (tmp_path / "out").exists()
