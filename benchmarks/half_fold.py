@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--sequence", type=int, action="append", help="several times; each in a batch of 1 [128]")
     parser.add_argument("--provider", default="cpu")
+    parser.add_argument("--threads", type=int, help="of each session [the runtime's choice]")
     parser.add_argument("--margin", type=float, default=0.01, help="the difference that does not matter [%(default)s]")
     parser.add_argument("--seconds", type=float, default=200.0, help="for each comparison [%(default)s]")
     parser.add_argument("--keep", action="store_true", help="put records and table into results/")
@@ -55,7 +56,9 @@ def main() -> None:
     inner = min(INNER, options.width // 2)
     sequences = options.sequence or [128]
     conditions = session.conditions({})
-    name = f"{conditions['date']}-half-fold-{options.provider}-{options.layers}x{options.width}"
+    alone = [f"{options.threads}-threads"] if options.threads else []
+    size = f"{options.layers}x{options.width}"
+    name = "-".join([conditions["date"], "half-fold", options.provider, size, *alone])
     rows, kept = list[tuple[str, ...]](), []
     with tempfile.TemporaryDirectory(prefix="surgery-half-fold-") as temporary, contextlib.chdir(temporary):
         model = write_model(Path("model"), options.layers, options.width)
@@ -75,6 +78,7 @@ def main() -> None:
                 shapes=[(1, sequence) for sequence in sequences],
                 margin=options.margin,
                 provider=options.provider,
+                threads=options.threads,
                 seconds=options.seconds,
                 record=RESULTS / kept[-1] if options.keep else None,
                 force=True,
@@ -91,7 +95,8 @@ def main() -> None:
     sheets = [Sheet(title, heads, sorted(rows, key=lambda row: sequences.index(int(row[0].split()[-1]))))]
     remarks = [
         f"{conditions['date']}, commit {conditions['commit'] or 'unknown'}; {session.machine(conditions)}",
-        f"{found.provider}, a margin of {100 * found.margin:g} %; every graph was compared with torch before",
+        f"{found.provider}, threads: {options.threads or 'its choice'}; a margin of {100 * found.margin:g} %; every "
+        "graph was compared with torch before",
         ", ".join(f"{package} {version}" for package, version in found.versions.items()),
     ]
     report.show(sheets, remarks)
@@ -99,6 +104,7 @@ def main() -> None:
         settings = [
             f"--{each} {getattr(options, each)}" for each in ("layers", "width", "provider", "margin", "seconds")
         ]
+        settings += [f"--threads {options.threads}"] if options.threads else []
         said = " ".join([*(f"--sequence {sequence}" for sequence in sequences), *settings])
         commands = {f"every block: {', '.join(kept)}": f"python benchmarks/half_fold.py {said} --keep"}
         (RESULTS / f"{name}.md").write_text(report.as_markdown(sheets, commands, remarks), encoding="utf-8")

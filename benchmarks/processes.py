@@ -7,6 +7,7 @@ it never loads torch, which `measure` checks. Knows nothing of what the commands
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -120,6 +121,51 @@ def _run(contender: Contender, folder: Path, number: int) -> Run:
         others_cpu_s=None if busy is None else max(0.0, (_busy_s() or busy) - busy - cpu),
         load_average=load,
     )
+
+
+def peak_of_all(contender: Contender, folder: Path) -> int | None:
+    """Runs a command once more and asks every 20 ms what it and all its processes hold together, in bytes: what they
+    share counts once (Linux' proportional set size). For its memory alone, since asking takes time; None elsewhere than
+    on Linux. Raises CommandFailed."""
+    if sys.platform != "linux":
+        return None
+    if contender.writes:
+        _remove(folder / contender.writes)
+    process = subprocess.Popen(
+        contender.argv,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=_environment(),
+    )
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, sum(map(_proportional, _family(process.pid))))
+        time.sleep(0.02)
+    if process.returncode:
+        raise CommandFailed(f"{contender.shown}\nexit code {process.returncode}")
+    return peak
+
+
+def _family(pid: int) -> list[int]:
+    """A process and all below it."""
+    with contextlib.suppress(OSError):
+        below = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in _words(task / "children")]
+        return [pid, *(each for child in below for each in _family(child))]
+    return [pid]
+
+
+def _proportional(pid: int) -> int:
+    """Bytes; 0 of a process that has ended."""
+    words = _words(Path(f"/proc/{pid}/smaps_rollup"))
+    return 1024 * int(words[words.index("Pss:") + 1]) if "Pss:" in words else 0
+
+
+def _words(path: Path) -> list[str]:
+    with contextlib.suppress(OSError):
+        return path.read_text().split()
+    return []
 
 
 def _environment() -> dict[str, str]:
