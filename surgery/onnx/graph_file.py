@@ -54,11 +54,11 @@ def _require_places(model: onnx.ModelProto, path: Path) -> None:
     too: so where the files tell names, each must be where the graph looks for it."""
     import onnx
 
-    held: dict[str, dict[str, int]] = {}
+    held: dict[str, dict[str, str]] = {}
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             said = {entry.key: entry.value for entry in tensor.external_data}
-            held.setdefault(said.get("location", ""), {})[tensor.name] = int(said.get("offset", "0"))
+            held.setdefault(said.get("location", ""), {})[tensor.name] = said.get("offset", "0")
     for location, offsets in held.items():
         file = path.parent / location
         if Path(location).name != location or container_named(location) is None or not file.is_file():
@@ -70,7 +70,7 @@ def _require_places(model: onnx.ModelProto, path: Path) -> None:
         with checkpoint:
             for name, offset in offsets.items():
                 place = checkpoint.place(name) if name in checkpoint.specs else None
-                if place is None or place.offset != offset:
+                if place is None or str(place.offset) != offset:
                     raise CorruptFile(
                         "the weights have been written anew since the graph was exported, and lie elsewhere",
                         where=path,
