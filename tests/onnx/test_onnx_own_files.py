@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from formats.errors import OutputExists
+from formats.errors import CorruptFile, OutputExists
 from surgery.onnx.payload import PAYLOAD
 from surgery.operations.export_onnx import export_onnx
 from surgery.operations.prove import prove
@@ -153,3 +153,15 @@ def test_weights_that_cannot_serve(
         export_onnx(model, model / "model.onnx", graph=graph, dtype=dtype, force=True)
     assert found in str(caught.value.details["found"])
     assert _files(model) == before
+
+
+def test_weights_that_were_written_anew(folder: Callable[[str], Path], twins: Callable[[str], Any]) -> None:
+    """A longer header moves every weight; a runtime would take whatever lies at the old places."""
+    base, model = twins("bert")[0], folder(RECEIPT)
+    export_onnx(model, model / "model.onnx", graph=base.onnx)
+    save_file(load_file(model / PAYLOAD), model / PAYLOAD, metadata={"surgery.receipt": "x" * 5000})
+    with pytest.raises(CorruptFile, match="written anew") as caught:
+        prove(base.onnx, model / "model.onnx")
+    assert "export the graph again" in caught.value.details["next"]
+    export_onnx(model, model / "model.onnx", graph=model / "model.onnx", force=True)
+    assert prove(base.onnx, model / "model.onnx", shape=(2, 8)).level == "graph"
