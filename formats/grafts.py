@@ -25,6 +25,7 @@ class Value(StrEnum):
     """A value of the graph around a projection W x + b = h, to which the model adds a residual r."""
 
     INPUT = "input"  # x
+    PRODUCT = "product"  # W x
     OUTPUT = "output"  # h
     RESIDUAL = "residual"  # r
     SUM = "sum"  # h + r
@@ -41,7 +42,7 @@ class BranchGraft:
         module: the projection, by the path of its weight in the model's file.
         layer, place: the layer's number, and "mh_adapter" behind its attention or "output_adapter" behind its MLP.
         reads: what f's projection reads. Where that is INPUT, down's rows may be appended to the projection's own: one
-            product gives both h and what f takes.
+            product gives both h and what f takes. Where it is PRODUCT, up_bias may join the projection's.
         adds_to: OUTPUT, SUM or NORMED.
         norm: the norm that NORMED means, by its path; None elsewhere.
         non_linearity: f, as transformers' activations are called.

@@ -36,7 +36,7 @@ def attach_branch(
 
     residuals: list[torch.Tensor] = []
     hooks: list[Any] = []
-    if site.reads is not Value.INPUT and {site.reads, site.adds_to} != {Value.OUTPUT}:
+    if site.reads not in (Value.INPUT, Value.PRODUCT) and {site.reads, site.adds_to} != {Value.OUTPUT}:
         source, number = _residual(model, site.module)
         hooks.append(source.register_forward_pre_hook(lambda module, args: residuals.append(args[number])))
     norm = None if site.norm is None else model.get_submodule(site.norm)
@@ -44,6 +44,8 @@ def attach_branch(
 
     def adapted(module: nn.Module, args: Any, h: torch.Tensor) -> torch.Tensor:
         values = {Value.INPUT: args[0], Value.OUTPUT: h}
+        if site.reads is Value.PRODUCT:
+            values[Value.PRODUCT] = h - module.get_parameter("bias")
         if residuals:
             r = residuals.pop()
             values |= {Value.RESIDUAL: r, Value.SUM: h + r}

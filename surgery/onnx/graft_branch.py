@@ -1,9 +1,9 @@
 """Bottlenecks left in a graph, up f(down ·), at the sites that their grafts name.
 
 A site is found by the name of the projection's weight, and by walking from its product to the bias, the residual and
-the norm. Two forms: as a branch, a bottleneck has two products of its own; half-folded, where it reads what the
-projection reads, its first product is more rows of the projection's, and its last bias joins the projection's. Knows
-names and shapes; no payload, no file.
+the norm. Two forms: as a branch, a bottleneck has two products and two biases of its own; half-folded, its last bias
+joins the projection's, and where it reads what the projection reads, its first product is more rows of that one's.
+Knows names and shapes; no payload, no file.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def graft_branch(
         Unsupported: a site that does not look as expected.
     """
     found = find_site(graph, site.module, turned=turned)
+    if site.reads is Value.PRODUCT:
+        return _joined(graph, site, found, tensors)
     inside = site.reads is Value.INPUT and site.adds_to is Value.OUTPUT
     if inside and way == HALF:
         return _half_folded(graph, site, found, tensors, weights, turned=turned)
@@ -214,6 +216,41 @@ def _half_folded(
     for reader in readers:
         graph.reroute(reader, product, result)
     return (both, *biases, up)
+
+
+def _joined(graph: Graph, site: BranchGraft, found: Site, tensors: Mapping[str, TensorSpec]) -> tuple[Made, ...]:
+    """The projection gives W x, to which the bottleneck is added before one bias for both, the projection's own."""
+    bias, path = f"{site.module}.bias", f"{site.module}/adapter"
+    both = Made(
+        TensorSpec(f"{site.module}.half_folded.bias", tensors[site.up_bias].dtype, tensors[site.up_bias].shape),
+        (Part(bias, own=True, added=site.up_bias),),
+    )
+    down = taken(tensors[site.down], f"{site.module}.adapter_down.weight", turned=True)
+    down_bias = taken(tensors[site.down_bias], f"{site.module}.adapter_down.bias")
+    up = taken(tensors[site.up], f"{site.module}.adapter_up.weight", turned=True)
+    for each in (both, down, down_bias, up):
+        graph.declare(each.spec, f"{site.module}.weight")
+    if found.product.op_type != "Gemm" and found.bias is None:
+        raise _unexpected(site.module, f"an Add of {bias}", "none")
+    plain, readers = found.product.output[0], list(graph.readers(found.product.output[0]))
+    _check_width(graph, site.module, plain, down.spec.shape[0])
+    rank = down.spec.shape[1]
+    if found.product.op_type == "Gemm":
+        del found.product.input[2:]
+        z = graph.add("Gemm", [plain, down.spec.name, down_bias.spec.name], f"{path}/down", like=plain, last=rank)
+        active = activate(graph, site.non_linearity, z, path)
+        added = graph.add("Gemm", [active, up.spec.name, plain], f"{path}/up", like=plain)
+        result = graph.add("Add", [added, both.spec.name], f"{path}/bias", like=plain)
+    else:
+        product = graph.add("MatMul", [plain, down.spec.name], f"{path}/down", like=plain, last=rank)
+        z = graph.add("Add", [product, down_bias.spec.name], f"{path}/down_bias", like=product)
+        active = activate(graph, site.non_linearity, z, path)
+        change = graph.add("MatMul", [active, up.spec.name], f"{path}/up", like=plain)
+        result = graph.add("Add", [plain, change], f"{path}/Add", like=plain)
+        graph.reroute(found.bias, bias, both.spec.name)
+    for reader in readers:
+        graph.reroute(reader, plain, result)
+    return both, down, down_bias, up
 
 
 def _check_width(graph: Graph, module: str, read: str, width: int) -> None:

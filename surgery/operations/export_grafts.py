@@ -62,7 +62,8 @@ class Grafted:
     def way(self) -> str:
         """In which form the adapter is in the graph: "constants" where no bottleneck is."""
         read = {site.reads for site in self.sites if isinstance(site, BranchGraft)}
-        return HALF if self.asked == HALF and Value.INPUT in read else "branch" if read else "constants"
+        half = self.asked == HALF and not read.isdisjoint((Value.INPUT, Value.PRODUCT))
+        return HALF if half else "branch" if read else "constants"
 
     @property
     def adapted(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from formats.dialects.bottleneck import Bottleneck, Dense, Hypercomplex
 from formats.dialects.prompts import Network, Prefix
+from formats.grafts import Value
 from formats.spec import DType, TensorRef, TensorSpec
 from formats.tensors import torch_dtype
 from surgery.activations import function
@@ -212,13 +213,14 @@ class Widen:
 class Branch:
     """A bottleneck's down, down_bias, up and up_bias, aside.
 
-    Inputs: the bottleneck's tensors; where `half`, before them W and, where `biased`, b, whose rows DW and D b + b_D
-    they then are. `transposed`: W is stored (in, out).
+    Inputs: the bottleneck's tensors. Before them, W and, where `biased`, b, where it `reads` the projection's input:
+    down and down_bias are then DW and D b + b_D; or b, where it reads W x: D and D b + b_D. `transposed`: W is stored
+    (in, out).
     """
 
     dtype: DType
     source: Source
-    half: bool
+    reads: Value
     biased: bool
     transposed: bool
 
@@ -228,7 +230,9 @@ class Branch:
 
         own = len(inputs) - len(self.source.refs)
         made = self.source.matrices(inputs[own:])
-        if self.half:
+        if self.reads is Value.PRODUCT:
+            made = made.before(made.down, inputs[0])
+        elif self.reads is Value.INPUT:
             columns = inputs[0].cpu() if self.transposed else inputs[0].cpu().mT  # (in, out)
             rows = torch.cat([made.rows(columns[begin:end].mT) for begin, end in blocks(columns)], 1)
             made = made.before(rows, inputs[1] if self.biased else None)

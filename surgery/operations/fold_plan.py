@@ -31,7 +31,7 @@ from surgery.operations.fold_ops import (
     Source,
     Widen,
 )
-from surgery.operations.fold_verdicts import Base, Judged, Room, Verdict, Way, judge, verdicts_beside
+from surgery.operations.fold_verdicts import Base, Judged, Room, Verdict, Way, joins_rows, judge, verdicts_beside
 from surgery.operations.merge_ops import Copy, Merge
 from surgery.operations.merge_plan import refuse_merged
 from surgery.plan import Op, Plan, Step
@@ -283,21 +283,22 @@ class _Work:
                 yield step, (PromptGraft(part.among_words, part.after_first, name),)
 
     def _branch(self, adapter: Bottlenecks, each: Judged) -> tuple[Step, tuple[Graft, ...]]:
-        one, source, half = each.one, self.source(each), each.verdict.way is Way.HALF
+        one, source, site = each.one, self.source(each), branch_site(adapter, each.one)
         module, dtype = owner(one.behind), self.base.specs[one.behind].dtype
         inputs, wide = list(source.refs), source.outputs
         biased = f"{module}.bias" in self.base.specs
-        if half:
-            weight = self.base.tensor(one.behind)
-            inputs[:0] = [weight, *([self.base.tensor(f"{module}.bias")] if biased else [])]
-            wide = weight.spec.size // source.outputs
-        site = branch_site(adapter, one)
-        site = replace(site, reads=Value.INPUT) if half else site
+        if each.verdict.way is Way.HALF:
+            site = replace(site, reads=Value.INPUT if joins_rows(one, self.known) else Value.PRODUCT)
+            inputs[:0] = [self.base.tensor(f"{module}.bias")] if biased else []
+        rows = site.reads is Value.INPUT
+        if rows:
+            inputs.insert(0, self.base.tensor(one.behind))
+            wide = inputs[0].spec.size // source.outputs
         rank, out = source.width, source.outputs
         shapes = {"down": (rank, wide), "down_bias": (rank,), "up": (out, rank), "up_bias": (out,)}
         specs = tuple(TensorSpec(name, dtype, shapes[role]) for role, name in tensor_names(site).items())
-        op = Branch(dtype, source, half, biased, self.transposed(one.behind))
-        needed = source.nbytes + 8 * 6 * sum(spec.size for spec in specs) + (_BLOCK if half else 0)
+        op = Branch(dtype, source, site.reads, biased, self.transposed(one.behind))
+        needed = source.nbytes + 8 * 6 * sum(spec.size for spec in specs) + (_BLOCK if rows else 0)
         return Step(one.behind, tuple(inputs), (), op, needed, asides=specs), (site,)
 
     def _prefix(self, prefix: Prefix) -> tuple[Step, tuple[Graft, ...]]:

@@ -32,7 +32,7 @@ class Way(StrEnum):
 
     FOLDED = "folded"  # into weights of the same shapes
     WIDENED = "widened"  # into more neurons of the MLP
-    HALF = "half-folded"  # the first projection joins the base's; the rest stays as nodes
+    HALF = "half-folded"  # the first projection joins the base's, or the biases do; the rest stays as nodes
     GRAPH = "graph"  # stays as nodes
     LEFT = "left"  # a head that the base has no layers for: it is not in the output
 
@@ -167,6 +167,8 @@ def _judged(adapter: Bottlenecks, one: Bottleneck, f: Activation, base: Base, re
         )
     elif f is not LINEAR:
         way, reason = Way.HALF, f"{f.name} is not linear; D h + b_D = (DW) x + (D b + b_D) reads what W reads"
+        if not joins_rows(one, base):
+            reason = f"{f.name} is not linear; DW is larger than D, so only D b + b_D and b + s b_U are put together"
     elif f"{owner(one.behind)}.bias" not in base.specs:
         room = base.room(one.place)
         way, reason = Way.HALF, "linear, but the projection has no bias to take s(U b_D + b_U)"
@@ -177,6 +179,13 @@ def _judged(adapter: Bottlenecks, one: Bottleneck, f: Activation, base: Base, re
         dense = "dense form, " if kind == "compacter" else ""
         way, reason = Way.FOLDED, f"{dense}f is linear: W' = (I + sUD)W, b' = (I + sUD)b + s(U b_D + b_U)"
     return Judged(one, Verdict(owner(one.behind), what, way, reason), split)
+
+
+def joins_rows(one: Bottleneck, base: Base) -> bool:
+    """Whether DW, which reads x, is to stand for D, which reads h. Not where x has more columns, which would cost more
+    than a node less saves; but always where the projection has no bias, as then there is nothing else to join."""
+    bias = base.specs.get(f"{owner(one.behind)}.bias")
+    return bias is None or base.specs[one.behind].size <= bias.size**2
 
 
 def _parallel(one: Bottleneck, f: Activation, base: Base) -> tuple[Way, str]:

@@ -100,13 +100,15 @@ def test_the_folded_model_gives_what_the_library_gives(
 
 
 def test_what_is_half_folded_reads_what_the_projection_reads(tmp_path: Path) -> None:
-    """So that its rows can be appended to the projection's own."""
+    """Its rows can be appended to the projection's own; where x is wider than h it reads W x instead."""
     surgery.fold(saved("gpt2", tmp_path / "base"), GOLDEN / "gpt2" / "double_seq_bn", tmp_path / "out")
     found = [(site, tensors) for site, tensors in sites(tmp_path / "out") if isinstance(site, BranchGraft)]
     assert [(site.layer, site.place, site.reads, site.adds_to) for site, _ in found] == [
-        (layer, place, Value.INPUT, Value.OUTPUT) for layer in (0, 1) for place in ("mh_adapter", "output_adapter")
+        (layer, place, reads, Value.OUTPUT)
+        for layer in (0, 1)
+        for place, reads in (("mh_adapter", Value.INPUT), ("output_adapter", Value.PRODUCT))
     ]
-    assert [tuple(tensors["down"].shape) for _, tensors in found] == [(4, 8), (4, 32)] * 2
+    assert [tuple(tensors["down"].shape) for _, tensors in found] == [(4, 8)] * 4
 
 
 def test_grafts_name_the_model_that_they_belong_into(tmp_path: Path) -> None:
