@@ -118,7 +118,7 @@ def test_copies_do_not_outlive_a_kill(tmp_path: Path) -> None:
     code = (
         "import os, sys, threading, time\n"
         "from surgery.workers import forked\n"
-        "with forked(2, lambda number: print(os.getpid(), flush=True) or time.sleep(60)) as call:\n"
+        "with forked(2, lambda number: os.write(1, b'%d\\n' % os.getpid()) and time.sleep(60)) as call:\n"
         "    for number in range(2):\n"
         "        threading.Thread(target=call, args=(number,)).start()\n"
         "    time.sleep(60)\n"

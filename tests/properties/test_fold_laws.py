@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import surgery
+from formats import open_checkpoint
+from formats.grafts import BranchGraft, Value, read_grafts
 from surgery.activations import function
 from surgery.operations.fold_verdicts import Way
 
@@ -116,16 +118,22 @@ def test_a_linear_bottleneck_goes_into_the_projection(shape: dict[str, Any]) -> 
 @given(SHAPES, st.sampled_from(["relu", "silu", "tanh"]))
 @settings(max_examples=30, deadline=None)
 def test_a_bottleneck_s_first_projection_joins_the_base_s(shape: dict[str, Any], f: str) -> None:
-    """up f(rows x + rows_bias) + up_bias = s(U f(D h + b_D) + b_U)."""
+    """up f(rows x + rows_bias) + up_bias = s(U f(D h + b_D) + b_U); or f(D (W x) + …), where x is wider than h."""
     with tempfile.TemporaryDirectory() as name:
         made = Made(Path(name), shape, non_linearity=f)
         assert made.folded(Way.HALF).keys() == made.base.keys()
         grafts = load_file(made.folder / "out" / "grafts.safetensors")
+        with open_checkpoint(made.folder / "out" / "grafts.safetensors") as checkpoint:
+            sites = [site for site in read_grafts(checkpoint).sites if isinstance(site, BranchGraft)]
+        reads = {site.module: site.reads for site in sites}
         for layer in (0, 1):
             module = f"{LAYER.format(layer)}.output"
             h = projected(made.base, module, made.x)
             path = f"{module}.dense.output_adapter"
-            z = nn.functional.linear(made.x, grafts[f"{path}.down"], grafts[f"{path}.down_bias"])
+            wide = made.x.shape[-1] > h.shape[-1]
+            assert reads[f"{module}.dense"] is (Value.PRODUCT if wide else Value.INPUT)
+            read = h - made.base[f"{module}.dense.bias"] if wide else made.x
+            z = nn.functional.linear(read, grafts[f"{path}.down"], grafts[f"{path}.down_bias"])
             found = nn.functional.linear(function(f)(z), grafts[f"{path}.up"], grafts[f"{path}.up_bias"])
             # f moves no further than what it takes, which is that much in the output.
             assert close(found, made.branch(h, layer, f), h, made.branch(h, layer, "linear"))
