@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,10 @@ def main() -> None:
                 provider=options.provider,
                 threads=options.threads,
                 seconds=options.seconds,
-                record=RESULTS / kept[-1] if options.keep else None,
-                force=True,
+                record=kept[-1],
             )
+            if options.keep:
+                shutil.copy(kept[-1], RESULTS)
             for compared in found.comparisons:
                 each = Path(compared.graph).parent.name
                 shape = " × ".join(map(str, compared.shape))
