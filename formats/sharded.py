@@ -101,7 +101,7 @@ class ShardedCheckpoint:
         self._file(name).read_into(name, begin, buffer)
 
     def place(self, name: str) -> Place | None:
-        """Where the payload lies; None in a torch file."""
+        """Where the payload lies; None where a torch file has its elements scattered."""
         return self._file(name).place(name)
 
     def _file(self, name: str) -> PlainFile | TorchFile:

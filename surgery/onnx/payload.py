@@ -97,7 +97,7 @@ def places_in_files(weights: Iterable[TensorSpec], source: Payloads) -> dict[str
         if stored.dtype is not spec.dtype:
             raise Unusable(f"{spec.name} in {stored.dtype}, where the graph takes {spec.dtype}")
         if place is None:
-            raise Unusable(f"{spec.name} not as the graph takes it, or not at all")
+            raise Unusable(f"{spec.name} in no file in one piece: scattered, or made for the graph")
         if place.path.is_symlink() or place.path.stat().st_nlink > 1:
             raise Unusable(f"{place.path.name}, which is a link")
         found[spec.name] = External(place.path.name, place.offset, spec.nbytes)
