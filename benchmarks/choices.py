@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import surgery
 from formats.dialects.peft_writing import factor_keys, magnitude_key
 from formats.layers import LayerKind, layer_kinds, owner
-from surgery.budget import Budget
+from surgery.ranks.budget import Budget
 
 UNIFORM, BUDGET, DORA = "uniform", "--budget", "DoRA"
 

@@ -25,8 +25,8 @@ from half_fold import RESULTS, write_model
 from report import Sheet
 
 import surgery
-from surgery.onnx.compared import CompareReport
-from surgery.onnx.record import to_json
+from surgery.onnx.timing.compared import CompareReport
+from surgery.onnx.timing.record import to_json
 from surgery.pictures.compare_page import compare_page, compare_poster
 
 _WEIGHTS = ("merged", "folded", "widened")

@@ -3,7 +3,8 @@
     python benchmarks/error_rates.py               # 2,000 runs a row: some minutes
 
 No clock and no model: blocks are drawn from noise as real machines make it, and go through
-`surgery.onnx.verdict.follow`, looks, control and all. Fails if a claim that is false is made in more than 5 % of the
+`surgery.onnx.timing.verdict.follow`,
+looks, control and all. Fails if a claim that is false is made in more than 5 % of the
 runs of any row, but for the last kind of noise: there each set of sessions resembles the one before it, which the tests
 take for impossible, and the rows show what that would do.
 
@@ -29,8 +30,8 @@ import report
 import session
 from report import Sheet
 
-from surgery.onnx.latency import LONGEST, ROUNDS
-from surgery.onnx.verdict import ALPHA, follow
+from surgery.onnx.timing.latency import LONGEST, ROUNDS
+from surgery.onnx.timing.verdict import ALPHA, follow
 
 RUNS = 2000
 SECONDS = (32, 64, 180)

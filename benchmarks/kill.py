@@ -44,8 +44,8 @@ BEYOND = 1.1  # kills come up to so much of a run's time after its start
 SERVER = """
 import json, os, sys
 import surgery, torch
-import surgery.operations.merge, surgery.operations.unmerge, formats.staging
-from surgery.engine import Resources
+import surgery.operations.merge.merge, surgery.operations.merge.unmerge, formats.staging
+from surgery.pipeline.engine import Resources
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)

@@ -34,7 +34,7 @@ from formats.errors import ReportedError
 if TYPE_CHECKING:
     from adapted_gpt2 import Built
 
-    from surgery.onnx.record import BenchReport, Comparison
+    from surgery.onnx.timing.record import BenchReport, Comparison
 
 MINILM, GPT2 = "minilm", "gpt2-medium"
 SHAPE, QUICK_SHAPE = (1, 128), (1, 16)
@@ -90,7 +90,7 @@ def main() -> None:
 
 def run(options: argparse.Namespace, work: Path) -> None:
     """Builds, checks, measures, tells."""
-    from surgery.onnx.record import to_json
+    from surgery.onnx.timing.record import to_json
     from surgery.pictures.latency_page import latency_poster
 
     claims = [
@@ -208,7 +208,7 @@ def answers(model: str, built: Sequence[Built], dtype: str) -> list[dict[str, An
 
 def judged(claim: Claim, built: Sequence[Built], options: argparse.Namespace) -> BenchReport:
     """The claim's graphs against the base."""
-    from surgery.operations.bench import bench
+    from surgery.operations.latency.bench import bench
 
     paths = {each.name: each.path for each in built}
     print(f"{claim.name}: {claim.seconds * len(claim.graphs):.0f} s at most", file=sys.stderr)

@@ -28,7 +28,7 @@ from formats.errors import ReportedError
 if TYPE_CHECKING:
     from adapted_gpt2 import Built
 
-    from surgery.onnx.record import BenchReport, Comparison
+    from surgery.onnx.timing.record import BenchReport, Comparison
 
 Shape = tuple[int, int]
 # milliseconds, and the slow-down in per cent, as printed; fine-tuning and merged LoRA are one row there
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace, work: Path) -> None:
 
     from adapted_gpt2 import TINY, Size, build
 
-    from surgery.onnx.record import to_json
+    from surgery.onnx.timing.record import to_json
     from surgery.pictures.latency_page import latency_poster
 
     size = TINY if options.quick else replace(Size(), layers=options.layers)
@@ -135,7 +135,7 @@ def shown(options: argparse.Namespace, shapes: Sequence[Shape]) -> str:
 
 def measure(built: Sequence[Built], shapes: Sequence[Shape], options: argparse.Namespace) -> BenchReport:
     """All graphs against the first, shape by shape."""
-    from surgery.operations.bench import bench
+    from surgery.operations.latency.bench import bench
 
     base, *others = (each.path for each in built)
     return bench(
@@ -155,7 +155,7 @@ def check(built: Sequence[Built], dtype: str) -> list[dict[str, Any]]:
     from adapted_gpt2 import BASE, BRANCH, MERGED
 
     from formats import DType
-    from surgery.onnx.verify import tolerance
+    from surgery.onnx.against_torch.model import tolerance
 
     by_name = {each.name: each for each in built}
     if by_name[MERGED].sha256 != by_name[BASE].sha256:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.operations.export_onnx import ExportReport, export_onnx
+from surgery.operations.export.export_onnx import ExportReport, export_onnx
 
 TARGET = Path(__file__).parent / "onnx.md"
 MARK = "<!-- the table is written by docs/onnx_table.py -->"

@@ -17,29 +17,28 @@ from surgery.version import __version__
 if TYPE_CHECKING:
     from formats import open_checkpoint
     from formats.adapter import Told
-    from surgery.budget import Budget
-    from surgery.engine import Resources
     from surgery.errors import FormatError, ReportedError, SurgeryError
-    from surgery.onnx.compared import CompareReport
-    from surgery.onnx.record import BenchReport
-    from surgery.operations.bench import bench
-    from surgery.operations.combine import CombineReport, combine
-    from surgery.operations.compare import compare
-    from surgery.operations.containers import ContainerReport, convert_container
-    from surgery.operations.convert import ConvertReport, convert
-    from surgery.operations.diff import DiffReport, diff
-    from surgery.operations.export_onnx import ExportReport, export_onnx
-    from surgery.operations.extract import ExtractReport, extract
-    from surgery.operations.fold import FoldReport, fold
-    from surgery.operations.inspect import InspectReport, inspect
-    from surgery.operations.merge import MergeReport, merge
-    from surgery.operations.prove import ProveReport, prove
-    from surgery.operations.resize import ResizeReport, resize
-    from surgery.operations.reweigh import ReweighReport, merge_onnx, reweigh
-    from surgery.operations.spectrum import SpectrumReport, spectrum
-    from surgery.operations.to_lora import ToLoraReport, to_lora
-    from surgery.operations.unmerge import UnmergeReport, unmerge
-    from surgery.operations.verify import VerifyReport, verify
+    from surgery.onnx.timing.compared import CompareReport
+    from surgery.onnx.timing.record import BenchReport
+    from surgery.operations.convert.containers import ContainerReport, convert_container
+    from surgery.operations.convert.convert import ConvertReport, convert
+    from surgery.operations.export.export_onnx import ExportReport, export_onnx
+    from surgery.operations.export.into_template import ReweighReport, merge_onnx, reweigh
+    from surgery.operations.extract.extract import ExtractReport, extract
+    from surgery.operations.extract.spectrum import SpectrumReport, spectrum
+    from surgery.operations.fold.fold import FoldReport, fold
+    from surgery.operations.latency.bench import bench
+    from surgery.operations.latency.compare import compare
+    from surgery.operations.look.diff import DiffReport, diff
+    from surgery.operations.look.inspect import InspectReport, inspect
+    from surgery.operations.look.prove import ProveReport, prove
+    from surgery.operations.lora.combine import CombineReport, combine
+    from surgery.operations.lora.resize import ResizeReport, resize
+    from surgery.operations.lora.to_lora import ToLoraReport, to_lora
+    from surgery.operations.merge.merge import MergeReport, merge
+    from surgery.operations.merge.unmerge import UnmergeReport, unmerge
+    from surgery.operations.merge.verify import VerifyReport, verify
+    from surgery.pipeline.engine import Resources
     from surgery.ranks import (
         Bounded,
         EnergyRule,
@@ -49,48 +48,49 @@ if TYPE_CHECKING:
         ResidualRule,
         ThresholdRule,
     )
+    from surgery.ranks.budget import Budget
 
 _HOMES = {
-    "bench": "surgery.operations.bench",
-    "BenchReport": "surgery.onnx.record",
-    "combine": "surgery.operations.combine",
-    "CombineReport": "surgery.operations.combine",
-    "compare": "surgery.operations.compare",
-    "CompareReport": "surgery.onnx.compared",
-    "convert_container": "surgery.operations.containers",
-    "ContainerReport": "surgery.operations.containers",
-    "convert": "surgery.operations.convert",
-    "ConvertReport": "surgery.operations.convert",
-    "diff": "surgery.operations.diff",
-    "DiffReport": "surgery.operations.diff",
-    "export_onnx": "surgery.operations.export_onnx",
-    "ExportReport": "surgery.operations.export_onnx",
-    "extract": "surgery.operations.extract",
-    "ExtractReport": "surgery.operations.extract",
-    "fold": "surgery.operations.fold",
-    "FoldReport": "surgery.operations.fold",
+    "bench": "surgery.operations.latency.bench",
+    "BenchReport": "surgery.onnx.timing.record",
+    "combine": "surgery.operations.lora.combine",
+    "CombineReport": "surgery.operations.lora.combine",
+    "compare": "surgery.operations.latency.compare",
+    "CompareReport": "surgery.onnx.timing.compared",
+    "convert_container": "surgery.operations.convert.containers",
+    "ContainerReport": "surgery.operations.convert.containers",
+    "convert": "surgery.operations.convert.convert",
+    "ConvertReport": "surgery.operations.convert.convert",
+    "diff": "surgery.operations.look.diff",
+    "DiffReport": "surgery.operations.look.diff",
+    "export_onnx": "surgery.operations.export.export_onnx",
+    "ExportReport": "surgery.operations.export.export_onnx",
+    "extract": "surgery.operations.extract.extract",
+    "ExtractReport": "surgery.operations.extract.extract",
+    "fold": "surgery.operations.fold.fold",
+    "FoldReport": "surgery.operations.fold.fold",
     "FormatError": "surgery.errors",
-    "inspect": "surgery.operations.inspect",
-    "InspectReport": "surgery.operations.inspect",
-    "merge": "surgery.operations.merge",
-    "MergeReport": "surgery.operations.merge",
-    "merge_onnx": "surgery.operations.reweigh",
+    "inspect": "surgery.operations.look.inspect",
+    "InspectReport": "surgery.operations.look.inspect",
+    "merge": "surgery.operations.merge.merge",
+    "MergeReport": "surgery.operations.merge.merge",
+    "merge_onnx": "surgery.operations.export.into_template",
     "open_checkpoint": "formats",
-    "prove": "surgery.operations.prove",
-    "ProveReport": "surgery.operations.prove",
+    "prove": "surgery.operations.look.prove",
+    "ProveReport": "surgery.operations.look.prove",
     "ReportedError": "surgery.errors",
-    "resize": "surgery.operations.resize",
-    "ResizeReport": "surgery.operations.resize",
-    "Resources": "surgery.engine",
-    "reweigh": "surgery.operations.reweigh",
-    "ReweighReport": "surgery.operations.reweigh",
-    "spectrum": "surgery.operations.spectrum",
-    "SpectrumReport": "surgery.operations.spectrum",
+    "resize": "surgery.operations.lora.resize",
+    "ResizeReport": "surgery.operations.lora.resize",
+    "Resources": "surgery.pipeline.engine",
+    "reweigh": "surgery.operations.export.into_template",
+    "ReweighReport": "surgery.operations.export.into_template",
+    "spectrum": "surgery.operations.extract.spectrum",
+    "SpectrumReport": "surgery.operations.extract.spectrum",
     "SurgeryError": "surgery.errors",
-    "to_lora": "surgery.operations.to_lora",
-    "ToLoraReport": "surgery.operations.to_lora",
-    "unmerge": "surgery.operations.unmerge",
-    "UnmergeReport": "surgery.operations.unmerge",
+    "to_lora": "surgery.operations.lora.to_lora",
+    "ToLoraReport": "surgery.operations.lora.to_lora",
+    "unmerge": "surgery.operations.merge.unmerge",
+    "UnmergeReport": "surgery.operations.merge.unmerge",
     "Bounded": "surgery.ranks",
     "EnergyRule": "surgery.ranks",
     "FixedRank": "surgery.ranks",
@@ -99,9 +99,9 @@ _HOMES = {
     "ResidualRule": "surgery.ranks",
     "ThresholdRule": "surgery.ranks",
     "Told": "formats.adapter",
-    "Budget": "surgery.budget",
-    "verify": "surgery.operations.verify",
-    "VerifyReport": "surgery.operations.verify",
+    "Budget": "surgery.ranks.budget",
+    "verify": "surgery.operations.merge.verify",
+    "VerifyReport": "surgery.operations.merge.verify",
 }
 
 __all__ = [

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-
-from surgery.garbage import uncollected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,3 +56,15 @@ class Stopwatch:
 def _load(name: str) -> None:
     with uncollected():  # large modules make no garbage while they are imported
         importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Does not look for garbage inside."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import places
 import torch
 import transformers
 from safetensors.torch import load_file
 
 from formats.grafts import Graft, read_grafts, tensor_names
 from formats.paths import open_checkpoint
-from surgery.meta_model import known_names
+from surgery.model.meta_model import known_names
 
-GOLDEN = Path(__file__).parent / "golden" / "bottleneck"
+GOLDEN = places.GOLDEN / "bottleneck"
 MODELS = ("bert", "distilbert", "gpt2", "llama", "roberta", "vit")
 CASES = [(model, each.name) for model in MODELS for each in sorted((GOLDEN / model).iterdir()) if each.is_dir()]
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from surgery.onnx.record import BenchReport, Comparison, Epoch, Verdict
+from surgery.onnx.timing.record import BenchReport, Comparison, Epoch, Verdict
 
 MARGIN = 0.01
 BASE, MERGED, ADAPTER = "work/base/model.onnx", "work/merged/model.onnx", "work/adapter/model.onnx"

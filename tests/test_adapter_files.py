@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 
 from formats.paths import open_checkpoint
-from surgery.operations.compare_plan import plan_adapter
+from surgery.operations.latency.compare_plan import plan_adapter
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 # method, form, trained parameters of two layers, 32 wide
 TOLD = {
     "LoRA": ("LoRA", "merged", 2 * 2 * 2 * 8 * 32),

@@ -10,7 +10,7 @@ import click
 from surgery.cli import measuring, options
 
 if TYPE_CHECKING:
-    from surgery.onnx.record import BenchReport
+    from surgery.onnx.timing.record import BenchReport
 
 
 @click.command("bench", epilog="Example: surgery bench base-onnx/model.onnx merged-onnx/model.onnx --expect equivalent")
@@ -41,9 +41,9 @@ def command(
     A shape is a batch and a sequence. Where the graphs have a cache, the sequence is what lies in it, and a run
     computes one token more.
     """
-    from surgery.onnx.record import read_record
-    from surgery.operations.bench import bench
-    from surgery.operations.picture_file import LATENCY_FORMS, picture_file
+    from surgery.onnx.timing.record import read_record
+    from surgery.operations.latency.bench import bench
+    from surgery.report_files import LATENCY_FORMS, picture_file
 
     if replay is not None and graphs:
         raise click.UsageError("--replay prints a record: it takes no graphs")

@@ -42,7 +42,7 @@ def command(
 
     cat needs no rank: the ranks add up. All other ways need one of the options that choose it.
     """
-    from surgery.operations import combine as operation
+    from surgery.operations.lora import combine as operation
 
     how = options.chosen_ranks(how, needed=False)
     with options.usage_errors():

@@ -11,8 +11,8 @@ from surgery.cli import measuring, options
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from surgery.onnx.compared import AdapterGraph, ComparedAdapter, CompareReport
-    from surgery.onnx.record import Comparison
+    from surgery.onnx.timing.compared import AdapterGraph, ComparedAdapter, CompareReport
+    from surgery.onnx.timing.record import Comparison
 
 
 @click.command(
@@ -53,9 +53,9 @@ def command(
     Every adapter becomes a graph as fold leaves it: merged or folded under the base's own graph, widened, half-folded,
     or as nodes. Each graph is compared with torch, and then timed against the base's, as bench does it.
     """
-    from surgery.onnx.compared import read_comparison
-    from surgery.operations.compare import compare
-    from surgery.operations.picture_file import COMPARISON_FORMS, picture_file
+    from surgery.onnx.timing.compared import read_comparison
+    from surgery.operations.latency.compare import compare
+    from surgery.report_files import COMPARISON_FORMS, picture_file
 
     if replay is not None and (model is not None or adapters):
         raise click.UsageError("--replay prints a record: it takes no model and no adapters")

@@ -12,7 +12,7 @@ from formats.dialects.writing import DROPS
 from surgery.cli import options
 
 if TYPE_CHECKING:
-    from surgery.engine import Resources
+    from surgery.pipeline.engine import Resources
 
 CONTAINERS = ("safetensors", "torch")
 LORA = "lora"  # of --to: no dialect but a method
@@ -89,7 +89,7 @@ def command(
 def _container(
     source: str, out: str, force: bool, as_json: bool, resources: Resources, dry_run: bool, how: dict[str, Any]
 ) -> None:
-    from surgery.operations.containers import convert_container, planned
+    from surgery.operations.convert.containers import convert_container, planned
 
     if dry_run:
         options.show_plan(planned(source, out, **how))
@@ -106,7 +106,7 @@ def _adapter(
     source: str, to: str, out: str, force: bool, as_json: bool, resources: Resources, how: dict[str, Any]
 ) -> None:
     from formats.dialects import open_adapter_file
-    from surgery.operations import convert as operation
+    from surgery.operations.convert import convert as operation
 
     how = {name: value for name, value in how.items() if name not in ("rank", "overrides", "dtype")}
     if how.pop("dry_run"):
@@ -129,8 +129,8 @@ def _adapter(
 def _lora(
     source: str, to: str, out: str, force: bool, as_json: bool, resources: Resources, how: dict[str, Any]
 ) -> None:
-    from surgery.operations import to_lora as operation
-    from surgery.operations.extract_plan import Extraction
+    from surgery.operations.extract.plan import Extraction
+    from surgery.operations.lora import to_lora as operation
 
     if how.pop("dry_run"):
         asked = Extraction(rank=how["rank"], overrides=how["overrides"], dtype=how["dtype"])

@@ -15,7 +15,7 @@ from surgery.cli import options
 @options.json_option
 def command(base: str, tuned: str, headers: bool, jobs: int, memory: int, device: str, as_json: bool) -> None:
     """Tell what changed from BASE to TUNED, and by how much."""
-    from surgery.operations.diff import diff
+    from surgery.operations.look.diff import diff
 
     with options.reporting("diff", as_json):
         with options.resources(jobs, memory, device) as resources:

@@ -9,7 +9,7 @@ import click
 from surgery.cli import options
 
 if TYPE_CHECKING:
-    from surgery.operations.reweigh import ReweighReport
+    from surgery.operations.export.into_template import ReweighReport
 
 
 @click.command(
@@ -105,12 +105,12 @@ def command(
             raise click.UsageError("an adapter goes into a template by surgery merge GRAPH ADAPTER --base BASE")
         if any(how[name] for name in ("graph", "with_cache", "dtype", "factory")) or how["verify"] is not None:
             raise click.UsageError("--template compares bytes: nothing is traced or compared with torch")
-        from surgery.operations.reweigh import reweigh
+        from surgery.operations.export.into_template import reweigh
 
         with options.reporting("export-onnx", as_json):
             show_reweighed(reweigh(template, model, out, base=base, force=force), as_json)
         return
-    from surgery.operations.export_onnx import export_onnx
+    from surgery.operations.export.export_onnx import export_onnx
 
     if how["inputs"] and how["factory"] is None:
         raise click.UsageError("--inputs describes the module of a --factory")

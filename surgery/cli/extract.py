@@ -50,8 +50,8 @@ def command(
     A pattern is a shell glob on whole names, such as '*.self_attn.*'; with a leading `re:`, a regular expression.
     """
     from formats.paths import open_checkpoint
-    from surgery.operations.extract import extract
-    from surgery.operations.extract_plan import Extraction, pair_for, plan_extract
+    from surgery.operations.extract.extract import extract
+    from surgery.operations.extract.plan import Extraction, pair_for, plan_extract
 
     how = options.chosen_tensors(options.chosen_ranks(how))
     with options.reporting("extract", as_json):

@@ -13,8 +13,8 @@ from surgery.cli import options
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from surgery.operations.calibrate import Approximation
-    from surgery.operations.fold_verdicts import Verdict
+    from surgery.operations.fold.calibrate import Approximation
+    from surgery.operations.fold.verdicts import Verdict
 
 
 @click.command("fold", epilog="Example: surgery fold bert-base/ houlsby/ -o folded/")
@@ -55,7 +55,7 @@ def command(
     **how: Any,
 ) -> None:
     """Fold ADAPTER into MODEL's weights as far as that is exact; the rest goes along, described for the graph."""
-    from surgery.operations import fold as operation
+    from surgery.operations.fold import fold as operation
 
     how = options.told(how)
     if approximate != (how["calibration"] is not None):

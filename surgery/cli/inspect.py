@@ -13,7 +13,7 @@ from surgery.cli import options
 @options.json_option
 def command(path: str, tensors: bool, as_json: bool) -> None:
     """Tell what is in PATH, from headers alone."""
-    from surgery.operations.inspect import inspect
+    from surgery.operations.look.inspect import inspect
 
     with options.reporting("inspect", as_json):
         report = inspect(path)

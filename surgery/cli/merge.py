@@ -51,10 +51,10 @@ def command(
     merged weights.
     """
     from formats.paths import open_checkpoint
-    from surgery.operations import merge as operation
-    from surgery.operations.adapters import open_for_merge
-    from surgery.operations.merge_plan import plan_merge
-    from surgery.operations.stored_dtype import dtype_named
+    from surgery.model.stored_dtype import dtype_named
+    from surgery.operations.merge import merge as operation
+    from surgery.operations.merge.adapters import open_for_merge
+    from surgery.operations.merge.plan import plan_merge
 
     how = options.told(how)
     if base.endswith(".onnx") or of is not None:
@@ -98,7 +98,7 @@ def _merge_graph(
     as_json: bool,
 ) -> None:
     from surgery.cli.export_onnx import show_reweighed
-    from surgery.operations.reweigh import merge_onnx
+    from surgery.operations.export.into_template import merge_onnx
 
     refused = [name for name, value in how.items() if name not in _GRAPH and value]
     if refused:

@@ -18,8 +18,8 @@ from formats.errors import ReportedError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from surgery.engine import Resources
-    from surgery.plan import Plan
+    from surgery.pipeline.engine import Resources
+    from surgery.pipeline.plan import Plan
     from surgery.ranks import RankRule
 
 PATH = click.Path(path_type=str)
@@ -238,9 +238,9 @@ def chosen_ranks(how: dict[str, Any], *, needed: bool = True) -> dict[str, Any]:
 
     Where none is `needed`, none of them means no rank.
     """
-    from surgery.budget import Budget
-    from surgery.patterns import rank_override
+    from surgery.model.patterns import rank_override
     from surgery.ranks import rank_rule
+    from surgery.ranks.budget import Budget
 
     given = how.pop("ranks")
     plain = [text for text in given if text.lstrip("-").isdecimal()]
@@ -313,7 +313,7 @@ def reporting(operation: str, as_json: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def resources(jobs: int, memory: int, device: str) -> Iterator[Resources]:
     """The engine's resources, with a progress bar on stderr if that is a terminal."""
-    from surgery.engine import Resources
+    from surgery.pipeline.engine import Resources
 
     if not sys.stderr.isatty():
         yield Resources(jobs, memory, device, processes=True)

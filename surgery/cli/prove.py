@@ -10,7 +10,7 @@ import click
 from surgery.cli import options
 
 if TYPE_CHECKING:
-    from surgery.operations.prove import ProveReport
+    from surgery.operations.look.prove import ProveReport
 
 _LEVELS = {
     "bytes": "the same program: the two files are identical, byte for byte",
@@ -36,7 +36,7 @@ def command(base: str, merged: str, provider: str, shape: tuple[int, int], as_js
 
     Compared are the bytes, the graphs, what the runtime makes of them, and which provider runs which op.
     """
-    from surgery.operations.prove import prove
+    from surgery.operations.look.prove import prove
 
     with options.reporting("prove", as_json):
         report = prove(base, merged, provider=provider, shape=shape)

@@ -34,8 +34,8 @@ def command(
 
     The scaling goes into the factors, so that alpha is the rank; whatever else the adapter carries goes along.
     """
-    from surgery.operations import resize as operation
-    from surgery.operations.extract_plan import Extraction
+    from surgery.operations.extract.plan import Extraction
+    from surgery.operations.lora import resize as operation
 
     how = options.chosen_ranks(how)
     with options.reporting("resize", as_json):

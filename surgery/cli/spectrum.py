@@ -33,7 +33,7 @@ def command(
 
     A pattern is a shell glob on whole names, such as '*.self_attn.*'; with a leading `re:`, a regular expression.
     """
-    from surgery.operations.spectrum import spectrum
+    from surgery.operations.extract.spectrum import spectrum
 
     how = options.chosen_tensors(how)
     with options.reporting("spectrum", as_json):

@@ -11,7 +11,7 @@ import click
 from surgery.cli import options
 
 if TYPE_CHECKING:
-    from surgery.operations.unmerge import UnmergeReport
+    from surgery.operations.merge.unmerge import UnmergeReport
 
 _SHOWN = 3  # names of a list
 
@@ -33,10 +33,10 @@ def command(
 ) -> None:
     """Take the adapters of its last merge off MERGED again: W0 = W − ΣΔW."""
     from formats.paths import open_checkpoint
-    from surgery.operations import unmerge as operation
-    from surgery.operations.adapters import open_adapters
-    from surgery.provenance import Receipt
-    from surgery.undo import open_undo
+    from surgery.operations.merge import unmerge as operation
+    from surgery.operations.merge.adapters import open_adapters
+    from surgery.receipts.receipt import Receipt
+    from surgery.receipts.undo_file import open_undo
 
     how = options.told(how)
     with options.reporting("unmerge", as_json):

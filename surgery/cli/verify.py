@@ -40,7 +40,7 @@ def command(
     **how: Any,
 ) -> None:
     """Check that MERGED is exactly the merge of these adapters into the base: exit code 0, or 3 if not."""
-    from surgery.operations.verify import verify
+    from surgery.operations.merge.verify import verify
 
     with options.reporting("verify", as_json):
         with options.resources(jobs, memory, device) as resources:

@@ -16,8 +16,8 @@ from formats.errors import ShapeMismatch
 from formats.layers import LayerKind
 from formats.spec import DType, TensorSpec, shape_text
 from formats.tensors import torch_dtype
-from surgery.checks import is_finite
 from surgery.errors import NotFinite
+from surgery.exact.finite import is_finite
 from surgery.exact.rounding import exact_product, lengthen
 from surgery.methods.base import AdditiveMethod, Spacious
 from surgery.methods.lora import check_weight, delta_shape, outward

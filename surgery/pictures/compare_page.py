@@ -9,8 +9,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 
-from surgery.onnx.compared import AdapterGraph, ComparedAdapter, CompareReport
-from surgery.onnx.record import BenchReport, Comparison
+from surgery.onnx.timing.compared import AdapterGraph, ComparedAdapter, CompareReport
+from surgery.onnx.timing.record import BenchReport, Comparison
 from surgery.pictures.charts import escape, text_at
 from surgery.pictures.latency_charts import NARROW, SIGNS, WIDE, change, ratio_chart, span
 from surgery.pictures.latency_page import LAYOUT, MARKS, MEANING, TITLE, lead, record_section

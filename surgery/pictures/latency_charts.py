@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
-from surgery.onnx.record import Comparison
+from surgery.onnx.timing.record import Comparison
 from surgery.pictures.charts import Plot, Scale, svg, text_at
 
 SIGNS = {"equivalent": "=", "slower": "▲", "faster": "▼", "inconclusive": "?"}

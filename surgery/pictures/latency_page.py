@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
-from surgery.onnx.record import BenchReport, Comparison
+from surgery.onnx.timing.record import BenchReport, Comparison
 from surgery.pictures.charts import escape, nbytes_text, text_at
 from surgery.pictures.latency_charts import (
     NARROW,

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from surgery.curve import Spectrum
 from surgery.pictures.charts import escape, text_at
 from surgery.pictures.picture import HEAT, SHADES, View, view
 from surgery.pictures.style import document, placed, sheet, variables
+from surgery.ranks.spectra import Spectrum
 
 _HEADS = ("rank", "size", "error", "energy", "error", "energy")
 _LIGHT = {

@@ -1,4 +1,4 @@
-"""The curves of `surgery.curve` as pictures, for choosing a rank: what is drawn, and what is said beside it.
+"""The curves of `surgery.ranks.spectra` as pictures, for choosing a rank: what is drawn, and what is said beside it.
 
 `surgery.pictures.page` puts it together. What a mouse finds stands in titles. The same spectra give the same bytes.
 """
@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from surgery.curve import Point, Spectrum, budgeted, doubling, known_rank, uniform
 from surgery.pictures.charts import Plot, Scale, cell, nbytes_text, percent, round_ticks, svg, text_at
+from surgery.ranks.spectra import Point, Spectrum, budgeted, doubling, known_rank, uniform
 
 GOALS = (0.5, 0.9, 0.99)  # shares of energy that the summary names
 HEAT = 0.9  # the share of energy whose rank the map shows

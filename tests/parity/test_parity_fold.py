@@ -16,9 +16,9 @@ from torch import nn
 import surgery
 from formats.grafts import BranchGraft, PrefixGraft, PromptGraft, Value, read_grafts
 from formats.paths import open_checkpoint
-from surgery.grafted import attach_branch
-from surgery.onnx.grafted_check import in_module
-from surgery.operations.fold_verdicts import Way
+from surgery.onnx.against_torch.sites import in_module
+from surgery.onnx.against_torch.torch_hooks import attach_branch
+from surgery.operations.fold.verdicts import Way
 
 # What becomes of each config where the norms come behind (with gelu), and where they come before.
 WAYS = {

@@ -15,8 +15,8 @@ from bottleneck_models import GOLDEN, built, inputs, saved
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.operations.fold import verdicts
-from surgery.operations.fold_verdicts import Way
+from surgery.operations.fold.fold import verdicts
+from surgery.operations.fold.verdicts import Way
 
 HEADS = GOLDEN / "heads"
 CARRIED = {  # with the class whose head it is

@@ -254,7 +254,7 @@ def test_threads_and_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.Monk
         for jobs, block in [(1, 1 << 17), (2, 64), (3, 1)]:
             monkeypatch.setattr("surgery.exact.rounding._BLOCK_ELEMENTS", block)
             monkeypatch.setattr("surgery.exact.rounded_sum.BLOCK_ELEMENTS", block)
-            monkeypatch.setattr("surgery.operations.merge_rows.BLOCK_ELEMENTS", block)
+            monkeypatch.setattr("surgery.operations.merge.rows.BLOCK_ELEMENTS", block)
             merged = folder / f"{jobs}.st"
             surgery.merge(folder / "base.st", folder / "adapter", merged, resources=surgery.Resources(jobs, 1 << 30))
             outputs.add(merged.read_bytes())

@@ -114,7 +114,7 @@ def test_threads_and_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.Monk
         for jobs, block in [(1, 1 << 17), (2, 64), (3, 1)]:
             monkeypatch.setattr("surgery.exact.rounding._BLOCK_ELEMENTS", block)
             monkeypatch.setattr("surgery.exact.rounded_sum.BLOCK_ELEMENTS", block)
-            monkeypatch.setattr("surgery.operations.merge_rows.BLOCK_ELEMENTS", block)
+            monkeypatch.setattr("surgery.operations.merge.rows.BLOCK_ELEMENTS", block)
             resources = surgery.Resources(jobs, 1 << 30)
             out = tmp_path / "merged.st"
             surgery.merge(tmp_path / "base.st", tmp_path / "lora.st", out, told=told, force=True, resources=resources)

@@ -16,12 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from formats.dialects.adapterhub_beside import read_beside
 from formats.paths import open_checkpoint
-from surgery.operations.adapters import open_adapters
-from surgery.operations.fold_plan import plan_fold
-from surgery.operations.merge_plan import plan_merge
-from surgery.operations.unmerge import plan_unmerge
-from surgery.plan import Step, Streams, TakesOver
-from surgery.provenance import MergedAdapter
+from surgery.operations.fold.plan import plan_fold
+from surgery.operations.merge.adapters import open_adapters
+from surgery.operations.merge.plan import plan_merge
+from surgery.operations.merge.unmerge import plan_unmerge
+from surgery.pipeline.plan import Step, Streams, TakesOver
+from surgery.receipts.receipt import MergedAdapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -15,7 +15,7 @@ from tiny_models import build, load
 import surgery
 from formats.grafts import PrefixGraft, PromptGraft, read_grafts, tensor_names
 from formats.paths import open_checkpoint
-from surgery.operations.fold_verdicts import Way
+from surgery.operations.fold.verdicts import Way
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIGS: dict[str, Any] = {

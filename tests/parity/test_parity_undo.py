@@ -95,7 +95,7 @@ def test_threads_inside_torch_do_not_show(tmp_path: Path, name: str, monkeypatch
     base.mkdir()
     (tmp_path / "base.st").rename(base / "model.safetensors")
     outputs = set()
-    monkeypatch.setattr("surgery.engine.cores", lambda: 4)
+    monkeypatch.setattr("surgery.pipeline.engine.cores", lambda: 4)
     for jobs, shard in ((1, None), (2, 1 << 18), (4, 1 << 20)):  # 4, 2 and 1 threads within a step
         m, b, u = tmp_path / f"m{jobs}", tmp_path / f"b{jobs}", tmp_path / f"u{jobs}.st"
         resources = surgery.Resources(jobs)

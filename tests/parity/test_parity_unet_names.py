@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import GOLDEN
 from safetensors.torch import load_file, save_file
 
 import surgery
 from formats.dialects.unet_names import Form, Names, other_names
 from formats.errors import AdapterFormatError, UnmatchedKeys
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "diffusers"
-KOHYA, LOADED = GOLDEN / "sdxl-kohya.st", GOLDEN / "sdxl-loaded.st"
-NAMES: dict[str, str] = json.loads((GOLDEN / "unet-names.json").read_text())  # the original's → diffusers'
+WRITTEN = GOLDEN / "diffusers"
+
+KOHYA, LOADED = WRITTEN / "sdxl-kohya.st", WRITTEN / "sdxl-loaded.st"
+NAMES: dict[str, str] = json.loads((WRITTEN / "unet-names.json").read_text())  # the original's → diffusers'
 HEAD = "model.diffusion_model."
 
 

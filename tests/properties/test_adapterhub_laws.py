@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import GOLDEN
 from safetensors.torch import load_file, save_file
 
 import surgery
 from formats.dialects.adapterhub_sites import sites_of
 from formats.paths import open_checkpoint
 
-WRITTEN = Path(__file__).parent.parent / "golden" / "adapterhub" / "written"
+WRITTEN = GOLDEN / "adapterhub" / "written"
 LAYER = st.none() | st.tuples(st.integers(1, 5), st.sampled_from([1, 3, 8]))  # rank and alpha, where it is adapted
 
 

@@ -16,8 +16,8 @@ from torch import nn
 import surgery
 from formats import open_checkpoint
 from formats.grafts import BranchGraft, Value, read_grafts
-from surgery.activations import function
-from surgery.operations.fold_verdicts import Way
+from surgery.methods.activations import function
+from surgery.operations.fold.verdicts import Way
 
 LAYER = "encoder.layer.{}"
 BOUND = 1e-12

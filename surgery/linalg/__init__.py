@@ -1,0 +1,1 @@
+"""Differences of weights and their truncated decompositions. Knows no path, no plan and no method."""

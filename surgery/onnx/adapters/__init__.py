@@ -1,0 +1,1 @@
+"""Adapters as nodes of a graph."""

@@ -1,0 +1,1 @@
+"""Graphs compared with the torch modules that they were made of."""

@@ -1,0 +1,78 @@
+"""A transformers model of torch with bottlenecks in its graph, by hooks: the reference for what grafts mean.
+
+For measuring and for tests; ONNX graphs get theirs elsewhere. Knows the models that the readers know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from formats.grafts import BranchGraft, Value
+from formats.layers import owner
+from surgery.methods.activations import function
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_NORMS = ("ln_2", "layernorm_after", "post_attention_layernorm")  # what reads the residual of an MLP, if not the MLP
+Seen = Callable[["torch.Tensor"], None]
+Detach = Callable[[], None]
+
+
+def attach_branch(
+    model: nn.Module, site: BranchGraft, tensors: Mapping[str, torch.Tensor], seen: Seen | None = None
+) -> Detach:
+    """Puts a bottleneck into a model; returns what takes it out again.
+
+    Args:
+        model: with the modules that the site names.
+        site: where, and what.
+        tensors: down (rank, in), down_bias (rank), up (out, rank) and up_bias (out), in the model's dtype.
+        seen: is shown what f takes, (…, rank), each time.
+    """
+    from torch.nn import functional
+
+    residuals: list[torch.Tensor] = []
+    hooks: list[Any] = []
+    if site.reads not in (Value.INPUT, Value.PRODUCT) and {site.reads, site.adds_to} != {Value.OUTPUT}:
+        source, number = _residual(model, site.module)
+        hooks.append(source.register_forward_pre_hook(lambda module, args: residuals.append(args[number])))
+    norm = None if site.norm is None else model.get_submodule(site.norm)
+    f = function(site.non_linearity)
+
+    def adapted(module: nn.Module, args: Any, h: torch.Tensor) -> torch.Tensor:
+        values = {Value.INPUT: args[0], Value.OUTPUT: h}
+        if site.reads is Value.PRODUCT:
+            values[Value.PRODUCT] = h - module.get_parameter("bias")
+        if residuals:
+            r = residuals.pop()
+            values |= {Value.RESIDUAL: r, Value.SUM: h + r}
+            if norm is not None:
+                values[Value.NORMED] = norm(h + r)
+        z = functional.linear(values[site.reads], tensors["down"], tensors["down_bias"])
+        if seen is not None:
+            seen(z)
+        added: torch.Tensor = values[site.adds_to] + functional.linear(f(z), tensors["up"], tensors["up_bias"])
+        return added
+
+    hooks.append(model.get_submodule(site.module).register_forward_hook(adapted))
+
+    def detach() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return detach
+
+
+def _residual(model: nn.Module, projection: str) -> tuple[nn.Module, int]:
+    """The module whose argument of that number is what the model adds to a projection's outputs."""
+    holder = owner(projection)
+    block = owner(holder)
+    if projection.endswith(".dense"):  # BERT's get it as their second input
+        return model.get_submodule(holder), 1
+    if holder.endswith((".attn", ".attention", ".self_attn")):
+        return model.get_submodule(block), 0
+    norms = (getattr(model.get_submodule(block), name, None) for name in _NORMS)
+    return next((norm for norm in norms if norm is not None), model.get_submodule(holder)), 0

@@ -1,0 +1,1 @@
+"""Graphs and payloads on disk."""

@@ -1,0 +1,191 @@
+"""The weights of an ONNX graph: one safetensors file beside it, or the model's own files where it lies beside those.
+
+The payload that is written is canonical: its name is fixed, it holds what the graph needs and nothing else, and its
+header is a function of names, dtypes and shapes alone. So the offsets that the graph's initialisers carry never depend
+on the file the weights came from, and two models of one architecture share one graph byte for byte. Over the model's
+own files it is one graph but for these offsets. Loads torch only to convert weights to another dtype, and knows nothing
+of what the graph computes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from formats import DType, Place, TensorSpec
+from formats.layout import Layout, layout
+from formats.staging import disk_errors, send, write_at
+from formats.tensors import Bytes, bytes_from_tensor, tensor_from_bytes
+from surgery.errors import NotFinite
+from surgery.exact.rounding import round_once
+from surgery.hashes import new_hash
+from surgery.onnx.files.graph_file import External
+
+if TYPE_CHECKING:
+    import onnx
+
+PAYLOAD = "model.safetensors"  # its name is part of the graph's bytes, so it never varies
+METADATA = {"format": "pt"}
+_PIECE = 8 << 20  # bytes read, hashed and written at a time
+
+
+class Payloads(Protocol):
+    """Named payloads, read piece by piece: a Checkpoint is one."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor, by name."""
+
+    def read_into(self, name: str, begin: int, buffer: Bytes) -> None:
+        """Fills a buffer with a tensor's payload from byte `begin` on."""
+
+    def place(self, name: str) -> Place | None:
+        """Where a tensor's payload lies in one piece of a file; None where it does not."""
+
+
+class Unusable(Exception):
+    """Why files cannot be a graph's weights: what they hold."""
+
+
+class Beside:
+    """The payloads of a checkpoint, and of tensors that are made when they are read, the latest of them in memory."""
+
+    def __init__(self, base: Payloads, made: Mapping[str, TensorSpec], make: Callable[[str], Bytes]) -> None:
+        self.specs: Mapping[str, TensorSpec] = {**base.specs, **made}
+        self._base, self._made, self._make = base, made, make
+        self._latest: tuple[str, Bytes] | None = None
+
+    def read_into(self, name: str, begin: int, buffer: Bytes) -> None:
+        """As in Payloads."""
+        if name not in self._made:
+            self._base.read_into(name, begin, buffer)
+            return
+        if self._latest is None or self._latest[0] != name:
+            self._latest = name, self._make(name)
+        buffer[:] = self._latest[1][begin : begin + buffer.nbytes]
+
+    def place(self, name: str) -> Place | None:
+        """As in Payloads: nowhere yet, if it is made."""
+        return None if name in self._made else self._base.place(name)
+
+
+def payload_layout(weights: Iterable[TensorSpec]) -> Layout:
+    """Header and offsets of the canonical payload."""
+    return layout(weights, METADATA)
+
+
+def places_in_payload(weights: Iterable[TensorSpec], where: Layout) -> dict[str, External]:
+    """Where each weight lies in the canonical payload, by name."""
+    return {spec.name: External(PAYLOAD, where.offsets[spec.name], spec.nbytes) for spec in weights}
+
+
+def places_in_files(weights: Iterable[TensorSpec], source: Payloads) -> dict[str, External]:
+    """Where each weight lies in the files that it is read from, by name; the graph goes beside them.
+
+    Raises Unusable: a weight is not stored as the graph takes it, or its file is a link, which runtimes refuse.
+    """
+    found = {}
+    for spec in weights:
+        stored, place = source.specs[spec.name], source.place(spec.name)
+        if stored.dtype is not spec.dtype:
+            raise Unusable(f"{spec.name} in {stored.dtype}, where the graph takes {spec.dtype}")
+        if place is None:
+            raise Unusable(f"{spec.name} in no file in one piece: scattered, or made for the graph")
+        if place.path.is_symlink() or place.path.stat().st_nlink > 1:
+            raise Unusable(f"{place.path.name}, which is a link")
+        found[spec.name] = External(place.path.name, place.offset, spec.nbytes)
+    return found
+
+
+def attach_payload(model: onnx.ModelProto, places: Mapping[str, External]) -> bytes:
+    """The graph's bytes, with each weight's initialiser pointing at its place.
+
+    Args:
+        model: a template's model; it is left as it is.
+        places: of its weights.
+    """
+    import onnx
+
+    pointed = onnx.ModelProto()
+    pointed.CopyFrom(model)
+    for tensor in pointed.graph.initializer:
+        if tensor.name in places:
+            del tensor.external_data[:]
+            for key, value in asdict(places[tensor.name]).items():
+                tensor.external_data.add(key=key, value=str(value))
+    data: bytes = pointed.SerializeToString(deterministic=True)
+    return data
+
+
+def write_payload(descriptor: int, source: Payloads, weights: Iterable[TensorSpec], where: Layout, target: Path) -> str:
+    """Writes the payload into an open file, a few pieces of a tensor in memory at a time; its BLAKE3, in hexadecimal.
+
+    Raises:
+        WriteFailed: naming `target`.
+        NotFinite: a weight is beyond the range of the dtype that the graph computes in.
+    """
+    digest = new_hash()
+    digest.update(where.header)
+    with disk_errors(target), ThreadPoolExecutor(1) as hasher:
+        write_at(descriptor, where.header, 0)
+        hashed: Future[object] | None = None
+        buffers = _buffers()
+        for spec in sorted(weights, key=lambda spec: where.offsets[spec.name]):
+            offset = where.offsets[spec.name]
+            for piece in _pieces(source, spec, buffers):
+                if hashed is not None:
+                    hashed.result()  # the piece before: so the buffer that comes next is free
+                hashed = hasher.submit(digest.update, piece)
+                write_at(descriptor, piece, offset)
+                send(descriptor, offset, len(piece))
+                offset += len(piece)
+    return digest.hexdigest()
+
+
+def holds_payload(path: Path, source: Payloads, weights: Iterable[TensorSpec], where: Layout) -> bool:
+    """Whether the file at `path` is this very payload, byte for byte."""
+    with path.open("rb") as stream:
+        if os.fstat(stream.fileno()).st_size != where.size or stream.read(len(where.header)) != where.header:
+            return False
+        buffers = _buffers()
+        for spec in weights:
+            stream.seek(where.offsets[spec.name])
+            if any(stream.read(len(piece)) != piece for piece in _pieces(source, spec, buffers)):
+                return False
+    return True
+
+
+def _buffers() -> Iterator[Bytes]:
+    """Two in turn: one piece is hashed and written while the next is read."""
+    return itertools.cycle([np.empty(_PIECE, np.uint8), np.empty(_PIECE, np.uint8)])
+
+
+def _pieces(source: Payloads, spec: TensorSpec, buffers: Iterator[Bytes]) -> Iterator[memoryview]:
+    """The tensor's bytes in the dtype of `spec`; a piece's memory is used again for the next but one."""
+    stored = source.specs[spec.name]
+    for begin in range(0, stored.nbytes, _PIECE):
+        buffer = next(buffers)[: stored.nbytes - begin]
+        source.read_into(spec.name, begin, buffer)
+        yield buffer.data if stored.dtype is spec.dtype else _converted(buffer, stored, spec.dtype)
+
+
+def _converted(piece: Bytes, stored: TensorSpec, dtype: DType) -> memoryview:
+    """Values in another floating-point dtype, each rounded once."""
+    flat = TensorSpec(stored.name, stored.dtype, (piece.nbytes // stored.dtype.itemsize,))
+    values = tensor_from_bytes(piece, flat).double()
+    made = round_once(values, dtype)
+    if bool((made.isinf() & values.isfinite()).any()):
+        raise NotFinite(
+            f"a weight is beyond the range of {dtype}",
+            where=stored.name,
+            found=f"a magnitude of {float(values[values.isfinite()].abs().max()):.3g}",
+            then="--dtype float32 or bfloat16 holds it",
+        )
+    return bytes_from_tensor(made).data

@@ -1,0 +1,1 @@
+"""Graphs that other exporters wrote: which tensor of theirs is which weight."""

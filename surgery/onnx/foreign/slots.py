@@ -1,0 +1,187 @@
+"""The numbers in a graph that may be weights: where each lies, who uses it, and what the exporter noted of its origin.
+
+torch's exporter notes in the metadata which module a node comes from, and its optimiser which values a folded one was
+made of. Knows no checkpoint.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from formats.errors import Quantised
+from formats.spec import DType
+from surgery.onnx.files.graph_file import External, external, graphs, nbytes
+
+if TYPE_CHECKING:
+    import onnx
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_FOLDED = "pkg.onnxscript.optimizer.folded_from"
+_QUANTISED = frozenset(
+    {
+        "ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul",
+        "GatherBlockQuantized", "MatMulBnb4", "MatMulFpQ4", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits",
+        "QAttention", "QEmbedLayerNormalization", "QGemm", "QMoE", "QuantizeLinear",
+    }
+)  # fmt: skip
+_ANGLES = (
+    ("::RotaryEmbedding", 1),
+    ("::RotaryEmbedding", 2),
+    ("com.microsoft::RotaryEmbedding", 2),
+    ("com.microsoft::RotaryEmbedding", 3),
+    ("com.microsoft::GroupQueryAttention", 7),
+    ("com.microsoft::GroupQueryAttention", 8),
+)  # ops and the inputs by which they take cosines and sines of positions
+_TABLE = 1024  # elements; more in bytes or half bytes are quantised weights, not a table of the program
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A float tensor of a graph that has axes.
+
+    Attributes:
+        index: its place among `all_tensors`; names may repeat in subgraphs.
+        name: the value's.
+        dtype: of the elements.
+        shape: its axes.
+        tensor: the TensorProto, to be filled where it lies in the graph.
+        outside: where it lies if not.
+        uses: how often it goes into a node or out of the graph.
+        is_table: whether all of these take cosines or sines of positions, which no weight is.
+        modules: of every node that it goes into, the dotted path; empty where the exporter did not say.
+        made_of: names that the optimiser folded it from.
+    """
+
+    index: int
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    tensor: onnx.TensorProto = field(repr=False)
+    outside: External | None
+    uses: int
+    is_table: bool
+    modules: tuple[str, ...]
+    made_of: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return nbytes(self.tensor) // self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+def find_slots(model: onnx.ModelProto, where: Path) -> tuple[Slot, ...]:
+    """Every float tensor with axes, subgraphs' and Constant nodes' included, in the order of the file.
+
+    Raises:
+        Quantised: a graph that computes with quantised weights.
+        UnsafeFile, PathNotFound, CorruptFile: weights outside of the graph's folder, not there, or of another size.
+    """
+    import onnx
+
+    kinds = {
+        onnx.TensorProto.FLOAT: DType.F32,
+        onnx.TensorProto.FLOAT16: DType.F16,
+        onnx.TensorProto.BFLOAT16: DType.BF16,
+        onnx.TensorProto.DOUBLE: DType.F64,
+    }
+    every = list(graphs(model.graph))
+    _refuse_quantised(model, every, where)
+    takers, modules, made_of = _noted(every)
+    slots = []
+    for index, (name, tensor) in enumerate(_tensors(every)):
+        outside = external(tensor, where)
+        if tensor.dims and tensor.data_type in kinds:
+            dtype, shape = kinds[tensor.data_type], tuple(tensor.dims)
+            takes = takers.get(name, [])
+            is_table = bool(takes) and all(place in _ANGLES for place in takes)
+            noted = (tuple(modules.get(name, ())), made_of.get(name, ()))
+            slots.append(Slot(index, name, dtype, shape, tensor, outside, len(takes), is_table, *noted))
+    return tuple(slots)
+
+
+def all_tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Every tensor of a model's graphs, whatever its type, in one order."""
+    return [tensor for _, tensor in _tensors(list(graphs(model.graph)))]
+
+
+def _tensors(every: list[onnx.GraphProto]) -> list[tuple[str, onnx.TensorProto]]:
+    found = []
+    for graph in every:
+        found += [(tensor.name, tensor) for tensor in graph.initializer]
+        for node in graph.node:
+            if node.op_type == "Constant":
+                found += [(node.output[0], a.t) for a in node.attribute if a.name == "value"]
+    return found
+
+
+def _noted(
+    every: list[onnx.GraphProto],
+) -> tuple[Mapping[str, list[tuple[str, int]]], Mapping[str, list[str]], dict[str, tuple[str, ...]]]:
+    """Of each value: the ops that take it and where, of which modules they are, and what it was folded from."""
+    takers: dict[str, list[tuple[str, int]]] = {}
+    modules: dict[str, list[str]] = {}
+    made_of: dict[str, tuple[str, ...]] = {}
+    for graph in every:
+        for node in graph.node:
+            scope = _scope(_metadata(node).get(_SCOPES, ""))
+            for place, name in enumerate(node.input):
+                takers.setdefault(name, []).append((f"{node.domain}::{node.op_type}", place))
+                modules.setdefault(name, []).append(scope)
+        for value in graph.output:
+            takers.setdefault(value.name, []).append(("", 0))
+        for each in (*graph.value_info, *graph.initializer):
+            names = _names(_metadata(each).get(_FOLDED, ""))
+            if names:
+                made_of[each.name] = names
+    return takers, modules, made_of
+
+
+def _metadata(proto: onnx.NodeProto | onnx.ValueInfoProto | onnx.TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in proto.metadata_props}
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """A list of names as Python prints it; nothing where it is none."""
+    try:
+        said = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return ()
+    return tuple(map(str, said)) if isinstance(said, (list, tuple, set)) else ()
+
+
+def _scope(text: str) -> str:
+    """The innermost module of a node's scopes; the last of them is the op."""
+    names = _names(text)
+    return names[-2] if len(names) > 1 else ""
+
+
+def _refuse_quantised(model: onnx.ModelProto, every: list[onnx.GraphProto], where: Path) -> None:
+    import onnx
+
+    small = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    found = [
+        f"{node.op_type} ({node.name})"
+        for nodes in (*(graph.node for graph in every), *(function.node for function in model.functions))
+        for node in nodes
+        if node.op_type in _QUANTISED or node.op_type.startswith("QLinear")
+    ]
+    for name, tensor in _tensors(every):
+        label = onnx.TensorProto.DataType.Name(tensor.data_type)
+        narrow = tensor.data_type in small or any(part in label for part in ("INT4", "INT2", "FLOAT4", "FLOAT8"))
+        if narrow and tensor.dims and nbytes(tensor) > _TABLE:
+            found.append(f"{name} {label.lower()}")
+    if found:
+        raise Quantised(
+            "the graph's weights are quantised, and merged values cannot be put in their place",
+            where=where,
+            expected="weights in floating point",
+            found=", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else ""),
+            then="take the graph from before quantisation, and quantise the result again",
+        )

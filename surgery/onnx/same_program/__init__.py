@@ -1,0 +1,1 @@
+"""Whether two graphs are the same program, and what each costs."""

@@ -1,0 +1,1 @@
+"""Graphs from torch modules, made without weights."""

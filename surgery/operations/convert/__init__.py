@@ -1,0 +1,1 @@
+"""convert: dialects and containers."""

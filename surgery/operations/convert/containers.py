@@ -1,0 +1,180 @@
+"""convert, where no adapter's dialect changes: the same tensors in another container.
+
+Tied weights. Torch's container can hold one tensor under several names; safetensors cannot. Where config.json beside
+the weights ties the embeddings, the names tied to the embedding are left out, as transformers' save_pretrained leaves
+them out: from_pretrained ties them again, and the embedding is not stored twice. Where nothing says so, a name left out
+would be missing when the file is loaded, so every name is written in full. Either is told in the notes. All else,
+overlapping views too, is written as tensors of their own. `formats.torch_file` does all this while reading, so that
+every verb sees the same tensors as the converted file has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from formats.checkpoint import Checkpoint
+from formats.containers import Container, container_named
+from formats.destination import Destination, create_checkpoint, destination_like, named_in
+from formats.dialects import CONFIG_KEY
+from formats.errors import AdapterFormatError, FormatError
+from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, container_of, open_checkpoint
+from formats.sharded import ShardedCheckpoint
+from surgery.hashes import content_digest
+from surgery.pipeline import engine
+from surgery.pipeline.engine import Resources
+from surgery.pipeline.ops import Copy
+from surgery.pipeline.plan import Plan, Step, ledger
+from surgery.report import Report, Stopwatch, peak_rss
+
+_MODELS = (Container.SAFETENSORS, Container.TORCH)  # the containers that models are in
+_OF_TORCH = {"format": "pt"}  # what transformers asks of a safetensors file, and all that torch's container implies
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContainerReport(Report):
+    """What was converted.
+
+    Attributes:
+        source: the container that was read: "torch", "safetensors, 3 shards" ….
+        container: the one that was written.
+        digest: content address of all tensors, the same in any container.
+    """
+
+    source: str
+    container: str
+    digest: str
+
+
+def convert_container(
+    source: str | Path,
+    out: str | Path,
+    *,
+    container: str | None = None,
+    max_shard_size: int | None = None,
+    force: bool = False,
+    resources: Resources | None = None,
+) -> ContainerReport:
+    """Writes the tensors of a file or folder in another container, byte for byte.
+
+    Args:
+        source: a safetensors or torch file, an index of shards, or a folder of a model or an adapter.
+        out: a `.safetensors`/`.st` file; a `.bin`, `.pt`, `.pth` or `.ckpt` file in torch's container; or a folder,
+            which gets the weights in the source's shards, and the source folder's other files.
+        container: of a folder, "safetensors" (the default) or "torch".
+        max_shard_size: bytes of each shard of an output folder, instead of the source's shards.
+        force: replace what stands at `out`.
+        resources: threads; memory is not needed.
+
+    Raises:
+        FormatError: see formats.errors; UnsafeFile and UnsupportedDType where the source is more than a state dict.
+    """
+    watch = Stopwatch(loading="torch")
+    with open_checkpoint(source) as checkpoint:
+        if container_named(checkpoint.ref.path) is Container.ORT:
+            raise AdapterFormatError(
+                "ONNX Runtime's files hold factors the other way round than others: no mere change of container",
+                where=source,
+                then="say the dialect: --to peft, and --base",
+            )
+        chosen = _chosen(out, container)
+        destination = _destination(Path(source), Path(out), checkpoint, chosen, max_shard_size, force)
+        plan = plan_container(checkpoint, chosen, None if destination.is_folder else _config(Path(source)))
+        with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
+            outcomes = engine.run(plan, writer, resources)
+        hashes = {name: digest for outcome in outcomes for name, digest in outcome.figures["hashes"].items()}
+        read = container_of(checkpoint)
+    with open_checkpoint(out) as written:
+        became = container_of(written)
+    return ContainerReport(
+        operation="convert",
+        output=str(out),
+        seconds=watch.seconds,
+        peak_rss_bytes=peak_rss(),
+        ledger=ledger(outcomes),
+        notes=(*plan.notes, *_left(Path(source), destination)),
+        source=read,
+        container=became,
+        digest=content_digest((spec, hashes[spec.name]) for spec in plan.outputs),
+    )
+
+
+def planned(
+    source: str | Path, out: str | Path, container: str | None = None, max_shard_size: int | None = None
+) -> Plan:
+    """The plan of convert_container, whose arguments these are. Raises FormatError for those that contradict."""
+    with open_checkpoint(source) as checkpoint:
+        chosen = _chosen(out, container)
+        destination = _destination(Path(source), Path(out), checkpoint, chosen, max_shard_size, False)
+        return plan_container(checkpoint, chosen, None if destination.is_folder else _config(Path(source)))
+
+
+def plan_container(checkpoint: Checkpoint, container: Container, config: str | None = None) -> Plan:
+    """Every tensor copied; the metadata too, unless the output is torch's container, which has room for none.
+
+    Args:
+        checkpoint: the source.
+        container: of the output.
+        config: an adapter's, as text, where the output is one file and has it in the metadata.
+    """
+    steps = tuple(
+        Step(name, (checkpoint.tensor(name),), (spec,), Copy(name)) for name, spec in checkpoint.specs.items()
+    )
+    metadata = _OF_TORCH | dict(checkpoint.metadata) | ({} if config is None else {CONFIG_KEY: config})
+    torch = container is Container.TORCH
+    lost = sorted(metadata.keys() - _OF_TORCH.keys()) if torch else []
+    notes = (f"torch's container holds no metadata, left behind: {', '.join(lost)}",) if lost else ()
+    return Plan("convert", steps, {} if torch else metadata, (*checkpoint.notes, *notes))
+
+
+def _config(source: Path) -> str | None:
+    """The text of the config that lies beside an adapter's weights."""
+    file = (source if source.is_dir() else source.parent) / ADAPTER_CONFIG
+    ours = source.is_dir() or source.name in (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS)
+    return file.read_text(encoding="utf-8") if ours and file.exists() else None
+
+
+def _chosen(out: str | Path, container: str | None) -> Container:
+    """The output's container. Raises FormatError where its name and `container` contradict each other."""
+    if container not in (None, *_MODELS):
+        raise FormatError("no such container", expected=", ".join(_MODELS), found=container)
+    named = container_named(out)
+    asked = Container(container or Container.SAFETENSORS) if named is None else named
+    if container not in (None, asked):
+        raise FormatError(
+            "the output's name says another container", where=out, expected=container, found=asked,
+            then="name a folder, or leave --container out",
+        )  # fmt: skip
+    return asked if asked in _MODELS else Container.SAFETENSORS  # what others are for is said where they are refused
+
+
+def _left(source: Path, destination: Destination) -> tuple[str, ...]:
+    """A note of the source folder's files that are neither converted nor copied, such as an optimiser's state."""
+    if not destination.is_folder or not source.is_dir():
+        return ()
+    taken = {path.name for path in (*destination.inputs, *destination.companions)}
+    left = sorted(path.name for path in source.iterdir() if path.is_file() and path.name not in taken)
+    return (f"files left where they are: {', '.join(left)}",) if left else ()
+
+
+def _destination(
+    source: Path, out: Path, checkpoint: Checkpoint, container: Container, max_shard: int | None, force: bool
+) -> Destination:
+    inputs, specs = (source, *_files(checkpoint)), checkpoint.specs.values()
+    found = destination_like(source, out, specs, inputs=inputs, force=force, max_shard=max_shard, container=container)
+    if not found.is_folder or not source.is_dir():
+        return found
+    config = source / ADAPTER_CONFIG
+    companions = (*found.companions, config) if config.exists() else found.companions
+    own = found.shards is None and max_shard is None
+    weights = named_in(Path(checkpoint.ref.path).name, container) if own else found.weights
+    return replace(found, weights=weights, companions=companions)
+
+
+def _files(checkpoint: Checkpoint) -> Iterator[Path]:
+    """The files that are read."""
+    path = Path(checkpoint.ref.path)
+    yield path
+    if isinstance(checkpoint, ShardedCheckpoint):
+        yield from (path.parent / shard for shard in set(checkpoint.shards.values()))

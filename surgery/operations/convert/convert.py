@@ -1,0 +1,369 @@
+"""convert: an adapter from one dialect into another. Bytes that only change their name are copied as they are.
+
+`formats.dialects` says what each output tensor is made of; this plans and runs it. Knows no dialect.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from formats.adapter import NOTHING_TOLD, Adapter, AdapterModule, Told
+from formats.checkpoint import Checkpoint
+from formats.containers import Container, container_named
+from formats.destination import Destination, create_checkpoint
+from formats.dialects import ASKING, CONFIG_KEY, IN_PARTS, KINDLESS, WRITERS, dialect_of, open_adapter_file
+from formats.dialects.adapterhub import AdapterHub
+from formats.dialects.adapterhub_heads import has_head
+from formats.dialects.implied import implied_base, implied_part
+from formats.dialects.writing import DROPS, DialectWriter, Making, Piece, Wanted, Written, joined, taken, turned
+from formats.errors import AdapterFormatError, NotExpressible
+from formats.layers import layer_kinds, owner
+from formats.model_config import model_config
+from formats.paths import ADAPTER_CONFIG, open_checkpoint
+from formats.spec import TensorSpec
+from surgery.exact.finite import check_finite
+from surgery.exact.rounding import round_once
+from surgery.methods.llamacpp import halved, paired
+from surgery.methods.loha import cored
+from surgery.model.names import in_model_names, open_adapter_of
+from surgery.pipeline import engine
+from surgery.pipeline.engine import Resources
+from surgery.pipeline.plan import Fate, Outcome, Plan, Step, ledger
+from surgery.receipts.receipt import TOOL
+from surgery.report import Report, Stopwatch, peak_rss
+
+if TYPE_CHECKING:
+    import torch
+
+Bases = str | Path | Mapping[str, str | Path] | None  # one model, or that of each part of a pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertReport(Report):
+    """What convert did.
+
+    Attributes:
+        source: the dialect it read.
+        target: the one it wrote.
+        component: the part of a pipeline; empty where nobody says.
+        weights: adapted weights and biases, by method.
+        copied: output tensors whose bytes are the source's.
+        computed: those that were transposed, multiplied, or put together.
+    """
+
+    source: str
+    target: str
+    component: str
+    weights: Mapping[str, int]
+    copied: int
+    computed: int
+
+
+@dataclass(frozen=True)
+class Rename:
+    """A tensor under another name, byte for byte."""
+
+    name: str
+
+    def taken(self, digest: str) -> Outcome:
+        """Of both ends."""
+        return Outcome((), {self.name: Fate.COPIED})
+
+
+@dataclass(frozen=True)
+class Make:
+    """An output tensor computed in float64 from its sources, rounded once."""
+
+    piece: Piece
+
+    def __call__(self, *inputs: torch.Tensor) -> Outcome:
+        """The tensor, in the output's shape and dtype."""
+        piece = self.piece
+        result = _made(piece, inputs).mul(piece.factor).add(piece.offset) if inputs else _constant(piece)
+        if piece.heads:
+            rows = result.mT if piece.across else result
+            rows = paired(rows, piece.heads) if piece.heads > 0 else halved(rows, -piece.heads)
+            result = rows.mT if piece.across else rows
+        result = _laid(piece, result) if piece.laid else result.reshape(piece.output.shape)
+        rounded = round_once(result.contiguous(), piece.output.dtype)
+        check_finite(rounded, piece.output.name)
+        return Outcome((rounded,), {ref.name: Fate.CONVERTED for ref in piece.sources})
+
+
+def _constant(piece: Piece) -> torch.Tensor:
+    import torch
+
+    return torch.full(piece.output.shape, piece.factor, dtype=torch.float64)
+
+
+def _laid(piece: Piece, made: torch.Tensor) -> torch.Tensor:
+    """The made tensor's blocks of rows where they lie in the output.  # (blocks · height, width)"""
+    count = 1 + max(block for block in piece.laid if block is not None)
+    blocks = made.flatten(1).chunk(count)
+    whole = made.new_full(piece.output.shape, piece.fill)
+    for place, block in zip(whole.chunk(len(piece.laid)), piece.laid, strict=True):
+        if block is not None:
+            height, width = blocks[block].shape
+            place[:height, :width] = blocks[block]
+    return whole
+
+
+def _made(piece: Piece, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The output before its factor.  # float64"""
+    if piece.making is Making.CORED:
+        core, a = inputs  # (rank, rank, *kernel), (rank, in, 1, …)
+        kernel = piece.output.shape[2:]
+        return cored(core, a.flatten(1)).reshape(a.shape[0], a.shape[1], *kernel)
+    if piece.making in (Making.TURNED, Making.TURNED_BLOCKS):
+        return _made(turned(piece), inputs).mT
+    tensor = inputs[0].double()
+    if piece.making is Making.BLOCKS:
+        count = sum(piece.enabled)
+        height, rank = tensor.shape[0] // count, tensor.shape[1]
+        blocks = tensor.new_zeros(height * len(piece.enabled), count * rank)
+        places = [index for index, enabled in enumerate(piece.enabled) if enabled]
+        for column, (place, block) in enumerate(zip(places, tensor.chunk(count), strict=True)):
+            blocks[place * height : (place + 1) * height, column * rank : (column + 1) * rank] = block
+        return blocks
+    return tensor
+
+
+def convert(
+    adapter: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    base: Bases = None,
+    told: Told = NOTHING_TOLD,
+    drop: Iterable[str] = (),
+    force: bool = False,
+    resources: Resources | None = None,
+) -> ConvertReport:
+    """Writes an adapter in another dialect, with the same ΔW.
+
+    Args:
+        adapter: a folder or a file in any dialect that merge reads.
+        out: a folder, or a `.safetensors`/`.st` file; peft's config is then in its metadata. For "gguf" a `.gguf` file,
+            for "ort" a folder or an `.onnx_adapter` file.
+        to: "peft", "kohya", "lycoris", "comfyui", "diffusers", "loralib", "adapterhub", "gguf" or "ort".
+        base: the model it adapts; dialects with dotted names do without, for LoRA. For an adapter of several parts of
+            a pipeline, every part's model by its name: {"unet": …, "text_encoder": …}; one file comes of all.
+        told: alpha and layout of loralib's files; the part of a pipeline.
+        drop: "bias", "full", "layer": what to leave behind where the dialect cannot express it.
+        force: replace what stands at `out`.
+        resources: threads and memory.
+
+    Raises:
+        AdapterFormatError: what the dialect cannot express, or what the source does not tell.
+        FormatError: as merge.
+    """
+    watch = Stopwatch(loading="torch")
+    checkpoint, config = open_adapter_file(adapter)
+    with checkpoint:
+        plan, written, read = plan_convert(checkpoint, config, adapter, to, base, told, drop)
+        bases = base.values() if isinstance(base, Mapping) else (base,)
+        inputs = tuple(Path(path) for path in (adapter, *bases) if path is not None)
+        weights = _writer(to).weights
+        container = container_named(weights) or Container.SAFETENSORS
+        destination = Destination(Path(out), weights, inputs=inputs, force=force, container=container)
+        metadata = dict(plan.metadata)
+        text = None if written.config is None else json.dumps(written.config, indent=2)
+        if text is not None and not destination.is_folder:
+            metadata[CONFIG_KEY] = text
+        with create_checkpoint(destination, plan.outputs, metadata) as writer:
+            outcomes = engine.run(plan, writer, resources)
+            if text is not None and destination.is_folder:
+                writer.attach(ADAPTER_CONFIG, text.encode() + b"\n")
+        methods: dict[str, int] = {}
+        for module in read.modules:
+            methods[module.method] = methods.get(module.method, 0) + 1
+        copied = sum(piece.is_copy for piece in written.pieces)
+        return ConvertReport(
+            operation="convert",
+            output=str(out),
+            seconds=watch.seconds,
+            peak_rss_bytes=peak_rss(),
+            ledger=ledger((*outcomes, Outcome((), _beside(checkpoint, read, written)))),
+            notes=plan.notes,
+            source=read.dialect,
+            target=to,
+            component=told.component or read.component,
+            weights=methods,
+            copied=copied,
+            computed=len(written.pieces) - copied,
+        )
+
+
+def plan_convert(
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any] | None,
+    path: str | Path,
+    to: str,
+    base: Bases = None,
+    told: Told = NOTHING_TOLD,
+    drop: Iterable[str] = (),
+) -> tuple[Plan, Written, Adapter]:
+    """What each output tensor is made of; reads headers only, and the numbers that scale.
+
+    Args:
+        checkpoint, config: the adapter's, opened.
+        path: its path.
+        to, base, told, drop: as for `convert`.
+
+    Raises:
+        AdapterFormatError, FormatError: as `convert`.
+    """
+    writer, source = _writer(to), dialect_of(checkpoint, config, path).name
+    unknown = set(drop) - set(DROPS)
+    if unknown:
+        raise AdapterFormatError("nothing to drop by that name", expected=", ".join(DROPS), found=", ".join(unknown))
+    job = _Job(checkpoint, config, path, source, writer, frozenset(drop))
+    if isinstance(base, Mapping):
+        if {source, to} - set(IN_PARTS) or told.component is not None:
+            raise AdapterFormatError(
+                "a base for each part of a pipeline, where parts are not to be told apart",
+                where=path,
+                expected=f"dialects of several parts ({', '.join(IN_PARTS)}), and no component",
+                found=f"{source} → {to}, component {told.component}",
+                then="name one base: --base PATH",
+            )
+        done = [job.part(model, replace(told, component=part)) for part, model in base.items()]
+        written = joined([each for each, _ in done])
+        adapters = [adapter for _, adapter in done]
+        left = set(adapters[0].left).intersection(*(adapter.left for adapter in adapters))
+        read = replace(
+            adapters[0],
+            modules=tuple(module for adapter in adapters for module in adapter.modules),
+            component=", ".join(base),
+            left=tuple(sorted(left)),
+        )
+    elif source == to and told == NOTHING_TOLD and not drop and container_named(writer.weights) is not Container.GGUF:
+        written, read = job.copied()
+    else:
+        written, read = job.part(base, told)
+    notes = [*written.notes]
+    if source == AdapterHub.name and has_head(Path(path)):
+        notes.append("the head beside the adapter stays behind: merge and fold take it along")
+    if read.left:
+        notes.append(f"{len(read.left)} tensors of other parts of the pipeline are left behind")
+    if written.dropped:
+        notes.append(f"{len(written.dropped)} tensors are left behind, as asked")
+    metadata = {**written.metadata, "surgery": f"{TOOL} convert"}
+    return Plan("convert", tuple(_step(piece) for piece in written.pieces), metadata, tuple(notes)), written, read
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One conversion: the adapter's file, opened, its dialect, and the way to write it."""
+
+    checkpoint: Checkpoint
+    config: Mapping[str, Any] | None
+    path: str | Path
+    source: str
+    writer: DialectWriter
+    drop: frozenset[str]
+
+    def part(self, base: str | Path | None, told: Told) -> tuple[Written, Adapter]:
+        """The adapter of one base, as it will be written and as it was read."""
+        _check_told(told, self.source, self.writer.name, self.path)
+        specs = base_specs(self.checkpoint, self.config, self.source, base, told)
+        read = found = open_adapter_of(base if base is not None else self.path, self.path, specs, told)
+        if base is not None and self.writer.name == "peft":
+            found, specs = in_model_names(base, read, specs)
+        # Without a base there are no biases, and a bias is what tells a layer called `time_emb` from an embedding.
+        kinds = layer_kinds(specs) if self.source in KINDLESS and base is not None else {}
+        name = "" if base is None else str(base)
+        model = {} if base is None else model_config(base)
+        wanted = Wanted(specs, name, told.component or read.component, self.drop, kinds, model)
+        found, beyond = self._without_layers(found, wanted) if "layer" in self.drop else (found, ())
+        written = self.writer.write(found, self.checkpoint.metadata, wanted)
+        return replace(written, dropped=(*written.dropped, *beyond)), read
+
+    def _without_layers(self, adapter: Adapter, wanted: Wanted) -> tuple[Adapter, tuple[str, ...]]:
+        """The adapter without the layers that the dialect refuses each by itself, and the names of their tensors."""
+        wanted = replace(wanted, drop=frozenset(DROPS))
+        layers: dict[str, list[AdapterModule]] = {}
+        for module in adapter.modules:
+            layers.setdefault(owner(module.target), []).append(module)
+        refused: list[AdapterModule] = []
+        for modules in layers.values():
+            try:
+                self.writer.write(replace(adapter, modules=tuple(modules), replacements=()), {}, wanted)
+            except NotExpressible:
+                refused += modules
+            except AdapterFormatError:
+                continue  # of the adapter as a whole: said when it is written
+        beyond = {owner(module.target) for module in refused}
+        kept = tuple(module for module in adapter.modules if owner(module.target) not in beyond)
+        if refused and not kept:
+            raise AdapterFormatError(f"nothing is left that {self.writer.name} can express", where=self.path)
+        return replace(adapter, modules=kept), tuple(ref.name for each in refused for ref in each.factors.values())
+
+    def copied(self) -> tuple[Written, Adapter]:
+        """The adapter as it is."""
+        checkpoint = self.checkpoint
+        pieces = tuple(taken(name, checkpoint.tensor(name)) for name in checkpoint.specs)
+        metadata = {key: text for key, text in checkpoint.metadata.items() if key != CONFIG_KEY}
+        note = f"the adapter is in {self.source} already: copied as it is"
+        return Written(pieces, metadata, self.config, (), (note,)), Adapter(checkpoint.ref, self.source, {}, (), ())
+
+
+def _step(piece: Piece) -> Step:
+    if piece.is_copy:
+        return Step(piece.output.name, piece.sources, (piece.output,), Rename(piece.sources[0].name))
+    elements = max([piece.output.size, *(ref.spec.size for ref in piece.sources)])
+    return Step(piece.output.name, piece.sources, (piece.output,), Make(piece), 8 * 4 * elements)
+
+
+def _writer(to: str) -> DialectWriter:
+    for writer in WRITERS:
+        if writer.name == to:
+            return writer
+    raise AdapterFormatError(
+        "no dialect of that name is written", expected=", ".join(writer.name for writer in WRITERS), found=to
+    )
+
+
+def _check_told(told: Told, source: str, to: str, where: object) -> None:
+    """Refuses what is told and neither dialect asks for."""
+    if Told(component=told.component) != told and source not in ASKING:
+        raise AdapterFormatError(
+            "the adapter's own config or file tells its alpha and its layers",
+            where=where,
+            found=told,
+            then="leave --alpha, --enable-lora and --fan-in-fan-out out: they are for loralib's files",
+        )
+    if told.component is not None and not {source, to} & set(IN_PARTS):
+        raise AdapterFormatError(
+            "neither dialect knows parts of a pipeline",
+            where=where,
+            found=f"{source}, {to}",
+            then=f"leave --component out: it is for {', '.join(IN_PARTS)}",
+        )
+
+
+def base_specs(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, source: str, base: str | Path | None, told: Told
+) -> Mapping[str, TensorSpec]:
+    """The base's tensors, or those that the adapter's own factors imply. Raises AdapterFormatError where they do not
+    tell."""
+    if base is not None:
+        with open_checkpoint(base) as opened:
+            return dict(opened.specs)
+    return implied_base(checkpoint, config) if source == "peft" else implied_part(checkpoint, told, source)
+
+
+def _beside(checkpoint: Checkpoint, adapter: Adapter, written: Written) -> dict[str, Fate]:
+    """What became of the source's tensors that are in no output: alphas are in settings or other tensors, second
+    copies of tied weights are told by the first."""
+    used = {ref.name for piece in written.pieces for ref in piece.sources}
+    refused = {*written.dropped, *adapter.left}
+    return {
+        name: Fate.REFUSED if name in refused else Fate.CONVERTED if name.endswith(".alpha") else Fate.IDENTICAL
+        for name in checkpoint.specs
+        if name not in used
+    }

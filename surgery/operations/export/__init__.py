@@ -1,0 +1,1 @@
+"""export-onnx, and new weights for graphs that exist."""

@@ -1,0 +1,318 @@
+"""reweigh: merged weights into an ONNX graph that somebody else exported, by way of the base that it was exported from.
+
+Explains every weight of the graph by the base's tensors, puts the merged ones through the same recipes, one at a time,
+and writes graph and weights. The graph itself stays as it is: where its weights lie beside it, to the byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from formats.adapter import NOTHING_TOLD, Told
+from formats.errors import CorruptFile
+from formats.paths import open_checkpoint
+from formats.staging import Staging, copy_range, disk_errors, write_at
+from surgery.errors import NothingToDo, TemplateMismatch, Unsupported
+from surgery.exact.survival import Surviving
+from surgery.hashes import payload_hash
+from surgery.onnx.files.graph_file import External, external, load_graph, payload
+from surgery.onnx.foreign.fitting import Change, Fitting, Tensors, fit
+from surgery.onnx.foreign.slots import Slot, all_tensors
+from surgery.operations.merge.adapters import AdapterPaths, adapter_paths, open_for_merge
+from surgery.operations.merge.plan import plan_merge
+from surgery.operations.merge.view import MergedView
+from surgery.pipeline.plan import Fate, no_fates
+from surgery.report import Report, Stopwatch, peak_rss
+
+if TYPE_CHECKING:
+    import onnx
+
+_ALIGNMENT = 64  # bytes; where weights are laid out anew
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReweighReport(Report):
+    """What replacing a graph's weights did. The ledger counts the base's tensors.
+
+    Attributes:
+        template: the graph whose weights were replaced.
+        base: what it was exported from.
+        recipes: how each weight of the graph is made of the checkpoint's tensors.
+        changed: names of the weights that are not the template's.
+        constants: float tensors of the graph that are no weights, and stay as they are.
+        graph_sha256: of the `.onnx` file.
+        same_graph: whether that is the template's, byte for byte; it is where all that changed lies beside the graph.
+        surviving: where adapters were merged, how much of each delta is stored; by the base's names.
+    """
+
+    template: str
+    base: str
+    recipes: Mapping[str, str]
+    changed: tuple[str, ...]
+    constants: tuple[str, ...]
+    graph_sha256: str
+    same_graph: bool
+    surviving: Mapping[str, Surviving] = field(default_factory=dict)
+
+
+def reweigh(
+    template: str | Path, merged: str | Path, out: str | Path, *, base: str | Path, force: bool = False
+) -> ReweighReport:
+    """Writes TEMPLATE with the weights of MERGED.
+
+    Args:
+        template: a `.onnx` file, exported from `base` by whatever exporter.
+        merged: a checkpoint with the base's tensors, merged.
+        out: the `.onnx` file to write.
+        base: the checkpoint that the template was exported from.
+        force: replace what stands at the output.
+
+    Raises:
+        TemplateMismatch: weights that are not the base's, or that nothing tells apart; changes without a place.
+        Quantised: a graph with quantised weights.
+        UnsafeFile: weights outside of the template's folder.
+        NothingToDo: the merged model gives the template's own weights.
+        FormatError, SurgeryError: see their trees.
+    """
+    watch = Stopwatch(loading="torch")
+    with open_checkpoint(base) as before, open_checkpoint(merged) as after:
+        work = _Work(Path(template), Path(out), Path(base), (Path(merged),), force)
+        return _run("export-onnx", work, before, after, watch, (*before.notes, *after.notes))
+
+
+def merge_onnx(
+    template: str | Path,
+    adapters: AdapterPaths,
+    out: str | Path,
+    *,
+    base: str | Path,
+    weight: float = 1.0,
+    told: Told = NOTHING_TOLD,
+    force: bool = False,
+) -> ReweighReport:
+    """Writes TEMPLATE with adapters merged into its weights; no merged checkpoint is written.
+
+    Args:
+        template, out, base, force: as for `reweigh`.
+        adapters, weight, told: as for `merge`.
+
+    Raises:
+        ReportedError: as `reweigh` and `merge`.
+    """
+    watch = Stopwatch(loading="torch")
+    with open_checkpoint(base) as before:
+        opened, outline = open_for_merge(base, adapters, before.specs, weight, told)
+        plan, _ = plan_merge(before, opened, outline)
+        inputs = tuple(path for path, _ in adapter_paths(adapters))
+        with MergedView(plan) as after:
+            work = _Work(Path(template), Path(out), Path(base), inputs, force)
+            return _run("merge", work, before, after, watch, plan.notes)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The paths of one run: inputs beside template and base are only guarded."""
+
+    template: Path
+    out: Path
+    base: Path
+    inputs: tuple[Path, ...]
+    force: bool
+
+
+def _run(
+    operation: str, work: _Work, base: Tensors, merged: Tensors, watch: Stopwatch, notes: Sequence[str]
+) -> ReweighReport:
+    if work.out.suffix != ".onnx":
+        raise Unsupported(
+            "the output is one .onnx file",
+            where=work.out,
+            expected="a name that ends in .onnx",
+            then=f"say -o {work.out / 'model.onnx'}",
+        )
+    model = load_graph(work.template)
+    places = [external(tensor, work.template) for tensor in all_tensors(model)]
+    outside = {index: place for index, place in enumerate(places) if place is not None}
+    held_in = {work.template.parent / place.location for place in outside.values()}
+    work = replace(work, inputs=(*work.inputs, *sorted(held_in)))
+    layout = _layout(outside, work)
+    _check_outputs(layout, work)
+    fitting = fit(model, work.template, base, work.base)
+    change = Change(fitting, base, merged, work.template)
+    with _staged(layout, work) as files:
+        changed = _fill(model, fitting, change, layout, files, work)
+        change.refuse_lost()
+        if not changed:
+            raise NothingToDo("the graph holds these very weights already", where=work.template)
+        graph = _graph_bytes(model, changed, layout, work)
+        with disk_errors(work.out):
+            write_at(files[work.out.name], graph, 0)
+    recipes = fitting.recipes
+    return ReweighReport(
+        operation=operation,
+        output=str(work.out),
+        seconds=watch.seconds,
+        peak_rss_bytes=peak_rss(),
+        ledger=_fates(fitting, change, base),
+        notes=tuple(notes),
+        template=str(work.template),
+        base=str(work.base),
+        recipes={slot.name: str(recipes[slot.index]) for slot in fitting.slots if slot.index in recipes},
+        changed=tuple(slot.name for slot in changed),
+        constants=tuple(slot.name for slot in fitting.slots if slot.index not in recipes),
+        graph_sha256=hashlib.sha256(graph).hexdigest(),
+        same_graph=graph == work.template.read_bytes(),
+        surviving=dict(merged.surviving) if isinstance(merged, MergedView) else {},
+    )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where tensors outside of the graph go: the file beside the output and the first byte, by the tensor's index.
+
+    `kept` where these are the template's own places.
+    """
+
+    places: Mapping[int, External]
+    sizes: Mapping[str, int]
+    kept: bool
+
+
+def _layout(outside: Mapping[int, External], work: _Work) -> _Layout:
+    """The template's own names and places if they are free; or all in one file that is called after the output."""
+    names = {place.location for place in outside.values()}
+    elsewhere = work.out.parent.resolve() != work.template.parent.resolve()
+    if elsewhere and all(Path(name).name == name and name != work.out.name for name in names):
+        sizes = {name: (work.template.parent / name).stat().st_size for name in names}
+        return _Layout(outside, sizes, True)
+    beside, end = f"{work.out.name}.data", 0
+    places: dict[int, External] = {}
+    shared: dict[External, External] = {}  # tensors may lie on the same bytes
+    for key, place in outside.items():
+        if place not in shared:
+            shared[place] = External(beside, end, place.length)
+            end += -(-place.length // _ALIGNMENT) * _ALIGNMENT
+        places[key] = shared[place]
+    return _Layout(places, {beside: end} if places else {}, False)
+
+
+def _guarded(work: _Work) -> list[Path]:
+    return [work.template, work.base, *work.inputs]
+
+
+def _check_outputs(layout: _Layout, work: _Work) -> None:
+    """Refuses what could not be written before long work. Raises OutputExists."""
+    for name in (work.out.name, *layout.sizes):
+        Staging(work.out.parent / name, folder=False, inputs=_guarded(work), force=work.force).discard()
+
+
+@contextlib.contextmanager
+def _staged(layout: _Layout, work: _Work) -> Iterator[Mapping[str, int]]:
+    """The output's files, nameless: name → descriptor. On a normal exit they appear: a folder that was not there as a
+    whole, else the weights first, and a graph that is to be replaced goes before them."""
+    folder = work.out.parent
+    if not folder.exists():
+        with Staging(folder, folder=True, inputs=_guarded(work), force=work.force) as whole:
+            sizes = {work.out.name: 0, **layout.sizes}
+            yield {name: whole.create(name, size) for name, size in sizes.items()}
+        return
+    with contextlib.ExitStack() as stack:  # left in reverse: the graph last of all
+        files = {}
+        for name, size in ((work.out.name, 0), *layout.sizes.items()):
+            staging = stack.enter_context(Staging(folder / name, folder=False, inputs=_guarded(work), force=work.force))
+            files[name] = staging.create("", size)
+        yield files
+        with disk_errors(work.out):
+            for descriptor in files.values():
+                os.fsync(descriptor)  # what can fail has been tried before the old graph goes
+            if work.force:
+                work.out.unlink(missing_ok=True)
+
+
+def _fill(
+    model: onnx.ModelProto,
+    fitting: Fitting,
+    change: Change,
+    layout: _Layout,
+    files: Mapping[str, int],
+    work: _Work,
+) -> list[Slot]:
+    """Writes every tensor that lies outside, and puts those that lie in the graph into it; the weights that changed."""
+    slots = {slot.index: slot for slot in fitting.slots if slot.index in fitting.recipes}
+    changed = []
+    written: dict[External, str] = {}
+    for index, tensor in enumerate(all_tensors(model)):
+        slot, place = slots.get(index), layout.places.get(index)
+        if slot is None and place is None:
+            continue
+        held = data = payload(tensor, work.template)
+        if slot is not None:
+            data = change.payload(slot, held)
+            if not np.array_equal(data, held):
+                changed.append(slot)
+        if place is not None:
+            digest = payload_hash(data)
+            if written.setdefault(place, digest) != digest:
+                raise TemplateMismatch(
+                    "two weights of the graph lie on the same bytes, and the merge makes them differ",
+                    where=f"{work.template}: {tensor.name}",
+                    then="export the merged model anew: surgery export-onnx MERGED -o OUT.onnx",
+                )
+            with disk_errors(work.out.parent / place.location):
+                write_at(files[place.location], data.data, place.offset)
+        elif slot is not None and data is not held:
+            _put(tensor, data.tobytes())
+    if layout.kept:
+        _copy_gaps(layout, files, work)
+    return changed
+
+
+def _copy_gaps(layout: _Layout, files: Mapping[str, int], work: _Work) -> None:
+    """What lies between the tensors: padding, or the header where the weights are a safetensors file."""
+    for name, size in layout.sizes.items():
+        places = sorted({(each.offset, each.length) for each in layout.places.values() if each.location == name})
+        end = 0
+        with (work.template.parent / name).open("rb") as stream, disk_errors(work.out.parent / name):
+            for begin, length in (*places, (size, 0)):
+                if begin < end:
+                    raise CorruptFile("two tensors of the graph overlap", where=work.template.parent / name)
+                copy_range(stream.fileno(), end, files[name], end, begin - end)
+                end = begin + length
+
+
+def _put(tensor: onnx.TensorProto, data: bytes) -> None:
+    """Sets a tensor's bytes in the graph, in whatever field they were."""
+    for name in ("float_data", "int32_data", "double_data"):
+        tensor.ClearField(name)
+    tensor.raw_data = data
+
+
+def _graph_bytes(model: onnx.ModelProto, changed: Sequence[Slot], layout: _Layout, work: _Work) -> bytes:
+    """The output's graph: the template's very bytes where nothing in it changed."""
+    if layout.kept and all(slot.outside is not None for slot in changed):
+        return work.template.read_bytes()
+    for index, tensor in enumerate(all_tensors(model)):
+        place = layout.places.get(index)
+        if place is not None and not layout.kept:
+            del tensor.external_data[:]
+            for key, value in (("location", place.location), ("offset", place.offset), ("length", place.length)):
+                tensor.external_data.add(key=key, value=str(value))
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def _fates(fitting: Fitting, change: Change, base: Tensors) -> dict[str, int]:
+    fates = no_fates()
+    for name in base.specs:
+        held = name in fitting.sources
+        fate = Fate.UNUSED if not held else Fate.MERGED if change.differs(name) else Fate.COPIED
+        fates[fate.value] += 1
+    return fates

@@ -1,0 +1,1 @@
+"""extract and spectrum: what a tuned model changed, as factors."""

@@ -1,0 +1,82 @@
+"""The spectra of a pair's changes, and which other tensors changed: what the choice of a rank needs to know.
+
+Nothing is factored and nothing written. What spectrum shows, and what extract spends a budget by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from formats.checkpoint import Checkpoint
+from formats.spec import DType
+from surgery.linalg.truncated import leading_values, workspace
+from surgery.operations.extract.ops import delta_of, has_changed, identical, matrices_of, spectrum_of
+from surgery.operations.extract.pairing import Matrix, Pairing
+from surgery.operations.extract.plan import both, whole_step
+from surgery.pipeline.plan import Fate, Outcome, Plan, Step
+from surgery.ranks.spectra import Spectrum
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measures the change of a weight. Inputs: base and tuned of the weight, then of what is beside it. No outputs."""
+
+    matrix: Matrix
+    rank: int
+    dtype: DType
+    seed: int = 0
+    exact: bool = False
+
+    def __call__(self, *inputs: torch.Tensor) -> Outcome:
+        """The spectrum in the figures, if there is a change, and the names of what else changed."""
+        name = self.matrix.spec.name
+        found = self._spectrum(inputs[0], inputs[1])
+        fates = {name: Fate.IDENTICAL if found is None else Fate.LOW_RANK}
+        for index, other in enumerate(self.matrix.beside):
+            changed = has_changed(inputs[2 + 2 * index], inputs[3 + 2 * index], other)
+            fates[other] = Fate.FULL if changed else Fate.IDENTICAL
+        full = [other for other, fate in fates.items() if fate is Fate.FULL]
+        return Outcome((), fates, {"spectrum": found, "full": full} if found is not None else {"full": full})
+
+    def unchanged(self) -> Outcome:
+        """Nothing to measure."""
+        return Outcome((), identical((self.matrix.spec.name, *self.matrix.beside)), {"full": []})
+
+    def _spectrum(self, before: torch.Tensor, after: torch.Tensor) -> Spectrum | None:
+        matrix = self.matrix
+        pairs = zip(matrices_of(before, matrix), matrices_of(after, matrix), strict=True)
+        deltas = [delta for pair in pairs if (delta := delta_of(*pair, matrix.spec.name)) is not None]
+        if not deltas:
+            return None
+        spectra = [leading_values(delta, self.rank, self.seed, exact=self.exact) for delta in deltas]
+        return spectrum_of(matrix, self.dtype, sum(delta.total for delta in deltas), spectra, limit=self.rank)
+
+
+def plan_measure(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    pairing: Pairing,
+    *,
+    rank: int,
+    dtype: DType | None = None,
+    seed: int = 0,
+    exact: bool = False,
+) -> Plan:
+    """Measures every matrix of a pairing up to a rank, and compares the rest."""
+    steps = []
+    seen: set[str] = set()
+    for matrix in pairing.matrices:
+        if seen.intersection(matrix.beside):  # parameters of one module share what is beside them
+            matrix = matrix.alone()
+        seen.update(matrix.beside)
+        out, into = matrix.sides
+        known = min(rank, out, into)
+        op = Measure(matrix, known, dtype or matrix.spec.dtype, seed, exact)
+        inputs = both(base, tuned, (matrix.spec.name, *matrix.beside))
+        steps.append(Step(matrix.spec.name, inputs, (), op, workspace(out, into, min(out, into) if exact else known)))
+    steps += [whole_step(base, tuned, pairing, whole) for whole in pairing.wholes]
+    return Plan("measure", tuple(steps), notes=pairing.notes)

@@ -1,0 +1,261 @@
+"""How every tensor of a pair would be carried: the plan of extract, made from headers alone.
+
+What changed is known only when both are read, so outputs are declared as large as they can become, and for every way
+in which they may be carried. Knows no path and no decomposition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from formats.checkpoint import Checkpoint
+from formats.dialects.peft_writing import (
+    bias_key,
+    factor_keys,
+    full_key,
+    magnitude_key,
+    magnitude_shape,
+    parameter_keys,
+)
+from formats.errors import UnsupportedDType
+from formats.layers import LayerKind, owner
+from formats.spec import DType, TensorRef, TensorSpec
+from surgery.errors import SurgeryError, Unsupported
+from surgery.linalg.truncated import workspace
+from surgery.model.patterns import matching
+from surgery.operations.extract.ops import Decomposition, Factorise, FactoriseParameters, KeepWhole, LeaveBehind
+from surgery.operations.extract.pairing import Choice, Matrix, Pairing, Whole, pair
+from surgery.pipeline.plan import Plan, Step
+from surgery.ranks import Bounded, EnergyRule, FixedRank, QuantileRule, RankRule
+from surgery.ranks.budget import Budget
+
+_DTYPES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """How to extract: see `extract`, whose arguments these are."""
+
+    rank: int | RankRule | Budget
+    overrides: Mapping[str, int] = field(default_factory=dict)
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    method: str = "lora"
+    bias: str = "full"
+    dtype: str | None = None
+    exact: bool = False
+    seed: int = 0
+    allow_removed: bool = False
+
+    @property
+    def rule(self) -> RankRule:
+        """Of every weight that no override names; what a budget comes to is known only once all is measured."""
+        if isinstance(self.rank, Budget):
+            return Bounded(EnergyRule(1.0), self.rank.minimum, self.rank.maximum)
+        return FixedRank(self.rank) if isinstance(self.rank, int) else self.rank
+
+    def overridden(self, names: Iterable[str]) -> dict[str, int]:
+        """The ranks that overrides give to tensors. Raises UnknownTensor for a pattern that matches nothing."""
+        known = list(names)
+        ranks: dict[str, int] = {}
+        for pattern, rank in self.overrides.items():
+            ranks |= dict.fromkeys(matching(known, pattern), rank)
+        return ranks
+
+    @property
+    def choice(self) -> Choice:
+        """Which tensors are looked at."""
+        return Choice(tuple(self.include), tuple(self.exclude), dict(self.kinds), self.allow_removed)
+
+    @property
+    def stored(self) -> DType | None:
+        """The factors' dtype; None for each weight's own. Raises UnsupportedDType."""
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise UnsupportedDType("factors cannot be stored like that", expected=", ".join(_DTYPES), found=self.dtype)
+        return _DTYPES[self.dtype] if self.dtype else None
+
+    def rule_of(self, matrix: Matrix, ranks: Mapping[str, int]) -> RankRule:
+        """The rule of one weight, given the ranks of those that have one of their own."""
+        name = matrix.spec.name
+        return FixedRank(ranks[name]) if name in ranks else self.rule
+
+
+def pair_for(base: Checkpoint, tuned: Checkpoint, how: Extraction) -> Pairing:
+    """Pairs the tensors of both files as an extraction needs them.
+
+    Raises:
+        See `pair`; besides, UnsupportedDType for a dtype that factors cannot have, UnknownTensor for an override that
+        matches nothing, Unsupported for what peft has no form for.
+    """
+    _ = how.stored
+    ranks = how.overridden(tuned.specs)
+
+    def pays(matrix: Matrix) -> bool:
+        chosen = how.rule_of(matrix, ranks)
+        least = chosen.most(min(matrix.sides)) if isinstance(chosen, FixedRank) else 1
+        return least <= matrix.break_even
+
+    pairing = pair(base, tuned, how.choice, pays)
+    _check_method(pairing, how)
+    return pairing
+
+
+def plan_extract(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    how: Extraction,
+    pairing: Pairing,
+    budgeted: Mapping[str, int] | None = None,
+) -> Plan:
+    """Decides how each tensor of a pairing would be carried; `budgeted` has every changed weight's rank where a budget
+    rules."""
+    ranks = how.overridden(tuned.specs) | dict(budgeted or {})
+    hows = {
+        matrix: _capped(
+            Decomposition(
+                how.rule_of(matrix, ranks),
+                how.stored or matrix.spec.dtype,
+                how.seed,
+                how.exact,
+                how.method == "dora",
+                how.bias == "lora",
+            ),
+            matrix,
+        )
+        for matrix in pairing.matrices
+    }
+    steps = [
+        _layer_step(base, tuned, pairing, matrix, hows[matrix])
+        for matrix in pairing.matrices
+        if matrix.kind is not LayerKind.PARAMETER
+    ]
+    for matrices in pairing.parameters.values():
+        steps.append(_parameters_step(base, tuned, pairing, matrices, tuple(hows[matrix] for matrix in matrices)))
+    steps += [whole_step(base, tuned, pairing, whole) for whole in pairing.wholes]
+    if pairing.left or pairing.removed:
+        steps.append(Step("left behind", (), (), LeaveBehind((*pairing.left, *pairing.removed))))
+    return Plan("extract", tuple(steps), notes=pairing.notes)
+
+
+def _check_method(pairing: Pairing, how: Extraction) -> None:
+    """Refuses what peft has no form for."""
+    for option, given, known in (("method", how.method, ("lora", "dora")), ("bias", how.bias, ("full", "lora"))):
+        if given not in known:
+            raise SurgeryError(f"no such {option}", expected=" or ".join(known), found=given)
+    parameters = [
+        matrix.spec.name
+        for matrix in pairing.matrices
+        if matrix.kind is LayerKind.PARAMETER or matrix.spec.name in pairing.structure.fused
+    ]
+    unusual = "DoRA" if how.method == "dora" else "lora_bias" if how.bias == "lora" else ""
+    if unusual and parameters:
+        raise Unsupported(
+            f"peft has no {unusual} for parameters outside of layers, and none for single layers of an adapter",
+            where=parameters[0],
+            found=f"{len(parameters)} such parameters",
+            then=f"--kind '{parameters[0]}=full' carries one in full, --exclude leaves it behind",
+        )
+    if how.bias == "lora":
+        without = [
+            matrix.spec.name
+            for matrix in pairing.matrices
+            if matrix.kind is LayerKind.EMBEDDING or f"{matrix.module}.bias" not in matrix.beside
+        ]
+        if without:
+            raise Unsupported(
+                "lora_bias needs a bias in every adapted layer",
+                where=without[0],
+                found=f"{len(without)} layers without",
+                then="--bias full carries those biases in full that changed",
+            )
+
+
+def _capped(how: Decomposition, matrix: Matrix) -> Decomposition:
+    """The rule held to what pays: one rank more than that tells that the weight is better carried in full. A quantile,
+    which depends on all the values, must see as many as it needs."""
+    own = how.rule.rule if isinstance(how.rule, Bounded) else how.rule
+    if how.rule.most(min(matrix.sides)) <= matrix.break_even or isinstance(own, QuantileRule):
+        return how
+    return replace(how, rule=Bounded(how.rule, maximum=matrix.break_even + 1))
+
+
+def _factors(matrix: Matrix, how: Decomposition, keys: tuple[str, str]) -> list[TensorSpec]:
+    """lora_A and lora_B, as large as the rule can make them."""
+    out, into = matrix.sides
+    width = matrix.matrices * min(how.rule.most(min(out, into)), matrix.break_even)
+    inner = matrix.spec.shape[1:] if matrix.kind is LayerKind.CONV else (into,)
+    ones = (1,) * (len(inner) - 1)
+    return [
+        TensorSpec(keys[0], how.dtype, (width, *inner)),
+        TensorSpec(keys[1], how.dtype, (out, width, *ones)),
+    ]
+
+
+def _layer_step(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, matrix: Matrix, how: Decomposition) -> Step:
+    name = matrix.spec.name
+    module = owner(pairing.known_as(name))
+    outputs = _factors(matrix, how, factor_keys(module, matrix.kind))
+    if how.dora:
+        outputs.append(TensorSpec(magnitude_key(module), DType.F32, magnitude_shape(matrix.kind, matrix.spec.shape)))
+    if how.may_be_full:
+        outputs.append(_full(matrix.spec, pairing, wrappers=0))
+    for other in matrix.beside:
+        spec = tuned.specs[other]
+        wrapped = _full(spec, pairing, wrappers=1)
+        outputs.append(TensorSpec(bias_key(module), how.dtype, spec.shape) if how.lora_bias else wrapped)
+        outputs.append(_full(spec, pairing, wrappers=0))
+    inputs = both(base, tuned, (name, *matrix.beside))
+    return Step(name, inputs, tuple(outputs), Factorise(matrix, how), _workspace((matrix,), (how,)), how.may_be_full)
+
+
+def _parameters_step(
+    base: Checkpoint, tuned: Checkpoint, pairing: Pairing, matrices: tuple[Matrix, ...], hows: tuple[Decomposition, ...]
+) -> Step:
+    names = [matrix.spec.name for matrix in matrices]
+    module = owner(pairing.known_as(names[0]))
+    # The keys tell a parameter's depth among those that turn out to be adapted, not which one it is.
+    outputs: list[TensorSpec] = []
+    for keys in parameter_keys(module, names).values():
+        offered = [_factors(matrix, how, keys) for matrix, how in zip(matrices, hows, strict=True)]
+        outputs += [max(specs, key=lambda spec: spec.nbytes) for specs in zip(*offered, strict=True)]
+    inputs = (*names, *matrices[0].beside)
+    for name in inputs:
+        outputs += [_full(tuned.specs[name], pairing, wrappers=count) for count in range(len(names) + 1)]
+    op = FactoriseParameters(matrices, hows)
+    label = names[0] if len(names) == 1 else f"{module} ({len(names)} parameters)"
+    shrinks = len(names) > 1 or any(how.may_be_full for how in hows)
+    return Step(label, both(base, tuned, inputs), tuple(outputs), op, _workspace(matrices, hows), shrinks)
+
+
+def both(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> tuple[TensorRef, ...]:
+    """Each tensor of base, followed by that of tuned."""
+    return tuple(checkpoint.tensor(name) for name in names for checkpoint in (base, tuned))
+
+
+def _workspace(matrices: Iterable[Matrix], hows: Iterable[Decomposition]) -> int:
+    """One matrix is decomposed at a time."""
+    needs = []
+    for matrix, how in zip(matrices, hows, strict=True):
+        out, into = matrix.sides
+        dense = workspace(out, into, min(out, into)) if how.exact else 0
+        needs.append(max(dense, workspace(out, into, how.rule.most(min(out, into))) * (2 if how.dora else 1)))
+    return max(needs)
+
+
+def whole_step(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, whole: Whole) -> Step:
+    """The step that compares tensors and keeps them in full."""
+    known = tuple(name in base.specs for name in whole.names)
+    inputs: list[TensorRef] = []
+    for name, paired in zip(whole.names, known, strict=True):
+        inputs += [base.tensor(name)] if paired else []
+        inputs += [tuned.tensor(name)]
+    outputs = tuple(_full(tuned.specs[name], pairing, wrappers=0) for name in whole.names)
+    module = owner(pairing.known_as(whole.names[0])) if whole.together else None
+    return Step(whole.label, tuple(inputs), outputs, KeepWhole(whole.names, known, module))
+
+
+def _full(spec: TensorSpec, pairing: Pairing, *, wrappers: int) -> TensorSpec:
+    """A tensor under the key that peft finds it by."""
+    return TensorSpec(full_key(pairing.known_as(spec.name), wrappers=wrappers), spec.dtype, spec.shape)

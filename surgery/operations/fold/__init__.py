@@ -1,0 +1,1 @@
+"""fold: adapters into weights as far as that is exact."""

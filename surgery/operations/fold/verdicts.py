@@ -1,0 +1,233 @@
+"""What can become of each part of an adapter, and why: folded, widened, half-folded, or left as nodes.
+
+Reads headers and config.json only. Below, x is what a projection reads, h = W x + b what it gives, r the residual that
+the model adds to h.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from formats.dialects.adapterhub_beside import Part
+from formats.dialects.adapterhub_layers import ATTENTION, MLP
+from formats.dialects.bottleneck import Bottleneck, Bottlenecks, Hypercomplex
+from formats.dialects.prompts import Network, Prefix, Prompt, Whole
+from formats.layers import owner
+from formats.spec import TensorSpec
+from surgery.errors import NotMergeable
+from surgery.methods.activations import LINEAR, Activation, activation
+
+IN_FULL, REPLACED = "in full", "the tensor itself: replaced"
+_WIDTHS = ("intermediate_size", "hidden_dim")  # the config's keys of the MLP's width
+_FUNCTIONS = ("hidden_act", "activation_function", "hidden_activation", "activation")  # and of its activation
+_NUMBERED = re.compile(r"^(?P<stack>(?:.*\.)?(?:layers?|h)\.)(?P<number>\d+)(?P<rest>\..*)$")
+
+
+class Way(StrEnum):
+    """What becomes of a part of an adapter."""
+
+    FOLDED = "folded"  # into weights of the same shapes
+    WIDENED = "widened"  # into more neurons of the MLP
+    HALF = "half-folded"  # the first projection joins the base's, or the biases do; the rest stays as nodes
+    GRAPH = "graph"  # stays as nodes
+    LEFT = "left"  # a head that the base has no layers for: it is not in the output
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One part of an adapter.
+
+    Attributes:
+        module: the base's module that it belongs to.
+        what: it is.
+        way: what becomes of it.
+        reason: why, in a line.
+    """
+
+    module: str
+    what: str
+    way: Way
+    reason: str
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A bottleneck with its verdict.
+
+    Attributes:
+        one: the bottleneck.
+        verdict: on it.
+        split: whether it is widened by two neurons for each of its own.
+    """
+
+    one: Bottleneck
+    verdict: Verdict
+    split: bool = False
+
+
+@dataclass(frozen=True)
+class Room:
+    """Biases that a model may have by its config: of all projections at a place, in every layer.
+
+    Attributes:
+        setting: the config's, that says so.
+        projections: their paths inside of a layer.
+    """
+
+    setting: str
+    projections: tuple[str, ...]
+
+
+_ROOMS: Mapping[str | None, Mapping[str, Room]] = {
+    "llama": {
+        ATTENTION: Room("attention_bias", tuple(f".self_attn.{each}_proj" for each in "qkvo")),
+        MLP: Room("mlp_bias", tuple(f".mlp.{each}_proj" for each in ("gate", "up", "down"))),
+    }
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What verdicts depend on: the base's tensors, and its config.json, empty where there is none."""
+
+    specs: Mapping[str, TensorSpec]
+    config: Mapping[str, Any]
+
+    @property
+    def function(self) -> Activation | None:
+        """The MLP's activation."""
+        named = next((self.config[key] for key in _FUNCTIONS if isinstance(self.config.get(key), str)), None)
+        return None if named is None else activation(named)
+
+    @property
+    def width(self) -> str:
+        """The config's key of the MLP's width."""
+        return next((key for key in _WIDTHS if key in self.config), _WIDTHS[0])
+
+    def room(self, place: str) -> Room | None:
+        """What makes room for biases at a place of the base whose projections have none; None where nothing does."""
+        room = _ROOMS.get(self.config.get("model_type"), {}).get(place)
+        if room is None or self.config.get(room.setting):
+            return None
+        found = {name for name in self.specs if name.rpartition(".")[0].endswith(room.projections)}
+        return None if any(name.endswith(".bias") for name in found) else room
+
+    def alike(self, name: str) -> dict[int, str]:
+        """The tensors that are to their layers what this one is to its own, by the layers' numbers."""
+        match = _NUMBERED.match(name)
+        assert match is not None  # the reader finds no others
+        pattern = re.compile(re.escape(match["stack"]) + r"(\d+)" + re.escape(match["rest"]))
+        return {int(found[1]): other for other in self.specs if (found := pattern.fullmatch(other))}
+
+
+def judge(adapter: Bottlenecks, base: Base, linear: Collection[str] = ()) -> tuple[Judged, ...]:
+    """Every bottleneck's verdict; `linear` has the projections of those whose f an affine map stands for.
+
+    Raises:
+        NotMergeable: a non-linearity that nobody knows, or an adapter that changes the model's own nodes.
+    """
+    f = activation(adapter.non_linearity)
+    if f is None:
+        raise unknown_non_linearity(adapter.non_linearity, adapter.ref.path)
+    if not adapter.original_ln_after:
+        raise NotMergeable(
+            "the adapter takes the model's own residual and norm behind it away, which no weight and no new node does",
+            where=adapter.ref.path,
+            found="original_ln_after = false",
+        )
+    return tuple(_judged(adapter, one, f, base, one.behind in linear) for one in adapter.modules)
+
+
+def unknown_non_linearity(name: str, where: str) -> NotMergeable:
+    """What is raised for an f of which nothing can be said."""
+    return NotMergeable("an unknown non-linearity", where=where, found=f"non_linearity = {name}")
+
+
+def _judged(adapter: Bottlenecks, one: Bottleneck, f: Activation, base: Base, replaced: bool) -> Judged:
+    kind = "compacter" if isinstance(one.down, Hypercomplex) else "bottleneck"
+    what = f"{'parallel ' if adapter.parallel else ''}{kind}, {f.name}"
+    split = False
+    if replaced:
+        f, what = LINEAR, f"{what} ≈ linear"
+    if adapter.parallel:
+        split = f is LINEAR is not base.function
+        way, reason = _parallel(one, f, base)
+    elif adapter.original_ln_before:
+        way, reason = (
+            Way.GRAPH,
+            (
+                "it reads the norm of h + r, which is not linear in what the projection reads"
+                if one.norm is not None
+                else "it reads h + r, and no weight that it could go into reads r"
+            ),
+        )
+    elif f is not LINEAR:
+        way, reason = Way.HALF, f"{f.name} is not linear; D h + b_D = (DW) x + (D b + b_D) reads what W reads"
+        if not joins_rows(one, base):
+            reason = f"{f.name} is not linear; DW is larger than D, so only D b + b_D and b + s b_U are put together"
+    elif f"{owner(one.behind)}.bias" not in base.specs:
+        room = base.room(one.place)
+        way, reason = Way.HALF, "linear, but the projection has no bias to take s(U b_D + b_U)"
+        if room is not None:
+            reason = f"f is linear: W' = (I + sUD)W; {room.setting} gives room for b' = s(U b_D + b_U), zeros elsewhere"
+            way = Way.FOLDED
+    else:
+        dense = "dense form, " if kind == "compacter" else ""
+        way, reason = Way.FOLDED, f"{dense}f is linear: W' = (I + sUD)W, b' = (I + sUD)b + s(U b_D + b_U)"
+    return Judged(one, Verdict(owner(one.behind), what, way, reason), split)
+
+
+def joins_rows(one: Bottleneck, base: Base) -> bool:
+    """Whether DW, which reads x, is to stand for D, which reads h. Not where x has more columns, which would cost more
+    than a node less saves; but always where the projection has no bias, as then there is nothing else to join."""
+    bias = base.specs.get(f"{owner(one.behind)}.bias")
+    return bias is None or base.specs[one.behind].size <= bias.size**2
+
+
+def _parallel(one: Bottleneck, f: Activation, base: Base) -> tuple[Way, str]:
+    """Whether a parallel bottleneck is more neurons of the MLP."""
+    if one.first is None:
+        return Way.GRAPH, "it reads r, beside an attention: its projection reads only the heads' sums"
+    if one.norm is None:
+        return Way.GRAPH, "it reads r, the MLP the norm of r: no neuron of the MLP sees r"
+    g = base.function
+    if g is None:
+        return Way.GRAPH, "no config.json that names the MLP's activation in a way that is known"
+    if f is not g and not (f is LINEAR and g.splits):
+        return Way.GRAPH, f"f is {f.name}, the MLP's activation {g.name}: no neuron of it gives f(D x)"
+    parts = [one.first, f"{owner(one.first)}.bias", one.behind, f"{owner(one.behind)}.bias"]
+    if any(part not in base.specs for part in parts):
+        return Way.GRAPH, "the MLP has no biases to take D's and U's"
+    shapes = [{base.specs[name].shape for name in base.alike(part).values()} for part in parts]
+    widths = {shape[0] for shape in shapes[0]}
+    if not all(len(shape) == 1 for shape in shapes) or widths != {base.config.get(base.width)}:
+        return (
+            Way.GRAPH,
+            f"the MLPs have several widths, or another than config.json's {base.width}: one number says all",
+        )
+    if f is g:
+        return Way.WIDENED, f"{f.name} is the MLP's, and r what it reads: neurons [W1; D], [W2, sU]"
+    return Way.WIDENED, f"{g.name}(z) − {g.name}(−z) = z: neurons [W1; D; −D], [W2, sU, −sU]"
+
+
+def verdicts_beside(part: Part) -> Iterator[Verdict]:
+    """Those of a prefix, a prompt or a head. Raises NotMergeable for a non-linearity that nobody knows."""
+    if isinstance(part, Prefix):
+        if isinstance(part.values, Network) and activation(part.values.non_linearity) is None:
+            raise unknown_non_linearity(part.values.non_linearity, part.ref.path)
+        reason = "its softmax sums over more keys than the input's, which no weight of the model adds"
+        for attention in part.attentions:
+            yield Verdict(owner(attention), f"prefix of {part.length}", Way.GRAPH, reason)
+    elif isinstance(part, Whole):
+        if part.left:
+            yield Verdict("head", part.kind, Way.LEFT, part.left)
+        for name in part.tensors:
+            yield Verdict(owner(name), IN_FULL, Way.FOLDED, REPLACED)
+    elif isinstance(part, Prompt):
+        where = "behind the first token" if part.after_first else "before the input"
+        reason = "more tokens than the input has: the sequence becomes longer, which no weight does"
+        yield Verdict("embeddings", f"prompt of {part.embedding.spec.shape[0]} {where}", Way.GRAPH, reason)

@@ -1,0 +1,1 @@
+"""bench and compare: what a model costs at inference."""

@@ -1,0 +1,338 @@
+"""bench: are these graphs as fast as the first, within a margin declared beforehand?
+
+Feeds all the same inputs, has the time taken, has each verdict drawn, and keeps with it everything that somebody who
+doubts it would ask for. The clock is `surgery.onnx.timing.latency`, the judgement `surgery.onnx.timing.verdict`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import itertools
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.errors import Unsupported
+from surgery.onnx.files.graph_file import external, load_graph
+from surgery.onnx.timing.record import BenchReport, Comparison, Role
+from surgery.report import Stopwatch, peak_rss
+from surgery.report_files import kept_record
+from surgery.version import __version__
+
+if TYPE_CHECKING:
+    import onnx
+
+    from surgery.onnx.run.feeds import Feeds
+    from surgery.onnx.run.session import Setting
+    from surgery.onnx.timing.latency import Rehearsal, Taken
+    from surgery.onnx.timing.verdict import Ruling
+
+_QUANTILES = (0.05, 0.25, 0.75, 0.95, 0.99)
+
+
+def bench(
+    reference: str | Path,
+    *graphs: str | Path,
+    shapes: Sequence[tuple[int, int]] = ((1, 128),),
+    provider: str = "cpu",
+    margin: float = 0.01,
+    seconds: float = 60.0,
+    threads: int | None = None,
+    seed: int = 0,
+    cuda_graph: bool = False,
+    positive_control: str | Path | None = None,
+    record: str | Path | None = None,
+    force: bool = False,
+    progress: Callable[[str, float], None] | None = None,
+) -> BenchReport:
+    """Compares the latency of graphs with that of a reference which takes the same inputs.
+
+    Args:
+        reference: a `.onnx` file.
+        graphs: those that are judged.
+        shapes: batch and sequence, each compared by itself. Where a graph has a cache, the sequence is what the cache
+            holds, and a run computes one token more.
+        provider: `cpu`, `cuda` or another that this ONNX Runtime has; one that would not really run is an error.
+        margin: the largest difference that does not matter to you, as a ratio.
+        seconds: how long to measure each graph at each shape at most, loading included; less where the answer is clear.
+        threads: intra-op threads of each session.
+        seed: of inputs, order and bootstrap.
+        cuda_graph: capture each session's run into a CUDA graph and time its replay.
+        positive_control: a graph that is known to be slower; where it is not found so, nothing else is concluded.
+        record: a JSON file to write the report to.
+        force: replace what stands at `record`.
+        progress: called after each set of sessions with what is compared and the share of its time that is gone.
+
+    Raises:
+        PathNotFound, CorruptFile: no graph there.
+        InputsDiffer: a graph takes other inputs than the reference.
+        ProviderUnavailable: the provider is not there, or would not run.
+        Unsupported: inputs or a shape that we cannot feed, a margin or a time that makes no sense, or too little time
+            for any verdict.
+        OutputExists, WriteFailed: see Staging.
+    """
+    watch = Stopwatch()
+    if not graphs:
+        raise Unsupported("bench needs a graph besides the reference", where=reference)
+    check_settings(shapes, margin, seconds, threads, seed)
+    candidates = tuple(dict.fromkeys(map(Path, graphs)))
+    controls = () if positive_control is None else (Path(positive_control),)
+    paths = (Path(reference), *controls, *candidates)
+    with kept_record(record, paths, force) as keep:
+        models = {path: load_graph(path) for path in paths}
+
+        from surgery.onnx.run import feeds as inputs
+        from surgery.onnx.run.machine import condition, machine
+        from surgery.onnx.run.session import CUDA, Setting, provider_name
+
+        setting = Setting(provider_name(provider), threads, cuda_graph)
+        if cuda_graph and setting.provider != CUDA:
+            raise Unsupported(
+                "CUDA graphs are of the CUDA provider alone",
+                expected="--provider cuda",
+                found=provider,
+                then="ask for that provider, or leave --cuda-graph out",
+            )
+        first = inputs.graph_inputs(models[paths[0]])
+        for path in paths[1:]:
+            inputs.require_same_inputs(paths[0], path, first, inputs.graph_inputs(models[path]))
+        laboratory = _Laboratory(
+            reference=paths[0],
+            setting=setting,
+            feeds={shape: inputs.make_feeds(models[paths[0]], paths[0], shape, seed) for shape in shapes},
+            tokens={shape: inputs.tokens_per_run(models[paths[0]], shape) for shape in shapes},
+            margin=margin,
+            seconds=seconds,
+            seed=seed,
+            start=time.perf_counter(),
+            progress=progress,
+        )
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        hashes = {name: digest for path in paths for name, digest in _hashes(path, models[path]).items()}
+        described = machine() | condition("before")
+        rehearsed = laboratory.rehearse(paths)
+        graphs_by_role: list[tuple[Path, Role]] = [(path, "positive control") for path in controls]
+        graphs_by_role += [(path, "candidate") for path in candidates]
+        comparisons = [
+            laboratory.compare(path, role, shape, rehearsed)
+            for shape in laboratory.feeds
+            for path, role in graphs_by_role
+        ]
+        some = rehearsed[paths[0], shapes[0]]
+        report = BenchReport(
+            operation="bench",
+            output=None if record is None else str(record),
+            seconds=watch.seconds,
+            peak_rss_bytes=peak_rss(),
+            ledger={},
+            reference=str(paths[0]),
+            graphs=tuple(map(str, candidates)),
+            provider=setting.provider,
+            provider_options=some.options,
+            margin=margin,
+            seed=seed,
+            threads=threads,
+            cuda_graph=cuda_graph,
+            sha256=hashes,
+            same_graph={str(path): hashes[str(path)] == hashes[str(paths[0])] for path in paths[1:]},
+            assigned={str(path): rehearsed[path, shapes[0]].nodes for path in paths},
+            session=some.settings,
+            versions=_versions(setting.device),
+            machine=described | condition("after"),
+            started=started,
+            comparisons=tuple(_believed(comparisons)),
+        )
+        keep(report)
+    return report
+
+
+def check_settings(
+    shapes: Sequence[tuple[int, int]], margin: float, seconds: float, threads: int | None, seed: int
+) -> None:
+    """Raises Unsupported for what no measurement can be made with."""
+    if not (shapes and all(min(shape) > 0 for shape in shapes)):
+        raise Unsupported("a measurement needs positive shapes", found=f"shapes {shapes}")
+    if not (0 < margin < 1 and 0 < seconds < math.inf and (threads is None or threads > 0) and seed >= 0):
+        raise Unsupported(
+            "bench cannot measure this",
+            expected="a margin between 0 and 1, positive seconds and threads, and a seed that is not negative",
+            found=f"margin {margin}, {seconds} seconds, threads {threads}, seed {seed}",
+        )
+
+
+def check_time(path: Path, shape: tuple[int, int], a: Rehearsal, b: Rehearsal, seconds: float) -> None:
+    """Raises Unsupported where `seconds` allow no verdict on b, the graph at `path`, against a."""
+    from surgery.onnx.timing.latency import least_seconds
+
+    needed = least_seconds(a, b)
+    if needed > seconds:
+        raise Unsupported(
+            "too little time for any verdict",
+            where=f"{path} at {shape[0]}×{shape[1]}",
+            expected=f"about {math.ceil(needed)} seconds or more",
+            found=f"{seconds:g} seconds",
+            then="give it more --seconds, or choose a smaller --shape",
+        )
+
+
+@dataclass(frozen=True)
+class _Laboratory:
+    """What all comparisons of a bench share.
+
+    feeds, tokens: by shape; tokens of one run are None where the graphs take none.
+    start: the clock's reading that blocks' times are told from.
+    progress: told of each set of sessions, if anybody is to be.
+    """
+
+    reference: Path
+    setting: Setting
+    feeds: Mapping[tuple[int, int], Feeds]
+    tokens: Mapping[tuple[int, int], int | None]
+    margin: float
+    seconds: float
+    seed: int
+    start: float
+    progress: Callable[[str, float], None] | None
+
+    def rehearse(self, paths: Sequence[Path]) -> dict[tuple[Path, tuple[int, int]], Rehearsal]:
+        """Runs every graph at every shape, so that what cannot run, or not in the time given, is known beforehand."""
+        from surgery.onnx.timing.latency import rehearse
+
+        # the first session's time and memory are for a part, with CUDA for the most part, its libraries'
+        rehearse(self.reference, next(iter(self.feeds.values())), self.setting)
+        done = {
+            (path, shape): rehearse(path, feeds, self.setting)
+            for shape, feeds in self.feeds.items()
+            for path in dict.fromkeys(paths)
+        }
+        for path, shape in itertools.product(paths[1:], self.feeds):
+            check_time(path, shape, done[self.reference, shape], done[path, shape], self.seconds)
+        return done
+
+    def compare(
+        self,
+        path: Path,
+        role: Role,
+        shape: tuple[int, int],
+        rehearsed: Mapping[tuple[Path, tuple[int, int]], Rehearsal],
+    ) -> Comparison:
+        """One graph against the reference at one shape."""
+        import numpy as np
+
+        from surgery.onnx.timing.latency import measure
+        from surgery.onnx.timing.verdict import equivalence_p, follow, noise_floor
+
+        watch = Stopwatch()
+        kept: list[Taken] = []
+
+        def epochs() -> Iterator[tuple[tuple[float, ...], tuple[float, ...], float]]:
+            a, b = rehearsed[self.reference, shape], rehearsed[path, shape]
+            for taken in measure(
+                (self.reference, a),
+                (path, b),
+                self.feeds[shape],
+                self.setting,
+                seconds=self.seconds,
+                seed=self.seed,
+                start=self.start,
+            ):
+                kept.append(taken)
+                if self.progress is not None:
+                    self.progress(f"{path} at {shape[0]}×{shape[1]}", taken.share)
+                yield taken.epoch.log_ratios, taken.epoch.control, taken.share
+
+        ruling = follow(epochs(), self.margin, seed=self.seed)
+        times_a = np.concatenate([taken.times_a for taken in kept])
+        times_b = np.concatenate([taken.times_b for taken in kept])
+        tokens, latency = self.tokens[shape], float(np.median(times_b))
+        return Comparison(
+            graph=str(path),
+            shape=shape,
+            role=role,
+            verdict=ruling.verdict,
+            reason=_reason(ruling, kept, watch.seconds),
+            ratio=math.exp(ruling.effect.mean),
+            interval=_ratios(ruling.effect.interval(ruling.level, seed=self.seed)),
+            p_equivalent=equivalence_p(ruling.effect, self.margin),
+            control_ratio=math.exp(ruling.control.mean),
+            control_interval=_ratios(ruling.control.interval(seed=self.seed)),
+            noise_floor=noise_floor(ruling.control, seed=self.seed),
+            latency_reference=float(np.median(times_a)),
+            latency=latency,
+            quantiles_reference={str(q): float(np.quantile(times_a, q)) for q in _QUANTILES},
+            quantiles={str(q): float(np.quantile(times_b, q)) for q in _QUANTILES},
+            tokens_per_second=None if tokens is None else tokens / latency,
+            runs_per_block=kept[0].runs_per_block,
+            looks=ruling.looks,
+            level=ruling.level,
+            seconds=watch.seconds,
+            device_bytes_reference=rehearsed[self.reference, shape].device_bytes,
+            device_bytes=rehearsed[path, shape].device_bytes,
+            epochs=tuple(taken.epoch for taken in kept),
+        )
+
+
+def _reason(ruling: Ruling, kept: Sequence[Taken], seconds: float) -> str:
+    """The ruling's reason, and what it would take where that is not enough."""
+    if ruling.verdict != "inconclusive":
+        return ruling.reason
+    if ruling.missing is None:
+        return f"{ruling.reason}; more time would hardly tell: declare another margin, or quieten the machine"
+    more = ruling.missing / len(kept)
+    blocks = sum(len(taken.epoch.log_ratios) for taken in kept)
+    return (
+        f"{ruling.reason}; about {ruling.missing} more sets of sessions would tell: {math.ceil(more * blocks)} more "
+        f"blocks, --seconds {math.ceil((1 + more) * seconds)} in all"
+    )
+
+
+def _believed(comparisons: Sequence[Comparison]) -> Iterator[Comparison]:
+    """The comparisons; nothing is concluded at a shape whose positive control was not found slower."""
+    failed = {each.shape: each for each in comparisons if each.role == "positive control" and each.verdict != "slower"}
+    for each in comparisons:
+        control = failed.get(each.shape)
+        if control is None or each is control:
+            yield each
+        else:
+            reason = f"the positive control was found {control.verdict} where it must be slower ({control.reason})"
+            yield dataclasses.replace(each, verdict="inconclusive", reason=reason)
+
+
+def _hashes(path: Path, graph: onnx.ModelProto) -> dict[str, str]:
+    """SHA-256 of the graph's file and of every file its weights lie in."""
+    outside = {found.location for tensor in graph.graph.initializer if (found := external(tensor, path)) is not None}
+    hashes = {}
+    for file in (path, *(path.parent / location for location in sorted(outside))):
+        with file.open("rb") as stream:
+            hashes[str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
+
+
+def _ratios(interval: tuple[float, float]) -> tuple[float, float]:
+    return math.exp(interval[0]), math.exp(interval[1])
+
+
+def _versions(device: str) -> dict[str, str]:
+    import numpy
+    import onnx
+    import onnxruntime
+
+    built: dict[str, str] = {}
+    if device == "cuda":
+        from onnxruntime.capi import build_and_package_info
+
+        built = {"cuda, of onnxruntime": str(getattr(build_and_package_info, "cuda_version", "unknown"))}
+    return {
+        **built,
+        "surgery": __version__,
+        "onnxruntime": onnxruntime.__version__,
+        "onnx": onnx.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }

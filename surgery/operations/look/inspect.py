@@ -1,0 +1,97 @@
+"""inspect: what is in a file or folder, from headers alone. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from formats.dialects import DIALECTS, open_adapter_file
+from formats.paths import container_of
+from formats.spec import TensorSpec
+from surgery.receipts.receipt import RECEIPT, Receipt
+from surgery.report import Report, Stopwatch, peak_rss
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectReport(Report):
+    """What a path holds. Nothing is written, so the ledger is empty.
+
+    Attributes:
+        path: as given.
+        kind: "model" or "adapter".
+        container: "safetensors" or "torch", of shards with their number: "safetensors, 3 shards".
+        parameters: elements in all tensors.
+        nbytes: payload bytes.
+        dtypes: parameters by dtype.
+        metadata: the container's own, without receipt and config.
+        adapter: dialect and settings of an adapter; None for a model.
+        merged: content digests of adapters that receipts say are in there, the latest first.
+        tensors: every tensor, in the file's order.
+    """
+
+    path: str
+    kind: str
+    container: str
+    parameters: int
+    nbytes: int
+    dtypes: Mapping[str, int]
+    metadata: Mapping[str, str]
+    adapter: Mapping[str, Any] | None
+    merged: tuple[str, ...]
+    tensors: tuple[TensorSpec, ...]
+
+
+def inspect(path: str | Path) -> InspectReport:
+    """Reads headers and config of a model or an adapter.
+
+    Raises:
+        PathNotFound, NotACheckpoint, CorruptFile: see formats.errors.
+    """
+    watch = Stopwatch()
+    checkpoint, config = open_adapter_file(path)
+    with checkpoint:
+        specs = tuple(checkpoint.specs.values())
+        dtypes: dict[str, int] = {}
+        for spec in specs:
+            dtypes[spec.dtype.label] = dtypes.get(spec.dtype.label, 0) + spec.size
+        dialect = next((d.name for d in DIALECTS if d.recognises(checkpoint, config)), None)
+        receipt = Receipt.read(checkpoint.metadata, path)
+        return InspectReport(
+            operation="inspect",
+            output=None,
+            seconds=watch.seconds,
+            peak_rss_bytes=peak_rss(),
+            ledger={},
+            path=str(path),
+            kind="adapter" if dialect else "model",
+            container=container_of(checkpoint),
+            notes=checkpoint.notes,
+            parameters=sum(spec.size for spec in specs),
+            nbytes=sum(spec.nbytes for spec in specs),
+            dtypes=dtypes,
+            metadata={key: text for key, text in checkpoint.metadata.items() if key != RECEIPT and len(text) < 200},
+            adapter=_settings(dialect, config) if dialect else None,
+            merged=tuple(digest for past in receipt.chain(path) for digest in past.digests) if receipt else (),
+            tensors=specs,
+        )
+
+
+def _settings(dialect: str, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    if config is None:
+        return {"dialect": dialect}
+    targets, nested = config.get("target_modules"), config.get("config")
+    if dialect == "adapterhub" and isinstance(nested, Mapping):
+        told = {name: nested.get(key) for name, key in (("method", "architecture"), ("rank", "r"), ("alpha", "alpha"))}
+        return {"dialect": dialect, **told, "base": config.get("model_name")}
+    return {
+        "dialect": dialect,
+        "method": config.get("peft_type"),
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "base": config.get("base_model_name_or_path"),
+        "target_modules": len(targets) if isinstance(targets, list) else targets,
+        "modules_to_save": len(config.get("modules_to_save") or ()),
+        "bias": config.get("bias"),
+    }

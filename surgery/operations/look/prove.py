@@ -1,0 +1,147 @@
+"""prove: is MERGED.onnx the program of BASE.onnx on other numbers?
+
+Three levels: the same bytes; the same canonical graph, before and after the runtime's own optimisation; the same
+assignment of nodes to providers, and the same cost of one run. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.errors import Unsupported
+from surgery.onnx.files.graph_file import count_nodes, external, load_graph
+from surgery.onnx.foreign.slots import all_tensors
+from surgery.onnx.run.runtime import assignment_difference, optimise
+from surgery.onnx.run.session import provider_name
+from surgery.onnx.same_program.canonical import canonical
+from surgery.onnx.same_program.cost import Cost, cost
+from surgery.onnx.same_program.difference import Difference, first_difference
+from surgery.report import Report, Stopwatch, peak_rss
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question, whether the answer is yes, and if not the first difference."""
+
+    name: str
+    same: bool
+    difference: Difference | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProveReport(Report):
+    """What prove found. Nothing is written, so the ledger is empty.
+
+    Attributes:
+        a, b: the two graphs.
+        same: whether they are one program, for this provider.
+        level: the strongest thing that is the same: "bytes", "graph", or "" where the programs differ.
+        checks: every question in order: bytes, graph, optimised graph, assignment, cost.
+        provider: the execution provider, as ONNX Runtime names it.
+        nodes_a, nodes_b: nodes of the graph, and of the optimised one.
+        cost_a, cost_b: at `shape`.
+        shape: batch and sequence.
+        sha256: of each graph's file.
+    """
+
+    a: str
+    b: str
+    same: bool
+    level: str
+    checks: tuple[Check, ...]
+    provider: str
+    nodes_a: tuple[int, int]
+    nodes_b: tuple[int, int]
+    cost_a: Cost
+    cost_b: Cost
+    shape: tuple[int, int]
+    sha256: tuple[str, str]
+
+    @property
+    def difference(self) -> Check | None:
+        """The first check that says why the programs differ; None where they do not."""
+        return next((check for check in self.checks[1:] if not check.same), None)
+
+
+def prove(a: str | Path, b: str | Path, *, provider: str = "cpu", shape: tuple[int, int] = (1, 128)) -> ProveReport:
+    """Compares two graphs as programs.
+
+    Args:
+        a: the base's graph.
+        b: the merged model's.
+        provider: `cpu`, `cuda` or another that this ONNX Runtime has; one that would not really run is an error.
+        shape: batch and sequence of the run whose operations and bytes are counted.
+
+    Raises:
+        PathNotFound, CorruptFile: no graph there, or not its weights.
+        UnsafeFile: weights outside of the graph's folder.
+        ProviderUnavailable: the provider is not there, or would not run.
+        Unsupported: a graph that ONNX Runtime does not load, or a shape that makes no sense.
+    """
+    watch = Stopwatch()
+    paths = (Path(a), Path(b))
+    if min(shape) < 1:
+        raise Unsupported("a shape is a positive batch and sequence", found=f"{shape[0]}x{shape[1]}")
+    name = provider_name(provider)
+    models = (load_graph(paths[0]), load_graph(paths[1]))
+    for model, path in zip(models, paths, strict=True):
+        for tensor in all_tensors(model):
+            external(tensor, path)  # what lies elsewhere, or is not there, is told before anything else
+    digests = (_sha256(paths[0]), _sha256(paths[1]))
+    checks = [Check("bytes", digests[0] == digests[1])]
+    checks.append(_check("graph", first_difference(*(canonical(*pair) for pair in zip(models, paths, strict=True)))))
+    ready = (optimise(paths[0], name, shape), optimise(paths[1], name, shape))
+    checks.append(_check("optimised graph", first_difference(ready[0].program, ready[1].program)))
+    checks.append(_check("assignment", assignment_difference(*ready)))
+    costs = (cost(ready[0].executed), cost(ready[1].executed))
+    checks.append(_check("cost", _cost_difference(*costs)))
+    same = all(check.same for check in checks[1:])
+    return ProveReport(
+        operation="prove",
+        output=None,
+        seconds=watch.seconds,
+        peak_rss_bytes=peak_rss(),
+        ledger={},
+        notes=tuple(
+            f"{path} does not run at this shape, so its cost is not counted: {each.refusal}"
+            for path, each in zip(paths, ready, strict=True)
+            if each.refusal
+        ),
+        a=str(a),
+        b=str(b),
+        same=same,
+        level="" if not same else "bytes" if checks[0].same else "graph",
+        checks=tuple(checks),
+        provider=name,
+        nodes_a=(count_nodes(models[0]), ready[0].nodes),
+        nodes_b=(count_nodes(models[1]), ready[1].nodes),
+        cost_a=costs[0],
+        cost_b=costs[1],
+        shape=shape,
+        sha256=digests,
+    )
+
+
+def _check(name: str, difference: Difference | None) -> Check:
+    return Check(name, difference is None, difference)
+
+
+def _cost_difference(a: Cost, b: Cost) -> Difference | None:
+    """The first op, by name, that takes other operations or bytes in the two."""
+    if a.uncounted != b.uncounted:
+        return Difference("the ops that are not counted", *(", ".join(each.uncounted) or "none" for each in (a, b)))
+    for op in sorted({*a.by_op, *b.by_op}):
+        if a.by_op.get(op) != b.by_op.get(op):
+            texts = (
+                f"{tally.nodes} nodes, {tally.flops:,} operations, {tally.nbytes:,} bytes" if tally else "no node"
+                for tally in (a.by_op.get(op), b.by_op.get(op))
+            )
+            return Difference(f"the cost of {op}", *texts)
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

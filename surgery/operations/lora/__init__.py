@@ -1,0 +1,1 @@
+"""resize, combine and to_lora: LoRA factors from other adapters."""

@@ -1,0 +1,299 @@
+"""From LoRA adapters to the plan of one: which factors belong together, under which keys, at which rank.
+
+Reads headers, and the adapters' payload for their digests. Knows no decomposition.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from formats.adapter import AdapterModule
+from formats.dialects import CONFIG_KEY
+from formats.dialects.peft_recast import module_of, recast_config
+from formats.layers import LayerKind, owner
+from formats.layout import layout
+from formats.paths import open_checkpoint
+from formats.spec import DType, TensorRef, TensorSpec
+from surgery.errors import Unsupported
+from surgery.linalg.truncated import workspace
+from surgery.operations.extract.pairing import Matrix
+from surgery.operations.extract.plan import Extraction
+from surgery.operations.lora.ops import AddBias, Mix, Recast, Slot, Source, Weigh
+from surgery.operations.merge.adapters import (
+    WeighedAdapter,
+    replacements,
+)
+from surgery.pipeline import engine
+from surgery.pipeline.engine import Resources
+from surgery.pipeline.ops import Copy
+from surgery.pipeline.plan import Plan, Step
+from surgery.ranks import FixedRank, RankRule
+from surgery.ranks.budget import Budget, Claim, allocate
+from surgery.ranks.spectra import Spectrum
+
+_LEAST_KNOWN = 16  # values to measure of every weight at first, where deltas are formed
+
+
+@dataclass(frozen=True)
+class Casting:
+    """What is to be made of which factors.
+
+    Attributes:
+        adapters: in the order of their digests.
+        slots: every adapted weight.
+        biases: the changes of biases (peft's `lora_bias`) by key.
+        copied: what is taken over as it is: tensors carried in full, magnitudes.
+    """
+
+    adapters: tuple[WeighedAdapter, ...]
+    slots: tuple[Slot, ...]
+    biases: Mapping[str, tuple[Source, ...]]
+    copied: tuple[TensorRef, ...]
+
+    @classmethod
+    def of(cls, adapters: tuple[WeighedAdapter, ...]) -> Casting:
+        """Raises Unsupported for adapters that name the same weight differently, or differ in what peft has for a whole
+        adapter; NotMergeable for a tensor that two of them carry in full."""
+        found: dict[str, dict[str, Source]] = {}  # by weight, by adapter
+        biases: dict[str, tuple[Source, ...]] = {}
+        copied: dict[str, TensorRef] = {}
+        for each in adapters:
+            seen: set[str] = set()
+            for module in each.adapter.modules:
+                source = Source(module, each.strength, each.digest)
+                if module.method == "lora_bias":
+                    key = module.factors["lora_B.bias"].name
+                    biases[key] = (*biases.get(key, ()), source)
+                    continue
+                a = module.factors["lora_A"].name
+                if a not in seen:  # a stack of experts that the base has in pieces comes once for each
+                    seen.add(a)
+                    found.setdefault(_target(module), {})[each.digest] = source
+                if module.method == "dora":
+                    magnitude = module.factors["lora_magnitude_vector"]
+                    copied[magnitude.name] = magnitude
+        for parts in replacements(adapters).values():
+            copied |= {full.source.name: full.source for full in parts}
+        for each in adapters:
+            copied |= _second_copies(each)
+        targeted = {entry for each in adapters for entry in each.adapter.config.get("target_parameters") or ()}
+        slots = tuple(_slot(name, tuple(sources.values()), targeted) for name, sources in sorted(found.items()))
+        for setting in ("lora_bias", "layer_replication"):
+            if len({json.dumps(each.adapter.config.get(setting) or None) for each in adapters}) > 1:
+                raise Unsupported(
+                    f"the adapters differ in {setting}, which peft has for a whole adapter",
+                    where=", ".join(each.adapter.ref.path for each in adapters),
+                    then="merge them into the base instead",
+                )
+        return cls(adapters, slots, biases, tuple(copied[name] for name in sorted(copied)))
+
+    def config(self, ranks: Mapping[str, int]) -> dict[str, Any]:
+        """The adapter_config.json for these ranks, by the weights' names."""
+        adapted = [
+            frozenset(slot.module for slot in self.slots if any(each.digest == s.digest for s in slot.sources))
+            for each in self.adapters
+        ]
+        return recast_config(
+            [each.adapter.config for each in self.adapters],
+            adapted,
+            {slot.module: ranks[slot.name] for slot in self.slots},
+            frozenset(slot.module for slot in self.slots if slot.matrix.kind is LayerKind.PARAMETER),
+        )
+
+
+def _second_copies(each: WeighedAdapter) -> dict[str, TensorRef]:
+    """Tensors of the file that take no part, since others say the same: peft writes some twice, and finds both."""
+    taking_part = {ref.name for ref in each.adapter.tensors}
+    with open_checkpoint(each.adapter.ref.path) as checkpoint:
+        return {key: checkpoint.tensor(key) for key in checkpoint.specs if key not in taking_part}
+
+
+def _target(module: AdapterModule) -> str:
+    return module.part.stack if module.part is not None else module.target
+
+
+def _slot(name: str, sources: tuple[Source, ...], targeted: Collection[str]) -> Slot:
+    keys = {tuple(ref.name for ref in source.factors) for source in sources}
+    if len(keys) > 1:
+        raise Unsupported(
+            "the adapters name the same weight differently: they were made for different classes of the model",
+            where=name,
+            found=", ".join(sorted(a for a, _ in keys)),
+            then="merge them into the base instead",
+        )
+    first = sources[0].module
+    a, b = (ref.spec for ref in sources[0].factors)
+    out, into, experts = b.shape[0], a.shape[1], a.shape[0] // first.rank
+    shape: tuple[int, ...] = (out, *a.shape[1:])
+    if first.kind in (LayerKind.TRANSPOSED, LayerKind.EMBEDDING):
+        shape = (into, out)
+    if first.kind is LayerKind.PARAMETER and experts > 1:
+        shape = (experts, out, into)
+    module = module_of(a.name)
+    if first.kind is LayerKind.PARAMETER:
+        module = f"{module}.{name.rpartition('.')[2]}"
+        if not any(module == entry or module.endswith(f".{entry}") for entry in targeted):
+            raise Unsupported(
+                "the base has another name for this parameter than the model, by which its rank must be told",
+                where=name,
+                found=", ".join(sorted(targeted)),
+            )
+    return Slot(
+        Matrix(owner(name), TensorSpec(name, a.dtype, shape), first.kind, False), module, (a.name, b.name), sources
+    )
+
+
+def plan_recast(
+    operation: str,
+    casting: Casting,
+    mix: Mix,
+    how: Extraction | None,
+    dtypes: Mapping[str, DType],
+    budgeted: Mapping[str, int] | None = None,
+    notes: tuple[str, ...] = (),
+) -> Plan:
+    """The plan that writes the new adapter.
+
+    Args:
+        operation: its name.
+        casting: what is made of which factors.
+        mix: how deltas are put together.
+        how: the ranks' rule; None to keep all.
+        dtypes: of every weight's factors.
+        budgeted: every weight's rank, where a budget rules.
+        notes: for the user.
+    """
+    names = [slot.name for slot in casting.slots]
+    ranks = ({} if how is None else how.overridden(names)) | dict(budgeted or {})
+    steps = []
+    for slot in casting.slots:
+        rule = None if how is None else how.rule_of(slot.matrix, ranks)
+        outputs = _outputs(slot, slot.rank if rule is None else rule.most(mix.size(slot)), dtypes[slot.name])
+        op = Recast(slot, mix, rule, dtypes[slot.name])
+        steps.append(Step(slot.name, _inputs(slot), outputs, op, _workspace(slot, mix, rule), rule is not None))
+    widest = widest_of(dtypes.values())
+    for key, sources in sorted(casting.biases.items()):
+        refs = tuple(source.module.factors["lora_B.bias"] for source in sources)
+        steps.append(Step(key, refs, (TensorSpec(key, widest, refs[0].spec.shape),), AddBias(key, sources, widest)))
+    steps += [Step(ref.name, (ref,), (ref.spec,), Copy(ref.name)) for ref in casting.copied]
+    return Plan(operation, tuple(steps), notes=notes)
+
+
+def widest_of(dtypes: Iterable[DType]) -> DType:
+    """The narrowest dtype that holds all of them."""
+    found = set(dtypes)
+    if len(found) == 1:
+        return found.pop()
+    return DType.F64 if DType.F64 in found else DType.F32
+
+
+def _inputs(slot: Slot) -> tuple[TensorRef, ...]:
+    return tuple(ref for source in slot.sources for ref in source.factors)
+
+
+def _outputs(slot: Slot, rank: int, dtype: DType) -> tuple[TensorSpec, TensorSpec]:
+    a, b = (ref.spec for ref in slot.sources[0].factors)
+    width = slot.matrix.matrices * rank
+    return (
+        TensorSpec(slot.keys[0], dtype, (width, *a.shape[1:])),
+        TensorSpec(slot.keys[1], dtype, (b.shape[0], width, *b.shape[2:])),
+    )
+
+
+def _workspace(slot: Slot, mix: Mix, rule: RankRule | None) -> int:
+    """Copies of the factors in float64, some for each matrix of the decomposition; of formed deltas what extract needs
+    and two more copies."""
+    out, into = slot.matrix.sides
+    thin = 8 * 6 * slot.matrix.matrices * slot.rank * (out + into)
+    if not mix.is_dense:
+        return thin
+    most = None if rule is None else rule.most(min(out, into))
+    return thin + workspace(out, into, most) + 2 * 4 * out * into
+
+
+def ranks_within(
+    casting: Casting,
+    mix: Mix,
+    how: Extraction,
+    dtypes: Mapping[str, DType],
+    budget: Budget,
+    *,
+    as_file: bool,
+    resources: Resources | None,
+) -> dict[str, int]:
+    """The rank of every weight with which an adapter of at most that many bytes holds the most energy.
+
+    Thin products show all their singular values at once; of formed deltas more are measured where a weight takes all
+    that are known.
+
+    Raises:
+        SurgeryError: a budget smaller than the least ranks.
+    """
+    slots = {slot.name: slot for slot in casting.slots}
+    given = how.overridden(slots)
+
+    def measure(names: Iterable[str], known: int) -> Iterable[Spectrum]:
+        steps = []
+        for name in names:
+            slot, rank = slots[name], min(known, mix.size(slots[name]))
+            op = Weigh(slot, mix, rank, dtypes[name])
+            steps.append(Step(name, _inputs(slot), (), op, _workspace(slot, mix, FixedRank(rank))))
+        outcomes = engine.run(Plan("measure", tuple(steps)), None, resources)
+        return [outcome.figures["spectrum"] for outcome in outcomes]
+
+    def claim(spectrum: Spectrum) -> Claim:
+        name = spectrum.name
+        least, most = (given[name],) * 2 if name in given else (budget.minimum, budget.maximum)
+        return Claim(name, spectrum.energies, mix.size(slots[name]), spectrum.bytes_per_rank, least, most)
+
+    per_rank = sum(_outputs(slot, 1, dtypes[name])[part].nbytes for name, slot in slots.items() for part in (0, 1))
+    return spent_on(slots, measure, claim, budget, per_rank, _fixed_bytes(casting, dtypes, as_file))
+
+
+def spent_on(
+    names: Iterable[str],
+    measure: Callable[[Iterable[str], int], Iterable[Spectrum]],
+    claim: Callable[[Spectrum], Claim],
+    budget: Budget,
+    per_rank: int,
+    fixed: int,
+) -> dict[str, int]:
+    """The rank of every weight within a budget, their spectra measured as far as it takes.
+
+    Args:
+        names: of the weights.
+        measure: gives the spectra of weights, to so many values or all.
+        claim: what a weight may get.
+        budget: for all.
+        per_rank: bytes of one rank of all weights.
+        fixed: bytes that no rank changes.
+
+    Raises:
+        SurgeryError: a budget smaller than the least ranks.
+    """
+    known, wanted = max(_LEAST_KNOWN, 2 * budget.nbytes // per_rank), tuple(names)
+    spectra: dict[str, Spectrum] = {}
+    while True:
+        spectra |= {spectrum.name: spectrum for spectrum in measure(wanted, known)}
+        allocation = allocate([claim(spectrum) for spectrum in spectra.values()], budget.nbytes, fixed)
+        if not allocation.saturated:
+            return allocation.ranks
+        known, wanted = 2 * known, allocation.saturated
+
+
+def _fixed_bytes(casting: Casting, dtypes: Mapping[str, DType], as_file: bool) -> int:
+    """Bytes that no rank changes: what is taken over, and a header that is long enough for any ranks."""
+    specs = [ref.spec for ref in casting.copied]
+    specs += [sources[0].module.factors["lora_B.bias"].spec for sources in casting.biases.values()]
+    nbytes = sum(spec.size * max(spec.dtype.itemsize, 4) for spec in specs)
+    for slot in casting.slots:
+        largest = (slot.matrix.spec.size,) * 4  # as a shape, it has more digits than any factor's
+        specs += [TensorSpec(key, dtypes[slot.name], largest) for key in slot.keys]
+    metadata = {"format": "pt", "surgery": 40 * "x"}
+    if as_file:
+        ranks = {slot.name: 10**6 + number for number, slot in enumerate(casting.slots)}
+        metadata[CONFIG_KEY] = json.dumps(casting.config(ranks), indent=2)
+    return nbytes + len(layout(specs, metadata).header)

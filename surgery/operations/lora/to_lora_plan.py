@@ -1,0 +1,342 @@
+"""From an adapter of any method to the plan of a plain LoRA: which weights get factors, and what goes along in full.
+
+Reads headers only. Knows no decomposition.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from formats.adapter import Adapter, AdapterModule, Told
+from formats.checkpoint import Checkpoint
+from formats.dialects import CONFIG_KEY, IN_PARTS, dialect_of, open_adapter_file
+from formats.dialects.peft_recast import adapted_module
+from formats.dialects.peft_writing import Extracted, commonest, factor_keys, full_key, lora_config
+from formats.dialects.writing import DROPS, kept_metadata
+from formats.errors import AdapterFormatError
+from formats.layers import LayerKind, ancestors, owner
+from formats.layout import layout
+from formats.paths import open_checkpoint
+from formats.spec import DType, TensorRef, TensorSpec
+from surgery.errors import Unsupported
+from surgery.linalg.by_structure import most_inner
+from surgery.linalg.truncated import workspace
+from surgery.methods import check_modules, transforming
+from surgery.methods import workspace as method_workspace
+from surgery.model.layer_kinds import Structure, learn_structure
+from surgery.model.names import open_adapter_of
+from surgery.model.stored_dtype import as_numbers
+from surgery.operations.convert.convert import base_specs
+from surgery.operations.extract.ops import Decomposition
+from surgery.operations.extract.pairing import Matrix
+from surgery.operations.extract.plan import Extraction
+from surgery.operations.lora.plan import spent_on, widest_of
+from surgery.operations.lora.to_lora_ops import Change, Lower, Settle, WeighChange
+from surgery.pipeline import engine
+from surgery.pipeline.engine import Resources
+from surgery.pipeline.ops import Copy
+from surgery.pipeline.plan import Fate, Plan, Step
+from surgery.ranks.budget import Budget, Claim
+from surgery.ranks.spectra import Spectrum
+from surgery.receipts.receipt import TOOL
+
+_EXPERTS = "surgery resize gives LoRA another rank, whatever it adapts"
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What becomes of an adapter.
+
+    Attributes:
+        adapter: as read.
+        changes: every weight that gets factors, by its name.
+        modules: how the model calls the layer of each changed tensor.
+        settled: biases and norms whose change goes along in full.
+        tensors: the base's tensors that are read, by name.
+        known: every module of the base, as the model calls it.
+        beside: fates of the adapter's tensors that no step has.
+        metadata: of the source that still holds.
+        base_name: for the config.
+        notes: what the user should know.
+    """
+
+    adapter: Adapter
+    changes: Mapping[str, Change]
+    modules: Mapping[str, str]
+    settled: tuple[Settle, ...]
+    tensors: Mapping[str, TensorRef]
+    known: frozenset[str]
+    beside: Mapping[str, Fate]
+    metadata: Mapping[str, str]
+    base_name: str
+    notes: tuple[str, ...]
+
+    def dtype_of(self, name: str, how: Extraction) -> DType:
+        """Of a weight's factors."""
+        own = [ref.spec.dtype for ref in self.changes[name].module.factors.values() if ref.spec.dtype.is_weight]
+        return how.stored or (widest_of(own) if own else DType.F32)
+
+    def full_key_of(self, name: str) -> str:
+        """The key of a bias or a norm carried in full."""
+        module = self.modules[name]
+        adapted = any(self.modules[other] == module for other in self.changes)
+        return full_key(f"{module}.{name.rpartition('.')[2]}", wrappers=1 if adapted else 0)
+
+    def config(self, ranks: Mapping[str, int]) -> dict[str, Any]:
+        """The adapter_config.json for these ranks, by the weights' names."""
+        said = self.adapter.config if self.adapter.dialect == "peft" else {}
+        biases = any(name.endswith(".bias") for name in self.tensors_in_full)
+        described = Extracted(
+            ranks={self.modules[name]: rank for name, rank in ranks.items()},
+            saved=tuple(sorted(set(said.get("modules_to_save") or ()))),
+            biases=biases,
+            transposed=any(change.matrix.kind is LayerKind.TRANSPOSED for change in self.changes.values()),
+            modules=self.known,
+            rank=int(commonest(ranks.values())),
+            base=str(said.get("base_model_name_or_path") or self.base_name),
+        )
+        kept = {key: said[key] for key in ("task_type", "trainable_token_indices") if said.get(key)}
+        return lora_config(described) | kept
+
+    @property
+    def tensors_in_full(self) -> list[str]:
+        """Tensors of the base that the result carries in full."""
+        return [*(step.name for step in self.settled), *(full.target for full in self.adapter.replacements)]
+
+
+def open_lowering(
+    path: str | Path, base: str | Path | None, told: Told, drop: Iterable[str], how: Extraction
+) -> Lowering:
+    """Opens an adapter and pairs every tensor of it with what becomes of it.
+
+    Raises:
+        AdapterFormatError: nothing to factor; or a base is needed that nobody named.
+        Unsupported: weights for which peft has no plain factors.
+        ReportedError: as `open_adapter_of`, `check_modules` and `Extraction`.
+    """
+    _ = how.stored
+    checkpoint, config = open_adapter_file(path)
+    with checkpoint:
+        source = dialect_of(checkpoint, config, path).name
+        specs = base_specs(checkpoint, config, source, base, told)
+        read = open_adapter_of(base if base is not None else path, path, specs, told)
+        tensors: Mapping[str, TensorRef] = {}
+        structure = Structure({})
+        if base is not None:
+            with open_checkpoint(base) as opened:
+                tensors = {name: opened.tensor(name) for name in opened.specs}
+                structure = learn_structure(opened.specs, (opened.ref.path,), {})
+        work = _Reading(read, checkpoint, specs, tensors, structure, frozenset(drop))
+        lowering = work.lowering("" if base is None else str(base))
+    how.overridden(lowering.changes)
+    return lowering
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """An adapter and its base, as far as it is known."""
+
+    adapter: Adapter
+    checkpoint: Checkpoint
+    specs: Mapping[str, TensorSpec]
+    tensors: Mapping[str, TensorRef]
+    structure: Structure
+    drop: frozenset[str]
+
+    def lowering(self, base_name: str) -> Lowering:
+        """Raises as `open_lowering`."""
+        unknown = self.drop - set(DROPS)
+        if unknown:
+            raise AdapterFormatError(
+                "nothing to drop by that name", expected=", ".join(DROPS), found=", ".join(unknown)
+            )
+        where, seen = self.adapter.ref.path, set[str]()
+        changes: dict[str, Change] = {}
+        settled: list[Settle] = []
+        modules: dict[str, str] = {}
+        beside: dict[str, Fate] = {}
+        for module in self.adapter.modules:
+            names = tuple(ref.name for _, ref in sorted(module.factors.items()) if ref.name not in seen)
+            seen |= set(names)
+            spec = self.specs[module.target]
+            vector = len(spec.shape) < 2
+            if vector and {"bias", "full"} & self.drop:
+                beside |= dict.fromkeys(names, Fate.REFUSED)
+                continue
+            reads = vector or transforming(module) is not None
+            if reads and not self.tensors:
+                raise AdapterFormatError(
+                    "what this adapter does depends on the base" if not vector else "a bias goes along in full",
+                    where=f"{where}: {module.target}",
+                    found=module.method,
+                    then="name the base: --base" + (", or leave biases behind: --drop bias" if vector else ""),
+                )
+            if module.reads is not None:
+                module = replace(module, factors={**module.factors, "weight": self.tensors[module.reads]})
+            check_modules(((module, 1.0),), spec if reads else as_numbers(spec))
+            modules[module.target] = self._module(module)
+            if vector:
+                settled.append(Settle(module.target, spec.dtype, module, names))
+                continue
+            if module.target in changes:
+                raise Unsupported("two changes of one weight", where=f"{where}: {module.target}")
+            changes[module.target] = Change(self._matrix(module, spec), module, reads, names)
+        if not changes:
+            raise AdapterFormatError(
+                "no weight is changed by this adapter that could become factors",
+                where=where,
+                found=", ".join(sorted({module.method for module in self.adapter.modules})) or "tensors in full",
+            )
+        adapter = self.adapter
+        if adapter.replacements and "full" in self.drop:
+            beside |= dict.fromkeys((full.source.name for full in adapter.replacements), Fate.REFUSED)
+            adapter = replace(adapter, replacements=())
+        used = {*seen, *beside, *(full.source.name for full in adapter.replacements)}
+        for name in self.checkpoint.specs.keys() - used:  # alphas are in the factors; second copies
+            kept = Fate.CONVERTED if name.endswith(".alpha") else Fate.IDENTICAL
+            beside[name] = Fate.REFUSED if name in adapter.left else kept
+        holders = {owner(self.structure.names.get(name, name)) for name in self.specs} | set(modules.values())
+        return Lowering(
+            adapter, changes, modules, tuple(settled), self.tensors, frozenset(holders.union(*map(ancestors, holders))),
+            beside, kept_metadata(self.checkpoint.metadata), base_name, tuple(self._notes(changes, settled, beside)),
+        )  # fmt: skip
+
+    def _module(self, module: AdapterModule) -> str:
+        """The layer as the model calls it."""
+        if self.adapter.dialect == "peft":
+            return adapted_module(module.factors)
+        return owner(self.structure.names.get(module.target, module.target))
+
+    def _matrix(self, module: AdapterModule, spec: TensorSpec) -> Matrix:
+        """Raises Unsupported for a weight that peft's plain LoRA cannot adapt by its layer."""
+        kind = module.kind
+        if self.adapter.dialect in IN_PARTS:  # whose products lie as the weights do
+            kind = self.structure.kinds.get(spec.name, LayerKind.LINEAR)
+        if len(spec.shape) > 2:
+            kind = LayerKind.CONV
+        elif kind in (LayerKind.CONV, LayerKind.PARAMETER):  # one of a single point may be a linear layer in the file
+            kind = LayerKind.LINEAR
+        grouped = kind is LayerKind.CONV and self.structure.order and spec.name not in self.structure.kinds
+        parameter = module.kind is LayerKind.PARAMETER or module.part is not None
+        if parameter or grouped or not spec.name.endswith(".weight"):
+            raise Unsupported(
+                "LoRA cannot connect the channels of a convolution in groups, and peft applies none with dilation"
+                if grouped
+                else "the weight is no layer's own, and has no factors by a layer's name",
+                where=f"{self.adapter.ref.path}: {spec.name}",
+                found=module.method,
+                then=_EXPERTS if parameter and module.method == "lora" else None,
+            )
+        return Matrix(owner(spec.name), spec, kind, False)
+
+    def _notes(
+        self, changes: Mapping[str, Change], settled: Sequence[Settle], beside: Mapping[str, Fate]
+    ) -> Iterable[str]:
+        yield from self.checkpoint.notes
+        if settled:
+            names = ", ".join(each.name for each in settled[:3]) + (" …" if len(settled) > 3 else "")
+            yield f"{len(settled)} biases or norms change too and go along in full, as merge makes them: {names}"
+        convolutions = sum(change.matrix.kind is LayerKind.CONV for change in changes.values())
+        if convolutions and not self.structure.order:
+            yield f"{convolutions} convolutions are taken to be without groups and dilation, which no file tells"
+        if self.adapter.left:
+            yield f"{len(self.adapter.left)} tensors of other parts of the pipeline are left behind"
+        dropped = sum(fate is Fate.REFUSED for fate in beside.values()) - len(self.adapter.left)
+        if dropped:
+            yield f"{dropped} tensors are left behind, as asked"
+
+
+def plan_lowering(lowering: Lowering, how: Extraction, budgeted: Mapping[str, int] | None = None) -> Plan:
+    """The plan; `budgeted` has every weight's rank where a budget rules."""
+    ranks = how.overridden(lowering.changes) | dict(budgeted or {})
+    steps = []
+    for name, change in lowering.changes.items():
+        rule, dtype = how.rule_of(change.matrix, ranks), lowering.dtype_of(name, how)
+        most = rule.most(min(change.matrix.sides))
+        op = Lower(change, Decomposition(rule, dtype, how.seed))
+        outputs = _outputs(lowering, name, most, dtype)
+        steps.append(Step(name, _inputs(lowering, name), outputs, op, _workspace(change, most), shrinks=True))
+    for settle in lowering.settled:
+        base, refs = lowering.tensors[settle.name], settle.module.factors
+        inputs = (base, *(ref for _, ref in sorted(refs.items())))
+        outputs = (replace(base.spec, name=lowering.full_key_of(settle.name)),)
+        steps.append(Step(settle.name, inputs, outputs, settle, 16 * sum(ref.spec.size for ref in inputs)))
+    for full in lowering.adapter.replacements:
+        steps.append(Step(full.source.name, (full.source,), (full.source.spec,), Copy(full.source.name)))
+    metadata = {"format": "pt", **lowering.metadata, "surgery": f"{TOOL} convert"}
+    return Plan("convert", tuple(steps), metadata, lowering.notes)
+
+
+def ranks_within(
+    lowering: Lowering, how: Extraction, budget: Budget, *, as_file: bool, resources: Resources | None
+) -> dict[str, int]:
+    """The rank of every weight with which an adapter of at most that many bytes holds the most energy.
+
+    Raises:
+        SurgeryError: a budget smaller than the least ranks.
+    """
+    given = how.overridden(lowering.changes)
+
+    def measure(names: Iterable[str], known: int) -> Iterable[Spectrum]:
+        steps = []
+        for name in names:
+            change = lowering.changes[name]
+            count = min(known, *change.matrix.sides)
+            op = WeighChange(change, count, Decomposition(how.rule, lowering.dtype_of(name, how), how.seed))
+            steps.append(Step(name, _inputs(lowering, name), (), op, _workspace(change, count)))
+        outcomes = engine.run(Plan("measure", tuple(steps)), None, resources)
+        return [outcome.figures["spectrum"] for outcome in outcomes]
+
+    def claim(found: Spectrum) -> Claim:
+        rank = given.get(found.name)
+        least, most = (budget.minimum, budget.maximum) if rank is None else (rank, rank)
+        return Claim(found.name, found.energies, found.size, found.bytes_per_rank, least, most)
+
+    per_rank = sum(
+        sum(spec.nbytes for spec in _outputs(lowering, name, 1, lowering.dtype_of(name, how)))
+        for name in lowering.changes
+    )
+    return spent_on(lowering.changes, measure, claim, budget, per_rank, _fixed_bytes(lowering, how, as_file=as_file))
+
+
+def _fixed_bytes(lowering: Lowering, how: Extraction, *, as_file: bool) -> int:
+    """Bytes that no rank changes: what goes along in full, and a header that is long enough for any ranks."""
+    specs = [full.source.spec for full in lowering.adapter.replacements]
+    specs += [replace(lowering.tensors[s.name].spec, name=lowering.full_key_of(s.name)) for s in lowering.settled]
+    nbytes = sum(spec.nbytes for spec in specs)
+    for name, change in lowering.changes.items():
+        largest = (change.matrix.spec.size,) * 4  # as a shape, it has more digits than any factor's
+        keys = factor_keys(lowering.modules[name], change.matrix.kind)
+        specs += [TensorSpec(key, lowering.dtype_of(name, how), largest) for key in keys]
+    metadata = {"format": "pt", **lowering.metadata, "surgery": 40 * "x"}
+    if as_file:
+        ranks = {name: 10**6 + number for number, name in enumerate(lowering.changes)}
+        metadata[CONFIG_KEY] = json.dumps(lowering.config(ranks), indent=2)
+    return nbytes + len(layout(specs, metadata).header)
+
+
+def _inputs(lowering: Lowering, name: str) -> tuple[TensorRef, ...]:
+    change = lowering.changes[name]
+    factors = tuple(ref for _, ref in sorted(change.module.factors.items()))
+    return (lowering.tensors[name], *factors) if change.reads else factors
+
+
+def _outputs(lowering: Lowering, name: str, rank: int, dtype: DType) -> tuple[TensorSpec, ...]:
+    """lora_A and lora_B."""
+    matrix = lowering.changes[name].matrix
+    out, into = matrix.sides
+    inner = matrix.spec.shape[1:] if matrix.kind is LayerKind.CONV else (into,)
+    a, b = factor_keys(lowering.modules[name], matrix.kind)
+    return TensorSpec(a, dtype, (rank, *inner)), TensorSpec(b, dtype, (out, rank, *(1,) * (len(inner) - 1)))
+
+
+def _workspace(change: Change, rank: int) -> int:
+    """What the method takes, and its ΔW formed and decomposed, or its factors and their QR."""
+    out, into = change.matrix.sides
+    formed = (8 if change.reads else 4) * change.matrix.spec.size + workspace(out, into, rank)
+    thin = 0 if change.reads else 3 * 8 * (out + into) * most_inner(min(out, into))
+    return method_workspace(((change.module, 1.0),), change.matrix.spec) + max(formed, thin)

@@ -1,0 +1,1 @@
+"""merge, unmerge and verify: adapters into weights, and off them again."""

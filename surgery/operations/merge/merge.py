@@ -1,0 +1,226 @@
+"""merge: W = W0 + ΣΔW, each weight rounded once; the rest copied as it is. `merge_plan` pairs, this runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from formats.adapter import NOTHING_TOLD, Told
+from formats.destination import Destination, destination_like
+from formats.paths import open_checkpoint
+from formats.spec import DType
+from surgery.errors import NothingToDo
+from surgery.exact.survival import Surviving, check_surviving
+from surgery.hashes import content_digest
+from surgery.model.config import (
+    CONFIG,
+    companion,
+    growth,
+    resized_config,
+    with_settings,
+    without_companion,
+)
+from surgery.model.outline import Outline
+from surgery.model.stored_dtype import dtype_named, restated_config
+from surgery.operations.merge.adapters import AdapterPaths, adapter_paths, open_for_merge
+from surgery.operations.merge.plan import plan_merge
+from surgery.pipeline import engine
+from surgery.pipeline.engine import Resources
+from surgery.pipeline.plan import Outcome, Plan, ledger
+from surgery.receipts.receipt import Original, Receipt
+from surgery.receipts.undo_file import Change, UndoRecord, create_with_undo, undo_destination
+from surgery.report import Report, Stopwatch, peak_rss
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport(Report):
+    """What merge did.
+
+    Attributes:
+        digest: content address of the output's tensors, the same however they are sharded.
+        base_digest: the same of the base.
+        adapters: content digest of every adapter, its scalings included, in the order of their addition.
+        surviving: of every tensor that a delta was added to, how much of the delta is stored; by name.
+        undo: the undo file, if one was written.
+    """
+
+    digest: str
+    base_digest: str
+    adapters: tuple[str, ...]
+    surviving: Mapping[str, Surviving]
+    undo: UndoFigures | None = None
+
+
+@dataclass(frozen=True)
+class UndoFigures:
+    """An undo file: its path, its bytes, and their share of the bytes of the tensors that merging changed."""
+
+    path: str
+    nbytes: int
+    share: float
+
+
+def merge(
+    base: str | Path,
+    adapters: AdapterPaths,
+    out: str | Path,
+    *,
+    weight: float = 1.0,
+    dtype: str | None = None,
+    min_surviving: float | None = None,
+    undo: str | Path | None = None,
+    told: Told = NOTHING_TOLD,
+    untie: bool = False,
+    max_shard_size: int | None = None,
+    force: bool = False,
+    resources: Resources | None = None,
+) -> MergeReport:
+    """Writes base with one or several adapters added into its weights.
+
+    Args:
+        base: a safetensors file or a folder; the output has its shape: a file, or a folder with the same shards,
+            config, tokenizer and the rest.
+        adapters: a PEFT adapter, as a folder or a single file, or a loralib one, as a file; or (path, weight); or a
+            sequence of these, whose order does not matter: all deltas are summed and rounded once.
+        out: a folder, or a `.safetensors`/`.st` file.
+        weight: a factor of every delta.
+        dtype: "float32", "float16" or "bfloat16": every weight of the output is stored so, float8 with scales
+            dequantised; without it each keeps its own.
+        min_surviving: the least ‖stored(W) − W0‖ / ‖ΔW‖ that every merged tensor must have.
+        undo: a `.safetensors`/`.st` file to write what unmerge needs to give the base back bit for bit.
+        told: alpha and layout of loralib adapters, whose files do not say them.
+        untie: give a head that the base ties to its embedding a tensor of its own.
+        max_shard_size: bytes of each shard of an output folder, instead of the base's shards.
+        force: replace what stands at `out` and at `undo`.
+        resources: threads and memory.
+
+    Raises:
+        VerificationFailed: less than `min_surviving` of a delta survives rounding.
+        SurgeryError, FormatError: see their trees; whatever the headers and the adapter tell is refused before any
+            of the base's payload is read.
+    """
+    watch = Stopwatch(loading="torch")
+    stored = dtype_named(dtype)
+    with open_checkpoint(base) as w0:
+        opened, outline = open_for_merge(base, adapters, w0.specs, weight, told, untie=untie)
+        plan, receipt = plan_merge(w0, opened, outline, undo=undo is not None, stored=stored)
+        inputs = (base, *(path for path, _ in adapter_paths(adapters)))
+        destination = destination_like(base, out, plan.outputs, inputs=inputs, force=force, max_shard=max_shard_size)
+        config, original = _config(destination, plan, outline, stored)
+        if original is not None:
+            receipt = replace(receipt, config=original)
+            plan = replace(plan, metadata=receipt.metadata())
+        if config is not None:
+            destination = without_companion(destination, CONFIG)
+        beside = undo_destination(undo, out, inputs, force) if undo is not None else None
+        with create_with_undo(destination, plan, beside) as (writer, corrections):
+            if config is not None:
+                writer.attach(CONFIG, config)
+            outcomes = engine.run(plan, writer, resources, corrections)
+            if not any(outcome.figures.get("changed") for outcome in outcomes):
+                raise NothingToDo("the merge changes nothing: every delta rounds to zero", where=base)
+            surviving = _surviving(outcomes)
+            if min_surviving is not None:
+                check_surviving(surviving, min_surviving)
+            receipt = _completed(receipt, outline, outcomes)
+            writer.seal(receipt.metadata())
+            digest = output_digest(plan, outcomes)
+            base_digest = content_digest((spec, receipt.base_tensors[name]) for name, spec in w0.specs.items())
+            if corrections is not None:
+                changes = _changes(plan, outline, outcomes)
+                corrections.seal(UndoRecord(receipt, base_digest, digest, changes).metadata())
+    return MergeReport(
+        operation="merge",
+        output=str(out),
+        seconds=watch.seconds,
+        peak_rss_bytes=peak_rss(),
+        ledger=ledger(outcomes),
+        notes=plan.notes,
+        digest=digest,
+        base_digest=base_digest,
+        adapters=receipt.digests,
+        surviving=surviving,
+        undo=_undo_figures(undo, plan) if undo is not None else None,
+    )
+
+
+def _config(
+    destination: Destination, plan: Plan, outline: Outline, stored: DType | None
+) -> tuple[bytes | None, str | None]:
+    """The output's config.json where it is not the base's, and the base's where that must be kept to come back."""
+    config = resized_config(destination, growth(outline.specs.values(), plan.outputs))
+    source = companion(destination, CONFIG)
+    if source is None or not (outline.config or stored):
+        return config, None
+    original = source.read_bytes()
+    if outline.config:
+        config = with_settings(config or original, outline.config, source)
+    if stored is not None:
+        config = restated_config(config or original, stored, source)
+    return config, original.decode()
+
+
+def _surviving(outcomes: tuple[Outcome, ...]) -> dict[str, Surviving]:
+    """What of every tensor's delta is stored."""
+    found: dict[str, Surviving] = {}
+    for outcome in outcomes:
+        found |= outcome.figures.get("surviving", {})
+    return found
+
+
+def output_hashes(outcomes: tuple[Outcome, ...]) -> dict[str, str]:
+    """BLAKE3 of every tensor that was written, as its step took it."""
+    hashes: dict[str, str] = {}
+    for outcome in outcomes:
+        hashes |= outcome.figures.get("hashes", {})
+    return hashes
+
+
+def output_digest(plan: Plan, outcomes: tuple[Outcome, ...]) -> str:
+    """The content address of what a plan wrote."""
+    hashes = output_hashes(outcomes)
+    return content_digest((spec, hashes[spec.name]) for spec in plan.outputs)
+
+
+def _changes(plan: Plan, outline: Outline, outcomes: tuple[Outcome, ...]) -> dict[str, Change]:
+    """What the undo file records of every tensor that has a correction, or could have had one, by the base's names."""
+    hashes, origins = output_hashes(outcomes), outline.origins
+    now = {spec.name: spec for spec in plan.outputs}
+    changes = {}
+    for step in plan.steps:
+        for aside in step.asides:
+            name = origins[aside.name]
+            before, result = outline.specs[name], now.get(name)
+            changes[aside.name] = Change(
+                before.dtype.label,
+                list(before.shape),
+                None if result is None else list(result.shape),
+                "" if result is None else hashes[name],
+                None if result is None or result.dtype is before.dtype else result.dtype.label,
+            )
+    return changes
+
+
+def _undo_figures(path: str | Path, plan: Plan) -> UndoFigures:
+    nbytes = Path(path).stat().st_size
+    changed = sum(spec.nbytes for step in plan.steps if step.asides for spec in step.outputs)
+    return UndoFigures(str(path), nbytes, nbytes / changed if changed else 0.0)
+
+
+def _completed(receipt: Receipt, outline: Outline, outcomes: tuple[Outcome, ...]) -> Receipt:
+    """The receipt with what the run found out."""
+    hashes: dict[str, str] = {}
+    originals: dict[str, Original] = {}
+    lost: list[str] = []
+    for outcome in outcomes:
+        hashes |= outcome.figures.get("base", {})
+        originals |= outcome.figures.get("original", {})
+        lost += outcome.figures.get("lost", ())
+    origins, names, surplus = outline.origins, outline.renamed, outline.surplus
+    return replace(
+        receipt,
+        base_tensors={name: hashes[origins[name]] for name in receipt.base_tensors},
+        originals={names.get(name, name): original for name, original in originals.items()},
+        lost=tuple(names.get(name, name) for name in lost if name not in surplus),
+    )

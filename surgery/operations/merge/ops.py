@@ -1,0 +1,251 @@
+"""What merging does to one tensor: copy it, add it, or replace it and add the deltas, rounded once.
+
+Ops only: tensors in, an Outcome out. Knows no path, no plan, no receipt but the originals it keeps, and no method's
+mathematics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from formats.adapter import AdapterModule
+from formats.quantized import FLOAT8
+from formats.spec import DType, TensorSpec
+from formats.tensors import bytes_from_tensor, dtype_of, torch_dtype
+from surgery.errors import NotFinite, NotMerged
+from surgery.exact.correction import Coarsened, correct_from, uncertain
+from surgery.exact.finite import check_finite, is_finite
+from surgery.exact.rounded_sum import add_rounded, store_rounded
+from surgery.exact.rounding import Delta, round_once
+from surgery.exact.survival import Watch
+from surgery.hashes import tensor_hash
+from surgery.methods import additive, transforming
+from surgery.pipeline.plan import Fate, Outcome
+from surgery.receipts.receipt import Original
+
+if TYPE_CHECKING:
+    import torch
+
+FRACTION_BITS = {DType.F8_E4M3: 3, DType.F8_E5M2: 2, DType.BF16: 7, DType.F16: 10, DType.F32: 23, DType.F64: 52}
+
+
+@dataclass(frozen=True)
+class Add:
+    """A tensor that only the adapter has, stored as `dtype`."""
+
+    name: str
+    dtype: DType
+
+    def __call__(self, *inputs: torch.Tensor) -> Outcome:
+        """Hashes and passes on."""
+        result = _as_stored(inputs[0], self.dtype)
+        _check_result(result, inputs[0], self.name)
+        figures = {"hashes": {self.name: tensor_hash(result)}, "changed": True}
+        return Outcome((result,), {self.name: Fate.FULL}, figures)
+
+
+@dataclass(frozen=True)
+class Shed:
+    """A tensor of the base that the result has no use for; with `undo` it is kept aside."""
+
+    name: str
+    undo: bool
+
+    def __call__(self, *inputs: torch.Tensor) -> Outcome:
+        """Leaves it out."""
+        payload = bytes_from_tensor(inputs[0])
+        aside = as_aside(correct_from(payload, payload[:0], inputs[0].element_size())) if self.undo else None
+        figures = {"base": {self.name: tensor_hash(inputs[0])}}
+        return Outcome((), {self.name: Fate.REMOVED}, figures, (aside,) if self.undo else ())
+
+
+@dataclass(frozen=True)
+class Merge:
+    """W0, or what replaces it, plus the deltas of its modules; or W0 itself in another dtype.
+
+    `keep` puts the base's tensor into the receipt; `undo` makes a correction that leads back to it.
+
+    Inputs: the base's tensor, then what replaces it or, where `replaced` has any, these rows of it, then each module's
+    factors in order of their roles. Output: the tensor in `dtype`.
+    """
+
+    name: str
+    dtype: DType
+    modules: tuple[tuple[AdapterModule, float], ...]
+    replaced: tuple[tuple[int, ...], ...]
+    keep: bool
+    undo: bool = False
+
+    def __call__(self, *inputs: torch.Tensor) -> Outcome:
+        """Adds, rounds once, hashes both ends."""
+        base = inputs[0]
+        spec = TensorSpec(self.name, dtype_of(base), tuple(base.shape))
+        start = base
+        for rows, source in zip(self.replaced, inputs[1:], strict=False):  # the factors come after
+            wide = spec.dtype if spec.dtype is self.dtype else DType.F64
+            start = _with_rows(start, rows, source, wide) if rows else source
+        factors, watch = inputs[1 + len(self.replaced) :], Watch()
+        if self.modules:
+            result = apply_modules(start, self.modules, factors, self.dtype, watch)
+        else:
+            result = _as_stored(start, self.dtype)
+        if not (self.modules and watch.is_finite):
+            _check_result(result, start, self.name)
+        before, after = tensor_hash(base), tensor_hash(result)
+        figures: dict[str, Any] = {"base": {self.name: before}, "hashes": {self.name: after}}
+        if self.modules:
+            figures["surviving"] = {self.name: watch.surviving}
+        if spec.dtype is self.dtype:
+            figures["changed"] = before != after
+        else:
+            figures["changed"] = watch.asks or bool(self.replaced)
+        if self.keep:
+            figures["original"] = {self.name: Original.of(base, spec)}
+        elif self.replaced and (not self.modules or tensor_hash(_as_stored(start, spec.dtype)) != before):
+            figures["lost"] = [self.name]
+        fate = Fate.MERGED if self.modules else Fate.FULL if self.replaced else Fate.CONVERTED
+        if not self.undo:
+            return Outcome((result,), {self.name: fate}, figures)
+        guess = prediction(result, self.modules, factors, spec)
+        payloads = bytes_from_tensor(base), bytes_from_tensor(guess)
+        correction = correct_from(*payloads, spec.dtype.itemsize, coarsened(result, guess, spec.dtype))
+        return Outcome((result,), {self.name: fate}, figures, (as_aside(correction),))
+
+
+def as_aside(correction: bytes | None) -> torch.Tensor | None:
+    """A correction as the tensor that an undo file keeps."""
+    import torch
+
+    return None if correction is None else torch.frombuffer(bytearray(correction), dtype=torch.uint8)
+
+
+def apply_modules(
+    start: torch.Tensor,
+    modules: tuple[tuple[AdapterModule, float], ...],
+    factors: tuple[torch.Tensor, ...],
+    dtype: DType,
+    watch: Watch | None = None,
+) -> torch.Tensor:
+    """start + Σ weight · ΔW, or what a method makes of start, rounded once to `dtype`; a negative weight takes a
+    delta off.
+
+    Args:
+        start: the stored weight.
+        modules: what adapts it, each with its weight; deltas, or one that is none and that a negative weight undoes.
+        factors: each module's factors in order of their roles.
+        dtype: of the result.
+        watch: is shown what becomes of the change; a method without a delta is then computed in float64 as a whole.
+    """
+    deltas = deltas_of(modules, factors)
+    if deltas is not None:
+        return add_rounded(start, deltas, dtype, watch)
+    ((module, weight),) = modules
+    method = transforming(module)
+    assert method is not None  # checked while planning
+    named = {role: factor.cpu() for role, factor in zip(sorted(module.factors), factors, strict=True)}
+    start = start.cpu()
+    if watch is None:
+        return method.transform(module, start, named, dtype, back=weight < 0)
+    return store_rounded(start, method.transform(module, start, named, DType.F64, back=weight < 0), dtype, watch)
+
+
+def deltas_of(
+    modules: tuple[tuple[AdapterModule, float], ...], factors: tuple[torch.Tensor, ...]
+) -> list[Delta] | None:
+    """weight · ΔW of each module, in order; None where a method has no delta."""
+    remaining = [factor.cpu() for factor in factors]  # small, and not every function has the same bits elsewhere
+    deltas = []
+    for module, weight in modules:
+        named = {role: remaining.pop(0) for role in sorted(module.factors)}
+        adding = additive(module)
+        if adding is None:
+            return None
+        deltas.append(adding.delta(module, named, weight))
+    return deltas
+
+
+def negated(modules: tuple[tuple[AdapterModule, float], ...]) -> tuple[tuple[AdapterModule, float], ...]:
+    """The modules with what takes them off again."""
+    return tuple((module, -weight) for module, weight in modules)
+
+
+def subtract(
+    merged: torch.Tensor,
+    modules: tuple[tuple[AdapterModule, float], ...],
+    factors: tuple[torch.Tensor, ...],
+    dtype: DType,
+) -> torch.Tensor:
+    """merged − Σ weight · ΔW, rounded once to `dtype`: what merging those modules started from, up to rounding."""
+    if not modules:
+        return _as_stored(merged, dtype)
+    return apply_modules(merged, negated(modules), factors, dtype)
+
+
+def prediction(
+    merged: torch.Tensor,
+    modules: tuple[tuple[AdapterModule, float], ...],
+    factors: tuple[torch.Tensor, ...],
+    base: TensorSpec,
+) -> torch.Tensor:
+    """What tells most of the base's tensor: the deltas subtracted, or the product undone; the merged tensor itself
+    where there are none, or no way back: a method that reads another weight reads another one after merging."""
+    methods = [transforming(module) for module, _ in modules]
+    lost = any(module.reads for module, _ in modules) or any(method and method.forgets for method in methods)
+    if not modules or lost or tuple(merged.shape) != base.shape:
+        return _as_stored(merged, base.dtype)
+    try:
+        guess = subtract(merged, modules, factors, base.dtype)
+    except NotMerged:  # a zero that nothing can be divided by
+        return _as_stored(merged, base.dtype)
+    return guess if not any(methods) or is_finite(guess) else _as_stored(merged, base.dtype)
+
+
+def coarsened(merged: torch.Tensor, guess: torch.Tensor, dtype: DType) -> Coarsened | None:
+    """What tells where a prediction is likely to be wrong; nothing does where it is the merged tensor itself."""
+    tells = guess is not merged and guess.dtype == merged.dtype
+    return Coarsened(bytes_from_tensor(merged), FRACTION_BITS[dtype]) if tells else None
+
+
+def uncertain_elements(
+    merged: torch.Tensor, result: torch.Tensor, modules: tuple[tuple[AdapterModule, float], ...], dtype: DType
+) -> int:
+    """How many elements of what `subtract` gave can differ from the base's: all of them where no delta was taken off
+    but a product undone."""
+    hints = coarsened(merged, result, dtype)
+    if hints is None or any(transforming(module) for module, _ in modules):
+        return result.numel()
+    return uncertain(bytes_from_tensor(result), dtype.itemsize, hints)
+
+
+def _with_rows(tensor: torch.Tensor, rows: tuple[int, ...], source: torch.Tensor, dtype: DType) -> torch.Tensor:
+    """A copy of the tensor in `dtype` with some rows replaced by those of source."""
+    tensor = _as_stored(tensor, dtype).clone()
+    tensor[list(rows)] = _as_stored(source, dtype)
+    return tensor
+
+
+def _as_stored(tensor: torch.Tensor, dtype: DType) -> torch.Tensor:
+    """The tensor in `dtype`, rounded once: torch goes by way of float32, which holds all but float64 exactly."""
+    import torch
+
+    if tensor.dtype == torch_dtype(dtype):
+        return tensor
+    plain = tensor.dtype != torch.float64 and dtype not in FLOAT8
+    return tensor.to(torch_dtype(dtype)) if plain else round_once(tensor.to(torch.float64), dtype)
+
+
+def _check_result(result: torch.Tensor, start: torch.Tensor, name: str) -> None:
+    if result.is_floating_point() and not is_finite(result):
+        check_finite(start, name)
+        raise out_of_range(name, result.dtype)
+
+
+def out_of_range(name: str, dtype: torch.dtype) -> NotFinite:
+    """What is raised for a result that its dtype cannot hold."""
+    return NotFinite(
+        "the merged weight exceeds the range of its stored dtype",
+        where=name,
+        found=dtype,
+        then="store the result as another: --dtype bfloat16 or float32",
+    )

@@ -1,0 +1,200 @@
+"""verify: does a file hold exactly the merge of these adapters into this base? The merge is replayed tensor by tensor
+and compared; nothing is written.
+
+A file that peft merged cannot be equal to the bit: peft rounds the delta to the stored dtype and then the sum, where
+merge rounds once. For a file without a receipt of ours that much is tolerated, and said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from formats.adapter import NOTHING_TOLD, Told
+from formats.checkpoint import Checkpoint
+from formats.paths import open_checkpoint
+from formats.spec import DType, TensorSpec
+from surgery.hashes import tensor_hash
+from surgery.methods import transforming
+from surgery.model.outline import tied_head
+from surgery.model.stored_dtype import dtype_in
+from surgery.operations.merge.adapters import AdapterPaths, open_for_merge
+from surgery.operations.merge.ops import Merge
+from surgery.operations.merge.plan import plan_merge
+from surgery.operations.merge.rows import MergeRows
+from surgery.pipeline import engine
+from surgery.pipeline.engine import Resources
+from surgery.pipeline.plan import Op, Outcome, Plan, Step, TakesOver
+from surgery.receipts.receipt import RECEIPT, Receipt
+from surgery.report import Report, Stopwatch, peak_rss
+
+if TYPE_CHECKING:
+    import torch
+
+EXACT, ROUNDING, DIFFERS = "exact", "within PEFT's rounding", "differs"
+# Relative to the largest entry of the delta: what a float32 sum of a rank's products, as peft takes it, can be off by.
+_SUM_ERROR = 2.0**-20
+_ALONG = 0.25  # of the way from base to merge, by which a tensor as a whole may be off
+_DORA_UNITS = 4.0  # peft computes norm, ratio and product in the stored dtype, each rounded
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport(Report):
+    """Whether a file is a merge. Nothing is written; the ledger counts tensors by how they compare.
+
+    Attributes:
+        merged: the file that was checked.
+        verdict: "exact"; "within PEFT's rounding"; or "differs".
+        rounded: tensors that differ by no more than peft's rounding.
+        differing: tensors that differ by more, are missing, or should not be there, in the base's order.
+    """
+
+    merged: str
+    verdict: str
+    rounded: tuple[str, ...]
+    differing: tuple[str, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the file is the merge, exactly or within peft's rounding."""
+        return self.verdict != DIFFERS
+
+
+def verify(
+    merged: str | Path,
+    base: str | Path,
+    adapters: AdapterPaths,
+    *,
+    weight: float = 1.0,
+    told: Told = NOTHING_TOLD,
+    resources: Resources | None = None,
+) -> VerifyReport:
+    """Replays a merge and compares.
+
+    Args:
+        merged: the file or folder in question.
+        base: what it should have been merged into.
+        adapters: as for merge.
+        weight: a factor of every delta.
+        told: as for merge.
+        resources: threads and memory.
+
+    Raises:
+        SurgeryError, FormatError: what merge would raise; a file that is another merge is no error but a verdict.
+    """
+    watch = Stopwatch(loading="torch")
+    with open_checkpoint(base) as w0, open_checkpoint(merged) as w:
+        more = w.specs.keys() - w0.specs.keys()
+        untie = bool(more) and not more.isdisjoint(tied_head(base, w0.specs))
+        receipt = Receipt.read(w.metadata, merged)
+        stored = dtype_in(w, w0) if receipt is None else DType[receipt.dtype] if receipt.dtype else None
+        opened = open_for_merge(base, adapters, w0.specs, weight, told, untie=untie)
+        plan, _ = plan_merge(w0, *opened, stored=stored)
+        replay, odd = plan_verify(plan, w)
+    outcomes = engine.run(replay, None, resources) if replay.steps else ()
+    verdicts: dict[str, str] = dict.fromkeys(odd, DIFFERS)
+    for outcome in outcomes:
+        verdicts |= outcome.figures["verdict"]
+    names = [spec.name for spec in plan.outputs]
+    names += sorted(set(odd) - set(names))
+    found = {kind: tuple(name for name in names if verdicts[name] == kind) for kind in (EXACT, ROUNDING, DIFFERS)}
+    return VerifyReport(
+        operation="verify",
+        output=None,
+        seconds=watch.seconds,
+        peak_rss_bytes=peak_rss(),
+        ledger={kind: len(tensors) for kind, tensors in found.items()},
+        notes=plan.notes,
+        merged=str(merged),
+        verdict=next(kind for kind in (DIFFERS, ROUNDING, EXACT) if found[kind] or kind == EXACT),
+        rounded=found[ROUNDING],
+        differing=found[DIFFERS],
+    )
+
+
+def plan_verify(plan: Plan, merged: Checkpoint) -> tuple[Plan, tuple[str, ...]]:
+    """A merge's plan with every output compared instead of written, and the names where specs already differ."""
+    tolerant = RECEIPT not in merged.metadata
+    steps = []
+    odd = [name for name in merged.specs if name not in {spec.name for spec in plan.outputs}]
+    for step in plan.steps:
+        unlike = [spec.name for spec in step.outputs if merged.specs.get(spec.name) != spec]
+        if unlike:
+            odd += [spec.name for spec in step.outputs]
+            continue
+        if not step.outputs:
+            continue
+        inputs = (*step.inputs, *(merged.tensor(spec.name) for spec in step.outputs))
+        if isinstance(step.op, TakesOver):
+            steps.append(Step(step.name, inputs, (), Same(step.outputs[0].name)))
+            continue
+        workspace = step.workspace + sum(spec.nbytes + (40 * spec.size if tolerant else 0) for spec in step.outputs)
+        steps.append(Step(step.name, inputs, (), Replay(step.op, step.outputs, tolerant), workspace))
+    return replace(plan, operation="verify", steps=tuple(steps)), tuple(odd)
+
+
+@dataclass(frozen=True)
+class Same:
+    """What merging takes over as it is. Inputs: that, and the tensor in question."""
+
+    name: str
+
+    def unchanged(self) -> Outcome:
+        """For equal bytes."""
+        return Outcome((), {}, {"verdict": {self.name: EXACT}})
+
+    def __call__(self, *_: torch.Tensor) -> Outcome:
+        """For others."""
+        return Outcome((), {}, {"verdict": {self.name: DIFFERS}})
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A merge's op, run and compared. Inputs: the op's own, then the tensors in question."""
+
+    op: Op
+    specs: tuple[TensorSpec, ...]
+    tolerant: bool
+
+    def __call__(self, *inputs: torch.Tensor) -> Outcome:
+        """Equal bytes are exact; the rest is measured where that is tolerated."""
+        own, found = inputs[: -len(self.specs)], inputs[-len(self.specs) :]
+        verdicts = {}
+        for spec, ours, theirs in zip(self.specs, self.op(*own).tensors, found, strict=True):
+            assert ours is not None  # merging writes everything it declares
+            verdict = EXACT if tensor_hash(ours) == tensor_hash(theirs) else DIFFERS
+            if verdict is DIFFERS and self.tolerant and isinstance(self.op, (Merge, MergeRows)) and self.op.modules:
+                units = _DORA_UNITS if any(transforming(module) for module, _ in self.op.modules) else 1.0
+                verdict = ROUNDING if is_within_rounding(theirs, ours, own[0], units) else DIFFERS
+            verdicts[spec.name] = verdict
+        return Outcome((), {}, {"verdict": verdicts})
+
+
+def is_within_rounding(found: torch.Tensor, ours: torch.Tensor, base: torch.Tensor, units: float = 1.0) -> bool:
+    """Whether a tensor is what peft could have made of the same merge.
+
+    peft rounds the product, its scaling and the sum, each to the stored dtype, which moves an element by at most one
+    unit in the last place of the result and two of the delta; and it sums the product in float32. Where deltas are of
+    the size of a unit, that alone would let the base itself pass, or another adapter's merge: so the tensor as a whole
+    must also have moved as far along the delta as the merge does, to a quarter.
+
+    Args:
+        found, ours, base: of one shape and floating dtype; ours is rounded once.
+        units: in the last place of the result, that are tolerated.
+    """
+    import torch
+
+    if base.shape != ours.shape or not ours.is_floating_point():
+        return False
+    exact, start = ours.to(torch.float64), base.to(torch.float64)
+    delta = exact - start
+    moved = float(((found.to(torch.float64) - start) * delta).sum())
+    goal = float(delta.square().sum())
+    if abs(moved - goal) > _ALONG * goal:
+        return False
+    delta.abs_()
+    eps = torch.finfo(ours.dtype).eps
+    allowed = exact.abs().mul_(units).add_(delta, alpha=2).mul_(eps)
+    allowed += _SUM_ERROR * delta.max() + torch.finfo(ours.dtype).smallest_normal * eps
+    return bool(((found.to(torch.float64) - exact).abs_() <= allowed).all())

@@ -1,0 +1,342 @@
+"""Runs a Plan on threads, or on copies of this process, within a byte budget.
+
+Order of completion never shows: outcomes come back in the plan's order, and the writer's bytes do not depend on it.
+Knows nothing of what a step computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from formats.checkpoint import Checkpoint, CheckpointWriter, TensorWriter
+from formats.errors import ReportedError
+from formats.paths import open_checkpoint
+from formats.spec import CheckpointRef, TensorRef, TensorSpec
+from formats.tensors import Bytes, bytes_from_tensor, spec_of, tensor_from_bytes
+from surgery.errors import Unsupported
+from surgery.hashes import new_hash
+from surgery.pipeline.plan import Compares, Outcome, Plan, Step, Streams, TakesOver
+from surgery.pipeline.threads import cores, torch_threads
+from surgery.pipeline.workers import Work, can_fork, forked
+
+if TYPE_CHECKING:
+    import torch
+
+_COPIED = 1 << 18  # bytes that are copied at once: still in the cache when they are hashed and written
+_CHUNK = 1 << 19  # bytes of each of two tensors that are compared: both stay in the cache
+Packed = tuple[tuple[Bytes, TensorSpec] | None, ...]
+Writers = tuple[CheckpointWriter | None, TensorWriter | None]  # of outputs, and of what steps declare aside
+_WORTH_COPIES = 64 << 20  # bytes that a plan moves; below, making copies of the process takes longer than they save
+DEFAULT_MEMORY = 512 << 20  # bytes that steps may hold at once; a larger step runs alone
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run may use.
+
+    Attributes:
+        jobs: workers; 0 means one for each core this process may run on.
+        memory: bytes that running steps may hold together.
+        device: where steps compute: tensors are read on the CPU, moved there, and come back to be written.
+        progress: called after each step with its number, the total and the step's name.
+        processes: whether workers may be copies of this process, which do not wait for each other as threads do. For a
+            process that is surgery's own and has loaded no more than we do.
+    """
+
+    jobs: int = 0
+    memory: int = DEFAULT_MEMORY
+    device: str = "cpu"
+    progress: Callable[[int, int, str], None] | None = None
+    processes: bool = False
+
+    @property
+    def workers(self) -> int:
+        """The number of workers."""
+        return self.jobs or cores()
+
+
+def run(
+    plan: Plan,
+    writer: CheckpointWriter | None,
+    resources: Resources | None = None,
+    aside: TensorWriter | None = None,
+) -> tuple[Outcome, ...]:
+    """Runs every step; the outcomes come in the plan's order, without their tensors.
+
+    `aside` takes what steps declare for a second output.
+
+    The first error stops the run and is raised once the steps under way have ended.
+
+    Raises:
+        ReportedError: whatever a step reports; other exceptions carry the step's name as a note.
+    """
+    import torch
+
+    resources = resources or Resources()
+    device = _device(resources.device)
+    workers = max(1, min(resources.workers, len(plan.steps)))
+    intra_op = max(1, resources.workers // workers)
+    stop = threading.Event()
+    with Readers() as readers, torch_threads(), contextlib.ExitStack() as copies:
+        running = _Running(plan, readers, (writer, aside), _Budget(resources.memory), device, stop)
+        if (writer is None or writer.shared) and _pays(plan, resources, workers, device):
+            running = replace(running, elsewhere=copies.enter_context(forked(workers, running.packed)))
+        # Largest first: the last step to finish is then a small one.
+        order = sorted(range(len(plan.steps)), key=lambda index: -plan.steps[index].volume)
+        pool = ThreadPoolExecutor(workers, "surgery", initializer=torch.set_num_threads, initargs=(intra_op,))
+        futures: dict[int, Future[Outcome]] = {}
+        try:
+            for index in order:
+                futures[index] = pool.submit(running.run, index)
+            _follow(plan, futures, resources)
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+        return tuple(futures[index].result() for index in range(len(plan.steps)))
+
+
+def _pays(plan: Plan, resources: Resources, workers: int, device: torch.device) -> bool:
+    """Whether copies of this process may do the work, and would do it sooner than threads."""
+    allowed = resources.processes and can_fork() and device.type == "cpu"
+    return allowed and workers > 1 and sum(step.volume for step in plan.steps) >= _WORTH_COPIES
+
+
+def _device(name: str) -> torch.device:
+    """The device of a name. Raises Unsupported where this machine, or this torch, has none such."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises for each depends on its build
+        raise Unsupported(
+            "torch cannot compute on this device",
+            expected="cpu, cuda or cuda:1, say",
+            found=f"{name}: {error}",
+            then="leave --device out, or install a torch that is built for it",
+        ) from error
+    return device
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A plan under way. `elsewhere` has a copy of this process compute a step; None: the calling thread does."""
+
+    plan: Plan
+    readers: Readers
+    writers: Writers
+    budget: _Budget
+    device: torch.device
+    stop: threading.Event
+    elsewhere: Work | None = None
+
+    def run(self, index: int) -> Outcome:
+        """One step, from its inputs to what is written."""
+        step = self.plan.steps[index]
+        try:
+            if self.stop.is_set():
+                return Outcome((), {})
+            outcome = _unchanged(step, self.readers)
+            held = 0 if outcome is not None or isinstance(step.op, TakesOver) else step.nbytes
+            with self.budget.hold(held):
+                if self.stop.is_set():
+                    return Outcome((), {})
+                outcome = self._computed(index) if outcome is None else outcome
+                if not isinstance(step.op, TakesOver | Streams):
+                    _write(self.writers[0], step.outputs, outcome.tensors, step.shrinks)
+                _write(self.writers[1], step.asides, outcome.asides, True)
+        except Exception as error:
+            self.stop.set()
+            if not isinstance(error, ReportedError):
+                error.add_note(f"while running the step {step.name}")
+            raise
+        return Outcome((), outcome.fates, outcome.figures)
+
+    def _computed(self, index: int) -> Outcome:
+        """The step's outcome, with the tensors that are still to be written."""
+        step, writer = self.plan.steps[index], self.writers[0]
+        if self.elsewhere is None:
+            return self._compute(step)
+        outcome, tensors, asides = self.elsewhere(index)
+        if writer is not None and isinstance(step.op, TakesOver | Streams):
+            for spec in step.outputs:
+                writer.written(spec.name)
+        whole: Outcome = replace(outcome, tensors=_unpacked(tensors), asides=_unpacked(asides))
+        return whole
+
+    def _compute(self, step: Step) -> Outcome:
+        if isinstance(step.op, TakesOver):
+            return _take_over(step, step.op, self.readers, self.writers[0])
+        if isinstance(step.op, Streams):
+            return _stream(step, step.op, self.readers, self.writers[0], self.device)
+        return step.op(*(self.readers.read(ref).to(self.device) for ref in step.inputs))
+
+    def packed(self, index: int) -> tuple[Outcome, Packed, Packed]:
+        """A step's outcome, in a form that goes to another process."""
+        import torch
+
+        torch.set_num_threads(1)  # a copy made by fork has none of its parent's threads
+        outcome = self._compute(self.plan.steps[index])
+        return replace(outcome, tensors=(), asides=()), _packed(outcome.tensors), _packed(outcome.asides)
+
+
+def _packed(tensors: tuple[torch.Tensor | None, ...]) -> Packed:
+    """Tensors as what they consist of: torch itself would pass on a name in shared memory."""
+    return tuple(None if each is None else (bytes_from_tensor(each), spec_of("", each)) for each in tensors)
+
+
+def _unpacked(packed: Packed) -> tuple[torch.Tensor | None, ...]:
+    return tuple(None if each is None else tensor_from_bytes(*each) for each in packed)
+
+
+def _take_over(step: Step, op: TakesOver, readers: Readers, writer: CheckpointWriter | None) -> Outcome:
+    """Copies the step's input to its output, and hashes it on the way."""
+    (ref,), (spec,) = step.inputs, step.outputs
+    seen = new_hash()
+    source, buffer = readers.checkpoint(ref), np.empty(min(_COPIED, spec.nbytes), np.uint8)
+    with _parts(writer, spec) as put:
+        for begin in range(0, spec.nbytes, _COPIED):
+            piece = buffer[: spec.nbytes - begin]
+            source.read_into(ref.name, begin, piece)
+            seen.update(piece.data)
+            put(begin, piece.data)
+    return op.taken(seen.hexdigest())
+
+
+def _stream(
+    step: Step, op: Streams, readers: Readers, writer: CheckpointWriter | None, device: torch.device
+) -> Outcome:
+    """Reads the step's first input, and writes its output, as the op asks for it."""
+    ref, (spec,) = step.inputs[0], step.outputs
+    checkpoint, dtype = readers.checkpoint(ref), ref.spec.dtype
+    buffer = np.empty(0, np.uint8)
+
+    def source(begin: int, count: int) -> torch.Tensor:
+        nonlocal buffer
+        if buffer.nbytes < count * dtype.itemsize:
+            buffer = np.empty(count * dtype.itemsize, np.uint8)
+        piece = buffer[: count * dtype.itemsize]
+        checkpoint.read_into(ref.name, begin * dtype.itemsize, piece)
+        return tensor_from_bytes(piece, TensorSpec(ref.name, dtype, (count,))).to(device)
+
+    with _parts(writer, spec) as put:
+        return op.streamed(
+            source,
+            tuple(readers.read(each).to(device) for each in step.inputs[1:]),
+            lambda begin, tensor: put(begin * spec.dtype.itemsize, bytes_from_tensor(tensor).data),
+        )
+
+
+def _parts(
+    writer: CheckpointWriter | None, spec: TensorSpec
+) -> contextlib.AbstractContextManager[Callable[[int, memoryview], None]]:
+    return contextlib.nullcontext(lambda begin, piece: None) if writer is None else writer.parts(spec.name)
+
+
+def _write(
+    writer: TensorWriter | None,
+    specs: tuple[TensorSpec, ...],
+    tensors: tuple[torch.Tensor | None, ...],
+    smaller: bool,
+) -> None:
+    for spec, tensor in zip(specs, tensors, strict=True):
+        if writer is not None and tensor is not None:
+            writer.write(spec.name, tensor, smaller=smaller)
+        elif writer is not None:
+            writer.omit(spec.name)
+
+
+def _unchanged(step: Step, readers: Readers) -> Outcome | None:
+    """What a comparing op says of pairs that are equal bit for bit; None if one is not, or the op does not compare."""
+    outcome = step.op.unchanged() if isinstance(step.op, Compares) else None
+    if outcome is None:
+        return None
+    pairs = zip(step.inputs[::2], step.inputs[1::2], strict=True)
+    return outcome if all(readers.equal(before, after) for before, after in pairs) else None
+
+
+def _follow(plan: Plan, futures: dict[int, Future[Outcome]], resources: Resources) -> None:
+    """Waits for all steps, reporting each; raises the first error."""
+    names = {future: plan.steps[index].name for index, future in futures.items()}
+    pending = set(futures.values())
+    while pending:
+        finished, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+        finished |= {future for future in pending if future.done()}
+        pending -= finished
+        for future in finished:
+            future.result()
+            if resources.progress:
+                resources.progress(len(names) - len(pending), len(names), names[future])
+
+
+class _Budget:
+    """Bytes that steps share. A step larger than all of it waits until it is alone."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, nbytes: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._held == 0 or self._held + nbytes <= self._limit)
+            self._held += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= nbytes
+                self._changed.notify_all()
+
+
+class Readers:
+    """Checkpoints opened once for all workers, closed together."""
+
+    def __init__(self) -> None:
+        self._open: dict[CheckpointRef, Checkpoint] = {}
+        self._lock = threading.Lock()
+
+    def read(self, ref: TensorRef) -> torch.Tensor:
+        """The tensor of a reference, on the CPU."""
+        return self.checkpoint(ref).read(ref.name)
+
+    def equal(self, before: TensorRef, after: TensorRef) -> bool:
+        """Whether two tensors are equal bit for bit, chunk by chunk up to the first difference."""
+        nbytes = after.spec.nbytes
+        if (before.spec.dtype, before.spec.nbytes) != (after.spec.dtype, nbytes):
+            return False
+        buffers = [np.empty(min(_CHUNK, nbytes), np.uint8) for _ in range(2)]
+        for begin in range(0, nbytes, _CHUNK):
+            old, new = (buffer[: nbytes - begin] for buffer in buffers)
+            self.checkpoint(before).read_into(before.name, begin, old)
+            self.checkpoint(after).read_into(after.name, begin, new)
+            if not np.array_equal(_words(old), _words(new)):
+                return False
+        return True
+
+    def checkpoint(self, ref: TensorRef) -> Checkpoint:
+        """The checkpoint that a reference is to."""
+        with self._lock:
+            if ref.checkpoint not in self._open:
+                self._open[ref.checkpoint] = open_checkpoint(ref.checkpoint.path)
+            return self._open[ref.checkpoint]
+
+    def __enter__(self) -> Readers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for checkpoint in self._open.values():
+            checkpoint.close()
+
+
+def _words(payload: Bytes) -> np.ndarray[Any, Any]:
+    """The same memory in the longest words it divides into; they compare faster."""
+    return payload.view(np.uint64) if payload.nbytes % 8 == 0 else payload

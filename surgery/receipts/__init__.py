@@ -1,0 +1,1 @@
+"""What an output says of its own making: receipts and undo files."""
