@@ -6,10 +6,10 @@ A new dialect is a file here and one line in `DIALECTS`; its way back one in `WR
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ from formats.dialects.parts import COMFYUI, DOTTED, UNDERSCORED, split_part
 from formats.dialects.peft import Peft
 from formats.dialects.peft_converting import DiffusersWriter, PeftWriter
 from formats.dialects.writing import DialectWriter
-from formats.errors import AdapterFormatError, CorruptFile, PathNotFound
-from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, open_checkpoint
+from formats.errors import AdapterFormatError, PathNotFound
+from formats.model_config import parsed_config
+from formats.open_files import OpenFiles
+from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS
 from formats.spec import TensorSpec
 
 DIALECTS: tuple[Dialect, ...] = (
@@ -59,6 +61,7 @@ KINDLESS = (*IN_PARTS, "ort")  # those that lay a product out by the weight, wha
 # The weights' files in folders of peft's, AdapterHub's and ours for ONNX Runtime.
 _WEIGHTS = (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, "adapter.safetensors", "pytorch_adapter.bin", OrtWriter().weights)
 _INSIDE_PEFT = re.compile(r"\.lora_[AB]\.(\w+)\.weight$")  # a key of peft's model, before it is saved
+_CONFIG = "adapter's config"  # what errors call it
 CONFIG_KEY = "adapter_config"  # where a single-file adapter keeps its config, in the header's metadata
 
 
@@ -81,14 +84,45 @@ def open_adapter(
         AdapterFormatError: no dialect of ours, or one that contradicts itself.
         UnmatchedKeys: made for another model.
     """
-    checkpoint, config = open_adapter_file(path)
-    with checkpoint:
-        read = dialect_of(checkpoint, config, path).read(checkpoint, config, base, names or {}, told)
-        return replace(read, notes=checkpoint.notes)
+    with OpenFiles() as files:
+        return open_adapter_file(path, files).read(base, names, told)
 
 
-def open_adapter_file(path: str | Path) -> tuple[Checkpoint, Mapping[str, Any] | None]:
-    """An adapter's tensors and its config, None if it has none. The caller closes the checkpoint."""
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter that was opened once.
+
+    Attributes:
+        path: as the caller named it: a folder or a file.
+        checkpoint: its tensors.
+        config: its config; None if it has none.
+        files: what it was opened with; other files beside it are opened there too.
+    """
+
+    path: Path
+    checkpoint: Checkpoint
+    config: Mapping[str, Any] | None
+    files: OpenFiles
+
+    @cached_property
+    def dialect(self) -> Dialect:
+        """The dialect of its names. Raises as `dialect_of`."""
+        return dialect_of(self.checkpoint, self.config, self.path)
+
+    def read(
+        self, base: Mapping[str, TensorSpec], names: Mapping[str, str] | None = None, told: Told = NOTHING_TOLD
+    ) -> Adapter:
+        """The adapter, resolved against its base's tensors. Arguments and errors are those of `open_adapter`."""
+        read = self.dialect.read(self.checkpoint, self.config, base, names or {}, told)
+        return replace(read, notes=self.checkpoint.notes)
+
+
+def open_adapter_file(path: str | Path, files: OpenFiles) -> AdapterFile:
+    """Opens an adapter's weights and its config, headers only.
+
+    Raises:
+        PathNotFound, NotACheckpoint, CorruptFile: the file itself.
+    """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     if not path.exists():
@@ -98,24 +132,14 @@ def open_adapter_file(path: str | Path) -> tuple[Checkpoint, Mapping[str, Any] |
         raise PathNotFound(
             "the adapter's folder has a config and no weights", where=path, expected=" or ".join(_WEIGHTS)
         )
-    checkpoint = open_checkpoint(weights[0] if weights else path)
-    if CONFIG_KEY in checkpoint.metadata:
-        return checkpoint, _parse(checkpoint.metadata[CONFIG_KEY], path)
+    checkpoint, config = files.checkpoint(weights[0] if weights else path), None
     beside = folder / ADAPTER_CONFIG
     # A lone file takes the config of its folder only under the name that the config belongs to.
-    if beside.exists() and (path.is_dir() or path.name in _WEIGHTS):
-        return checkpoint, _parse(beside.read_text(encoding="utf-8"), beside)
-    return checkpoint, None
-
-
-def _parse(text: str, where: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise CorruptFile(f"the adapter's config is not JSON: {error}", where=where) from error
-    if not isinstance(config, dict):
-        raise CorruptFile("the adapter's config is not a JSON object", where=where)
-    return config
+    if CONFIG_KEY in checkpoint.metadata:
+        config = parsed_config(checkpoint.metadata[CONFIG_KEY], path, _CONFIG)
+    elif beside.exists() and (path.is_dir() or path.name in _WEIGHTS):
+        config = parsed_config(files.content(beside), beside, _CONFIG)
+    return AdapterFile(path, checkpoint, config, files)
 
 
 def dialect_of(checkpoint: Checkpoint, config: Mapping[str, Any] | None, where: str | Path) -> Dialect:

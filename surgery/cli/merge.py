@@ -11,11 +11,12 @@ from surgery.cli import options
 
 if TYPE_CHECKING:
     from surgery.exact.survival import Surviving
+    from surgery.operations.merge.merge import MergeReport
 
 _WARN_BELOW = 0.5
 
 
-@click.command("merge", epilog="Example: surgery merge base/ adapter/ style/:0.5 -o merged/")
+@options.verb("merge", epilog="Example: surgery merge base/ adapter/ style/:0.5 -o merged/")
 @click.argument("base", type=options.PATH)
 @options.merging_options(undo="Also write what unmerge needs to give BASE back bit for bit.")
 @click.option("--base", "of", type=options.PATH, help="Where BASE is an ONNX graph: what it was exported from.")
@@ -34,15 +35,11 @@ _WARN_BELOW = 0.5
 )
 @options.max_shard_option("the base's shards")
 def command(
+    run: options.Run,
     base: str,
     adapters: tuple[tuple[str, float | None], ...],
     out: str,
     of: str | None,
-    dry_run: bool,
-    jobs: int,
-    memory: int,
-    device: str,
-    as_json: bool,
     **how: Any,
 ) -> None:
     """Merge adapters into BASE: W = W0 + ΣΔW, each weight rounded once, whatever their order.
@@ -50,11 +47,7 @@ def command(
     BASE may be an ONNX graph, exported by any tool from the checkpoint --base: OUT.onnx is then that graph with the
     merged weights.
     """
-    from formats.paths import open_checkpoint
-    from surgery.model.stored_dtype import dtype_named
-    from surgery.operations.merge import merge as operation
-    from surgery.operations.merge.adapters import open_for_merge
-    from surgery.operations.merge.plan import plan_merge
+    from surgery.operations.merge.merge import prepare_merge
 
     how = options.told(how)
     if base.endswith(".onnx") or of is not None:
@@ -62,28 +55,22 @@ def command(
             raise click.UsageError(
                 "an ONNX graph as BASE and the checkpoint it was exported from as --base go together"
             )
-        _merge_graph(base, of, adapters, out, {"dry_run": dry_run, "device": device != "cpu", **how}, as_json)
+        _merge_graph(
+            base, of, adapters, out, {"dry_run": run.dry_run, "device": run.device != "cpu", **how}, run.as_json
+        )
         return
-    with options.reporting("merge", as_json):
-        if dry_run:
-            with open_checkpoint(base) as w0:
-                planned = open_for_merge(base, adapters, w0.specs, how["weight"], how["told"], untie=how["untie"])
-                stored = dtype_named(how["dtype"])
-                options.show_plan(plan_merge(w0, *planned, undo=how["undo"] is not None, stored=stored)[0])
-            return
-        with options.resources(jobs, memory, device) as resources:
-            report = operation.merge(base, adapters, out, **how, resources=resources)
-        if as_json:
-            options.print_json(report)
-            return
-        parts = ["base " + report.base_digest[:16], *(f"adapter {digest[:16]}" for digest in report.adapters)]
-        options.show(f"digest {report.digest}  ({', '.join(parts)})")
-        for line in surviving_lines(report.surviving):
-            options.show(line)
-        if report.undo is not None:
-            share = f"{report.undo.share:.2%} of the tensors that changed"
-            options.show(f"undo file {report.undo.path}: {report.undo.nbytes:,} bytes, {share}")
-        options.show_ending(report)
+    run.carry_out(lambda resources: prepare_merge(base, adapters, out, **how, resources=resources), _show)
+
+
+def _show(report: MergeReport) -> None:
+    parts = ["base " + report.base_digest[:16], *(f"adapter {digest[:16]}" for digest in report.adapters)]
+    options.show(f"digest {report.digest}  ({', '.join(parts)})")
+    for line in surviving_lines(report.surviving):
+        options.show(line)
+    if report.undo is not None:
+        share = f"{report.undo.share:.2%} of the tensors that changed"
+        options.show(f"undo file {report.undo.path}: {report.undo.nbytes:,} bytes, {share}")
+    options.show_ending(report)
 
 
 _GRAPH = ("weight", "told", "force")  # what merging into a graph knows

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from surgery.pipeline.engine import Resources
-    from surgery.pipeline.plan import Plan
+    from surgery.pipeline.job import Job, JobPlan
     from surgery.ranks import RankRule
+    from surgery.report import Report
 
+R = TypeVar("R", bound="Report")
+D = TypeVar("D")
 PATH = click.Path(path_type=str)
 
 
@@ -113,13 +117,85 @@ def max_shard_option(default: str) -> Callable[[Callable[..., None]], Callable[.
     return click.option("--max-shard-size", type=ByteSize(), metavar="SIZE", help=text)
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How a command is carried out: the options that every verb has.
+
+    Attributes:
+        operation: the verb's name.
+        as_json: whether stdout gets one JSON document.
+        dry_run: whether to print the plan and stop.
+        jobs, memory, device: of the engine.
+    """
+
+    operation: str
+    as_json: bool = False
+    dry_run: bool = False
+    jobs: int = 0
+    memory: int = 0
+    device: str = "cpu"
+
+    def carry_out(self, prepare: Callable[[Resources], Job[R]], show: Callable[[R], None]) -> R | None:
+        """Prepares a job and runs it, or prints its plan; prints what comes of it, errors too.
+
+        Args:
+            prepare: makes the job, which will use these resources.
+            show: prints the report for people.
+
+        Returns:
+            The report; None of a dry run.
+        """
+        with reporting(self.operation, self.as_json):
+            with resources(self.jobs, self.memory, self.device) as allowed:
+                job = prepare(allowed)
+                if self.dry_run:
+                    with job:
+                        self._print(job.summary, show_plan)
+                    return None
+                report = job.run()
+            self._print(report, show)
+            return report
+
+    def _print(self, document: D, show: Callable[[D], None]) -> None:
+        if self.as_json:
+            print_json(document)
+        else:
+            show(document)
+
+
+def verb(
+    name: str, *, epilog: str, writes: bool = True, computes: bool = True
+) -> Callable[[Callable[..., None]], click.Command]:
+    """A command that carries out a job. Its function gets `run`, and the options of its own.
+
+    Args:
+        name: of the command.
+        epilog: an example.
+        writes: whether it writes something, so that --dry-run has a meaning.
+        computes: whether it runs steps on the engine: --jobs, --memory and --device.
+    """
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        @functools.wraps(function)
+        def command(**how: Any) -> None:
+            shared = {field.name: how.pop(field.name) for field in dataclasses.fields(Run) if field.name in how}
+            function(run=Run(name, **shared), **how)
+
+        decorated: Callable[..., None] = json_option(command)
+        for wanted, option in ((computes, engine_options), (writes, dry_run_option)):
+            decorated = option(decorated) if wanted else decorated
+        return click.command(name, epilog=epilog)(decorated)
+
+    return decorate
+
+
 def engine_options(function: Callable[..., None]) -> Callable[..., None]:
     """--jobs, --memory and --device."""
-    function = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …")(
-        function
-    )
     function = click.option(
-        "--memory", type=ByteSize(), default="512MiB", show_default=True, help="What running steps may hold together."
+        "--device", default="cpu", show_default=True, help="Compute on this device: cpu, cuda, cuda:1 …"
+    )(function)
+    function = click.option(
+        "--memory", type=ByteSize(), default="512MiB", show_default=True, help="Memory budget for running steps."
     )(function)
     return click.option("--jobs", type=click.IntRange(min=0), default=0, help="Workers; 0 means one for each core.")(
         function
@@ -195,7 +271,7 @@ def merging_options(undo: str) -> Callable[[Callable[..., None]], Callable[..., 
     """What merge and unmerge share: the adapters, --undo (with its help), and the options of every verb that writes."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        for each in (json_option, engine_options, dry_run_option, told_options, output_options):
+        for each in (told_options, output_options):
             function = each(function)
         function = click.option("--undo", type=PATH, metavar="FILE", help=undo)(function)
         return click.argument("adapters", type=WeighedPath(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")(
@@ -367,12 +443,15 @@ def show(*parts: Any) -> None:
         console.print(part)
 
 
-def show_plan(plan: Plan) -> None:
+def show_plan(plan: JobPlan) -> None:
     """--dry-run: the plan, a row a step."""
     rows = table("op", "step", "reads", "writes")
-    for row in plan.rows():
-        rows.add_row(*row)
-    show(rows, *(f"note: {note}" for note in plan.notes), f"{len(plan.steps)} steps, nothing written")
+    for step in plan.steps:
+        rows.add_row(step.op, step.name, step.reads, step.writes)
+    show(rows, *(f"note: {note}" for note in plan.notes))
+    show(
+        f"{len(plan.steps)} steps, {plan.bytes_read:,} bytes to read, {plan.bytes_written:,} to write; nothing written"
+    )
 
 
 def show_recast(report: Any) -> None:

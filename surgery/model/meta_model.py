@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 
-def meta_model(folder: str | Path) -> Any:
-    """The model of a folder's config.json, an nn.Module of meta tensors; None where that cannot be had."""
+def meta_model(said: Mapping[str, Any]) -> Any:
+    """The model that a config.json names, an nn.Module of meta tensors; None where that cannot be had."""
     try:
         import torch
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = transformers.CONFIG_MAPPING[said["model_type"]].from_dict(dict(said))
         model_class = getattr(transformers, str((config.architectures or [""])[0]), None)
         if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
             return None

@@ -23,7 +23,7 @@ from formats.dialects.writing import DROPS, DialectWriter, Making, Piece, Wanted
 from formats.errors import AdapterFormatError, NotExpressible
 from formats.layers import layer_kinds, owner
 from formats.model_config import model_config
-from formats.paths import ADAPTER_CONFIG, open_checkpoint
+from formats.paths import ADAPTER_CONFIG
 from formats.spec import TensorSpec
 from surgery.exact.finite import check_finite
 from surgery.exact.rounding import round_once
@@ -346,15 +346,15 @@ def _check_told(told: Told, source: str, to: str, where: object) -> None:
         )
 
 
-def base_specs(
-    checkpoint: Checkpoint, config: Mapping[str, Any] | None, source: str, base: str | Path | None, told: Told
-) -> Mapping[str, TensorSpec]:
+def base_specs(adapter: AdapterFile, base: BaseModel | None, told: Told) -> Mapping[str, TensorSpec]:
     """The base's tensors, or those that the adapter's own factors imply. Raises AdapterFormatError where they do not
     tell."""
     if base is not None:
-        with open_checkpoint(base) as opened:
-            return dict(opened.specs)
-    return implied_base(checkpoint, config) if source == "peft" else implied_part(checkpoint, told, source)
+        return base.specs
+    source = adapter.dialect.name
+    if source == "peft":
+        return implied_base(adapter.checkpoint, adapter.config)
+    return implied_part(adapter.checkpoint, told, source)
 
 
 def _beside(checkpoint: Checkpoint, adapter: Adapter, written: Written) -> dict[str, Fate]:
