@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.linalg.truncated import Factors, ChoosesRank, TruncatedSVD, oriented, squared_distance, stored
+from surgery.linalg.truncated import ChoosesRank, Factors, TruncatedSVD, oriented, squared_distance, stored
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,7 +16,7 @@ from surgery.ranks.spectra import Spectrum
 _LEAST_KNOWN = 16  # values to measure of every weight at first
 
 
-class Measure(Protocol):
+class Measuring(Protocol):
     """Measures spectra."""
 
     def __call__(self, names: Collection[str] | None, known: int, /) -> Iterable[Spectrum]:
@@ -25,7 +25,7 @@ class Measure(Protocol):
 
 def spend(
     budget: Budget,
-    measure: Measure,
+    measure: Measuring,
     *,
     per_rank: int,
     fixed: Callable[[Collection[str]], int],

@@ -71,7 +71,9 @@ def prepare_extract(
     seed: int = 0,
     resources: Resources | None = None,
 ) -> Job[ExtractReport]:
-    """Prepares a job that writes tuned − base as a PEFT adapter: LoRA factors for changed matrices, the rest of the change in full.
+    """Prepares a job that writes tuned − base as a PEFT adapter.
+
+    Changed matrices become LoRA factors; the rest of the change goes in full.
 
     Args:
         base, tuned: a safetensors file or a folder each.

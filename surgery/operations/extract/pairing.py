@@ -87,7 +87,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Whole:
+class FullTensors:
     """Tensors carried in full if they changed; `together`, all of a module's or none."""
 
     label: str
@@ -111,7 +111,7 @@ class Pairing:
     base: Checkpoint
     tuned: Checkpoint
     matrices: tuple[Matrix, ...]
-    wholes: tuple[Whole, ...]
+    wholes: tuple[FullTensors, ...]
     left: tuple[str, ...]
     removed: tuple[str, ...]
     structure: Structure
@@ -328,16 +328,16 @@ def _awkward_parameters(matrices: Sequence[Matrix], modules: Iterable[str]) -> s
 
 def _wholes(
     base: Checkpoint, tuned: Checkpoint, modules: Mapping[str, list[str]], carried: set[str], layers: set[str]
-) -> tuple[Whole, ...]:
+) -> tuple[FullTensors, ...]:
     saved = _saved_modules(base, tuned, layers)
     wholes = []
     for module, names in modules.items():
         rest = tuple(name for name in names if name not in carried)
         complete = len(rest) == sum(owner(name) == module for name in tuned.specs)
         if rest and module in saved and complete:
-            wholes.append(Whole(module, rest, together=True))
+            wholes.append(FullTensors(module, rest, together=True))
         else:
-            wholes += [Whole(name, (name,), together=False) for name in rest]
+            wholes += [FullTensors(name, (name,), together=False) for name in rest]
     return tuple(wholes)
 
 

@@ -7,7 +7,7 @@ in which they may be carried. Knows no path and no decomposition.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from formats.dialects.peft_writing import (
     bias_key,
@@ -23,7 +23,7 @@ from surgery.errors import SurgeryError, Unsupported
 from surgery.linalg.truncated import workspace
 from surgery.model.base_model import BaseModel
 from surgery.operations.extract.ops import Decomposition, Factorise, FactoriseParameters, KeepWhole, LeaveBehind
-from surgery.operations.extract.pairing import Choice, Matrix, Pairing, Whole, pair
+from surgery.operations.extract.pairing import Choice, FullTensors, Matrix, Pairing, pair
 from surgery.pipeline.plan import Plan, Step
 from surgery.ranks import Bounded, FixedRank, QuantileRule
 from surgery.ranks.choice import RankChoice
@@ -35,7 +35,7 @@ class Extraction:
     """How to extract: see `extract`, whose arguments these are."""
 
     ranks: RankChoice
-    choice: Choice = Choice()
+    choice: Choice = field(default_factory=Choice)
     method: str = "lora"
     bias: str = "full"
     exact: bool = False
@@ -163,9 +163,7 @@ def _layer_step(pairing: Pairing, matrix: Matrix, how: Decomposition) -> Step:
     return Step(name, inputs, tuple(outputs), Factorise(matrix, how), _workspace((matrix,), (how,)), how.may_be_full)
 
 
-def _parameters_step(
-    pairing: Pairing, matrices: tuple[Matrix, ...], hows: tuple[Decomposition, ...]
-) -> Step:
+def _parameters_step(pairing: Pairing, matrices: tuple[Matrix, ...], hows: tuple[Decomposition, ...]) -> Step:
     names = [matrix.spec.name for matrix in matrices]
     module = owner(pairing.known_as(names[0]))
     # The keys tell a parameter's depth among those that turn out to be adapted, not which one it is.
@@ -197,7 +195,7 @@ def _workspace(matrices: Iterable[Matrix], hows: Iterable[Decomposition]) -> int
     return max(needs)
 
 
-def whole_step(pairing: Pairing, whole: Whole) -> Step:
+def whole_step(pairing: Pairing, whole: FullTensors) -> Step:
     """The step that compares tensors and keeps them in full."""
     base, tuned = pairing.base, pairing.tuned
     known = tuple(name in base.specs for name in whole.names)

@@ -18,7 +18,7 @@ from surgery.operations.extract.measure import plan_measure
 from surgery.operations.extract.pairing import Choice, pair
 from surgery.operations.extract.results import gathered
 from surgery.pipeline.engine import Resources
-from surgery.pipeline.job import Done, Header, Job, Writers, runs, step_by_step
+from surgery.pipeline.job import Done, Header, Job, runs, step_by_step
 from surgery.pipeline.plan import Plan
 from surgery.ranks.choice import RankChoice
 from surgery.ranks.spectra import Point, Spectrum, budgeted, doubling, known_rank, uniform
