@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from surgery.operations.convert.containers import ContainerReport, convert_container
     from surgery.operations.convert.convert import ConvertReport, convert
     from surgery.operations.export.export_onnx import ExportReport, export_onnx
-    from surgery.operations.export.into_template import ReweighReport, merge_onnx, reweigh
+    from surgery.operations.export.into_template import ReweighReport, reweigh
     from surgery.operations.extract.extract import ExtractReport, extract
     from surgery.operations.extract.spectrum import SpectrumReport, spectrum
     from surgery.operations.fold.fold import FoldReport, fold
@@ -74,7 +74,6 @@ _HOMES = {
     "InspectReport": "surgery.operations.look.inspect",
     "merge": "surgery.operations.merge.merge",
     "MergeReport": "surgery.operations.merge.merge",
-    "merge_onnx": "surgery.operations.export.into_template",
     "open_checkpoint": "formats",
     "prove": "surgery.operations.look.prove",
     "ProveReport": "surgery.operations.look.prove",
@@ -148,7 +147,6 @@ __all__ = [
     "fold",
     "inspect",
     "merge",
-    "merge_onnx",
     "open_checkpoint",
     "prove",
     "resize",
