@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from surgery.operations.export.export_onnx import ExportReport as ExportReport
     from surgery.operations.export.export_onnx import export_onnx as export_onnx
     from surgery.operations.export.into_template import ReweighReport as ReweighReport
-    from surgery.operations.export.into_template import merge_onnx as merge_onnx
     from surgery.operations.export.into_template import reweigh as reweigh
     from surgery.operations.extract.extract import ExtractReport as ExtractReport
     from surgery.operations.extract.extract import extract as extract
@@ -118,7 +117,6 @@ _HOMES = {
     "fold": "surgery.operations.fold.fold",
     "inspect": "surgery.operations.look.inspect",
     "merge": "surgery.operations.merge.merge",
-    "merge_onnx": "surgery.operations.export.into_template",
     "open_checkpoint": "formats",
     "prepare_merge": "surgery.operations.merge.merge",
     "prepare_unmerge": "surgery.operations.merge.unmerge",
