@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from surgery.errors import FormatError, ReportedError, SurgeryError
     from surgery.onnx.timing.compared import CompareReport
     from surgery.onnx.timing.record import BenchReport
-    from surgery.operations.convert.containers import ContainerReport, convert_container
-    from surgery.operations.convert.convert import ConvertReport, convert
+    from surgery.operations.convert.containers import ContainerReport, convert_container, prepare_convert_container
+    from surgery.operations.convert.convert import ConvertReport, convert, prepare_convert
     from surgery.operations.export.export_onnx import ExportReport, export_onnx
     from surgery.operations.export.into_template import ReweighReport, merge_onnx, reweigh
     from surgery.operations.extract.extract import ExtractReport, extract
     from surgery.operations.extract.spectrum import SpectrumReport, spectrum
-    from surgery.operations.fold.fold import FoldReport, fold
+    from surgery.operations.fold.fold import FoldReport, fold, prepare_fold
     from surgery.operations.latency.bench import bench
     from surgery.operations.latency.compare import compare
     from surgery.operations.look.diff import DiffReport, diff
@@ -76,6 +76,9 @@ _HOMES = {
     "MergeReport": "surgery.operations.merge.merge",
     "merge_onnx": "surgery.operations.export.into_template",
     "open_checkpoint": "formats",
+    "prepare_convert": "surgery.operations.convert.convert",
+    "prepare_convert_container": "surgery.operations.convert.containers",
+    "prepare_fold": "surgery.operations.fold.fold",
     "prove": "surgery.operations.look.prove",
     "ProveReport": "surgery.operations.look.prove",
     "ReportedError": "surgery.errors",
@@ -150,6 +153,9 @@ __all__ = [
     "merge",
     "merge_onnx",
     "open_checkpoint",
+    "prepare_convert",
+    "prepare_convert_container",
+    "prepare_fold",
     "prove",
     "resize",
     "reweigh",
