@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from surgery.onnx.timing.record import BenchReport as BenchReport
     from surgery.operations.convert.containers import ContainerReport as ContainerReport
     from surgery.operations.convert.containers import convert_container as convert_container
+    from surgery.operations.convert.containers import prepare_convert_container as prepare_convert_container
     from surgery.operations.convert.convert import ConvertReport as ConvertReport
     from surgery.operations.convert.convert import convert as convert
+    from surgery.operations.convert.convert import prepare_convert as prepare_convert
     from surgery.operations.export.export_onnx import ExportReport as ExportReport
     from surgery.operations.export.export_onnx import export_onnx as export_onnx
     from surgery.operations.export.into_template import ReweighReport as ReweighReport
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from surgery.operations.extract.spectrum import spectrum as spectrum
     from surgery.operations.fold.fold import FoldReport as FoldReport
     from surgery.operations.fold.fold import fold as fold
+    from surgery.operations.fold.fold import prepare_fold as prepare_fold
     from surgery.operations.latency.bench import bench as bench
     from surgery.operations.latency.compare import compare as compare
     from surgery.operations.look.diff import DiffReport as DiffReport
@@ -118,6 +121,9 @@ _HOMES = {
     "inspect": "surgery.operations.look.inspect",
     "merge": "surgery.operations.merge.merge",
     "open_checkpoint": "formats",
+    "prepare_convert": "surgery.operations.convert.convert",
+    "prepare_convert_container": "surgery.operations.convert.containers",
+    "prepare_fold": "surgery.operations.fold.fold",
     "prepare_merge": "surgery.operations.merge.merge",
     "prepare_unmerge": "surgery.operations.merge.unmerge",
     "prepare_verify": "surgery.operations.merge.verify",
