@@ -15,7 +15,7 @@ from surgery.exact import rounding
 from surgery.exact.rounding import ExactProduct, Hadamard, blocks
 from surgery.linalg.difference import Delta
 from surgery.linalg.thin_product import refactor, thin_svd
-from surgery.linalg.truncated import Factors, RankChoice, TruncatedSVD, factorise, leading_values, oriented, stored
+from surgery.linalg.truncated import Factors, ChoosesRank, TruncatedSVD, factorise, leading_values, oriented, stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,7 +104,7 @@ def _thin(left: torch.Tensor, right: torch.Tensor, device: torch.device, turned:
     return Thin(right.mT, left.mT) if turned else Thin(left, right)
 
 
-def factored(form: Form, rank: int | RankChoice, dtype: torch.dtype, seed: int = 0) -> tuple[Factors, float, bool]:
+def factored(form: Form, rank: int | ChoosesRank, dtype: torch.dtype, seed: int = 0) -> tuple[Factors, float, bool]:
     """The best factors of a rank stored as `dtype`, ‖ΔW‖², and whether the rank is known to hold all of ΔW, so that
     nothing is lost but rounding to float32.
 
@@ -136,7 +136,7 @@ def spectrum(form: Form, count: int, seed: int = 0) -> tuple[NDArray[np.float64]
     return values, total, len(values) == _size(form)
 
 
-def kronecker_svd(form: KroneckerPair, rank: int | RankChoice) -> TruncatedSVD:
+def kronecker_svd(form: KroneckerPair, rank: int | ChoosesRank) -> TruncatedSVD:
     """The leading singular triplets of first ⊗ second, on the CPU; `spectrum` has all values that are not zero by
     construction.
 
@@ -165,5 +165,5 @@ def _size(form: Form) -> int:
     return min(form.shape) if isinstance(form, Delta) else form.size
 
 
-def _clamped(rank: int | RankChoice, size: int) -> int | RankChoice:
+def _clamped(rank: int | ChoosesRank, size: int) -> int | ChoosesRank:
     return min(rank, size) if isinstance(rank, int) else rank

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from surgery.linalg import krylov
 from surgery.linalg.difference import Delta
-from surgery.linalg.krylov import RankChoice
+from surgery.linalg.krylov import ChoosesRank
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Delta",
     "Factors",
-    "RankChoice",
+    "ChoosesRank",
     "TruncatedSVD",
     "factorise",
     "leading_values",
@@ -70,7 +70,7 @@ def workspace(rows: int, columns: int, rank: int | None) -> int:
     return copy + 2 * 4 * krylov.width_of(rank) * krylov.USUAL_BLOCKS * (rows + columns)
 
 
-def truncated_svd(delta: Delta, rank: int | RankChoice, seed: int = 0, *, exact: bool = False) -> TruncatedSVD:
+def truncated_svd(delta: Delta, rank: int | ChoosesRank, seed: int = 0, *, exact: bool = False) -> TruncatedSVD:
     """The leading singular triplets, computed where ΔW is, on the CPU in the end.
 
     The residual exceeds that of the exact decomposition by about `krylov.TOLERANCE` of itself at most. Dense and exact
@@ -157,7 +157,7 @@ class Factors:
 
 def factorise(
     delta: Delta,
-    rank: int | RankChoice,
+    rank: int | ChoosesRank,
     dtype: torch.dtype,
     seed: int = 0,
     *,
