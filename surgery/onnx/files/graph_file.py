@@ -16,7 +16,7 @@ import numpy as np
 
 from formats.containers import container_named
 from formats.errors import CorruptFile, NotACheckpoint, PathNotFound, UnsafeFile
-from formats.paths import open_checkpoint
+from formats.open_files import OpenFiles
 from formats.reading import fill
 from formats.tensors import Bytes
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 PRODUCER = "surgery"  # of graphs that export-onnx writes
 
 
-def load_graph(path: Path) -> onnx.ModelProto:
-    """The graph without its external weights.
+def load_graph(path: Path, files: OpenFiles | None = None) -> onnx.ModelProto:
+    """The graph without its external weights; `files`: where the headers of these are open, or are opened.
 
     Raises:
         PathNotFound: no such file.
@@ -45,11 +45,11 @@ def load_graph(path: Path) -> onnx.ModelProto:
     if not model.graph.output:
         raise CorruptFile("not an ONNX file, or one whose graph gives nothing", where=path)
     if model.producer_name == PRODUCER:
-        _require_places(model, path)
+        _require_places(model, path, files or OpenFiles())
     return model
 
 
-def _require_places(model: onnx.ModelProto, path: Path) -> None:
+def _require_places(model: onnx.ModelProto, path: Path, files: OpenFiles) -> None:
     """A graph finds weights by offset, and whatever lies there a runtime takes for them. Of ours the names are known
     too: so where the files tell names, each must be where the graph looks for it."""
     import onnx
@@ -64,20 +64,19 @@ def _require_places(model: onnx.ModelProto, path: Path) -> None:
         if Path(location).name != location or container_named(location) is None or not file.is_file():
             continue  # `external` says what is wrong with it
         try:
-            checkpoint = open_checkpoint(file)
+            checkpoint = files.checkpoint(file)
         except NotACheckpoint:
             continue  # another tool's file under such a name
-        with checkpoint:
-            for name, offset in offsets.items():
-                place = checkpoint.place(name) if name in checkpoint.specs else None
-                if place is None or str(place.offset) != offset:
-                    raise CorruptFile(
-                        "the weights have been written anew since the graph was exported, and lie elsewhere",
-                        where=path,
-                        expected=f"{name} at byte {offset} of {location}",
-                        found=f"at byte {place.offset}" if place else "not there",
-                        then="export the graph again",
-                    )
+        for name, offset in offsets.items():
+            place = checkpoint.place(name) if name in checkpoint.specs else None
+            if place is None or str(place.offset) != offset:
+                raise CorruptFile(
+                    "the weights have been written anew since the graph was exported, and lie elsewhere",
+                    where=path,
+                    expected=f"{name} at byte {offset} of {location}",
+                    found=f"at byte {place.offset}" if place else "not there",
+                    then="export the graph again",
+                )
 
 
 @dataclass(frozen=True)
