@@ -41,13 +41,13 @@ class Outcome:
     Attributes:
         tensors: one for each declared output of the step, in order; None leaves that output out.
         fates: the ledger's entries, by tensor name.
-        figures: what was measured on the way, by the operation's own keys.
+        figures: what was measured on the way, as the operation's own class.
         asides: one for each tensor that the step declares aside, likewise.
     """
 
     tensors: tuple[torch.Tensor | None, ...]
     fates: Mapping[str, Fate]
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    figures: Any = field(default_factory=dict)
     asides: tuple[torch.Tensor | None, ...] = ()
 
 

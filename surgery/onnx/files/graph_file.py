@@ -7,7 +7,7 @@ nothing of what the graph computes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from formats.containers import container_named
 from formats.errors import CorruptFile, NotACheckpoint, PathNotFound, UnsafeFile
 from formats.open_files import OpenFiles
 from formats.reading import fill
+from formats.spec import CheckpointRef, DType, TensorRef, TensorSpec
 from formats.tensors import Bytes
 
 if TYPE_CHECKING:
@@ -177,6 +178,31 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
         for attribute in node.attribute:
             for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
                 yield from graphs(inner)
+
+
+def named_tensors(every: Iterable[onnx.GraphProto]) -> list[tuple[str, onnx.TensorProto]]:
+    """Every tensor of these graphs, Constant nodes' included, with the name of its value."""
+    found = []
+    for graph in every:
+        found += [(tensor.name, tensor) for tensor in graph.initializer]
+        for node in graph.node:
+            if node.op_type == "Constant":
+                found += [(node.output[0], a.t) for a in node.attribute if a.name == "value"]
+    return found
+
+
+def all_tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Every tensor of a model's graphs, whatever its type, in one order."""
+    return [tensor for _, tensor in named_tensors(graphs(model.graph))]
+
+
+def files_of(model: onnx.ModelProto, path: Path) -> tuple[TensorRef, ...]:
+    """The graph's file and those that its tensors lie in, for a plan: each as so many bytes. Raises as `external`."""
+    outside = {found.location for tensor in all_tensors(model) if (found := external(tensor, path)) is not None}
+    return tuple(
+        TensorRef(CheckpointRef(str(file)), TensorSpec(file.name, DType.U8, (file.stat().st_size,)))
+        for file in (path, *(path.parent / location for location in sorted(outside)))
+    )
 
 
 def count_nodes(model: onnx.ModelProto) -> int:
