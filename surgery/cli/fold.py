@@ -13,8 +13,19 @@ from surgery.cli import options
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from surgery.operations.fold.calibrate import Approximation
     from surgery.operations.fold.verdicts import Verdict
+
+
+def _refuse(ctx: click.Context, param: click.Parameter, value: object) -> None:
+    """Says where to go with an option that there was."""
+    if value not in (None, False):
+        raise click.UsageError(
+            "--approximate, --calibration and --max-error were taken away: fold without them, which leaves the "
+            "non-linearities in the graph, and put these there with surgery export-onnx"
+        )
+
+
+_TAKEN_AWAY: dict[str, Any] = {"hidden": True, "is_eager": True, "expose_value": False, "callback": _refuse}
 
 
 @click.command("fold", epilog="Example: surgery fold bert-base/ houlsby/ -o folded/")
@@ -22,23 +33,9 @@ if TYPE_CHECKING:
 @click.argument("adapter", type=options.PATH)
 @options.output_options
 @options.told_options
-@click.option(
-    "--approximate",
-    is_flag=True,
-    help="Also fold where an affine map stands for the non-linearity: the nearest on the rows of --calibration.",
-)
-@click.option(
-    "--calibration",
-    type=options.PATH,
-    metavar="FILE",
-    help="A safetensors file with input_ids [and attention_mask], or pixel_values.",
-)
-@click.option(
-    "--max-error",
-    type=click.FloatRange(min=0),
-    metavar="SHARE",
-    help="Fail where the approximation errs more: ‖error‖/‖output‖ on rows held out.",
-)
+@click.option("--approximate", is_flag=True, **_TAKEN_AWAY)
+@click.option("--calibration", **_TAKEN_AWAY)
+@click.option("--max-error", **_TAKEN_AWAY)
 @click.option("--dry-run", is_flag=True, help="Print what would become of each part, and why; write nothing.")
 @options.engine_options
 @options.json_option
@@ -46,7 +43,6 @@ def command(
     model: str,
     adapter: str,
     out: str,
-    approximate: bool,
     dry_run: bool,
     jobs: int,
     memory: int,
@@ -58,12 +54,6 @@ def command(
     from surgery.operations.fold import fold as operation
 
     how = options.told(how)
-    if approximate != (how["calibration"] is not None):
-        raise click.UsageError("--approximate and --calibration FILE go together")
-    if dry_run and approximate:
-        raise click.UsageError("--dry-run runs nothing, and only a run finds what --approximate needs")
-    if how["max_error"] is not None and not approximate:
-        raise click.UsageError("--max-error is for --approximate: what is folded without it is exact")
     with options.reporting("fold", as_json):
         if dry_run:
             _show_verdicts(operation.verdicts(model, adapter, how["told"]))
@@ -76,22 +66,9 @@ def command(
             return
         _show_verdicts(report.verdicts)
         options.show(f"digest {report.digest}  (base {report.base_digest[:16]}, adapter {report.adapter[:16]})")
-        for line in _approximation_lines(report.approximation):
-            options.show(line)
         if report.grafts is not None:
             options.show(f"what stays in the graph: {report.grafts}")
         options.show_ending(report)
-
-
-def _approximation_lines(found: Approximation | None) -> list[str]:
-    """What an approximation costs."""
-    if found is None:
-        return []
-    worst = max(found.modules, key=lambda name: found.modules[name])
-    return [
-        f"‖error‖/‖output‖ {found.output:.3g} on {found.held_out} rows held out of {found.rows + found.held_out}",
-        f"of {len(found.modules)} bottlenecks the worst is {worst}: {found.modules[worst]:.3g} of what it adds",
-    ]
 
 
 def _show_verdicts(verdicts: Iterable[Verdict]) -> None:

@@ -41,13 +41,13 @@ class Outcome:
     Attributes:
         tensors: one for each declared output of the step, in order; None leaves that output out.
         fates: the ledger's entries, by tensor name.
-        figures: what was measured on the way, as the operation's own class.
+        figures: what was measured on the way: a frozen dataclass of the family of ops; None for nothing.
         asides: one for each tensor that the step declares aside, likewise.
     """
 
     tensors: tuple[torch.Tensor | None, ...]
     fates: Mapping[str, Fate]
-    figures: Any = field(default_factory=dict)
+    figures: Any = None
     asides: tuple[torch.Tensor | None, ...] = ()
 
 

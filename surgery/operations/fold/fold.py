@@ -6,7 +6,7 @@ An adapter that is a change of weights (LoRA, (IA)³, VeRA …) is merged, by me
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,23 @@ from formats.adapter import NOTHING_TOLD, Told
 from formats.checkpoint import Checkpoint
 from formats.destination import create_checkpoint, destination_like
 from formats.dialects.adapterhub import AdapterHub
-from formats.dialects.adapterhub_beside import Part
 from formats.dialects.adapterhub_heads import read_head
-from formats.dialects.bottleneck import Bottlenecks
 from formats.errors import FormatError
 from formats.grafts import GRAFTS_FILE
 from formats.layers import owner
 from formats.paths import open_checkpoint
-from surgery.errors import NothingToDo, Unsupported, VerificationFailed
+from surgery.errors import NothingToDo
 from surgery.hashes import content_digest
 from surgery.model.config import CONFIG, companion, model_config, with_settings, without_companion
-from surgery.operations.fold.calibrate import Approximation, calibrate
 from surgery.operations.fold.open import fingerprint_beside, open_parts
 from surgery.operations.fold.plan import Folding, plan_fold
-from surgery.operations.fold.verdicts import IN_FULL, REPLACED, Base, Verdict, Way, judge, verdicts_beside
+from surgery.operations.fold.verdicts import IN_FULL, REPLACED, Verdict, Way, verdicts_beside
 from surgery.operations.merge.adapters import open_for_merge
 from surgery.operations.merge.merge import MergeReport, merge, output_digest
 from surgery.pipeline import engine
 from surgery.pipeline.engine import Resources
 from surgery.pipeline.plan import Outcome, no_fates
 from surgery.report import Report, Stopwatch, peak_rss
-
-_NODES = (Way.HALF, Way.GRAPH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +45,6 @@ class FoldReport(Report):
         adapter: content digest of the adapter.
         grafts: the file that describes what must stay in the graph; None where nothing must.
         settings: what config.json says anew.
-        approximation: how near what stands for non-linearities is to them; None where nothing does.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -59,7 +53,6 @@ class FoldReport(Report):
     adapter: str
     grafts: str | None = None
     settings: Mapping[str, Any]
-    approximation: Approximation | None = None
 
 
 def fold(
@@ -68,8 +61,6 @@ def fold(
     out: str | Path,
     *,
     told: Told = NOTHING_TOLD,
-    calibration: str | Path | None = None,
-    max_error: float | None = None,
     force: bool = False,
     resources: Resources | None = None,
 ) -> FoldReport:
@@ -81,15 +72,10 @@ def fold(
             prefixes; or whatever merge takes.
         out: a folder, or a `.safetensors`/`.st` file where nothing must stay in the graph.
         told: as for merge.
-        calibration: a safetensors file of input_ids (rows, length), and attention_mask where rows are padded, or of
-            pixel_values: fold not only what is exact, but also bottlenecks whose f an affine map, the nearest on these
-            rows, stands for.
-        max_error: the largest ‖error‖ / ‖output‖ of the model, on rows held out, that this may cost.
         force: replace what stands at `out`.
         resources: threads and memory.
 
     Raises:
-        VerificationFailed: the error is larger than `max_error`.
         NotMergeable: what no weight and no added node can express, with the reason.
         SurgeryError, FormatError: see their trees; whatever the headers tell is refused before any work.
     """
@@ -97,21 +83,11 @@ def fold(
     with open_checkpoint(model) as base:
         parts = open_parts(model, adapter, base)
         if parts is None:
-            if calibration is not None:
-                raise nothing_to_approximate(adapter)
             verdicts = merged_verdicts(model, adapter, base, told)
             return _merged(merge(model, adapter, out, told=told, force=force, resources=resources), verdicts)
         record = fingerprint_beside(adapter)
-        config, approximation = model_config(model), None
-        folding = plan_fold(base, config, parts, record)
-        inputs: tuple[Path, ...] = (Path(model), Path(adapter))
-        if calibration is not None:
-            inputs = (*inputs, Path(calibration))
-            chosen = _approximable(base, config, parts, folding)
-            instead, approximation = calibrate(model, base, folding.judged, chosen, calibration)
-            _check_error(approximation, max_error, calibration)
-            folding = plan_fold(base, config, parts, record, instead)
-        outcomes = _run(folding, inputs, out, force=force, resources=resources)
+        folding = plan_fold(base, model_config(model), parts, record)
+        outcomes = _run(folding, (Path(model), Path(adapter)), out, force=force, resources=resources)
         before = _found(outcomes, "base")
         base_digest = content_digest((spec, before[name]) for name, spec in base.specs.items())
     fates = {name: fate for outcome in outcomes for name, fate in outcome.fates.items()}
@@ -128,54 +104,7 @@ def fold(
         adapter=record.digest,
         grafts=None if folding.grafts is None else str(Path(out) / GRAFTS_FILE),
         settings=folding.settings,
-        approximation=approximation,
     )
-
-
-def _approximable(
-    base: Checkpoint, config: Mapping[str, Any], parts: Sequence[Part], folding: Folding
-) -> frozenset[str]:
-    """The projections before the bottlenecks that would fold if they were linear.
-
-    Raises:
-        NothingToDo: there are none.
-        Unsupported: the adapter has a prefix or a prompt too, with which calibration does not run the model.
-    """
-    where = parts[0].ref.path
-    nodes = {each.one.behind for _, each in folding.judged if each.verdict.way in _NODES}
-    if not nodes:
-        raise nothing_to_approximate(where)
-    if not all(isinstance(part, Bottlenecks) for part in parts):
-        raise Unsupported("calibration runs the model with bottlenecks, not with a prefix or a prompt", where=where)
-    known = Base(base.specs, config)
-    linear = [each for part in parts if isinstance(part, Bottlenecks) for each in judge(part, known, nodes)]
-    chosen = frozenset(
-        each.one.behind for each in linear if each.one.behind in nodes and each.verdict.way not in _NODES
-    )
-    if not chosen:
-        raise nothing_to_approximate(where)
-    return chosen
-
-
-def nothing_to_approximate(where: object) -> NothingToDo:
-    """What is raised where --approximate changes nothing."""
-    return NothingToDo(
-        "no bottleneck would fold if its non-linearity were affine",
-        where=where,
-        then="leave --approximate out: --dry-run says what folds exactly, and why the rest does not",
-    )
-
-
-def _check_error(found: Approximation, most: float | None, calibration: str | Path) -> None:
-    if most is not None and not found.output <= most:
-        worst = max(found.modules, key=lambda name: found.modules[name])
-        raise VerificationFailed(
-            "the approximate fold errs more than it may",
-            where=calibration,
-            expected=f"‖error‖/‖output‖ ≤ {most} on {found.held_out} rows held out",
-            found=f"{found.output:.3g}; the worst bottleneck, {worst}, errs by {found.modules[worst]:.3g}",
-            then="leave the non-linearities in the graph: fold without --approximate",
-        )
 
 
 def verdicts(model: str | Path, adapter: str | Path, told: Told = NOTHING_TOLD) -> tuple[Verdict, ...]:

@@ -27,26 +27,16 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """What stands for a non-linearity f(z): slope z + offset.  # (rank, rank), (rank) float64"""
-
-    slope: torch.Tensor
-    offset: torch.Tensor
-
-
 @dataclass(frozen=True)
 class Source:
     """Where a bottleneck's matrices come from.
 
     Attributes:
         one: the bottleneck.
-        instead: what stands for its non-linearity; None where that stays.
         split: whether it is made of two neurons for each of its own.
     """
 
     one: Bottleneck
-    instead: Affine | None = None
     split: bool = False
 
     @property
@@ -95,8 +85,6 @@ class Source:
         made = Matrices(down, down_bias, up, up_bias).scaled(
             named[scaling.name] if isinstance(scaling, TensorRef) else scaling
         )
-        if self.instead is not None:
-            made = made.affine(self.instead.slope, self.instead.offset)
         return made.split() if self.split else made
 
 

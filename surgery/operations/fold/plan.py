@@ -20,7 +20,6 @@ from formats.quantized import foreign, quantization_config, refuse_foreign
 from formats.spec import DType, TensorSpec
 from surgery.methods.activations import activation
 from surgery.operations.fold.ops import (
-    Affine,
     Branch,
     Embedding,
     FoldBias,
@@ -62,13 +61,7 @@ class Folding:
     settings: Mapping[str, Any]
 
 
-def plan_fold(
-    base: Checkpoint,
-    config: Mapping[str, Any],
-    parts: Sequence[Part],
-    adapter: MergedAdapter,
-    instead: Mapping[str, Affine] | None = None,
-) -> Folding:
+def plan_fold(base: Checkpoint, config: Mapping[str, Any], parts: Sequence[Part], adapter: MergedAdapter) -> Folding:
     """Says what becomes of every part of an adapter, and plans it.
 
     Args:
@@ -76,7 +69,6 @@ def plan_fold(
         config: its config.json; empty where there is none.
         parts: the adapter's, read against the base's tensors.
         adapter: what the receipt says of it.
-        instead: what stands for the non-linearity of bottlenecks, by the weights of the projections before them.
 
     Raises:
         AlreadyMerged: the base's receipt names the adapter.
@@ -84,7 +76,7 @@ def plan_fold(
         Quantised, UnsupportedDType: weights that are no plain floating-point numbers.
     """
     refuse_merged(base, {adapter.digest: parts[0].ref.path})
-    work = _Work.of(base, Base(base.specs, config), parts, instead or {})
+    work = _Work.of(base, Base(base.specs, config), parts)
     changing = work.changing()
     grafting = list(work.grafting())
     work.check_dtypes([*changing, *(step.name for step, _ in grafting)])
@@ -141,7 +133,7 @@ def plan_grafting(
         AlreadyMerged, NotMergeable, Quantised, UnsupportedDType: as `plan_fold`.
     """
     refuse_merged(base, {digest: parts[0].ref.path})
-    judged = _Work.of(base, Base(base.specs, config), parts, {})
+    judged = _Work.of(base, Base(base.specs, config), parts)
     work = replace(judged, judged=[(part, _as_nodes(part, each, half)) for part, each in judged.judged])
     grafting = list(work.grafting())
     work.check_dtypes([step.name for step, _ in grafting])
@@ -162,16 +154,13 @@ class _Work:
     known: Base
     parts: Sequence[Part]
     judged: Sequence[tuple[Bottlenecks, Judged]]
-    instead: Mapping[str, Affine]
     kinds: Mapping[str, LayerKind]
 
     @classmethod
-    def of(cls, base: Checkpoint, known: Base, parts: Sequence[Part], instead: Mapping[str, Affine]) -> _Work:
+    def of(cls, base: Checkpoint, known: Base, parts: Sequence[Part]) -> _Work:
         """Judges every bottleneck."""
-        judged = [
-            (part, each) for part in parts if isinstance(part, Bottlenecks) for each in judge(part, known, instead)
-        ]
-        return cls(base, known, parts, judged, instead, layer_kinds(base.specs))
+        judged = [(part, each) for part in parts if isinstance(part, Bottlenecks) for each in judge(part, known)]
+        return cls(base, known, parts, judged, layer_kinds(base.specs))
 
     def verdicts(self) -> Iterator[Verdict]:
         """On every part, in the adapter's order."""
@@ -181,7 +170,7 @@ class _Work:
 
     def source(self, each: Judged) -> Source:
         """What the bottleneck's matrices are made of."""
-        return Source(each.one, self.instead.get(each.one.behind), each.split and each.verdict.way is Way.WIDENED)
+        return Source(each.one, each.split and each.verdict.way is Way.WIDENED)
 
     def transposed(self, weight: str) -> bool:
         """Whether a weight is stored (in, out)."""

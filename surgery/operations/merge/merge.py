@@ -19,11 +19,13 @@ from surgery.model.config import growth, resized, with_settings
 from surgery.model.outline import Outline
 from surgery.model.stored_dtype import dtype_named, restated
 from surgery.operations.merge.adapters import AdapterPaths, adapter_files, adapter_paths, open_for_merge
+from surgery.operations.merge.figures import MergeFigures
 from surgery.operations.merge.plan import plan_merge
 from surgery.pipeline.engine import Resources
 from surgery.pipeline.job import Done, Header, Job, runs, step_by_step
+from surgery.pipeline.ops import hashes_after, hashes_before, output_digest
 from surgery.pipeline.plan import Outcome, Plan
-from surgery.receipts.receipt import Original, Receipt
+from surgery.receipts.receipt import Receipt
 from surgery.receipts.undo_file import Change, UndoRecord, create_with_undo, undo_destination
 from surgery.report import Report, Stopwatch
 
@@ -113,14 +115,15 @@ def prepare_merge(
 
     def finish(done: Done) -> Callable[[Header], MergeReport]:
         assert done.writer is not None
-        if not any(outcome.figures.get("changed") for outcome in done.outcomes):
+        figures = [each.figures for each in done.outcomes if isinstance(each.figures, MergeFigures)]
+        if not any(each.changed for each in figures):
             raise NothingToDo("the merge changes nothing: every delta rounds to zero", where=base)
-        surviving = _surviving(done.outcomes)
+        surviving = {name: found for each in figures for name, found in each.surviving.items()}
         if min_surviving is not None:
             check_surviving(surviving, min_surviving)
         completed = _completed(receipt, outline, done.outcomes)
         done.writer.seal(completed.metadata())
-        digest = output_digest(done.plan, done.outcomes)
+        digest = output_digest(done.plan.outputs, done.outcomes)
         base_digest = content_digest((spec, completed.base_tensors[name]) for name, spec in model.specs.items())
         if done.aside is not None:
             changes = _changes(done.plan, outline, done.outcomes)
@@ -160,31 +163,9 @@ def _config(model: BaseModel, plan: Plan, outline: Outline, stored: DType | None
     return config if stored is None else restated(config, stored)
 
 
-def _surviving(outcomes: tuple[Outcome, ...]) -> dict[str, Surviving]:
-    """What of every tensor's delta is stored."""
-    found: dict[str, Surviving] = {}
-    for outcome in outcomes:
-        found |= outcome.figures.get("surviving", {})
-    return found
-
-
-def output_hashes(outcomes: tuple[Outcome, ...]) -> dict[str, str]:
-    """BLAKE3 of every tensor that was written, as its step took it."""
-    hashes: dict[str, str] = {}
-    for outcome in outcomes:
-        hashes |= outcome.figures.get("hashes", {})
-    return hashes
-
-
-def output_digest(plan: Plan, outcomes: tuple[Outcome, ...]) -> str:
-    """The content address of what a plan wrote."""
-    hashes = output_hashes(outcomes)
-    return content_digest((spec, hashes[spec.name]) for spec in plan.outputs)
-
-
 def _changes(plan: Plan, outline: Outline, outcomes: tuple[Outcome, ...]) -> dict[str, Change]:
     """What the undo file records of every tensor that has a correction, or could have had one, by the base's names."""
-    hashes, origins = output_hashes(outcomes), outline.origins
+    hashes, origins = hashes_after(outcomes), outline.origins
     now = {spec.name: spec for spec in plan.outputs}
     changes = {}
     for step in plan.steps:
@@ -209,13 +190,10 @@ def _undo_figures(path: str | Path, plan: Plan) -> UndoFigures:
 
 def _completed(receipt: Receipt, outline: Outline, outcomes: tuple[Outcome, ...]) -> Receipt:
     """The receipt with what the run found out."""
-    hashes: dict[str, str] = {}
-    originals: dict[str, Original] = {}
-    lost: list[str] = []
-    for outcome in outcomes:
-        hashes |= outcome.figures.get("base", {})
-        originals |= outcome.figures.get("original", {})
-        lost += outcome.figures.get("lost", ())
+    hashes, figures = hashes_before(outcomes), [each.figures for each in outcomes]
+    merged = [each for each in figures if isinstance(each, MergeFigures)]
+    originals = {name: original for each in merged for name, original in each.originals.items()}
+    lost = [name for each in merged for name in each.lost]
     origins, names, surplus = outline.origins, outline.renamed, outline.surplus
     return replace(
         receipt,

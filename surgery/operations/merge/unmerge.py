@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from formats.adapter import NOTHING_TOLD, AdapterModule, Told
 from formats.checkpoint import Checkpoint
@@ -33,13 +33,13 @@ from surgery.operations.merge.adapters import (
     open_adapters,
     weighed_modules,
 )
+from surgery.operations.merge.figures import UnmergeFigures
 from surgery.operations.merge.float8 import subtract_step
-from surgery.operations.merge.merge import output_digest, output_hashes
 from surgery.operations.merge.ops import subtract, uncertain_elements
 from surgery.operations.merge.unmerge_exactly import plan_restore
 from surgery.pipeline.engine import Resources
 from surgery.pipeline.job import Done, Header, Job, runs, step_by_step
-from surgery.pipeline.ops import Copy, Drop
+from surgery.pipeline.ops import Copy, Drop, Hashed, hashes_after, output_digest
 from surgery.pipeline.plan import Fate, Outcome, Plan, Step
 from surgery.receipts.receipt import Original, Receipt
 from surgery.receipts.undo_file import UndoFile, changed_since, open_undo
@@ -115,7 +115,7 @@ def prepare_unmerge(
     expected = receipt.base_tensors if receipt else {}
 
     def finish(done: Done) -> Callable[[Header], UnmergeReport]:
-        hashes, digest = output_hashes(done.outcomes), output_digest(done.plan, done.outcomes)
+        hashes, digest = hashes_after(done.outcomes), output_digest(done.plan.outputs, done.outcomes)
         if corrections and digest != corrections.record.base_digest:
             # Corrected tensors have been checked one by one: it is one that was only copied.
             wrong = (name for name, known in expected.items() if hashes.get(name) != known)
@@ -151,11 +151,11 @@ def _compared(
 ) -> tuple[tuple[str, ...], dict[str, int], tuple[str, ...]]:
     """Of the tensors whose hash in the base is known: the unmerged ones that have it, those that have not with the
     elements that can differ, and all others that have not."""
-    hashes = output_hashes(outcomes)
+    hashes = hashes_after(outcomes)
     unmerged = {name for each in outcomes for name, fate in each.fates.items() if fate is Fate.UNMERGED}
     counts: dict[str, int] = {}
     for outcome in outcomes:
-        counts |= outcome.figures.get("uncertain", {})
+        counts |= outcome.figures.uncertain if isinstance(outcome.figures, UnmergeFigures) else {}
     right = {name for name, known in expected.items() if hashes.get(name) == known}
     wrong = [name for name in expected if name not in right]
     differing = {name: counts[name] for name in wrong if name in unmerged}
@@ -268,9 +268,10 @@ class Subtract:
         result = subtract(inputs[0], self.modules, inputs[1:], self.dtype)
         check_finite(result, self.name)
         digest = tensor_hash(result)
-        figures: dict[str, Any] = {"hashes": {self.name: digest}}
+        uncertain = {}
         if self.base and digest != self.base:
-            figures["uncertain"] = {self.name: uncertain_elements(inputs[0], result, self.modules, self.dtype)}
+            uncertain = {self.name: uncertain_elements(inputs[0], result, self.modules, self.dtype)}
+        figures = UnmergeFigures(after={self.name: digest}, uncertain=uncertain)
         return Outcome((result,), {self.name: Fate.UNMERGED if self.modules else Fate.CONVERTED}, figures)
 
 
@@ -284,4 +285,4 @@ class Restore:
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
         """Decodes and hashes; there is nothing to read."""
         tensor = self.original.tensor(self.name)
-        return Outcome((tensor,), {self.name: Fate.FULL}, {"hashes": {self.name: tensor_hash(tensor)}})
+        return Outcome((tensor,), {self.name: Fate.FULL}, Hashed(after={self.name: tensor_hash(tensor)}))

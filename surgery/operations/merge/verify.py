@@ -21,6 +21,7 @@ from surgery.methods import transforming
 from surgery.model.base_model import BaseModel
 from surgery.model.stored_dtype import dtype_in
 from surgery.operations.merge.adapters import AdapterPaths, adapter_files, adapter_paths, open_for_merge
+from surgery.operations.merge.figures import Compared
 from surgery.operations.merge.ops import Merge
 from surgery.operations.merge.plan import plan_merge
 from surgery.operations.merge.rows import MergeRows
@@ -98,7 +99,7 @@ def prepare_verify(
     def finish(done: Done) -> Callable[[Header], VerifyReport]:
         verdicts: dict[str, str] = dict.fromkeys(odd, DIFFERS)
         for outcome in done.outcomes:
-            verdicts |= outcome.figures["verdict"]
+            verdicts |= outcome.figures.verdicts
         names = [spec.name for spec in plan.outputs]
         names += sorted(set(odd) - set(names))
         found = {kind: tuple(name for name in names if verdicts[name] == kind) for kind in (EXACT, ROUNDING, DIFFERS)}
@@ -146,11 +147,11 @@ class Same:
 
     def unchanged(self) -> Outcome:
         """For equal bytes."""
-        return Outcome((), {}, {"verdict": {self.name: EXACT}})
+        return Outcome((), {}, Compared({self.name: EXACT}))
 
     def __call__(self, *_: torch.Tensor) -> Outcome:
         """For others."""
-        return Outcome((), {}, {"verdict": {self.name: DIFFERS}})
+        return Outcome((), {}, Compared({self.name: DIFFERS}))
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class Replay:
                 units = _DORA_UNITS if any(transforming(module) for module, _ in self.op.modules) else 1.0
                 verdict = ROUNDING if is_within_rounding(theirs, ours, own[0], units) else DIFFERS
             verdicts[spec.name] = verdict
-        return Outcome((), {}, {"verdict": verdicts})
+        return Outcome((), {}, Compared(verdicts))
 
 
 def is_within_rounding(found: torch.Tensor, ours: torch.Tensor, base: torch.Tensor, units: float = 1.0) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from formats.open_files import OpenFiles
 from formats.spec import TensorSpec
 from surgery.exact.survival import Surviving
+from surgery.operations.merge.figures import MergeFigures
 from surgery.pipeline.plan import Plan, TakesOver
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class MergedView:
         if isinstance(step.op, TakesOver):
             return inputs[0]
         outcome = step.op(*inputs)
-        self.surviving |= outcome.figures.get("surviving", {})
+        if isinstance(outcome.figures, MergeFigures):
+            self.surviving |= outcome.figures.surviving
         tensor = outcome.tensors[index]
         assert tensor is not None  # merging leaves out no tensor that it declares
         return tensor

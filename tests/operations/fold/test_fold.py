@@ -321,3 +321,13 @@ def test_the_command_refuses_with_exit_code_1(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["fold", str(BASE), str(adapter), "-o", str(tmp_path / "out")])
     assert done.exit_code == 1
     assert "depends on the input" in done.stderr
+
+
+@pytest.mark.parametrize("option", [["--approximate"], ["--calibration", "rows.st"], ["--max-error", "0.1"]])
+def test_an_option_that_was_taken_away_says_where_to_go(tmp_path: Path, option: list[str]) -> None:
+    """A usage error in one sentence; nothing is written."""
+    arguments = ["fold", str(BASE), str(GOLDEN / "bert" / "par_bn"), "-o", str(tmp_path / "out"), *option]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 2
+    assert "were taken away: fold without them" in done.stderr
+    assert not (tmp_path / "out").exists()
