@@ -140,6 +140,7 @@ class Run:
         self,
         prepare: Callable[[Any], Job[R]],
         show: Callable[[R], None],
+        show_summary: Callable[[Any], None] | None = None,
         given: AbstractContextManager[Any] | None = None,
     ) -> R | None:
         """Prepares a job and runs it, or prints its plan; prints what comes of it, errors too.
@@ -147,6 +148,7 @@ class Run:
         Args:
             prepare: makes the job, which will use these resources.
             show: prints the report for people.
+            show_summary: prints the plan for people; None for `show_plan`.
             given: what `prepare` is called with, open until the job is done, instead of the engine's resources.
 
         Returns:
@@ -157,7 +159,7 @@ class Run:
                 job = prepare(allowed)
                 if self.dry_run:
                     with job:
-                        self.present(job.summary, show_plan)
+                        self.present(job.summary, show_summary or show_plan)
                     return None
                 report = job.run()
             self.present(report, show)
@@ -456,9 +458,15 @@ def show_plan(plan: JobPlan) -> None:
     rows = table("op", "step", "reads", "writes")
     for step in plan.steps:
         rows.add_row(step.op, step.name, step.reads, step.writes)
-    show(rows, *(f"note: {note}" for note in plan.notes))
+    show(rows)
+    show_plan_ending(plan)
+
+
+def show_plan_ending(plan: JobPlan) -> None:
+    """The last lines of every plan: notes, and how much is to be done."""
     show(
-        f"{len(plan.steps)} steps, {plan.bytes_read:,} bytes to read, {plan.bytes_written:,} to write; nothing written"
+        *(f"note: {note}" for note in plan.notes),
+        f"{len(plan.steps)} steps, {plan.bytes_read:,} bytes to read, {plan.bytes_written:,} to write; nothing written",
     )
 
 

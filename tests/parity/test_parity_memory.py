@@ -94,10 +94,11 @@ def test_folding_takes_no_more_memory_than_it_declares(tmp_path: Path, f: str, p
             adapter |= {f"{module}.{name}.weight": torch.randn(out, into), f"{module}.{name}.bias": torch.randn(out)}
     save_file(base, tmp_path / "base.st")
     save_file(adapter, tmp_path / "adapter.safetensors")
-    config = {"hidden_act": "gelu", "intermediate_size": inner}
-    with open_checkpoint(tmp_path / "base.st") as w0, open_checkpoint(tmp_path / "adapter.safetensors") as opened:
-        parts = read_beside(opened, {"config": own}, w0.specs)
-        plan = plan_fold(w0, config, parts, MergedAdapter("0", 1.0, {})).plan
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_act": "gelu", "intermediate_size": inner}))
+    with OpenFiles() as files:
+        w0 = BaseModel.open(tmp_path / "base.st", files)
+        parts = read_beside(files.checkpoint(tmp_path / "adapter.safetensors"), {"config": own}, w0.specs)
+        plan = plan_fold(w0, parts, MergedAdapter("0", 1.0, {})).plan
     tensors, tried = base | adapter, 0
     for step in plan.steps:
         if isinstance(step.op, TakesOver):

@@ -23,10 +23,9 @@ from formats.model_config import model_config, parsed_config
 from formats.open_files import OpenFiles
 from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, container_of, open_checkpoint
 from formats.sharded import ShardedCheckpoint
-from surgery.operations.merge.merge import output_digest
 from surgery.pipeline.engine import Resources
 from surgery.pipeline.job import Done, Header, Job, runs, step_by_step
-from surgery.pipeline.ops import Copy
+from surgery.pipeline.ops import Copy, output_digest
 from surgery.pipeline.plan import Plan, Step
 from surgery.report import Report, Stopwatch
 
@@ -86,7 +85,7 @@ def prepare_convert_container(
     plan = replace(plan, notes=(*plan.notes, *_left(source, destination)))
 
     def finish(done: Done) -> Callable[[Header], ContainerReport]:
-        digest = output_digest(done.plan, done.outcomes)
+        digest = output_digest(done.plan.outputs, done.outcomes)
         return lambda header: ContainerReport(
             **header, source=container_of(checkpoint), container=_container_at(out), digest=digest
         )
