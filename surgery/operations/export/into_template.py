@@ -23,9 +23,9 @@ from formats.staging import Staging, copy_range, disk_errors, write_at
 from surgery.errors import NothingToDo, TemplateMismatch, Unsupported
 from surgery.exact.survival import Surviving
 from surgery.hashes import payload_hash
-from surgery.onnx.files.graph_file import External, external, load_graph, payload
+from surgery.onnx.files.graph_file import External, all_tensors, external, load_graph, payload
 from surgery.onnx.foreign.fitting import Change, Fitting, Tensors, fit
-from surgery.onnx.foreign.slots import Slot, all_tensors
+from surgery.onnx.foreign.slots import Slot
 from surgery.operations.merge.adapters import AdapterPaths, adapter_paths, open_for_merge
 from surgery.operations.merge.plan import plan_merge
 from surgery.operations.merge.view import MergedView

@@ -163,9 +163,7 @@ def _layer_step(pairing: Pairing, matrix: Matrix, how: Decomposition) -> Step:
     return Step(name, inputs, tuple(outputs), Factorise(matrix, how), _workspace((matrix,), (how,)), how.may_be_full)
 
 
-def _parameters_step(
-    pairing: Pairing, matrices: tuple[Matrix, ...], hows: tuple[Decomposition, ...]
-) -> Step:
+def _parameters_step(pairing: Pairing, matrices: tuple[Matrix, ...], hows: tuple[Decomposition, ...]) -> Step:
     names = [matrix.spec.name for matrix in matrices]
     module = owner(pairing.known_as(names[0]))
     # The keys tell a parameter's depth among those that turn out to be adapted, not which one it is.
