@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 
 class OpenFiles:
-    """Checkpoints and small files, by path. Any thread may ask; all are closed together.
+    """Checkpoints and small files, by path. Any thread may ask; all are closed together. `closed` says that they were.
 
     Whoever opens a path that is open already, under whatever name, gets the same checkpoint. Do not close it: the files
     belong to this object, which closes them when its context ends, or when nothing refers to it any more.
     """
 
     def __init__(self) -> None:
+        self.closed = False
         self._checkpoints: dict[str, Checkpoint] = {}
         self._by_ref: dict[str, Checkpoint] = {}
         self._contents: dict[str, bytes] = {}
@@ -61,6 +62,7 @@ class OpenFiles:
 
     def close(self) -> None:
         """Closes every checkpoint; the contents of small files are forgotten."""
+        self.closed = True
         for checkpoint in self._checkpoints.values():
             checkpoint.close()
         self._checkpoints.clear()

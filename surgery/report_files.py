@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -89,24 +90,40 @@ def picture_file(
         yield picture.draw
 
 
-@contextlib.contextmanager
-def kept_record(record: str | Path | None, inputs: Sequence[Path], force: bool) -> Iterator[Callable[[Report], None]]:
-    """Opens the record's file, if one is wanted; the function that it gives writes the report there.
+@dataclass(frozen=True)
+class RecordFile:
+    """A JSON file that a report is to be written to; none, if there is no path.
 
-    Raises OutputExists: see Staging.
+    Attributes:
+        path: the file.
+        inputs: paths that must not be replaced.
+        force: whether what stands at the path may be replaced.
     """
-    if record is None:
-        yield lambda report: None
-        return
-    staging = Staging(Path(record), folder=False, inputs=inputs, force=force)
 
-    def keep(report: Report) -> None:
+    path: Path | None
+    inputs: tuple[Path, ...]
+    force: bool
+
+    @classmethod
+    def at(cls, path: str | Path | None, inputs: Iterable[Path], force: bool) -> RecordFile:
+        """The file at a path. Raises OutputExists or PathNotFound, see Staging."""
+        made = cls(None if path is None else Path(path), tuple(inputs), force)
+        if made.path is not None:
+            made._staging(made.path).check_room(0)
+        return made
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """The path, if there is one."""
+        return () if self.path is None else (self.path,)
+
+    def write(self, report: Report) -> None:
+        """Writes the report, whole or not at all. Raises OutputExists or WriteFailed."""
+        if self.path is None:
+            return
         text = to_json(report).encode()
-        with disk_errors(staging.target):
+        with self._staging(self.path) as staging, disk_errors(staging.target):
             write_at(staging.create(size=len(text)), text, 0)
-        staging.commit()
 
-    try:
-        yield keep
-    finally:
-        staging.discard()
+    def _staging(self, path: Path) -> Staging:
+        return Staging(path, folder=False, inputs=self.inputs, force=self.force)

@@ -12,13 +12,15 @@ from formats.dialects.writing import DROPS
 from surgery.cli import options
 
 if TYPE_CHECKING:
-    from surgery.pipeline.engine import Resources
+    from surgery.operations.convert.containers import ContainerReport
+    from surgery.operations.convert.convert import ConvertReport
+    from surgery.operations.lora.to_lora import ToLoraReport
 
 CONTAINERS = ("safetensors", "torch")
 LORA = "lora"  # of --to: no dialect but a method
 
 
-@click.command(
+@options.verb(
     "convert",
     epilog="Examples: surgery convert style.safetensors --to diffusers --base unet/ -o style/; "
     "surgery convert loha/ --to lora --rank 16 --base model/ -o lora/; "
@@ -51,12 +53,7 @@ LORA = "lora"  # of --to: no dialect but a method
 @options.max_shard_option("INPUT's shards")
 @options.output_options
 @options.told_options
-@options.dry_run_option
-@options.engine_options
-@options.json_option
-def command(
-    source: str, to: str | None, out: str, force: bool, jobs: int, memory: int, device: str, as_json: bool, **how: Any
-) -> None:
+def command(run: options.Run, source: str, to: str | None, out: str, force: bool, **how: Any) -> None:
     """Write an adapter in another dialect, with the same ΔW; as a LoRA; or any tensors in another container.
 
     With --to, INPUT is an adapter. With --to lora its ΔW, whatever the method, is truncated to the rank that is asked
@@ -77,48 +74,37 @@ def command(
         raise click.UsageError(
             f"a rank and a dtype of the factors go with --to {LORA}; surgery resize changes a LoRA's"
         )
-    with options.reporting("convert", as_json), options.resources(jobs, memory, device) as resources:
-        if to is None:
-            _container(source, out, force, as_json, resources, how["dry_run"], contained)
-            return
-        how["base"] = _bases(how.pop("bases"), parts=to != LORA)
-        how = options.told(how)
-        (_lora if to == LORA else _adapter)(source, to, out, force, as_json, resources, how)
+    if to is None:
+        from surgery.operations.convert.containers import prepare_convert_container
 
-
-def _container(
-    source: str, out: str, force: bool, as_json: bool, resources: Resources, dry_run: bool, how: dict[str, Any]
-) -> None:
-    from surgery.operations.convert.containers import convert_container, planned
-
-    if dry_run:
-        options.show_plan(planned(source, out, **how))
+        run.carry_out(
+            lambda resources: prepare_convert_container(source, out, **contained, force=force, resources=resources),
+            _show_container,
+        )
         return
-    report = convert_container(source, out, **how, force=force, resources=resources)
-    if as_json:
-        options.print_json(report)
+    how["base"] = _bases(how.pop("bases"), parts=to != LORA)
+    how = options.told(how)
+    if to == LORA:
+        from surgery.operations.lora.to_lora import prepare_to_lora
+
+        run.carry_out(
+            lambda resources: prepare_to_lora(source, out, **how, force=force, resources=resources), _show_lora
+        )
         return
+    from surgery.operations.convert.convert import prepare_convert
+
+    how = {name: how[name] for name in ("base", "told", "drop")}
+    run.carry_out(
+        lambda resources: prepare_convert(source, out, to, **how, force=force, resources=resources), _show_adapter
+    )
+
+
+def _show_container(report: ContainerReport) -> None:
     options.show(f"{report.source} → {report.container}, digest {report.digest}")
     options.show_ending(report)
 
 
-def _adapter(
-    source: str, to: str, out: str, force: bool, as_json: bool, resources: Resources, how: dict[str, Any]
-) -> None:
-    from formats.dialects import open_adapter_file
-    from surgery.operations.convert import convert as operation
-
-    how = {name: value for name, value in how.items() if name not in ("rank", "overrides", "dtype")}
-    if how.pop("dry_run"):
-        checkpoint, config = open_adapter_file(source)
-        with checkpoint:
-            planned = operation.plan_convert(checkpoint, config, source, to, how["base"], how["told"], how["drop"])
-            options.show_plan(planned[0])
-        return
-    report = operation.convert(source, out, to, **how, force=force, resources=resources)
-    if as_json:
-        options.print_json(report)
-        return
+def _show_adapter(report: ConvertReport) -> None:
     weights = ", ".join(f"{count} {method}" for method, count in sorted(report.weights.items()))
     part = f" for {report.component}" if report.component else ""
     options.show(f"{report.source} → {report.target}{part}: {weights or 'as it is'}")
@@ -126,20 +112,7 @@ def _adapter(
     options.show_ending(report)
 
 
-def _lora(
-    source: str, to: str, out: str, force: bool, as_json: bool, resources: Resources, how: dict[str, Any]
-) -> None:
-    from surgery.operations.extract.plan import Extraction
-    from surgery.operations.lora import to_lora as operation
-
-    if how.pop("dry_run"):
-        asked = Extraction(rank=how["rank"], overrides=how["overrides"], dtype=how["dtype"])
-        options.show_plan(operation.planned(source, asked, how["base"], how["told"], how["drop"]))
-        return
-    report = operation.to_lora(source, out, **how, force=force, resources=resources)
-    if as_json:
-        options.print_json(report)
-        return
+def _show_lora(report: ToLoraReport) -> None:
     rows = options.table("weight", "method", "shape", "rank", "energy", "residual")
     for module in report.modules:
         shape, loss = " × ".join(map(str, module.shape)), "exact" if module.exact else f"{module.residual:.4f}"

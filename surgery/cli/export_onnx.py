@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli import options
+from surgery.cli.merge import surviving_lines
 
 if TYPE_CHECKING:
     from surgery.operations.export.into_template import ReweighReport
@@ -16,17 +17,18 @@ if TYPE_CHECKING:
     "export-onnx",
     epilog="Examples: surgery export-onnx base/ -o base-onnx/model.onnx; "
     "surgery export-onnx merged/ --graph base-onnx/model.onnx -o merged/model.onnx; "
-    "surgery export-onnx base/ --adapter a/ --adapter b/ --as inputs -o base-onnx/model.onnx",
+    "surgery export-onnx base/ --adapter a/ --adapter b/ --as inputs -o base-onnx/model.onnx; "
+    "surgery export-onnx base/ --template theirs.onnx --adapter a/:0.5 -o merged/theirs.onnx",
 )
 @click.argument("model", type=options.PATH)
 @click.option(
     "--adapter",
     "adapters",
     multiple=True,
-    type=options.PATH,
-    metavar="ADAPTER",
+    type=options.WeighedPath(),
+    metavar="ADAPTER[:WEIGHT]",
     help="What to leave in the graph: a LoRA of linear layers, with --as inputs any number of them; or bottlenecks, a "
-    "prefix or a prompt.",
+    "prefix or a prompt. With --template, what to merge into MODEL's weights, times WEIGHT.",
 )
 @click.option(
     "--as",
@@ -39,7 +41,11 @@ if TYPE_CHECKING:
 @click.option(
     "--template", type=options.PATH, metavar="GRAPH", help="Put the weights into this graph, which any tool exported."
 )
-@click.option("--base", type=options.PATH, help="The checkpoint that the template was exported from.")
+@click.option(
+    "--base",
+    type=options.PATH,
+    help="The checkpoint that the template was exported from [MODEL, with --adapter].",
+)
 @click.option(
     "--graph",
     type=options.PATH,
@@ -71,7 +77,7 @@ if TYPE_CHECKING:
 @options.json_option
 def command(
     model: str,
-    adapters: tuple[str, ...],
+    adapters: tuple[tuple[str, float | None], ...],
     adapters_as: str | None,
     template: str | None,
     base: str | None,
@@ -90,26 +96,31 @@ def command(
     A merged adapter costs nothing; one that is left in the graph costs two small products for every adapted weight, and
     as inputs can be exchanged from run to run: one graph serves many adapters of the same weights.
 
-    With --template and --base nothing is traced: every weight of that graph is found in the base, byte for byte, and
-    those of MODEL, any checkpoint of the same tensors, are put in its place.
+    With --template nothing is traced: every weight of that graph is found in the base, byte for byte, and those of
+    MODEL, any checkpoint of the same tensors, are put in its place, adapters merged into them.
 
     Bottlenecks, prefixes and prompts, which no weight can hold, are put into the graph at their sites: an adapter's, or
     what fold left beside the MODEL that it wrote.
     """
     if not adapters and (adapters_as in ("branch", "inputs") or any(how[name] for name in options.TOLD)):
         raise click.UsageError("--as and what is told of an adapter need --adapter")
-    if (template is None) != (base is None):
-        raise click.UsageError("--template and --base go together: the graph, and what it was exported from")
-    if template is not None and base is not None:
-        if adapters:
-            raise click.UsageError("an adapter goes into a template by surgery merge GRAPH ADAPTER --base BASE")
-        if any(how[name] for name in ("graph", "with_cache", "dtype", "factory")) or how["verify"] is not None:
-            raise click.UsageError("--template compares bytes: nothing is traced or compared with torch")
+    if template is not None and base is None and not adapters:
+        raise click.UsageError("--template needs --base, the checkpoint that it was exported from, or --adapter")
+    if template is None and base is not None:
+        raise click.UsageError("--base is what a --template was exported from")
+    if template is not None:
+        tracing = any(how[name] for name in ("graph", "with_cache", "dtype", "factory", "inputs"))
+        if tracing or adapters_as is not None or how["verify"] is not None:
+            raise click.UsageError("--template compares bytes and merges: nothing is traced, left in the graph or run")
         from surgery.operations.export.into_template import reweigh
 
         with options.reporting("export-onnx", as_json):
-            show_reweighed(reweigh(template, model, out, base=base, force=force), as_json)
+            told = options.told(how)["told"]
+            made = reweigh(template, model, out, base=base, adapters=adapters, told=told, force=force)
+            _show_reweighed(made, as_json)
         return
+    if any(weight is not None for _, weight in adapters):
+        raise click.UsageError("ADAPTER:WEIGHT is for --template: what is left in the graph has its own scaling")
     from surgery.operations.export.export_onnx import export_onnx
 
     if how["inputs"] and how["factory"] is None:
@@ -122,7 +133,7 @@ def command(
         report = export_onnx(
             model,
             out,
-            adapters=adapters,
+            adapters=tuple(path for path, _ in adapters),
             adapters_as=adapters_as,
             force=force,
             **options.told(how),
@@ -163,7 +174,7 @@ def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:4])}, … {names[-1]} ({len(names)} in all)"
 
 
-def show_reweighed(report: ReweighReport, as_json: bool) -> None:
+def _show_reweighed(report: ReweighReport, as_json: bool) -> None:
     """What became of a graph whose weights were replaced."""
     if as_json:
         options.print_json(report)
@@ -174,5 +185,6 @@ def show_reweighed(report: ReweighReport, as_json: bool) -> None:
         "weights": f"{len(report.recipes)}, each the base's byte for byte before; {len(report.changed)} changed",
         "constants": f"{len(report.constants)} float tensors that are no weights stay as they are",
     }
+    options.show(*surviving_lines(report.surviving, "a template in a finer dtype"))
     options.show(options.facts(report.template, known.items()))
     options.show_ending(report)

@@ -13,6 +13,7 @@ from surgery.cli import options
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from surgery.operations.fold.fold import FoldPlan, FoldReport
     from surgery.operations.fold.verdicts import Verdict
 
 
@@ -28,7 +29,7 @@ def _refuse(ctx: click.Context, param: click.Parameter, value: object) -> None:
 _TAKEN_AWAY: dict[str, Any] = {"hidden": True, "is_eager": True, "expose_value": False, "callback": _refuse}
 
 
-@click.command("fold", epilog="Example: surgery fold bert-base/ houlsby/ -o folded/")
+@options.verb("fold", epilog="Example: surgery fold bert-base/ houlsby/ -o folded/")
 @click.argument("model", type=options.PATH)
 @click.argument("adapter", type=options.PATH)
 @options.output_options
@@ -36,39 +37,28 @@ _TAKEN_AWAY: dict[str, Any] = {"hidden": True, "is_eager": True, "expose_value":
 @click.option("--approximate", is_flag=True, **_TAKEN_AWAY)
 @click.option("--calibration", **_TAKEN_AWAY)
 @click.option("--max-error", **_TAKEN_AWAY)
-@click.option("--dry-run", is_flag=True, help="Print what would become of each part, and why; write nothing.")
-@options.engine_options
-@options.json_option
-def command(
-    model: str,
-    adapter: str,
-    out: str,
-    dry_run: bool,
-    jobs: int,
-    memory: int,
-    device: str,
-    as_json: bool,
-    **how: Any,
-) -> None:
-    """Fold ADAPTER into MODEL's weights as far as that is exact; the rest goes along, described for the graph."""
-    from surgery.operations.fold import fold as operation
+def command(run: options.Run, model: str, adapter: str, out: str, **how: Any) -> None:
+    """Fold ADAPTER into MODEL's weights as far as that is exact; the rest goes along, described for the graph.
+
+    --dry-run prints what would become of each part of the adapter, and why.
+    """
+    from surgery.operations.fold.fold import prepare_fold
 
     how = options.told(how)
-    with options.reporting("fold", as_json):
-        if dry_run:
-            _show_verdicts(operation.verdicts(model, adapter, how["told"]))
-            options.show("nothing written")
-            return
-        with options.resources(jobs, memory, device) as resources:
-            report = operation.fold(model, adapter, out, **how, resources=resources)
-        if as_json:
-            options.print_json(report)
-            return
-        _show_verdicts(report.verdicts)
-        options.show(f"digest {report.digest}  (base {report.base_digest[:16]}, adapter {report.adapter[:16]})")
-        if report.grafts is not None:
-            options.show(f"what stays in the graph: {report.grafts}")
-        options.show_ending(report)
+    run.carry_out(lambda resources: prepare_fold(model, adapter, out, **how, resources=resources), _show, _show_summary)
+
+
+def _show(report: FoldReport) -> None:
+    _show_verdicts(report.verdicts)
+    options.show(f"digest {report.digest}  (base {report.base_digest[:16]}, adapter {report.adapter[:16]})")
+    if report.grafts is not None:
+        options.show(f"what stays in the graph: {report.grafts}")
+    options.show_ending(report)
+
+
+def _show_summary(plan: FoldPlan) -> None:
+    _show_verdicts(plan.verdicts)
+    options.show_plan_ending(plan)
 
 
 def _show_verdicts(verdicts: Iterable[Verdict]) -> None:

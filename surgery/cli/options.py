@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -135,28 +136,37 @@ class Run:
     memory: int = 0
     device: str = "cpu"
 
-    def carry_out(self, prepare: Callable[[Resources], Job[R]], show: Callable[[R], None]) -> R | None:
+    def carry_out(
+        self,
+        prepare: Callable[[Any], Job[R]],
+        show: Callable[[R], None],
+        show_summary: Callable[[Any], None] | None = None,
+        given: AbstractContextManager[Any] | None = None,
+    ) -> R | None:
         """Prepares a job and runs it, or prints its plan; prints what comes of it, errors too.
 
         Args:
             prepare: makes the job, which will use these resources.
             show: prints the report for people.
+            show_summary: prints the plan for people; None for `show_plan`.
+            given: what `prepare` is called with, open until the job is done, instead of the engine's resources.
 
         Returns:
             The report; None of a dry run.
         """
         with reporting(self.operation, self.as_json):
-            with resources(self.jobs, self.memory, self.device) as allowed:
+            with given or resources(self.jobs, self.memory, self.device) as allowed:
                 job = prepare(allowed)
                 if self.dry_run:
                     with job:
-                        self._print(job.summary, show_plan)
+                        self.present(job.summary, show_summary or show_plan)
                     return None
                 report = job.run()
-            self._print(report, show)
+            self.present(report, show)
             return report
 
-    def _print(self, document: D, show: Callable[[D], None]) -> None:
+    def present(self, document: D, show: Callable[[D], None]) -> None:
+        """Prints a report or a plan: as JSON, or by `show` for people."""
         if self.as_json:
             print_json(document)
         else:
@@ -448,9 +458,15 @@ def show_plan(plan: JobPlan) -> None:
     rows = table("op", "step", "reads", "writes")
     for step in plan.steps:
         rows.add_row(step.op, step.name, step.reads, step.writes)
-    show(rows, *(f"note: {note}" for note in plan.notes))
+    show(rows)
+    show_plan_ending(plan)
+
+
+def show_plan_ending(plan: JobPlan) -> None:
+    """The last lines of every plan: notes, and how much is to be done."""
     show(
-        f"{len(plan.steps)} steps, {plan.bytes_read:,} bytes to read, {plan.bytes_written:,} to write; nothing written"
+        *(f"note: {note}" for note in plan.notes),
+        f"{len(plan.steps)} steps, {plan.bytes_read:,} bytes to read, {plan.bytes_written:,} to write; nothing written",
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 from formats.checkpoint import CheckpointWriter, TensorWriter
 from formats.destination import Destination, create_checkpoint
 from formats.open_files import OpenFiles
+from surgery.errors import SurgeryError
 from surgery.pipeline import engine
 from surgery.pipeline.engine import Resources
 from surgery.pipeline.plan import Outcome, Plan, ledger
@@ -92,6 +93,12 @@ class Job(Generic[R]):
         Raises:
             ReportedError: what only the weights tell; or what has changed on disk since the job was prepared.
         """
+        if self.files.closed:
+            raise SurgeryError(
+                "this job has been run or closed already",
+                where=self.plan.operation,
+                then="prepare another one, with the same arguments",
+            )
         with self:
             return self.work(resources or self.resources)
 

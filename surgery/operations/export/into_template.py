@@ -23,9 +23,9 @@ from formats.staging import Staging, copy_range, disk_errors, write_at
 from surgery.errors import NothingToDo, TemplateMismatch, Unsupported
 from surgery.exact.survival import Surviving
 from surgery.hashes import payload_hash
-from surgery.onnx.files.graph_file import External, external, load_graph, payload
+from surgery.onnx.files.graph_file import External, all_tensors, external, load_graph, payload
 from surgery.onnx.foreign.fitting import Change, Fitting, Tensors, fit
-from surgery.onnx.foreign.slots import Slot, all_tensors
+from surgery.onnx.foreign.slots import Slot
 from surgery.operations.merge.adapters import AdapterPaths, adapter_paths, open_for_merge
 from surgery.operations.merge.plan import plan_merge
 from surgery.operations.merge.view import MergedView
@@ -64,57 +64,45 @@ class ReweighReport(Report):
 
 
 def reweigh(
-    template: str | Path, merged: str | Path, out: str | Path, *, base: str | Path, force: bool = False
+    template: str | Path,
+    model: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    adapters: AdapterPaths = (),
+    told: Told = NOTHING_TOLD,
+    force: bool = False,
 ) -> ReweighReport:
-    """Writes TEMPLATE with the weights of MERGED.
+    """Writes TEMPLATE with the weights of MODEL, adapters merged into them; no merged checkpoint is written.
 
     Args:
         template: a `.onnx` file, exported from `base` by whatever exporter.
-        merged: a checkpoint with the base's tensors, merged.
+        model: a checkpoint with the base's tensors.
         out: the `.onnx` file to write.
-        base: the checkpoint that the template was exported from.
+        base: the checkpoint that the template was exported from; by default `model`.
+        adapters: paths, or (path, weight), to merge into the model.
+        told: what the caller says of adapters whose files do not, as for `merge`.
         force: replace what stands at the output.
 
     Raises:
         TemplateMismatch: weights that are not the base's, or that nothing tells apart; changes without a place.
         Quantised: a graph with quantised weights.
         UnsafeFile: weights outside of the template's folder.
-        NothingToDo: the merged model gives the template's own weights.
-        FormatError, SurgeryError: see their trees.
+        NothingToDo: the model gives the template's own weights.
+        FormatError, SurgeryError: see their trees; for adapters as `merge`.
     """
     watch = Stopwatch(loading="torch")
-    with open_checkpoint(base) as before, open_checkpoint(merged) as after:
-        work = _Work(Path(template), Path(out), Path(base), (Path(merged),), force)
-        return _run("export-onnx", work, before, after, watch, (*before.notes, *after.notes))
-
-
-def merge_onnx(
-    template: str | Path,
-    adapters: AdapterPaths,
-    out: str | Path,
-    *,
-    base: str | Path,
-    weight: float = 1.0,
-    told: Told = NOTHING_TOLD,
-    force: bool = False,
-) -> ReweighReport:
-    """Writes TEMPLATE with adapters merged into its weights; no merged checkpoint is written.
-
-    Args:
-        template, out, base, force: as for `reweigh`.
-        adapters, weight, told: as for `merge`.
-
-    Raises:
-        ReportedError: as `reweigh` and `merge`.
-    """
-    watch = Stopwatch(loading="torch")
-    with open_checkpoint(base) as before:
-        opened, outline = open_for_merge(base, adapters, before.specs, weight, told)
-        plan, _ = plan_merge(before, opened, outline)
-        inputs = tuple(path for path, _ in adapter_paths(adapters))
-        with MergedView(plan) as after:
-            work = _Work(Path(template), Path(out), Path(base), inputs, force)
-            return _run("merge", work, before, after, watch, plan.notes)
+    origin, named = Path(model if base is None else base), adapter_paths(adapters)
+    with contextlib.ExitStack() as stack:
+        before = stack.enter_context(open_checkpoint(origin))
+        after = before if origin == Path(model) else stack.enter_context(open_checkpoint(model))
+        merged: Tensors = after
+        notes = after.notes
+        if named:
+            plan, _ = plan_merge(after, *open_for_merge(model, named, after.specs, told=told))
+            merged, notes = stack.enter_context(MergedView(plan)), plan.notes
+        work = _Work(Path(template), Path(out), origin, (Path(model), *(path for path, _ in named)), force)
+        return _run(work, before, merged, watch, notes if after is before else (*before.notes, *notes))
 
 
 @dataclass(frozen=True)
@@ -128,9 +116,7 @@ class _Work:
     force: bool
 
 
-def _run(
-    operation: str, work: _Work, base: Tensors, merged: Tensors, watch: Stopwatch, notes: Sequence[str]
-) -> ReweighReport:
+def _run(work: _Work, base: Tensors, merged: Tensors, watch: Stopwatch, notes: Sequence[str]) -> ReweighReport:
     if work.out.suffix != ".onnx":
         raise Unsupported(
             "the output is one .onnx file",
@@ -157,7 +143,7 @@ def _run(
             write_at(files[work.out.name], graph, 0)
     recipes = fitting.recipes
     return ReweighReport(
-        operation=operation,
+        operation="export-onnx",
         output=str(work.out),
         seconds=watch.seconds,
         peak_rss_bytes=peak_rss(),

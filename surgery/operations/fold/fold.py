@@ -5,33 +5,39 @@ An adapter that is a change of weights (LoRA, (IA)³, VeRA …) is merged, by me
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from formats.adapter import NOTHING_TOLD, Told
-from formats.checkpoint import Checkpoint
-from formats.destination import create_checkpoint, destination_like
+from formats.checkpoint import CheckpointWriter, TensorWriter
+from formats.destination import Destination, create_checkpoint
+from formats.dialects import AdapterFile, open_adapter_file
 from formats.dialects.adapterhub import AdapterHub
 from formats.dialects.adapterhub_heads import read_head
 from formats.errors import FormatError
-from formats.grafts import GRAFTS_FILE
+from formats.grafts import GRAFTS_FILE, Grafts
 from formats.layers import owner
-from formats.paths import open_checkpoint
+from formats.model_config import CONFIG
+from formats.open_files import OpenFiles
 from surgery.errors import NothingToDo
 from surgery.hashes import content_digest
-from surgery.model.config import CONFIG, companion, model_config, with_settings, without_companion
-from surgery.operations.fold.open import fingerprint_beside, open_parts
+from surgery.model.base_model import BaseModel, with_config
+from surgery.model.config import with_settings
+from surgery.operations.fold.open import fingerprint_beside, open_parts, refuse_composed
 from surgery.operations.fold.plan import Folding, plan_fold
 from surgery.operations.fold.verdicts import IN_FULL, REPLACED, Verdict, Way, verdicts_beside
-from surgery.operations.merge.adapters import open_for_merge
-from surgery.operations.merge.merge import MergeReport, merge, output_digest
-from surgery.pipeline import engine
+from surgery.operations.merge.adapters import WeighedAdapter, open_for_merge
+from surgery.operations.merge.figures import MergeFigures
+from surgery.operations.merge.merge import MergeReport, merge_job
 from surgery.pipeline.engine import Resources
-from surgery.pipeline.plan import Outcome, no_fates
-from surgery.report import Report, Stopwatch, peak_rss
+from surgery.pipeline.job import Done, Header, Job, JobPlan, runs, step_by_step
+from surgery.pipeline.ops import hashes_before, output_digest
+from surgery.pipeline.plan import Plan, no_fates
+from surgery.report import Report, Stopwatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +61,26 @@ class FoldReport(Report):
     settings: Mapping[str, Any]
 
 
-def fold(
+@dataclass(frozen=True)
+class FoldPlan(JobPlan):
+    """What a fold is going to do. `verdicts`: what becomes of every part of the adapter, and why."""
+
+    verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True)
+class FoldJob(Job[FoldReport]):
+    """A fold, ready to run: a job that knows its verdicts."""
+
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def summary(self) -> FoldPlan:
+        """What the job is going to do, as plain data."""
+        return FoldPlan(**vars(super().summary), verdicts=self.verdicts)
+
+
+def prepare_fold(
     model: str | Path,
     adapter: str | Path,
     out: str | Path,
@@ -63,8 +88,8 @@ def fold(
     told: Told = NOTHING_TOLD,
     force: bool = False,
     resources: Resources | None = None,
-) -> FoldReport:
-    """Writes a model with an adapter folded into its weights, exactly; and beside it what cannot be.
+) -> FoldJob:
+    """Prepares a job that writes a model with an adapter folded into its weights, exactly; beside it, what cannot be.
 
     Args:
         model: a safetensors file or a folder.
@@ -79,105 +104,115 @@ def fold(
         NotMergeable: what no weight and no added node can express, with the reason.
         SurgeryError, FormatError: see their trees; whatever the headers tell is refused before any work.
     """
-    watch = Stopwatch(loading="torch")
-    with open_checkpoint(model) as base:
-        parts = open_parts(model, adapter, base)
-        if parts is None:
-            verdicts = merged_verdicts(model, adapter, base, told)
-            return _merged(merge(model, adapter, out, told=told, force=force, resources=resources), verdicts)
-        record = fingerprint_beside(adapter)
-        folding = plan_fold(base, model_config(model), parts, record)
-        outcomes = _run(folding, (Path(model), Path(adapter)), out, force=force, resources=resources)
-        before = _found(outcomes, "base")
-        base_digest = content_digest((spec, before[name]) for name, spec in base.specs.items())
-    fates = {name: fate for outcome in outcomes for name, fate in outcome.fates.items()}
-    return FoldReport(
-        operation="fold",
-        output=str(out),
-        seconds=watch.seconds,
-        peak_rss_bytes=peak_rss(),
-        ledger=no_fates() | Counter(fate.value for fate in fates.values()),
-        notes=folding.plan.notes,
-        verdicts=folding.verdicts,
-        digest=output_digest(folding.plan, outcomes),
-        base_digest=base_digest,
-        adapter=record.digest,
-        grafts=None if folding.grafts is None else str(Path(out) / GRAFTS_FILE),
-        settings=folding.settings,
+    watch, files = Stopwatch(loading="torch"), OpenFiles()
+    base = BaseModel.open(model, files)
+    refuse_composed(Path(adapter))
+    opened = open_adapter_file(adapter, files)
+    inputs, parts = (base.path, opened.path), open_parts(base, opened)
+    if parts is None:
+        merged, outline = open_for_merge(base, ((opened, None),), told=told)
+        merging = merge_job(base, merged, outline, out, inputs=inputs, watch=watch, force=force, resources=resources)
+        return _as_fold(merging, merged_verdicts(base, opened, merged))
+    record = fingerprint_beside(opened)
+    folding = plan_fold(base, parts, record)
+    destination = _destination(base, folding, inputs, out, force)
+
+    def finish(done: Done) -> Callable[[Header], FoldReport]:
+        assert done.writer is not None
+        before, digest = hashes_before(done.outcomes), output_digest(done.plan.outputs, done.outcomes)
+        figures = [each.figures for each in done.outcomes if isinstance(each.figures, MergeFigures)]
+        if folding.grafts is None and not any(each.changed for each in figures):
+            raise NothingToDo("the fold changes nothing: all of the adapter rounds to zero", where=opened.path)
+        if folding.receipt is not None:
+            done.writer.seal(replace(folding.receipt, base_tensors=before).metadata())
+        if folding.grafts is not None and done.aside is not None:
+            done.aside.seal(replace(folding.grafts, model=digest).metadata())
+        fates = {name: fate for outcome in done.outcomes for name, fate in outcome.fates.items()}
+        return lambda header: FoldReport(
+            **{**header, "ledger": no_fates() | Counter(fate.value for fate in fates.values())},
+            verdicts=folding.verdicts,
+            digest=digest,
+            base_digest=content_digest((spec, before[name]) for name, spec in base.specs.items()),
+            adapter=record.digest,
+            grafts=None if folding.grafts is None else str(destination.path / GRAFTS_FILE),
+            settings=folding.settings,
+        )
+
+    job = step_by_step(
+        folding.plan,
+        files=files,
+        watch=watch,
+        inputs=inputs,
+        finish=finish,
+        destination=destination,
+        writers=lambda plan: _writers(destination, plan, folding.grafts),
+        resources=resources,
     )
+    return FoldJob(**vars(job), verdicts=folding.verdicts)
 
 
-def verdicts(model: str | Path, adapter: str | Path, told: Told = NOTHING_TOLD) -> tuple[Verdict, ...]:
-    """What would become of every part of an adapter. Arguments and errors are those of `fold`."""
-    with open_checkpoint(model) as base:
-        parts = open_parts(model, adapter, base)
-        if parts is None:
-            return merged_verdicts(model, adapter, base, told)
-        return plan_fold(base, model_config(model), parts, fingerprint_beside(adapter)).verdicts
+fold = runs(prepare_fold)
 
 
-def merged_verdicts(model: str | Path, adapter: str | Path, base: Checkpoint, told: Told) -> tuple[Verdict, ...]:
-    """Those on an adapter that is a change of weights. Raises as merge does."""
+def merged_verdicts(model: BaseModel, adapter: AdapterFile, merged: Iterable[WeighedAdapter]) -> tuple[Verdict, ...]:
+    """Those on an adapter that is a change of weights.
+
+    Args:
+        model, adapter: opened.
+        merged: the adapter, as `open_for_merge` opened it against the model.
+    """
     found = []
-    for each in open_for_merge(model, adapter, base.specs, told=told)[0]:
+    for each in merged:
         for module in each.adapter.modules:
             found.append(Verdict(owner(module.target), module.method, Way.FOLDED, "a change of the weight: merged"))
         for full in each.adapter.replacements:
             found.append(Verdict(owner(full.target), IN_FULL, Way.FOLDED, REPLACED))
         if each.adapter.dialect == AdapterHub.name and (
-            head := read_head(Path(adapter), base.specs, model_config(model))
+            head := read_head(adapter.path, model.specs, model.config, adapter.files)
         ):
             found += [one for one in verdicts_beside(head) if one.way is Way.LEFT]
     return tuple(found)
 
 
-def _merged(report: MergeReport, verdicts: tuple[Verdict, ...]) -> FoldReport:
-    return FoldReport(
-        operation="fold",
-        output=report.output,
-        seconds=report.seconds,
-        peak_rss_bytes=report.peak_rss_bytes,
-        ledger=report.ledger,
-        notes=report.notes,
-        verdicts=verdicts,
-        digest=report.digest,
-        base_digest=report.base_digest,
-        adapter=report.adapters[0],
-        settings={},
-    )
+def _as_fold(job: Job[MergeReport], verdicts: tuple[Verdict, ...]) -> FoldJob:
+    """A merge as the fold that it is."""
+    plan = replace(job.plan, operation="fold")
+
+    def work(resources: Resources) -> FoldReport:
+        report = job.work(resources)
+        return FoldReport(
+            **{field.name: getattr(report, field.name) for field in fields(Report)} | {"operation": "fold"},
+            verdicts=verdicts,
+            digest=report.digest,
+            base_digest=report.base_digest,
+            adapter=report.adapters[0],
+            settings={},
+        )
+
+    return FoldJob(**{**vars(job), "plan": plan, "work": work}, verdicts=verdicts)
 
 
-def _run(
-    folding: Folding, inputs: tuple[Path, ...], out: str | Path, *, force: bool, resources: Resources | None
-) -> tuple[Outcome, ...]:
-    """Runs the plan into the output and what lies beside it."""
-    plan, grafts, receipt = folding.plan, folding.grafts, folding.receipt
-    destination = destination_like(inputs[0], out, plan.outputs, inputs=inputs, force=force)
-    if grafts is not None and not destination.is_folder:
+def _destination(
+    base: BaseModel, folding: Folding, inputs: tuple[Path, ...], out: str | Path, force: bool
+) -> Destination:
+    """Where the output goes, its config.json as it must be."""
+    destination = base.destination(out, folding.plan.outputs, inputs=inputs, force=force)
+    if folding.grafts is not None and not destination.is_folder:
         raise FormatError(
             "parts of the adapter must stay in the graph, and a single file has no room for them beside it",
             where=out,
             expected="a folder",
-            then="name a folder with -o; --dry-run says which parts, and why",
+            then="name a folder with -o; its --dry-run says which parts, and why",
         )
-    source, config = companion(destination, CONFIG), None
-    if folding.settings and source is not None:
-        config = with_settings(source.read_bytes(), folding.settings, source)
-        destination = without_companion(destination, CONFIG)
+    if folding.settings and CONFIG in destination.attachments:
+        return with_config(destination, with_settings(base.config, folding.settings))
+    return destination
+
+
+@contextlib.contextmanager
+def _writers(
+    destination: Destination, plan: Plan, grafts: Grafts | None
+) -> Iterator[tuple[CheckpointWriter, TensorWriter | None]]:
+    """The output, and what lies beside its weights."""
     with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
-        if config is not None:
-            writer.attach(CONFIG, config)
-        beside = None if grafts is None else writer.beside(GRAFTS_FILE, plan.asides, grafts.metadata())
-        outcomes = engine.run(plan, writer, resources, beside)
-        if grafts is None and not any(outcome.figures.get("changed") for outcome in outcomes):
-            raise NothingToDo("the fold changes nothing: all of the adapter rounds to zero", where=inputs[1])
-        if receipt is not None:
-            writer.seal(replace(receipt, base_tensors=_found(outcomes, "base")).metadata())
-        if grafts is not None and beside is not None:
-            beside.seal(replace(grafts, model=output_digest(plan, outcomes)).metadata())
-    return outcomes
-
-
-def _found(outcomes: tuple[Outcome, ...], figure: str) -> dict[str, str]:
-    """What the steps say of the tensors, by name."""
-    return {name: value for outcome in outcomes for name, value in outcome.figures.get(figure, {}).items()}
+        yield writer, None if grafts is None else writer.beside(GRAFTS_FILE, plan.asides, grafts.metadata())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from blake3 import blake3
 
@@ -24,6 +25,13 @@ _COMPOSED = {
 }
 
 
+def refuse_composed(adapter: Path) -> None:
+    """Raises NotMergeable for a composition of adapters, whose folder may hold nothing that opens."""
+    for name, reason in _COMPOSED.items():
+        if (adapter / name).exists():
+            raise NotMergeable(reason, where=adapter / name, then="fold the adapters it consists of, one by one")
+
+
 def open_parts(model: BaseModel, adapter: AdapterFile) -> tuple[Part, ...] | None:
     """What an adapter adds beside the base's weights; None for one that is a change of weights.
 
@@ -31,9 +39,7 @@ def open_parts(model: BaseModel, adapter: AdapterFile) -> tuple[Part, ...] | Non
         NotMergeable: a composition of adapters, or a model that has parts of an earlier adapter in its graph.
         FormatError: as `read_beside`.
     """
-    for name, reason in _COMPOSED.items():
-        if (adapter.path / name).exists():
-            raise NotMergeable(reason, where=adapter.path / name, then="fold the adapters it consists of, one by one")
+    refuse_composed(adapter.path)
     refuse_grafted(model.path)
     if adapter.config is None or not lies_beside(adapter.config):
         return None

@@ -20,6 +20,7 @@ from surgery.exact.rounding import blocks, round_once
 from surgery.hashes import tensor_hash
 from surgery.methods.activations import function
 from surgery.methods.bottleneck import Matrices, dense, hypercomplex, keys_and_values
+from surgery.operations.merge.figures import MergeFigures
 from surgery.operations.merge.ops import out_of_range
 from surgery.pipeline.plan import Fate, Outcome
 
@@ -152,7 +153,7 @@ class NewBias:
         bias = round_once(exact, self.result.dtype)
         name = self.result.name
         _check(bias, name)
-        return Outcome((bias,), {}, {"hashes": {name: tensor_hash(bias)}, "changed": True})
+        return Outcome((bias,), {}, MergeFigures(after={name: tensor_hash(bias)}, changed=True))
 
 
 class Neurons(Enum):
@@ -282,7 +283,7 @@ def changed(name: str, before: torch.Tensor, result: torch.Tensor, fate: Fate) -
     """A tensor of the base that has become another."""
     _check(result, name)
     old, new = tensor_hash(before), tensor_hash(result)
-    return Outcome((result,), {name: fate}, {"base": {name: old}, "hashes": {name: new}, "changed": old != new})
+    return Outcome((result,), {name: fate}, MergeFigures({name: old}, {name: new}, changed=old != new))
 
 
 def _check(result: torch.Tensor, name: str) -> None:

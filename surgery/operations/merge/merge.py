@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from surgery.model.base_model import BaseModel, with_config
 from surgery.model.config import growth, resized, with_settings
 from surgery.model.outline import Outline
 from surgery.model.stored_dtype import dtype_named, restated
-from surgery.operations.merge.adapters import AdapterPaths, adapter_files, adapter_paths, open_for_merge
+from surgery.operations.merge.adapters import AdapterPaths, WeighedAdapter, adapter_files, adapter_paths, open_for_merge
 from surgery.operations.merge.figures import MergeFigures
 from surgery.operations.merge.plan import plan_merge
 from surgery.pipeline.engine import Resources
@@ -101,8 +101,42 @@ def prepare_merge(
     stored = dtype_named(dtype)
     model = BaseModel.open(base, files)
     opened, outline = open_for_merge(model, adapter_files(adapters, files), weight, told, untie=untie)
+    return merge_job(
+        model,
+        opened,
+        outline,
+        out,
+        inputs=(base, *(path for path, _ in adapter_paths(adapters))),
+        watch=watch,
+        stored=stored,
+        min_surviving=min_surviving,
+        undo=undo,
+        max_shard_size=max_shard_size,
+        force=force,
+        resources=resources,
+    )
+
+
+merge = runs(prepare_merge)
+
+
+def merge_job(
+    model: BaseModel,
+    opened: Sequence[WeighedAdapter],
+    outline: Outline,
+    out: str | Path,
+    *,
+    inputs: Sequence[str | Path],
+    watch: Stopwatch,
+    stored: DType | None = None,
+    min_surviving: float | None = None,
+    undo: str | Path | None = None,
+    max_shard_size: int | None = None,
+    force: bool = False,
+    resources: Resources | None = None,
+) -> Job[MergeReport]:
+    """A merge of what `open_for_merge` opened; the other arguments and the errors are those of `prepare_merge`."""
     plan, receipt = plan_merge(model, opened, outline, undo=undo is not None, stored=stored)
-    inputs = (base, *(path for path, _ in adapter_paths(adapters)))
     destination = model.destination(out, plan.outputs, inputs=inputs, force=force, max_shard=max_shard_size)
     if CONFIG in destination.attachments:
         config, restated_too = _config(model, plan, outline, stored), bool(outline.config or stored)
@@ -117,7 +151,7 @@ def prepare_merge(
         assert done.writer is not None
         figures = [each.figures for each in done.outcomes if isinstance(each.figures, MergeFigures)]
         if not any(each.changed for each in figures):
-            raise NothingToDo("the merge changes nothing: every delta rounds to zero", where=base)
+            raise NothingToDo("the merge changes nothing: every delta rounds to zero", where=model.path)
         surviving = {name: found for each in figures for name, found in each.surviving.items()}
         if min_surviving is not None:
             check_surviving(surviving, min_surviving)
@@ -139,7 +173,7 @@ def prepare_merge(
 
     return step_by_step(
         plan,
-        files=files,
+        files=model.files,
         watch=watch,
         inputs=inputs,
         finish=finish,
@@ -148,9 +182,6 @@ def prepare_merge(
         beside=() if undo is None else (undo,),
         resources=resources,
     )
-
-
-merge = runs(prepare_merge)
 
 
 def _config(model: BaseModel, plan: Plan, outline: Outline, stored: DType | None) -> Mapping[str, Any]:
