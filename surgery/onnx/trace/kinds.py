@@ -26,7 +26,9 @@ _IMAGE_SIDE = 224  # where neither config.json nor preprocessor_config.json says
 _FACTORY = "build the module yourself: --factory package.module:function, with --inputs and the file of its weights"
 
 
-def kind_of(model_class: Any, config: Any, model: BaseModel, cached: bool) -> SinglePass | CachedDecoder | EncoderDecoder:
+def kind_of(
+    model_class: Any, config: Any, model: BaseModel, cached: bool
+) -> SinglePass | CachedDecoder | EncoderDecoder:
     """How a model is used.
 
     Args:

@@ -72,7 +72,9 @@ class OwnModule:
         state = module.state_dict(keep_vars=True)
         lost = [name for name in missing if id(state[name]) not in tied]
         if lost:
-            raise MissingTensors("the module needs tensors that the file does not have", where=self.where, expected=lost)
+            raise MissingTensors(
+                "the module needs tensors that the file does not have", where=self.where, expected=lost
+            )
         return module
 
 

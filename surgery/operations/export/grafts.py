@@ -168,7 +168,8 @@ def open_grafts(
         return None
     if len(adapters) > 1:
         raise Unsupported(
-            "a graph has one adapter of bottlenecks, prefixes or prompts", found=", ".join(str(adapter.path) for adapter in adapters)
+            "a graph has one adapter of bottlenecks, prefixes or prompts",
+            found=", ".join(str(adapter.path) for adapter in adapters),
         )
     asked = adapters_as or HALF
     if asked not in WAYS:

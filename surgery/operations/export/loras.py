@@ -157,7 +157,9 @@ class LorasInGraph:
         said = [note for each in self.loras for note in each.adapter.notes]
         for each in self.loras if self.as_inputs else ():
             path = each.adapter.ref.path
-            said.append(f"for this graph: surgery convert {path} --to ort --base {self.model.path} -o NAME.onnx_adapter")
+            said.append(
+                f"for this graph: surgery convert {path} --to ort --base {self.model.path} -o NAME.onnx_adapter"
+            )
         return tuple(said)
 
     @property
@@ -213,8 +215,7 @@ class LorasInGraph:
         if cases and self.as_inputs:
             cases.append(Case("no adapter", {}, {}))
         found = [
-            check_graft(trial.model, trial.graphs, trial.payload, trial.dtype, self.model.specs, case)
-            for case in cases
+            check_graft(trial.model, trial.graphs, trial.payload, trial.dtype, self.model.specs, case) for case in cases
         ]
         return verified, worst(found) if found else None
 

@@ -84,9 +84,7 @@ def prepare_diff(
 diff = runs(prepare_diff)
 
 
-def plan_diff(
-    before: Checkpoint, after: Checkpoint, headers_only: bool
-) -> tuple[Plan, tuple[TensorChange, ...], int]:
+def plan_diff(before: Checkpoint, after: Checkpoint, headers_only: bool) -> tuple[Plan, tuple[TensorChange, ...], int]:
     """What is to be measured, what the headers tell already, and how many tensors are identical by them."""
     changes = [
         TensorChange(name, "removed", _text(spec), None)
