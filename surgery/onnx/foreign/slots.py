@@ -157,7 +157,7 @@ def _refuse_quantised(model: onnx.ModelProto, every: list[onnx.GraphProto], wher
         for node in nodes
         if node.op_type in _QUANTISED or node.op_type.startswith("QLinear")
     ]
-    for name, tensor in _tensors(every):
+    for name, tensor in named_tensors(every):
         label = onnx.TensorProto.DataType.Name(tensor.data_type)
         narrow = tensor.data_type in small or any(part in label for part in ("INT4", "INT2", "FLOAT4", "FLOAT8"))
         if narrow and tensor.dims and nbytes(tensor) > _TABLE:

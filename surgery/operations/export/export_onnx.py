@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from formats.adapter import NOTHING_TOLD, Told
-from formats.dialects import open_adapter_file
+from formats.dialects import AdapterFile, open_adapter_file
 from formats.errors import NotACheckpoint, PathNotFound, UnsupportedDType
 from formats.open_files import OpenFiles
 from formats.spec import DType
@@ -25,11 +25,11 @@ from surgery.model.stored_dtype import dtype_named
 from surgery.onnx.files.payload import attach_payload
 from surgery.operations.export.files import Export, check_target, placed, staged
 from surgery.operations.export.grafts import open_grafts
-from surgery.operations.export.in_graph import Trial
+from surgery.operations.export.in_graph import AdaptersInGraph, Trial
 from surgery.operations.export.loras import LorasInGraph
 from surgery.operations.export.plan import ExportPlan, exportable, in_dtype, new_graphs, onto_graphs
 from surgery.pipeline.engine import Resources
-from surgery.pipeline.job import Header, Job, header, runs
+from surgery.pipeline.job import Job, header, runs
 from surgery.pipeline.plan import Fate, Plan
 from surgery.report import Report, Stopwatch
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from surgery.onnx.against_torch.lora import Agreement
     from surgery.onnx.against_torch.model import Verification
+    from surgery.onnx.trace.program import Exportable
 
 _IN_FLOAT32 = (
     "compared over bfloat16 weights and in float32 otherwise, on both sides: ONNX Runtime's CPU provider does not run "
@@ -123,8 +124,10 @@ def prepare_export_onnx(
     force: bool = False,
     verify: bool | None = None,
 ) -> Job[ExportReport]:
-    """Prepares a job that writes OUT.onnx and, beside it, `model.safetensors`; in the model's own folder OUT.onnx alone, over the files
-    that are there. An encoder–decoder becomes `encoder_OUT.onnx` and `decoder_OUT.onnx` over the same weights.
+    """Prepares a job that writes OUT.onnx and, beside it, `model.safetensors`.
+
+    In the model's own folder OUT.onnx alone is written, over the files that are there. An encoder–decoder becomes
+    `encoder_OUT.onnx` and `decoder_OUT.onnx` over the same weights.
 
     Args:
         model: a Hugging Face folder: config.json, and weights in one file or in shards. With `graph` or `factory`
@@ -170,97 +173,122 @@ def prepare_export_onnx(
     base = BaseModel.open(source, files)
     checks = verify if verify is not None else graph is None
     if graph is not None:
-        export_plan = onto_graphs(Path(graph), base, convert=wanted is not None)
-        if checks:
-            traced = exportable(base, export_plan.cached, factory, inputs)
-            export_plan = replace(export_plan, model=traced, model_class=traced.name)
+        planned = onto_graphs(Path(graph), base, convert=wanted is not None)
+        against = exportable(base, planned.cached, factory, inputs) if checks else None
     else:
         _check_dtype(wanted or DType.F32, wanted, checks and bool(besides), source)
-        traced = exportable(base, with_cache, factory, inputs)
+        against = traced = exportable(base, with_cache, factory, inputs)
         for program in traced.kind.programs:
             check_target(source, target.with_name(program.prefix + target.name), force)
         opened = [open_adapter_file(path, files) for path in besides]
-        parts = open_grafts(base, traced.kind, opened, adapters_as)
-        export_plan = new_graphs(
-            traced,
-            base,
-            wanted,
-            parts or LorasInGraph.of(base, opened, adapters_as or "branch", in_dtype(base.specs, wanted), told),
-        )
-    kept = export_plan.adapters
-    _check_dtype(export_plan.computed, wanted, bool(checks and kept and kept.way), source)
-    where = placed(export_plan.weights, export_plan.payloads, source, target)
-    graphs = {prefix: attach_payload(model, where.places) for prefix, model in export_plan.graphs.items()}
-    export = Export(source, target, graphs, export_plan.weights, where, force, besides)
-    export.check()
-    notes = (*base.checkpoint.notes, *export_plan.notes, *_unchecked(export_plan, checks, graph is None))
-    notes += kept.notes if kept else ()
-    plan = Plan("export-onnx", export_plan.steps(base.checkpoint) if where.layout else (), notes=notes)
-
-    def work(resources: Resources) -> ExportReport:
-        with staged(export, export_plan.payloads) as written:
-            found, agreed = _verified(export_plan, export, written.payload) if checks else (None, None)
-        fates = export_plan.fates(base.checkpoint)
-        said = {**header(plan, watch, target), "ledger": {fate.value: fates.count(fate) for fate in Fate}}
-        unused = export_plan.unused(base.checkpoint)
-        return _report(said, export_plan, export, written.blake3, unused, found, agreed, traced=graph is None)
-
-    read = (source, *besides, *(() if graph is None else (Path(graph),)))
-    return Job(plan, read, export.outputs, files, work, Resources())
+        planned = new_graphs(traced, base, wanted, in_graph(traced, base, opened, adapters_as, wanted, told))
+    read = (*besides, *(() if graph is None else (Path(graph),)))
+    return export_job(
+        planned, base, target, against=against if checks else None, dtype=wanted, inputs=read, force=force, watch=watch
+    )
 
 
 export_onnx = runs(prepare_export_onnx)
 
 
-def _unchecked(plan: ExportPlan, checks: bool, traced: bool) -> tuple[str, ...]:
-    """What the comparison with torch does not say."""
-    if checks:
-        return (_IN_FLOAT32,) if plan.computed is DType.BF16 else ()
-    return ("not compared with torch",) if traced else ()
-
-
-def _report(
-    said: Header,
-    plan: ExportPlan,
-    export: Export,
-    blake3: str | None,
-    unused: tuple[str, ...],
-    found: Verification | None,
-    agreed: Agreement | None,
-    *,
-    traced: bool,
-) -> ExportReport:
-    ran = agreed.nodes_run if agreed else found.nodes_run if found else {}
-    return ExportReport(
-        **said,
-        graphs=tuple(_described(export, prefix, model, ran.get(prefix)) for prefix, model in plan.graphs.items()),
-        payload=str(export.payload),
-        payload_blake3=blake3,
-        traced=traced,
-        max_abs_error=found.max_abs_error if found else None,
-        max_rel_error=found.max_rel_error if found else None,
-        worst=found.worst if found else None,
-        tolerance=found.tolerance if found else None,
-        float32_error=found.float32_error if found else None,
-        shapes=found.shapes if found else (),
-        model_class=plan.model_class,
-        dtype=plan.computed.label,
-        unused=unused,
-        adapters=plan.adapters.way if plan.adapters else "",
-        adapted=plan.adapters.adapted if plan.adapters else (),
-        adapted_rel_error=agreed.max_rel_error if agreed else None,
-        adapted_tolerance=agreed.tolerance if agreed else None,
+def in_graph(
+    model: Exportable,
+    base: BaseModel,
+    adapters: Sequence[AdapterFile] = (),
+    adapters_as: str | None = None,
+    dtype: DType | None = None,
+    told: Told = NOTHING_TOLD,
+) -> AdaptersInGraph:
+    """What new graphs have in them: nodes of their own, or LoRA of weights. Raises as `open_grafts` and
+    `LorasInGraph.of`."""
+    return open_grafts(base, model.kind, adapters, adapters_as) or LorasInGraph.of(
+        base, adapters, adapters_as or "branch", in_dtype(base.specs, dtype), told
     )
 
 
-def _verified(plan: ExportPlan, export: Export, payload: Mapping[str, int]) -> tuple[Verification, Agreement | None]:
+def export_job(
+    planned: ExportPlan,
+    base: BaseModel,
+    target: Path,
+    *,
+    against: Exportable | None,
+    watch: Stopwatch,
+    dtype: DType | None = None,
+    inputs: tuple[Path, ...] = (),
+    force: bool = False,
+) -> Job[ExportReport]:
+    """A job that writes what is planned.
+
+    Args:
+        planned: graphs and weights.
+        base: the model.
+        target: the `.onnx` file.
+        against: what the graphs are compared with before they appear; None for nothing.
+        watch: runs since the verb was called.
+        dtype: what the graphs are to compute in, where that was asked for.
+        inputs: paths that are read besides.
+        force: replace what stands there.
+
+    Raises:
+        UnsupportedDType: the graphs compute in another dtype, or adapters cannot be compared in it.
+        OutputExists, WriteFailed: as `Export.check`.
+    """
+    kept = planned.adapters
+    _check_dtype(planned.computed, dtype, bool(against and kept and kept.way), base.path)
+    where = placed(planned.weights, planned.payloads, base.path, target)
+    graphs = {prefix: attach_payload(graph, where.places) for prefix, graph in planned.graphs.items()}
+    # The graph that is taken may be written over: it is what is written.
+    guarded = inputs if planned.traced else ()
+    export = Export(base.path, target, graphs, planned.weights, where, force, guarded)
+    export.check()
+    notes = (*base.checkpoint.notes, *planned.notes, *_unchecked(planned, against), *(kept.notes if kept else ()))
+    plan = Plan("export-onnx", planned.steps(base.checkpoint) if where.layout else (), notes=notes)
+
+    def work(resources: Resources) -> ExportReport:
+        with staged(export, planned.payloads) as written:
+            found, agreed = _verified(against, planned, export, written.payload) if against else (None, None)
+        fates = planned.fates(base.checkpoint)
+        ran = agreed.nodes_run if agreed else found.nodes_run if found else {}
+        return ExportReport(
+            **{**header(plan, watch, target), "ledger": {fate.value: fates.count(fate) for fate in Fate}},
+            graphs=tuple(_described(export, prefix, made, ran.get(prefix)) for prefix, made in planned.graphs.items()),
+            payload=str(export.payload),
+            payload_blake3=written.blake3,
+            traced=planned.traced,
+            max_abs_error=found.max_abs_error if found else None,
+            max_rel_error=found.max_rel_error if found else None,
+            worst=found.worst if found else None,
+            tolerance=found.tolerance if found else None,
+            float32_error=found.float32_error if found else None,
+            shapes=found.shapes if found else (),
+            model_class=against.name if against else planned.model_class,
+            dtype=planned.computed.label,
+            unused=planned.unused(base.checkpoint),
+            adapters=kept.way if kept else "",
+            adapted=kept.adapted if kept else (),
+            adapted_rel_error=agreed.max_rel_error if agreed else None,
+            adapted_tolerance=agreed.tolerance if agreed else None,
+        )
+
+    return Job(plan, (base.path, *inputs), export.outputs, base.files, work, Resources())
+
+
+def _unchecked(planned: ExportPlan, against: Exportable | None) -> tuple[str, ...]:
+    """What the comparison with torch does not say."""
+    if against is not None:
+        return (_IN_FLOAT32,) if planned.computed is DType.BF16 else ()
+    return ("not compared with torch",) if planned.traced else ()
+
+
+def _verified(
+    model: Exportable, planned: ExportPlan, export: Export, payload: Mapping[str, int]
+) -> tuple[Verification, Agreement | None]:
     from surgery.onnx.against_torch.model import verify_graphs
 
-    assert plan.model is not None  # whatever is checked is checked against it
-    if plan.adapters is None:
-        return verify_graphs(plan.model, export.graphs, payload, plan.computed), None
-    plain = {prefix: attach_payload(graph, export.placed.places) for prefix, graph in plan.plain.items()}
-    return plan.adapters.compare(Trial(plan.model, plain, export.graphs, payload, plan.computed))
+    if planned.adapters is None:
+        return verify_graphs(model, export.graphs, payload, planned.computed), None
+    plain = {prefix: attach_payload(graph, export.placed.places) for prefix, graph in planned.plain.items()}
+    return planned.adapters.compare(Trial(model, plain, export.graphs, payload, planned.computed))
 
 
 def _described(export: Export, prefix: str, model: onnx.ModelProto, nodes_run: int | None) -> ExportedGraph:

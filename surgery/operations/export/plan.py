@@ -7,7 +7,7 @@ they are over.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,11 +34,9 @@ class ExportPlan:
         graphs, plain: by prefix, with the adapters and without; no weight has its place yet.
         weights, payloads: what the payload holds.
         needed: the checkpoint's tensors that the model needs.
-        model: what the graphs are checked against; None where nothing is.
-        adapters: in new graphs.
-        reads: the tensors that a weight is made of, where it is none of the checkpoint's.
-        inputs: names of the graphs' inputs.
         model_class: what the report says.
+        adapters: in new graphs; None in those of another export.
+        reads: the tensors that a weight is made of, where it is none of the checkpoint's.
         notes: what the user should know.
     """
 
@@ -47,16 +45,20 @@ class ExportPlan:
     weights: tuple[TensorSpec, ...]
     payloads: Payloads
     needed: frozenset[str]
-    model: Exportable | None
     model_class: str
     adapters: AdaptersInGraph | None = None
-    reads: Mapping[str, tuple[TensorRef, ...]] | None = None
+    reads: Mapping[str, tuple[TensorRef, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
     def computed(self) -> DType:
         """The dtype that the graphs compute in."""
         return next((spec.dtype for spec in self.weights if spec.dtype.is_float), DType.F32)
+
+    @property
+    def traced(self) -> bool:
+        """Whether the graphs were made now, and not taken from another export."""
+        return self.adapters is not None
 
     @property
     def cached(self) -> bool:
@@ -78,7 +80,7 @@ class ExportPlan:
         """The payload, a step a weight."""
         steps = []
         for spec in self.weights:
-            made = (self.reads or {}).get(spec.name)
+            made = self.reads.get(spec.name)
             inputs = (base.tensor(spec.name),) if made is None else made
             taken = Copy(spec.name) if base.specs.get(spec.name) == spec else Elsewhere("make" if made else "convert")
             steps.append(Step(spec.name, inputs, (spec,), taken))
@@ -110,7 +112,7 @@ def onto_graphs(graph: Path, model: BaseModel, convert: bool) -> ExportPlan:
     names = settings.get("architectures") or [""]
     graphs = {each.prefix: each.model for each in given}
     needed = frozenset(spec.name for spec in weights)
-    return ExportPlan(graphs, graphs, weights, checkpoint, needed, None, str(names[0]), notes=notes)
+    return ExportPlan(graphs, graphs, weights, checkpoint, needed, str(names[0]), notes=notes)
 
 
 def new_graphs(model: Exportable, base: BaseModel, dtype: DType | None, adapters: AdaptersInGraph) -> ExportPlan:
@@ -138,9 +140,7 @@ def new_graphs(model: Exportable, base: BaseModel, dtype: DType | None, adapters
     for graph in graphs.values():
         check_structure(graph, model.where)
     needed = frozenset(spec.name for template in bare for spec in template.weights)
-    return ExportPlan(
-        graphs, plain, weights, made.payloads, needed, model, model.name, adapters=adapters, reads=made.reads
-    )
+    return ExportPlan(graphs, plain, weights, made.payloads, needed, model.name, adapters, made.reads)
 
 
 def exportable(model: BaseModel, cached: bool, factory: str | None, inputs: Sequence[str]) -> Exportable:
