@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from surgery.operations.convert.convert import prepare_convert as prepare_convert
     from surgery.operations.export.export_onnx import ExportReport as ExportReport
     from surgery.operations.export.export_onnx import export_onnx as export_onnx
+    from surgery.operations.export.export_onnx import prepare_export_onnx as prepare_export_onnx
     from surgery.operations.export.into_template import ReweighReport as ReweighReport
+    from surgery.operations.export.into_template import prepare_reweigh as prepare_reweigh
     from surgery.operations.export.into_template import reweigh as reweigh
     from surgery.operations.extract.extract import ExtractReport as ExtractReport
     from surgery.operations.extract.extract import extract as extract
@@ -40,12 +42,16 @@ if TYPE_CHECKING:
     from surgery.operations.fold.fold import fold as fold
     from surgery.operations.fold.fold import prepare_fold as prepare_fold
     from surgery.operations.latency.bench import bench as bench
+    from surgery.operations.latency.bench import prepare_bench as prepare_bench
     from surgery.operations.latency.compare import compare as compare
+    from surgery.operations.latency.compare import prepare_compare as prepare_compare
     from surgery.operations.look.diff import DiffReport as DiffReport
     from surgery.operations.look.diff import diff as diff
+    from surgery.operations.look.diff import prepare_diff as prepare_diff
     from surgery.operations.look.inspect import InspectReport as InspectReport
     from surgery.operations.look.inspect import inspect as inspect
     from surgery.operations.look.prove import ProveReport as ProveReport
+    from surgery.operations.look.prove import prepare_prove as prepare_prove
     from surgery.operations.look.prove import prove as prove
     from surgery.operations.lora.combine import CombineReport as CombineReport
     from surgery.operations.lora.combine import combine as combine
@@ -121,10 +127,16 @@ _HOMES = {
     "inspect": "surgery.operations.look.inspect",
     "merge": "surgery.operations.merge.merge",
     "open_checkpoint": "formats",
+    "prepare_bench": "surgery.operations.latency.bench",
+    "prepare_compare": "surgery.operations.latency.compare",
     "prepare_convert": "surgery.operations.convert.convert",
     "prepare_convert_container": "surgery.operations.convert.containers",
+    "prepare_diff": "surgery.operations.look.diff",
+    "prepare_export_onnx": "surgery.operations.export.export_onnx",
     "prepare_fold": "surgery.operations.fold.fold",
     "prepare_merge": "surgery.operations.merge.merge",
+    "prepare_prove": "surgery.operations.look.prove",
+    "prepare_reweigh": "surgery.operations.export.into_template",
     "prepare_unmerge": "surgery.operations.merge.unmerge",
     "prepare_verify": "surgery.operations.merge.verify",
     "prove": "surgery.operations.look.prove",

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from surgery.onnx.timing.record import BenchReport
 
 
-@click.command("bench", epilog="Example: surgery bench base-onnx/model.onnx merged-onnx/model.onnx --expect equivalent")
+@options.verb(
+    "bench",
+    computes=False,
+    epilog="Example: surgery bench base-onnx/model.onnx merged-onnx/model.onnx --expect equivalent",
+)
 @click.argument("graphs", type=options.PATH, nargs=-1, metavar="REFERENCE GRAPH...")
 @measuring.measuring_options("For each graph and shape, at most; less if clear.")
 @click.option("--cuda-graph", is_flag=True, help="cuda: capture the run into a CUDA graph and time its replay.")
@@ -26,14 +30,13 @@ if TYPE_CHECKING:
     help="Exit with 3 if any verdict is another, with 4 on inconclusive.",
 )
 @measuring.record_options("Draw the verdicts, every block and the record: a page .html, or the ratios alone, .svg.")
-@options.json_option
 def command(
+    run: options.Run,
     graphs: tuple[str, ...],
     expect: str | None,
     replay: str | None,
     picture: str | None,
     force: bool,
-    as_json: bool,
     **how: Any,
 ) -> None:
     """Compare the latency of graphs with that of REFERENCE: paired blocks, an interval, a verdict against a margin.
@@ -42,26 +45,32 @@ def command(
     computes one token more.
     """
     from surgery.onnx.timing.record import read_record
-    from surgery.operations.latency.bench import bench
+    from surgery.operations.latency.bench import prepare_bench
     from surgery.report_files import LATENCY_FORMS, picture_file
 
     if replay is not None and graphs:
         raise click.UsageError("--replay prints a record: it takes no graphs")
     if replay is None and len(graphs) < 2:
         raise click.UsageError("bench takes a reference and at least one graph to compare with it")
+    measuring.refuse_plan_of_replay(run, replay)
     inputs = graphs if replay is None else (replay,)
-    with options.reporting("bench", as_json), picture_file(picture, LATENCY_FORMS, inputs, force=force) as draw:
+    with options.reporting("bench", run.as_json), picture_file(picture, LATENCY_FORMS, inputs, force=force) as draw:
         if replay is not None:
             report = read_record(replay)
+            run.present(report, _show)
         else:
-            with measuring.progress() as progress:
-                report = bench(*graphs, force=force, **how, progress=progress)
-        if as_json:
-            options.print_json(report)
-        else:
-            _show(report)
+            measured = run.carry_out(
+                lambda progress: measuring.with_picture(
+                    prepare_bench(*graphs, force=force, **how, progress=progress), picture
+                ),
+                _show,
+                given=measuring.progress(),
+            )
+            if measured is None:
+                return
+            report = measured
         draw(report)
-    if picture is not None and not as_json:
+    if picture is not None and not run.as_json:
         options.show(f"report: {picture}")
     if expect is not None:
         _check(report, expect)

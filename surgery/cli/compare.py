@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from surgery.onnx.timing.record import Comparison
 
 
-@click.command(
+@options.verb(
     "compare",
+    computes=False,
     epilog="Example: surgery compare bert/ --adapter lora/ --adapter houlsby=h1/ --report costs.html",
 )
 @click.argument("model", type=options.PATH, required=False)
@@ -38,14 +39,13 @@ if TYPE_CHECKING:
 @measuring.measuring_options("For each graph and shape, at most; less if clear. 0: no times.")
 @click.option("-o", "--output", "out", type=options.PATH, metavar="DIR", help="Keep the graphs in this new folder.")
 @measuring.record_options("Draw the ratios by adapter: a page .html with the table, or the picture alone, .svg.")
-@options.json_option
 def command(
+    run: options.Run,
     model: str | None,
     adapters: tuple[tuple[str, str], ...],
     replay: str | None,
     picture: str | None,
     force: bool,
-    as_json: bool,
     **how: Any,
 ) -> None:
     """Compare what several adapters cost MODEL: parameters, nodes, time, and whether they fold into its weights.
@@ -54,7 +54,7 @@ def command(
     or as nodes. Each graph is compared with torch, and then timed against the base's, as bench does it.
     """
     from surgery.onnx.timing.compared import read_comparison
-    from surgery.operations.latency.compare import compare
+    from surgery.operations.latency.compare import prepare_compare
     from surgery.report_files import COMPARISON_FORMS, picture_file
 
     if replay is not None and (model is not None or adapters):
@@ -64,18 +64,27 @@ def command(
     if replay is None and picture is not None and not how["seconds"]:
         raise click.UsageError("--report draws times, and --seconds 0 measures none")
     inputs = [path for path in (model, replay, *(path for _, path in adapters)) if path is not None]
-    with options.reporting("compare", as_json), picture_file(picture, COMPARISON_FORMS, inputs, force=force) as draw:
+    measuring.refuse_plan_of_replay(run, replay)
+    with (
+        options.reporting("compare", run.as_json),
+        picture_file(picture, COMPARISON_FORMS, inputs, force=force) as draw,
+    ):
         if model is None:
             report = read_comparison(str(replay))
+            run.present(report, _show)
         else:
-            with measuring.progress() as progress:
-                report = compare(model, adapters, force=force, **how, progress=progress)
-        if as_json:
-            options.print_json(report)
-        else:
-            _show(report)
+            compared = run.carry_out(
+                lambda progress: measuring.with_picture(
+                    prepare_compare(model, adapters, force=force, **how, progress=progress), picture
+                ),
+                _show,
+                given=measuring.progress(),
+            )
+            if compared is None:
+                return
+            report = compared
         draw(report)
-    if picture is not None and not as_json:
+    if picture is not None and not run.as_json:
         options.show(f"report: {picture}")
 
 

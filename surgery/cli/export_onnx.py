@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,11 +11,13 @@ from surgery.cli import options
 from surgery.cli.merge import surviving_lines
 
 if TYPE_CHECKING:
+    from surgery.operations.export.export_onnx import ExportReport
     from surgery.operations.export.into_template import ReweighReport
 
 
-@click.command(
+@options.verb(
     "export-onnx",
+    computes=False,
     epilog="Examples: surgery export-onnx base/ -o base-onnx/model.onnx; "
     "surgery export-onnx merged/ --graph base-onnx/model.onnx -o merged/model.onnx; "
     "surgery export-onnx base/ --adapter a/ --adapter b/ --as inputs -o base-onnx/model.onnx; "
@@ -74,8 +77,8 @@ if TYPE_CHECKING:
 )
 @options.output_options
 @options.told_options
-@options.json_option
 def command(
+    run: options.Run,
     model: str,
     adapters: tuple[tuple[str, float | None], ...],
     adapters_as: str | None,
@@ -83,7 +86,6 @@ def command(
     base: str | None,
     out: str,
     force: bool,
-    as_json: bool,
     **how: Any,
 ) -> None:
     """Export MODEL, a Hugging Face folder, as a graph without weights and a safetensors file beside it.
@@ -112,16 +114,18 @@ def command(
         tracing = any(how[name] for name in ("graph", "with_cache", "dtype", "factory", "inputs"))
         if tracing or adapters_as is not None or how["verify"] is not None:
             raise click.UsageError("--template compares bytes and merges: nothing is traced, left in the graph or run")
-        from surgery.operations.export.into_template import reweigh
+        from surgery.operations.export.into_template import prepare_reweigh
 
-        with options.reporting("export-onnx", as_json):
-            told = options.told(how)["told"]
-            made = reweigh(template, model, out, base=base, adapters=adapters, told=told, force=force)
-            _show_reweighed(made, as_json)
+        told = options.told(how)["told"]
+        run.carry_out(
+            lambda _: prepare_reweigh(template, model, out, base=base, adapters=adapters, told=told, force=force),
+            _show_reweighed,
+            given=nullcontext(),
+        )
         return
     if any(weight is not None for _, weight in adapters):
         raise click.UsageError("ADAPTER:WEIGHT is for --template: what is left in the graph has its own scaling")
-    from surgery.operations.export.export_onnx import export_onnx
+    from surgery.operations.export.export_onnx import prepare_export_onnx
 
     if how["inputs"] and how["factory"] is None:
         raise click.UsageError("--inputs describes the module of a --factory")
@@ -129,44 +133,42 @@ def command(
         raise click.UsageError("--with-cache is for models of transformers; a --factory's module has its own inputs")
     if how["graph"] is not None and how["with_cache"]:
         raise click.UsageError("--graph has a cache or has none already")
-    with options.reporting("export-onnx", as_json):
-        report = export_onnx(
-            model,
-            out,
-            adapters=tuple(path for path, _ in adapters),
-            adapters_as=adapters_as,
-            force=force,
-            **options.told(how),
+    how = options.told(how)
+    paths = tuple(path for path, _ in adapters)
+    run.carry_out(
+        lambda _: prepare_export_onnx(model, out, adapters=paths, adapters_as=adapters_as, force=force, **how),
+        _show,
+        given=nullcontext(),
+    )
+
+
+def _show(report: ExportReport) -> None:
+    for graph in report.graphs:
+        run = "" if graph.nodes_run is None else f", {graph.nodes_run} run after the runtime's optimisation"
+        known = {
+            "graph sha256": graph.sha256[:16],
+            "nodes": f"{graph.nodes}{run}",
+            "inputs": _listed(graph.inputs),
+            "outputs": _listed(graph.outputs),
+        }
+        options.show(options.facts(graph.path, known.items()))
+    known = {"computes in": report.dtype, "weights": report.payload}
+    if report.max_rel_error is not None:
+        shapes = ", ".join("×".join(map(str, shape)) for shape in report.shapes)
+        known["against torch"] = (
+            f"max error {report.max_abs_error:.2g} abs, {report.max_rel_error:.2g} rel "
+            f"(tolerance {report.tolerance:.2g} rel) in {report.worst}; tried {shapes}"
         )
-        if as_json:
-            options.print_json(report)
-            return
-        for graph in report.graphs:
-            run = "" if graph.nodes_run is None else f", {graph.nodes_run} run after the runtime's optimisation"
-            known = {
-                "graph sha256": graph.sha256[:16],
-                "nodes": f"{graph.nodes}{run}",
-                "inputs": _listed(graph.inputs),
-                "outputs": _listed(graph.outputs),
-            }
-            options.show(options.facts(graph.path, known.items()))
-        known = {"computes in": report.dtype, "weights": report.payload}
-        if report.max_rel_error is not None:
-            shapes = ", ".join("×".join(map(str, shape)) for shape in report.shapes)
-            known["against torch"] = (
-                f"max error {report.max_abs_error:.2g} abs, {report.max_rel_error:.2g} rel "
-                f"(tolerance {report.tolerance:.2g} rel) in {report.worst}; tried {shapes}"
-            )
-        if report.adapters:
-            known["adapter left as"] = f"{report.adapters}, {len(report.adapted)} places"
-        if report.adapted_rel_error is not None:
-            known["against merged weights"] = (
-                f"max error {report.adapted_rel_error:.2g} rel (tolerance {report.adapted_tolerance:.2g} rel)"
-            )
-        if report.float32_error is not None:
-            known["against float32"] = f"max error {report.float32_error:.2g} rel"
-        options.show(options.facts(report.model_class, known.items()))
-        options.show_ending(report)
+    if report.adapters:
+        known["adapter left as"] = f"{report.adapters}, {len(report.adapted)} places"
+    if report.adapted_rel_error is not None:
+        known["against merged weights"] = (
+            f"max error {report.adapted_rel_error:.2g} rel (tolerance {report.adapted_tolerance:.2g} rel)"
+        )
+    if report.float32_error is not None:
+        known["against float32"] = f"max error {report.float32_error:.2g} rel"
+    options.show(options.facts(report.model_class, known.items()))
+    options.show_ending(report)
 
 
 def _listed(names: tuple[str, ...]) -> str:
@@ -174,11 +176,8 @@ def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:4])}, … {names[-1]} ({len(names)} in all)"
 
 
-def _show_reweighed(report: ReweighReport, as_json: bool) -> None:
+def _show_reweighed(report: ReweighReport) -> None:
     """What became of a graph whose weights were replaced."""
-    if as_json:
-        options.print_json(report)
-        return
     same = "the template's, byte for byte" if report.same_graph else "the template's, but for its weights"
     known = {
         "graph": f"{report.graph_sha256[:16]}, {same}",

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from surgery.cli import options
+
+if TYPE_CHECKING:
+    from surgery.pipeline.job import Job
+    from surgery.report import Report
+
+R = TypeVar("R", bound="Report")
 
 
 def measuring_options(seconds: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -63,6 +72,17 @@ def record_options(picture: str) -> Callable[[Callable[..., None]], Callable[...
         return function
 
     return decorate
+
+
+def refuse_plan_of_replay(run: options.Run, replay: str | None) -> None:
+    """Raises a usage error for --dry-run of what measures nothing."""
+    if run.dry_run and replay is not None:
+        raise click.UsageError("--replay prints a record and measures nothing: it has no plan for --dry-run to print")
+
+
+def with_picture(job: Job[R], picture: str | None) -> Job[R]:
+    """A job whose command also draws a picture of its report."""
+    return job if picture is None else dataclasses.replace(job, outputs=(*job.outputs, Path(picture)))
 
 
 @contextlib.contextmanager

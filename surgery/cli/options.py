@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -137,9 +138,10 @@ class Run:
 
     def carry_out(
         self,
-        prepare: Callable[[Resources], Job[R]],
+        prepare: Callable[[Any], Job[R]],
         show: Callable[[R], None],
         show_summary: Callable[[Any], None] | None = None,
+        given: AbstractContextManager[Any] | None = None,
     ) -> R | None:
         """Prepares a job and runs it, or prints its plan; prints what comes of it, errors too.
 
@@ -147,22 +149,24 @@ class Run:
             prepare: makes the job, which will use these resources.
             show: prints the report for people.
             show_summary: prints the plan for people; None for `show_plan`.
+            given: what `prepare` is called with, open until the job is done, instead of the engine's resources.
 
         Returns:
             The report; None of a dry run.
         """
         with reporting(self.operation, self.as_json):
-            with resources(self.jobs, self.memory, self.device) as allowed:
+            with given or resources(self.jobs, self.memory, self.device) as allowed:
                 job = prepare(allowed)
                 if self.dry_run:
                     with job:
-                        self._print(job.summary, show_summary or show_plan)
+                        self.present(job.summary, show_summary or show_plan)
                     return None
                 report = job.run()
-            self._print(report, show)
+            self.present(report, show)
             return report
 
-    def _print(self, document: D, show: Callable[[D], None]) -> None:
+    def present(self, document: D, show: Callable[[D], None]) -> None:
+        """Prints a report or a plan: as JSON, or by `show` for people."""
         if self.as_json:
             print_json(document)
         else:
@@ -467,7 +471,7 @@ def show_plan_ending(plan: JobPlan) -> None:
 
 
 def show_recast(report: Any) -> None:
-    """The table of resize and combine: every weight's new factors, and the sizes."""
+    """The report of resize and combine: every weight's new factors, and the sizes."""
     rows = table("weight", "shape", "rank", "energy", "residual")
     for module in report.modules:
         ranks = f"{' + '.join(map(str, module.ranks))} → {module.rank}"
@@ -476,6 +480,7 @@ def show_recast(report: Any) -> None:
     rows.add_section()
     rows.add_row("all", "", "", f"{report.energy:.2%}", f"{report.residual:.4f}")
     show(rows, f"{report.nbytes_before:,} bytes before, {report.nbytes:,} after")
+    show_ending(report)
 
 
 def show_ending(report: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import click
@@ -19,7 +20,12 @@ _LEVELS = {
 }
 
 
-@click.command("prove", epilog="Example: surgery prove base-onnx/model.onnx merged-onnx/model.onnx --provider cuda")
+@options.verb(
+    "prove",
+    writes=False,
+    computes=False,
+    epilog="Example: surgery prove base-onnx/model.onnx merged-onnx/model.onnx --provider cuda",
+)
 @click.argument("base", type=options.PATH)
 @click.argument("merged", type=options.PATH)
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt … It must really load.")
@@ -30,21 +36,17 @@ _LEVELS = {
     show_default=True,
     help="Batch and sequence of a run to count its cost.",
 )
-@options.json_option
-def command(base: str, merged: str, provider: str, shape: tuple[int, int], as_json: bool) -> None:
+def command(run: options.Run, base: str, merged: str, provider: str, shape: tuple[int, int]) -> None:
     """Check that MERGED.onnx is BASE.onnx with other numbers, and nothing added: exit code 0, or 3 and what differs.
 
     Compared are the bytes, the graphs, what the runtime makes of them, and which provider runs which op.
     """
-    from surgery.operations.look.prove import prove
+    from surgery.operations.look.prove import prepare_prove
 
-    with options.reporting("prove", as_json):
-        report = prove(base, merged, provider=provider, shape=shape)
-        if as_json:
-            options.print_json(report)
-        else:
-            _show(report)
-    if not report.same:
+    report = run.carry_out(
+        lambda _: prepare_prove(base, merged, provider=provider, shape=shape), _show, given=nullcontext()
+    )
+    if report is not None and not report.same:
         sys.exit(3)
 
 

@@ -62,6 +62,21 @@ class Op(Protocol):
         """Runs on the CPU tensors of the step's inputs, which it may overwrite."""
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """Work that a job does without the engine: it stands in the plan to be looked at.
+
+    Attributes:
+        does: what is done, in a word.
+    """
+
+    does: str
+
+    def __call__(self, *inputs: torch.Tensor) -> Outcome:
+        """Raises AssertionError."""
+        raise AssertionError(f"to {self.does} is not the engine's work")
+
+
 @runtime_checkable
 class TakesOver(Protocol):
     """The work of a step that passes its only input on as it is: its bytes are copied and no tensor is made."""
@@ -149,7 +164,7 @@ class Plan:
         """The plan for people: op, step, inputs and outputs, a row a step."""
         return [
             (
-                type(step.op).__name__.lower(),
+                step.op.does if isinstance(step.op, Elsewhere) else type(step.op).__name__.lower(),
                 step.name,
                 ", ".join(f"{ref.spec.dtype} {shape_text(ref.spec.shape)}" for ref in step.inputs),
                 ", ".join(f"{spec.dtype} {shape_text(spec.shape)}" for spec in step.outputs),

@@ -21,10 +21,9 @@ from surgery.errors import MissingTensors, TemplateMismatch
 from surgery.hashes import tensor_hash
 from surgery.onnx.files.graph_file import payload
 from surgery.onnx.foreign.recipes import Piece, Recipe, alike, find_recipes
-from surgery.onnx.foreign.slots import Slot, find_slots
+from surgery.onnx.foreign.slots import Slot
 
 if TYPE_CHECKING:
-    import onnx
     import torch
 
 _CONSTANT = 1 << 16  # elements; a float table of the graph's own may have as many
@@ -60,14 +59,11 @@ class Fitting:
         return {piece.source for recipe in self.recipes.values() for piece in recipe.pieces}
 
 
-def fit(model: onnx.ModelProto, where: Path, base: Tensors, base_path: object) -> Fitting:
-    """Explains the graph at `where` by the base's tensors.
+def fit(slots: tuple[Slot, ...], where: Path, base: Tensors, base_path: object) -> Fitting:
+    """Explains the float tensors of the graph at `where` by the base's.
 
-    Raises:
-        TemplateMismatch: float tensors that are neither made of the base's nor small constants.
-        Quantised, UnsafeFile, PathNotFound, CorruptFile: as `find_slots`.
+    Raises TemplateMismatch for some that are neither made of the base's tensors nor small constants.
     """
-    slots = find_slots(model, where)
     recipes = find_recipes(slots, base.specs, base.read, lambda slot: payload(slot.tensor, where))
     fitting = Fitting(slots, recipes)
     missing = [spec for spec in base.specs.values() if spec.name not in fitting.sources and spec.dtype.is_weight]

@@ -19,6 +19,7 @@ from typing import Any
 
 from formats.spec import DType, TensorSpec
 from surgery.errors import MissingTensors, UnknownArchitecture, Unsupported
+from surgery.model.base_model import BaseModel
 from surgery.model.meta_model import known_names
 from surgery.onnx.files.settings import settings_of
 from surgery.onnx.trace.kinds import EXPORTED, kind_of
@@ -73,27 +74,34 @@ class Architecture:
         return module.eval()
 
 
-def read_architecture(folder: Path, *, cached: bool = False) -> Architecture:
+def read_architecture(model: BaseModel, *, cached: bool = False) -> Architecture:
     """Reads config.json and finds the class.
 
     Args:
-        folder: with config.json in it.
+        model: a folder with config.json in it.
         cached: whether keys and values of tokens gone by are to be inputs and outputs.
 
     Raises:
         UnknownArchitecture: no config.json, no `architectures` in it, or a class that transformers does not have.
+        CorruptFile: a config.json that is no JSON object.
         Unsupported: what `kind_of` refuses.
     """
-    path = folder / "config.json"
-    said = _read_config(path)
-    name = _class_name(path, said)
+    path, folder = model.config_file, model.path
+    if path is None or not folder.is_dir():
+        raise UnknownArchitecture(
+            "the folder has no config.json, so nothing says which graph to build",
+            where=folder,
+            then="give a Hugging Face model folder, config.json and its weights; or a file of weights with --factory",
+        )
+    name = _class_name(path, model.config)
     model_class = _find_class(name, path)
     with quiet():
         config = model_class.config_class.from_pretrained(folder, local_files_only=True)
     config.use_cache = False
     config.return_dict = True
     config.output_hidden_states = config.output_attentions = False
-    return Architecture(folder, model_class, config, kind_of(model_class, config, folder, cached), settings_of(said))
+    kind = kind_of(model_class, config, model, cached)
+    return Architecture(folder, model_class, config, kind, settings_of(model.config))
 
 
 def _find_class(name: str, path: Path) -> Any:
@@ -119,20 +127,6 @@ def _find_class(name: str, path: Path) -> Any:
         then=f"correct `architectures`, install a transformers that has it (here {transformers.__version__}), or build "
         "it yourself: --factory package.module:function with the file of its weights",
     )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UnknownArchitecture(
-            "the folder has no config.json, so nothing says which graph to build",
-            where=path.parent,
-            then="give a Hugging Face model folder, config.json and its weights; or a file of weights with --factory",
-        )
-    try:
-        said = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UnknownArchitecture("config.json is not JSON", where=path, found=error) from error
-    return said if isinstance(said, dict) else {}
 
 
 def _class_name(path: Path, said: Mapping[str, Any]) -> str:

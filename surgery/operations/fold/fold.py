@@ -108,6 +108,24 @@ def prepare_fold(
     base = BaseModel.open(model, files)
     refuse_composed(Path(adapter))
     opened = open_adapter_file(adapter, files)
+    return fold_job(base, opened, out, watch=watch, told=told, force=force, resources=resources)
+
+
+fold = runs(prepare_fold)
+
+
+def fold_job(
+    base: BaseModel,
+    opened: AdapterFile,
+    out: str | Path,
+    *,
+    watch: Stopwatch,
+    told: Told = NOTHING_TOLD,
+    force: bool = False,
+    resources: Resources | None = None,
+) -> FoldJob:
+    """The job of `prepare_fold` on what is open already; `watch` runs since the verb was called."""
+    files = base.files
     inputs, parts = (base.path, opened.path), open_parts(base, opened)
     if parts is None:
         merged, outline = open_for_merge(base, ((opened, None),), told=told)
@@ -149,9 +167,6 @@ def prepare_fold(
         resources=resources,
     )
     return FoldJob(**vars(job), verdicts=folding.verdicts)
-
-
-fold = runs(prepare_fold)
 
 
 def merged_verdicts(model: BaseModel, adapter: AdapterFile, merged: Iterable[WeighedAdapter]) -> tuple[Verdict, ...]:

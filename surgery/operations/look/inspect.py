@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from formats.dialects import DIALECTS, open_adapter_file
+from formats.open_files import OpenFiles
 from formats.paths import container_of
 from formats.spec import TensorSpec
+from surgery.pipeline.job import header
+from surgery.pipeline.plan import Plan
 from surgery.receipts.receipt import RECEIPT, Receipt
-from surgery.report import Report, Stopwatch, peak_rss
+from surgery.report import Report, Stopwatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,29 +53,25 @@ def inspect(path: str | Path) -> InspectReport:
         PathNotFound, NotACheckpoint, CorruptFile: see formats.errors.
     """
     watch = Stopwatch()
-    checkpoint, config = open_adapter_file(path)
-    with checkpoint:
+    with OpenFiles() as files:
+        file = open_adapter_file(path, files)
+        checkpoint = file.checkpoint
         specs = tuple(checkpoint.specs.values())
         dtypes: dict[str, int] = {}
         for spec in specs:
             dtypes[spec.dtype.label] = dtypes.get(spec.dtype.label, 0) + spec.size
-        dialect = next((d.name for d in DIALECTS if d.recognises(checkpoint, config)), None)
+        dialect = next((each.name for each in DIALECTS if each.recognises(checkpoint, file.config)), None)
         receipt = Receipt.read(checkpoint.metadata, path)
         return InspectReport(
-            operation="inspect",
-            output=None,
-            seconds=watch.seconds,
-            peak_rss_bytes=peak_rss(),
-            ledger={},
+            **{**header(Plan("inspect", (), notes=checkpoint.notes), watch, None), "ledger": {}},
             path=str(path),
             kind="adapter" if dialect else "model",
             container=container_of(checkpoint),
-            notes=checkpoint.notes,
             parameters=sum(spec.size for spec in specs),
             nbytes=sum(spec.nbytes for spec in specs),
             dtypes=dtypes,
             metadata={key: text for key, text in checkpoint.metadata.items() if key != RECEIPT and len(text) < 200},
-            adapter=_settings(dialect, config) if dialect else None,
+            adapter=_settings(dialect, file.config) if dialect else None,
             merged=tuple(digest for past in receipt.chain(path) for digest in past.digests) if receipt else (),
             tensors=specs,
         )

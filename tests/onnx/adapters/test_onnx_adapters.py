@@ -284,9 +284,9 @@ def test_a_wrong_branch_is_found_out(
 ) -> None:
     """Half the scaling, and nothing is written: exit code 3."""
     adapter = adapter_of(bert.model, tmp_path / "a", ["query"])
-    right = export_adapters.KeptAdapter.factors
+    right = export_adapters.GraphLora.factors
     monkeypatch.setattr(
-        export_adapters.KeptAdapter,
+        export_adapters.GraphLora,
         "factors",
         lambda self: {name: tensor / 2 if name.endswith("B") else tensor for name, tensor in right(self).items()},
     )

@@ -320,9 +320,9 @@ def test_a_wrong_graph_is_found_out(
     tmp_path: Path, export: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bias that is missing, and nothing is written: exit code 3."""
-    right = export_grafts.Grafted._build
-    wrong = lambda self, made, base: right(self, made, base) * (not made.spec.name.endswith("half_folded.bias"))  # noqa: E731
-    monkeypatch.setattr(export_grafts.Grafted, "_build", wrong)
+    right = export_grafts.PartsInGraph._build
+    wrong = lambda self, made: right(self, made) * (not made.spec.name.endswith("half_folded.bias"))  # noqa: E731
+    monkeypatch.setattr(export_grafts.PartsInGraph, "_build", wrong)
     with pytest.raises(VerificationFailed, match="with its adapter") as caught:
         export("bert", tmp_path / "out", adapters=[GOLDEN / "bert" / "double_seq_bn"])
     assert caught.value.exit_code == 3
