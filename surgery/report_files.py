@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from formats.staging import Staging, disk_errors, write_at
 from surgery.errors import SurgeryError
@@ -32,45 +32,62 @@ def spectra_forms(base: str | Path, tuned: str | Path) -> Forms[Sequence[Spectru
     return {".html": lambda spectra: page(title, spectra), ".svg": lambda spectra: poster(title, spectra)}
 
 
-@contextlib.contextmanager
-def picture_file(
-    out: str | Path | None, forms: Forms[Subject], inputs: Sequence[str | Path], *, force: bool
-) -> Iterator[Callable[[Subject], None]]:
-    """Opens a picture; the function that it gives draws it, and does nothing without `out`.
+class PictureFile(Generic[Subject]):
+    """A picture that is written when its context is left normally, if it was drawn by then.
 
     Args:
-        out: a file with one of the forms' suffixes.
+        out: a file with one of the forms' suffixes; without it nothing is drawn.
         forms: what can be drawn.
         inputs: paths that must not be replaced.
         force: replace what stands at `out`.
 
     Raises:
         SurgeryError: another suffix.
-        OutputExists: see Staging.
+        OutputExists, WriteFailed: see Staging.
     """
-    if out is None:
-        yield lambda subject: None
-        return
-    form = forms.get(Path(out).suffix)
-    if form is None:
-        raise SurgeryError("a picture of that kind is not made", expected=" or ".join(forms), found=out)
-    staging = Staging(Path(out), folder=False, inputs=[Path(path).absolute() for path in inputs], force=force)
-    staging.check_room(0)
-    drawn = False
 
-    def draw(subject: Subject) -> None:
-        nonlocal drawn
-        text = form(subject).encode()
-        with disk_errors(staging.target):
-            write_at(staging.create(size=len(text)), text, 0)
-        drawn = True
+    def __init__(
+        self, out: str | Path | None, forms: Forms[Subject], inputs: Sequence[str | Path], *, force: bool
+    ) -> None:
+        self._staging: Staging | None = None
+        self._drawn = False
+        if out is None:
+            return
+        if Path(out).suffix not in forms:
+            raise SurgeryError("a picture of that kind is not made", expected=" or ".join(forms), found=out)
+        self._form = forms[Path(out).suffix]
+        self._staging = Staging(Path(out), folder=False, inputs=[Path(path).absolute() for path in inputs], force=force)
+        self._staging.check_room(0)
 
-    try:
-        yield draw
-        if drawn:
-            staging.commit()
-    finally:
-        staging.discard()
+    def draw(self, subject: Subject) -> None:
+        """Draws it. Raises WriteFailed."""
+        if self._staging is None:
+            return
+        text = self._form(subject).encode()
+        with disk_errors(self._staging.target):
+            write_at(self._staging.create(size=len(text)), text, 0)
+        self._drawn = True
+
+    def __enter__(self) -> PictureFile[Subject]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._staging is None:
+            return
+        try:
+            if kind is None and self._drawn:
+                self._staging.commit()
+        finally:
+            self._staging.discard()
+
+
+@contextlib.contextmanager
+def picture_file(
+    out: str | Path | None, forms: Forms[Subject], inputs: Sequence[str | Path], *, force: bool
+) -> Iterator[Callable[[Subject], None]]:
+    """Opens a picture; the function that it gives draws it. Arguments and errors are those of `PictureFile`."""
+    with PictureFile(out, forms, inputs, force=force) as picture:
+        yield picture.draw
 
 
 @dataclass(frozen=True)

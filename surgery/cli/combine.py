@@ -9,7 +9,7 @@ import click
 from surgery.cli import options
 
 
-@click.command("combine", epilog="Example: surgery combine style/:0.7 subject/:0.5 --how svd --rank 16 -o both/")
+@options.verb("combine", epilog="Example: surgery combine style/:0.7 subject/:0.5 --how svd --rank 16 -o both/")
 @click.argument("adapters", type=options.WeighedPath(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @click.option(
     "--how",
@@ -23,39 +23,24 @@ from surgery.cli import options
 @options.base_option
 @options.factor_dtype_option("their own; of cat float32 where theirs would round")
 @options.output_options
-@options.dry_run_option
-@options.engine_options
-@options.json_option
 def command(
+    run: options.Run,
     adapters: tuple[tuple[str, float | None], ...],
-    base: str | None,
     out: str,
+    base: str | None,
     force: bool,
-    dry_run: bool,
-    jobs: int,
-    memory: int,
-    device: str,
-    as_json: bool,
     **how: Any,
 ) -> None:
     """Combine LoRA adapters into one: ΔW = Σ weight · ΔW of each, whatever their order.
 
     cat needs no rank: the ranks add up. All other ways need one of the options that choose it.
     """
-    from surgery.operations.lora import combine as operation
+    from surgery.operations.lora.combine import Combination, prepare_combine
 
     how = options.chosen_ranks(how, needed=False)
     with options.usage_errors():
-        asked = operation.Combination(**how)
-        asked.check()
-    with options.reporting("combine", as_json):
-        if dry_run:
-            options.show_plan(operation.plan_combine(operation.open_combine(adapters, asked, base), asked))
-            return
-        with options.resources(jobs, memory, device) as resources:
-            report = operation.combine(adapters, out, base=base, force=force, resources=resources, **how)
-        if as_json:
-            options.print_json(report)
-            return
-        options.show_recast(report)
-        options.show_ending(report)
+        Combination(**how).check()
+    run.carry_out(
+        lambda resources: prepare_combine(adapters, out, base=base, force=force, **how, resources=resources),
+        options.show_recast,
+    )

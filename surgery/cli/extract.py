@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery.cli import options
 
+if TYPE_CHECKING:
+    from surgery.operations.extract.extract import ExtractReport
 
-@click.command("extract", epilog="Example: surgery extract --rank 8 base.st tuned.st -o adapter/")
+
+@options.verb("extract", epilog="Example: surgery extract --rank 8 base.st tuned.st -o adapter/")
 @click.argument("base", type=options.PATH)
 @click.argument("tuned", type=options.PATH)
 @click.option("-o", "--output", "out", type=options.PATH, help="Folder or .safetensors file [TUNED-lora-rN/].")
@@ -29,47 +32,23 @@ from surgery.cli import options
 @click.option("--allow-removed", is_flag=True, help="Leave tensors that tuned lacks as they are in base.")
 @click.option("--curve", type=options.PATH, help="Draw error and size against rank: a file .html or .svg.")
 @click.option("--force", is_flag=True, help="Replace what stands at the output.")
-@options.dry_run_option
-@options.engine_options
-@options.json_option
-def command(
-    base: str,
-    tuned: str,
-    out: str | None,
-    curve: str | None,
-    force: bool,
-    dry_run: bool,
-    jobs: int,
-    memory: int,
-    device: str,
-    as_json: bool,
-    **how: Any,
-) -> None:
+def command(run: options.Run, base: str, tuned: str, out: str | None, **how: Any) -> None:
     """Extract TUNED − BASE as a PEFT adapter: LoRA factors where a weight changed, the rest of the change in full.
 
     A pattern is a shell glob on whole names, such as '*.self_attn.*'; with a leading `re:`, a regular expression.
     """
-    from formats.paths import open_checkpoint
-    from surgery.operations.extract.extract import extract
-    from surgery.operations.extract.plan import Extraction, pair_for, plan_extract
+    from surgery.operations.extract.extract import prepare_extract
 
     how = options.chosen_tensors(options.chosen_ranks(how))
-    with options.reporting("extract", as_json):
-        if dry_run:
-            with open_checkpoint(base) as before, open_checkpoint(tuned) as after:
-                asked = Extraction(**how)
-                options.show_plan(plan_extract(before, after, asked, pair_for(before, after, asked)))
-            return
-        with options.resources(jobs, memory, device) as resources:
-            report = extract(base, tuned, out, curve=curve, force=force, resources=resources, **how)
-        if as_json:
-            options.print_json(report)
-            return
-        rows = options.table("weight", "shape", "rank", "energy", "residual")
-        for module in report.modules:
-            shape = " × ".join(map(str, module.shape))
-            rows.add_row(module.name, shape, str(module.rank), f"{module.energy:.2%}", f"{module.residual:.4f}")
-        rows.add_section()
-        rows.add_row("all", "", "", f"{report.energy:.2%}", f"{report.residual:.4f}")
-        options.show(rows)
-        options.show_ending(report)
+    run.carry_out(lambda resources: prepare_extract(base, tuned, out, **how, resources=resources), _show)
+
+
+def _show(report: ExtractReport) -> None:
+    rows = options.table("weight", "shape", "rank", "energy", "residual")
+    for module in report.modules:
+        shape = " × ".join(map(str, module.shape))
+        rows.add_row(module.name, shape, str(module.rank), f"{module.energy:.2%}", f"{module.residual:.4f}")
+    rows.add_section()
+    rows.add_row("all", "", "", f"{report.energy:.2%}", f"{report.residual:.4f}")
+    options.show(rows)
+    options.show_ending(report)

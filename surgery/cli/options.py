@@ -471,7 +471,7 @@ def show_plan_ending(plan: JobPlan) -> None:
 
 
 def show_recast(report: Any) -> None:
-    """The table of resize and combine: every weight's new factors, and the sizes."""
+    """The report of resize and combine: every weight's new factors, and the sizes."""
     rows = table("weight", "shape", "rank", "energy", "residual")
     for module in report.modules:
         ranks = f"{' + '.join(map(str, module.ranks))} → {module.rank}"
@@ -480,6 +480,7 @@ def show_recast(report: Any) -> None:
     rows.add_section()
     rows.add_row("all", "", "", f"{report.energy:.2%}", f"{report.residual:.4f}")
     show(rows, f"{report.nbytes_before:,} bytes before, {report.nbytes:,} after")
+    show_ending(report)
 
 
 def show_ending(report: Any) -> None:

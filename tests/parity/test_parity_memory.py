@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from formats.dialects.adapterhub_beside import read_beside
-from formats.paths import open_checkpoint
+from formats.open_files import OpenFiles
+from surgery.model.base_model import BaseModel
 from surgery.operations.fold.plan import plan_fold
-from surgery.operations.merge.adapters import open_adapters
+from surgery.operations.merge.adapters import adapter_files, open_adapters
 from surgery.operations.merge.plan import plan_merge
 from surgery.operations.merge.unmerge import plan_unmerge
 from surgery.pipeline.plan import Step, Streams, TakesOver
@@ -56,8 +58,9 @@ def test_a_step_takes_no_more_memory_than_it_declares(tmp_path: Path, name: str)
     case = replace(HUNGRY[name], build=Square, targets=("wide",))
     made_by_peft(tmp_path, case)
     base, adapter = tmp_path / "base.st", tmp_path / "adapter"
-    with open_checkpoint(base) as w0:
-        opened = open_adapters(base, adapter, w0.specs)
+    with OpenFiles() as files:
+        w0 = BaseModel.open(base, files)
+        opened = open_adapters(w0, adapter_files(adapter, files), w0.specs)
         plans = [plan_merge(w0, opened)[0]]
         plans += [plan_unmerge(w0, opened, None)] if case.unmerges else []
     tensors = load_file(base) | load_file(adapter / "adapter_model.safetensors")

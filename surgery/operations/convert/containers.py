@@ -19,7 +19,7 @@ from formats.containers import Container, container_named
 from formats.destination import Destination, destination_like, named_in
 from formats.dialects import CONFIG_KEY
 from formats.errors import AdapterFormatError, FormatError
-from formats.model_config import model_config, parsed_config
+from formats.model_config import CONFIG, parsed_config
 from formats.open_files import OpenFiles
 from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, container_of, open_checkpoint
 from formats.sharded import ShardedCheckpoint
@@ -81,7 +81,7 @@ def prepare_convert_container(
         )
     chosen = _chosen(out, container)
     destination = _destination(source, Path(out), files, chosen, max_shard_size, force)
-    plan = plan_container(checkpoint, chosen, None if destination.is_folder else _config(source, files))
+    plan = plan_container(checkpoint, chosen, None if destination.is_folder else _own_config(source, files))
     plan = replace(plan, notes=(*plan.notes, *_left(source, destination)))
 
     def finish(done: Done) -> Callable[[Header], ContainerReport]:
@@ -127,14 +127,18 @@ def plan_container(checkpoint: Checkpoint, container: Container, config: str | N
     return Plan("convert", steps, {} if torch else metadata, (*checkpoint.notes, *notes))
 
 
-def _config(source: Path, files: OpenFiles) -> str | None:
-    """The text of the config that lies beside an adapter's weights. Raises CorruptFile."""
-    file = (source if source.is_dir() else source.parent) / ADAPTER_CONFIG
+def _own_config(source: Path, files: OpenFiles) -> str | None:
+    """The text of the config that belongs to an adapter's weights; None where there is none."""
     ours = source.is_dir() or source.name in (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS)
-    if not ours or not file.exists():
+    return _config((source if source.is_dir() else source.parent) / ADAPTER_CONFIG, files) if ours else None
+
+
+def _config(file: Path, files: OpenFiles) -> str | None:
+    """The text of a config; None where there is none. Raises CorruptFile."""
+    if not file.is_file():
         return None
     content = files.content(file)
-    parsed_config(content, file, "adapter's config")
+    parsed_config(content, file, f"{'model' if file.name == CONFIG else 'adapter'}'s config")
     return content.decode()
 
 
@@ -156,7 +160,7 @@ def _left(source: Path, destination: Destination) -> tuple[str, ...]:
     """A note of the source folder's files that are neither converted nor copied, such as an optimiser's state."""
     if not destination.is_folder or not source.is_dir():
         return ()
-    taken = {path.name for path in (*destination.inputs, *destination.companions)}
+    taken = {path.name for path in (*destination.inputs, *destination.companions)} | destination.attachments.keys()
     left = sorted(path.name for path in source.iterdir() if path.is_file() and path.name not in taken)
     return (f"files left where they are: {', '.join(left)}",) if left else ()
 
@@ -177,12 +181,12 @@ def _destination(
     )
     if not found.is_folder or not source.is_dir():
         return found
-    model_config(source, files.content)  # it goes along, and a broken one is refused
-    config = source / ADAPTER_CONFIG
-    companions = (*found.companions, config) if config.exists() else found.companions
+    texts = {name: _config(source / name, files) for name in (CONFIG, ADAPTER_CONFIG)}
+    attachments = {name: text.encode() for name, text in texts.items() if text is not None}
+    companions = tuple(path for path in found.companions if path.name not in attachments)
     own = found.shards is None and max_shard is None
     weights = named_in(Path(checkpoint.ref.path).name, container) if own else found.weights
-    return replace(found, weights=weights, companions=companions)
+    return replace(found, weights=weights, companions=companions, attachments=attachments)
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Path]:

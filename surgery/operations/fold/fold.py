@@ -217,7 +217,7 @@ def _destination(
             "parts of the adapter must stay in the graph, and a single file has no room for them beside it",
             where=out,
             expected="a folder",
-            then="name a folder with -o; --dry-run says which parts, and why",
+            then="name a folder with -o; its --dry-run says which parts, and why",
         )
     if folding.settings and CONFIG in destination.attachments:
         return with_config(destination, with_settings(base.config, folding.settings))
