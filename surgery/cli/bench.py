@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import measuring, options
+from surgery.cli import measuring, options, printing, running
 
 if TYPE_CHECKING:
     from surgery.onnx.timing.record import BenchReport
 
 
-@options.verb(
+@running.verb(
     "bench",
     computes=False,
     epilog="Example: surgery bench base-onnx/model.onnx merged-onnx/model.onnx --expect equivalent",
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 )
 @measuring.record_options("Draw the verdicts, every block and the record: a page .html, or the ratios alone, .svg.")
 def command(
-    run: options.Run,
+    run: running.Run,
     graphs: tuple[str, ...],
     expect: str | None,
     replay: str | None,
@@ -54,7 +54,7 @@ def command(
         raise click.UsageError("bench takes a reference and at least one graph to compare with it")
     measuring.refuse_plan_of_replay(run, replay)
     inputs = graphs if replay is None else (replay,)
-    with options.reporting("bench", run.as_json), picture_file(picture, LATENCY_FORMS, inputs, force=force) as draw:
+    with running.reporting("bench", run.as_json), picture_file(picture, LATENCY_FORMS, inputs, force=force) as draw:
         if replay is not None:
             report = read_record(replay)
             run.present(report, _show)
@@ -71,7 +71,7 @@ def command(
             report = measured
         draw(report)
     if picture is not None and not run.as_json:
-        options.show(f"report: {picture}")
+        printing.show(f"report: {picture}")
     if expect is not None:
         _check(report, expect)
 
@@ -79,7 +79,7 @@ def command(
 def _show(report: BenchReport) -> None:
     """The table, and below it each verdict with its reason."""
     title = f"{report.provider}{', CUDA graph' if report.cuda_graph else ''}"
-    rows = options.table(title, "shape", "reference, ms", "ms", "tokens/s", "ratio", "interval", "reference to itself")
+    rows = printing.table(title, "shape", "reference, ms", "ms", "tokens/s", "ratio", "interval", "reference to itself")
     for each in report.comparisons:
         low, high = each.interval
         first, last = each.control_interval
@@ -93,23 +93,23 @@ def _show(report: BenchReport) -> None:
             f"{low:.4f} – {high:.4f}",
             f"{first:.4f} – {last:.4f}",
         )
-    options.show(f"reference: {report.reference}", rows)
+    printing.show(f"reference: {report.reference}", rows)
     for graph, same in report.same_graph.items():
-        options.show(f"{graph}: the graph is {'the reference’s, byte for byte' if same else 'not the reference’s'}")
+        printing.show(f"{graph}: the graph is {'the reference’s, byte for byte' if same else 'not the reference’s'}")
     blocks = sum(len(epoch.log_ratios) for each in report.comparisons for epoch in each.epochs)
     epochs = sum(len(each.epochs) for each in report.comparisons)
-    options.show(f"{blocks} blocks on {epochs} sets of sessions in {report.seconds:.0f} s, begun {report.started}")
+    printing.show(f"{blocks} blocks on {epochs} sets of sessions in {report.seconds:.0f} s, begun {report.started}")
     for each in report.comparisons:
         if each.device_bytes is not None and each.device_bytes_reference is not None:
             ours, theirs = each.device_bytes / 1e6, each.device_bytes_reference / 1e6
             place = f"{each.graph} at {each.shape[0]}×{each.shape[1]}"
-            options.show(f"{place}: a session takes {ours:,.0f} MB of memory, one of the reference {theirs:,.0f} MB")
+            printing.show(f"{place}: a session takes {ours:,.0f} MB of memory, one of the reference {theirs:,.0f} MB")
     for each in report.comparisons:
         role = " (positive control)" if each.role == "positive control" else ""
         place = f"{each.graph}{role} at {each.shape[0]}×{each.shape[1]}"
-        options.show(f"{place}: {each.verdict} at a margin of {report.margin:.1%} ({each.reason})")
+        printing.show(f"{place}: {each.verdict} at a margin of {report.margin:.1%} ({each.reason})")
     if report.output is not None:
-        options.show(f"record: {report.output}")
+        printing.show(f"record: {report.output}")
 
 
 def _check(report: BenchReport, expected: str) -> None:

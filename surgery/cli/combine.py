@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from surgery.cli import options
+from surgery.cli import options, printing, running
 
 
-@options.verb("combine", epilog="Example: surgery combine style/:0.7 subject/:0.5 --how svd --rank 16 -o both/")
+@running.verb("combine", epilog="Example: surgery combine style/:0.7 subject/:0.5 --how svd --rank 16 -o both/")
 @click.argument("adapters", type=options.WeighedPath(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @click.option(
     "--how",
@@ -24,7 +24,7 @@ from surgery.cli import options
 @options.factor_dtype_option("their own; of cat float32 where theirs would round")
 @options.output_options
 def command(
-    run: options.Run,
+    run: running.Run,
     adapters: tuple[tuple[str, float | None], ...],
     out: str,
     base: str | None,
@@ -42,5 +42,5 @@ def command(
         Combination(**how).check()
     run.carry_out(
         lambda resources: prepare_combine(adapters, out, base=base, force=force, **how, resources=resources),
-        options.show_recast,
+        printing.show_recast,
     )

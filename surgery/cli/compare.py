@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import measuring, options
+from surgery.cli import measuring, options, printing, running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from surgery.onnx.timing.record import Comparison
 
 
-@options.verb(
+@running.verb(
     "compare",
     computes=False,
     epilog="Example: surgery compare bert/ --adapter lora/ --adapter houlsby=h1/ --report costs.html",
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", "out", type=options.PATH, metavar="DIR", help="Keep the graphs in this new folder.")
 @measuring.record_options("Draw the ratios by adapter: a page .html with the table, or the picture alone, .svg.")
 def command(
-    run: options.Run,
+    run: running.Run,
     model: str | None,
     adapters: tuple[tuple[str, str], ...],
     replay: str | None,
@@ -66,7 +66,7 @@ def command(
     inputs = [path for path in (model, replay, *(path for _, path in adapters)) if path is not None]
     measuring.refuse_plan_of_replay(run, replay)
     with (
-        options.reporting("compare", run.as_json),
+        running.reporting("compare", run.as_json),
         picture_file(picture, COMPARISON_FORMS, inputs, force=force) as draw,
     ):
         if model is None:
@@ -85,14 +85,14 @@ def command(
             report = compared
         draw(report)
     if picture is not None and not run.as_json:
-        options.show(f"report: {picture}")
+        printing.show(f"report: {picture}")
 
 
 def _show(report: CompareReport) -> None:
     """What each adapter is, what it costs, why what stays stays, and what the times rest on."""
-    options.show(f"base: {report.model}, {report.parameters:,} parameters, {report.nodes} nodes run")
+    printing.show(f"base: {report.model}, {report.parameters:,} parameters, {report.nodes} nodes run")
     timed = report.bench
-    rows = options.table("adapter", "method", "placement", "f", "trained", "of the base", "folds")
+    rows = printing.table("adapter", "method", "placement", "f", "trained", "of the base", "folds")
     for each in report.adapters:
         rows.add_row(
             each.name,
@@ -105,22 +105,24 @@ def _show(report: CompareReport) -> None:
         )
     for column in rows.columns[1:4]:
         column.justify = "left"
-    costs = options.table("graph", "nodes", *(() if timed is None else ("shape", "ms", "ratio", "interval", "verdict")))
+    costs = printing.table(
+        "graph", "nodes", *(() if timed is None else ("shape", "ms", "ratio", "interval", "verdict"))
+    )
     for adapter, graph, comparison in report.rows():
         costs.add_row(_called(adapter, graph), f"{graph.added:+d}", *_times(comparison))
-    options.show(rows, costs)
+    printing.show(rows, costs)
     for line in _reasons(report):
-        options.show(line)
+        printing.show(line)
     if timed is not None:
         noise = max(each.noise_floor for each in timed.comparisons)
-        options.show(
+        printing.show(
             f"{timed.provider}, margin {timed.margin:.1%}; the base can be told to equal itself within {noise:.1%}; "
             f"begun {timed.started}"
         )
-    options.show(*(f"note: {note}" for note in report.notes))
+    printing.show(*(f"note: {note}" for note in report.notes))
     for what, path in (("graphs", report.output), ("record", report.record)):
         if path is not None:
-            options.show(f"{what}: {path}")
+            printing.show(f"{what}: {path}")
 
 
 def _times(found: Comparison | None) -> list[str]:

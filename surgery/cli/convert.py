@@ -9,7 +9,7 @@ import click
 from formats.dialects import WRITERS
 from formats.dialects.parts import PARTS
 from formats.dialects.writing import DROPS
-from surgery.cli import options
+from surgery.cli import options, printing, running
 
 if TYPE_CHECKING:
     from surgery.operations.convert.containers import ContainerReport
@@ -20,7 +20,7 @@ CONTAINERS = ("safetensors", "torch")
 LORA = "lora"  # of --to: no dialect but a method
 
 
-@options.verb(
+@running.verb(
     "convert",
     epilog="Examples: surgery convert style.safetensors --to diffusers --base unet/ -o style/; "
     "surgery convert loha/ --to lora --rank 16 --base model/ -o lora/; "
@@ -53,7 +53,7 @@ LORA = "lora"  # of --to: no dialect but a method
 @options.max_shard_option("INPUT's shards")
 @options.output_options
 @options.told_options
-def command(run: options.Run, source: str, to: str | None, out: str, force: bool, **how: Any) -> None:
+def command(run: running.Run, source: str, to: str | None, out: str, force: bool, **how: Any) -> None:
     """Write an adapter in another dialect, with the same ΔW; as a LoRA; or any tensors in another container.
 
     With --to, INPUT is an adapter. With --to lora its ΔW, whatever the method, is truncated to the rank that is asked
@@ -100,28 +100,28 @@ def command(run: options.Run, source: str, to: str | None, out: str, force: bool
 
 
 def _show_container(report: ContainerReport) -> None:
-    options.show(f"{report.source} → {report.container}, digest {report.digest}")
-    options.show_ending(report)
+    printing.show(f"{report.source} → {report.container}, digest {report.digest}")
+    printing.show_ending(report)
 
 
 def _show_adapter(report: ConvertReport) -> None:
     weights = ", ".join(f"{count} {method}" for method, count in sorted(report.weights.items()))
     part = f" for {report.component}" if report.component else ""
-    options.show(f"{report.source} → {report.target}{part}: {weights or 'as it is'}")
-    options.show(f"{report.copied} tensors with their bytes as they are, {report.computed} computed")
-    options.show_ending(report)
+    printing.show(f"{report.source} → {report.target}{part}: {weights or 'as it is'}")
+    printing.show(f"{report.copied} tensors with their bytes as they are, {report.computed} computed")
+    printing.show_ending(report)
 
 
 def _show_lora(report: ToLoraReport) -> None:
-    rows = options.table("weight", "method", "shape", "rank", "energy", "residual")
+    rows = printing.table("weight", "method", "shape", "rank", "energy", "residual")
     for module in report.modules:
         shape, loss = " × ".join(map(str, module.shape)), "exact" if module.exact else f"{module.residual:.4f}"
         rows.add_row(module.name, module.method, shape, str(module.rank), f"{module.energy:.2%}", loss)
     rows.add_section()
     rows.add_row("all", "", "", "", f"{report.energy:.2%}", f"{report.residual:.4f}")
-    options.show(rows, f"{report.exact} of {len(report.modules)} weights have all of ΔW in their factors")
-    options.show(f"{report.nbytes_before:,} bytes before, {report.nbytes:,} after")
-    options.show_ending(report)
+    printing.show(rows, f"{report.exact} of {len(report.modules)} weights have all of ΔW in their factors")
+    printing.show(f"{report.nbytes_before:,} bytes before, {report.nbytes:,} after")
+    printing.show_ending(report)
 
 
 def _bases(given: tuple[str, ...], *, parts: bool) -> str | dict[str, str] | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import options
+from surgery.cli import options, printing, running
 from surgery.cli.merge import surviving_lines
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from surgery.operations.export.into_template import ReweighReport
 
 
-@options.verb(
+@running.verb(
     "export-onnx",
     computes=False,
     epilog="Examples: surgery export-onnx base/ -o base-onnx/model.onnx; "
@@ -78,7 +78,7 @@ if TYPE_CHECKING:
 @options.output_options
 @options.told_options
 def command(
-    run: options.Run,
+    run: running.Run,
     model: str,
     adapters: tuple[tuple[str, float | None], ...],
     adapters_as: str | None,
@@ -151,7 +151,7 @@ def _show(report: ExportReport) -> None:
             "inputs": _listed(graph.inputs),
             "outputs": _listed(graph.outputs),
         }
-        options.show(options.facts(graph.path, known.items()))
+        printing.show(printing.facts(graph.path, known.items()))
     known = {"computes in": report.dtype, "weights": report.payload}
     if report.max_rel_error is not None:
         shapes = ", ".join("×".join(map(str, shape)) for shape in report.shapes)
@@ -167,8 +167,8 @@ def _show(report: ExportReport) -> None:
         )
     if report.float32_error is not None:
         known["against float32"] = f"max error {report.float32_error:.2g} rel"
-    options.show(options.facts(report.model_class, known.items()))
-    options.show_ending(report)
+    printing.show(printing.facts(report.model_class, known.items()))
+    printing.show_ending(report)
 
 
 def _listed(names: tuple[str, ...]) -> str:
@@ -184,6 +184,6 @@ def _show_reweighed(report: ReweighReport) -> None:
         "weights": f"{len(report.recipes)}, each the base's byte for byte before; {len(report.changed)} changed",
         "constants": f"{len(report.constants)} float tensors that are no weights stay as they are",
     }
-    options.show(*surviving_lines(report.surviving, "a template in a finer dtype"))
-    options.show(options.facts(report.template, known.items()))
-    options.show_ending(report)
+    printing.show(*surviving_lines(report.surviving, "a template in a finer dtype"))
+    printing.show(printing.facts(report.template, known.items()))
+    printing.show_ending(report)

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import options
+from surgery.cli import options, printing, running
 
 if TYPE_CHECKING:
     from surgery.operations.extract.extract import ExtractReport
 
 
-@options.verb("extract", epilog="Example: surgery extract --rank 8 base.st tuned.st -o adapter/")
+@running.verb("extract", epilog="Example: surgery extract --rank 8 base.st tuned.st -o adapter/")
 @click.argument("base", type=options.PATH)
 @click.argument("tuned", type=options.PATH)
 @click.option("-o", "--output", "out", type=options.PATH, help="Folder or .safetensors file [TUNED-lora-rN/].")
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--allow-removed", is_flag=True, help="Leave tensors that tuned lacks as they are in base.")
 @click.option("--curve", type=options.PATH, help="Draw error and size against rank: a file .html or .svg.")
 @click.option("--force", is_flag=True, help="Replace what stands at the output.")
-def command(run: options.Run, base: str, tuned: str, out: str | None, **how: Any) -> None:
+def command(run: running.Run, base: str, tuned: str, out: str | None, **how: Any) -> None:
     """Extract TUNED − BASE as a PEFT adapter: LoRA factors where a weight changed, the rest of the change in full.
 
     A pattern is a shell glob on whole names, such as '*.self_attn.*'; with a leading `re:`, a regular expression.
@@ -44,11 +44,11 @@ def command(run: options.Run, base: str, tuned: str, out: str | None, **how: Any
 
 
 def _show(report: ExtractReport) -> None:
-    rows = options.table("weight", "shape", "rank", "energy", "residual")
+    rows = printing.table("weight", "shape", "rank", "energy", "residual")
     for module in report.modules:
         shape = " × ".join(map(str, module.shape))
         rows.add_row(module.name, shape, str(module.rank), f"{module.energy:.2%}", f"{module.residual:.4f}")
     rows.add_section()
     rows.add_row("all", "", "", f"{report.energy:.2%}", f"{report.residual:.4f}")
-    options.show(rows)
-    options.show_ending(report)
+    printing.show(rows)
+    printing.show_ending(report)

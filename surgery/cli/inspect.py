@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import click
 
-from surgery.cli import options
+from surgery.cli import options, printing, running
 
 
 @click.command("inspect", epilog="Example: surgery inspect adapter/ --tensors")
 @click.argument("path", type=options.PATH)
 @click.option("--tensors", is_flag=True, help="List every tensor.")
-@options.json_option
+@running.json_option
 def command(path: str, tensors: bool, as_json: bool) -> None:
     """Tell what is in PATH, from headers alone."""
     from surgery.operations.look.inspect import inspect
 
-    with options.reporting("inspect", as_json):
+    with running.reporting("inspect", as_json):
         report = inspect(path)
         if as_json:
-            options.print_json(report)
+            printing.print_json(report)
             return
         known = {
             "container": report.container,
@@ -30,10 +30,10 @@ def command(path: str, tensors: bool, as_json: bool) -> None:
             **report.metadata,
             **{f"merged adapter {index}": digest[:16] for index, digest in enumerate(report.merged, 1)},
         }
-        options.show(options.facts(report.kind, ((name, str(value)) for name, value in known.items())))
-        options.show(*(f"note: {note}" for note in report.notes))
+        printing.show(printing.facts(report.kind, ((name, str(value)) for name, value in known.items())))
+        printing.show(*(f"note: {note}" for note in report.notes))
         if tensors:
-            listing = options.table("tensor", "dtype", "shape")
+            listing = printing.table("tensor", "dtype", "shape")
             for spec in report.tensors:
                 listing.add_row(spec.name, str(spec.dtype), " × ".join(map(str, spec.shape)))
-            options.show(listing)
+            printing.show(listing)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from surgery.cli import options
+from surgery.cli import options, running
 
 if TYPE_CHECKING:
     from surgery.pipeline.job import Job
@@ -74,7 +74,7 @@ def record_options(picture: str) -> Callable[[Callable[..., None]], Callable[...
     return decorate
 
 
-def refuse_plan_of_replay(run: options.Run, replay: str | None) -> None:
+def refuse_plan_of_replay(run: running.Run, replay: str | None) -> None:
     """Raises a usage error for --dry-run of what measures nothing."""
     if run.dry_run and replay is not None:
         raise click.UsageError("--replay prints a record and measures nothing: it has no plan for --dry-run to print")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import options
+from surgery.cli import options, printing, running
 
 if TYPE_CHECKING:
     from surgery.exact.survival import Surviving
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _WARN_BELOW = 0.5
 
 
-@options.verb("merge", epilog="Example: surgery merge base/ adapter/ style/:0.5 -o merged/")
+@running.verb("merge", epilog="Example: surgery merge base/ adapter/ style/:0.5 -o merged/")
 @click.argument("base", type=options.PATH)
 @options.merging_options(undo="Also write what unmerge needs to give BASE back bit for bit.")
 @click.option("--base", "of", type=options.PATH, hidden=True)
@@ -36,7 +36,7 @@ _WARN_BELOW = 0.5
 )
 @options.max_shard_option("the base's shards")
 def command(
-    run: options.Run,
+    run: running.Run,
     base: str,
     adapters: tuple[tuple[str, float | None], ...],
     out: str,
@@ -59,13 +59,13 @@ def command(
 
 def _show(report: MergeReport) -> None:
     parts = ["base " + report.base_digest[:16], *(f"adapter {digest[:16]}" for digest in report.adapters)]
-    options.show(f"digest {report.digest}  ({', '.join(parts)})")
+    printing.show(f"digest {report.digest}  ({', '.join(parts)})")
     for line in surviving_lines(report.surviving):
-        options.show(line)
+        printing.show(line)
     if report.undo is not None:
         share = f"{report.undo.share:.2%} of the tensors that changed"
-        options.show(f"undo file {report.undo.path}: {report.undo.nbytes:,} bytes, {share}")
-    options.show_ending(report)
+        printing.show(f"undo file {report.undo.path}: {report.undo.nbytes:,} bytes, {share}")
+    printing.show_ending(report)
 
 
 def _export_command(

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-import json
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from formats.errors import ReportedError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from surgery.pipeline.engine import Resources
-    from surgery.pipeline.job import Job, JobPlan
     from surgery.ranks import RankRule
-    from surgery.report import Report
 
-R = TypeVar("R", bound="Report")
-D = TypeVar("D")
 PATH = click.Path(path_type=str)
 
 
@@ -116,114 +104,6 @@ def max_shard_option(default: str) -> Callable[[Callable[..., None]], Callable[.
     """--max-shard-size; `default` says what shards there are without."""
     text = f"Shards of this size: 2GB [{default}]."
     return click.option("--max-shard-size", type=ByteSize(), metavar="SIZE", help=text)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """How a command is carried out: the options that every verb has.
-
-    Attributes:
-        operation: the verb's name.
-        as_json: whether stdout gets one JSON document.
-        dry_run: whether to print the plan and stop.
-        jobs, memory, device: of the engine.
-    """
-
-    operation: str
-    as_json: bool = False
-    dry_run: bool = False
-    jobs: int = 0
-    memory: int = 0
-    device: str = "cpu"
-
-    def carry_out(
-        self,
-        prepare: Callable[[Any], Job[R]],
-        show: Callable[[R], None],
-        show_summary: Callable[[Any], None] | None = None,
-        given: AbstractContextManager[Any] | None = None,
-    ) -> R | None:
-        """Prepares a job and runs it, or prints its plan; prints what comes of it, errors too.
-
-        Args:
-            prepare: makes the job, which will use these resources.
-            show: prints the report for people.
-            show_summary: prints the plan for people; None for `show_plan`.
-            given: what `prepare` is called with, open until the job is done, instead of the engine's resources.
-
-        Returns:
-            The report; None of a dry run.
-        """
-        with reporting(self.operation, self.as_json):
-            with given or resources(self.jobs, self.memory, self.device) as allowed:
-                job = prepare(allowed)
-                if self.dry_run:
-                    with job:
-                        self.present(job.summary, show_summary or show_plan)
-                    return None
-                report = job.run()
-            self.present(report, show)
-            return report
-
-    def present(self, document: D, show: Callable[[D], None]) -> None:
-        """Prints a report or a plan: as JSON, or by `show` for people."""
-        if self.as_json:
-            print_json(document)
-        else:
-            show(document)
-
-
-def verb(
-    name: str, *, epilog: str, writes: bool = True, computes: bool = True
-) -> Callable[[Callable[..., None]], click.Command]:
-    """A command that carries out a job. Its function gets `run`, and the options of its own.
-
-    Args:
-        name: of the command.
-        epilog: an example.
-        writes: whether it writes something, so that --dry-run has a meaning.
-        computes: whether it runs steps on the engine: --jobs, --memory and --device.
-    """
-
-    def decorate(function: Callable[..., None]) -> click.Command:
-        @functools.wraps(function)
-        def command(**how: Any) -> None:
-            shared = {field.name: how.pop(field.name) for field in dataclasses.fields(Run) if field.name in how}
-            function(run=Run(name, **shared), **how)
-
-        decorated: Callable[..., None] = json_option(command)
-        for wanted, option in ((computes, engine_options), (writes, dry_run_option)):
-            decorated = option(decorated) if wanted else decorated
-        return click.command(name, epilog=epilog)(decorated)
-
-    return decorate
-
-
-def engine_options(function: Callable[..., None]) -> Callable[..., None]:
-    """--jobs, --memory and --device."""
-    function = click.option(
-        "--device", default="cpu", show_default=True, help="Compute on this device: cpu, cuda, cuda:1 …"
-    )(function)
-    function = click.option(
-        "--memory", type=ByteSize(), default="512MiB", show_default=True, help="Memory budget for running steps."
-    )(function)
-    return click.option("--jobs", type=click.IntRange(min=0), default=0, help="Workers; 0 means one for each core.")(
-        function
-    )
-
-
-def json_option(function: Callable[..., None]) -> Callable[..., None]:
-    """--json."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")(
-        function
-    )
-
-
-def dry_run_option(function: Callable[..., None]) -> Callable[..., None]:
-    """--dry-run."""
-    return click.option("--dry-run", is_flag=True, help="Print the plan; read headers only and write nothing.")(
-        function
-    )
 
 
 class Slices(click.ParamType[tuple[bool, ...]]):
@@ -378,113 +258,3 @@ def usage_errors() -> Iterator[None]:
         yield
     except ReportedError as error:
         raise click.UsageError(str(error)) from error
-
-
-@contextlib.contextmanager
-def reporting(operation: str, as_json: bool) -> Iterator[None]:
-    """Turns errors into one message on stderr (and, with --json, a document on stdout) and an exit code."""
-    try:
-        yield
-    except ReportedError as error:
-        if as_json:
-            said = {"type": type(error).__name__, "what": error.what, **error.details}
-            click.echo(json.dumps({"operation": operation, "error": said}, indent=2))
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        click.echo(f"error: {error.strerror or error}\n  where:    {error.filename}", err=True)
-        sys.exit(1)
-
-
-@contextlib.contextmanager
-def resources(jobs: int, memory: int, device: str) -> Iterator[Resources]:
-    """The engine's resources, with a progress bar on stderr if that is a terminal."""
-    from surgery.pipeline.engine import Resources
-
-    if not sys.stderr.isatty():
-        yield Resources(jobs, memory, device, processes=True)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def advance(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=name)
-
-        yield Resources(jobs, memory, device, advance, processes=True)
-
-
-def print_json(report: Any) -> None:
-    """A report as one JSON document."""
-    click.echo(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False, default=str))
-
-
-def table(*columns: str) -> Table:
-    """A table in the house's style: the first column is text, the others are numbers."""
-    from rich import box
-    from rich.table import Table
-
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    return made
-
-
-def facts(title: str, pairs: Iterable[tuple[str, str]]) -> Table:
-    """A table of names and values."""
-    from rich import box
-    from rich.table import Table
-
-    made = Table(title, "", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, value in pairs:
-        made.add_row(name, value)
-    return made
-
-
-def show(*parts: Any) -> None:
-    """Prints to stdout, as wide as the terminal, or 120 columns where there is none."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
-    for part in parts:
-        console.print(part)
-
-
-def show_plan(plan: JobPlan) -> None:
-    """--dry-run: the plan, a row a step."""
-    rows = table("op", "step", "reads", "writes")
-    for step in plan.steps:
-        rows.add_row(step.op, step.name, step.reads, step.writes)
-    show(rows)
-    show_plan_ending(plan)
-
-
-def show_plan_ending(plan: JobPlan) -> None:
-    """The last lines of every plan: notes, and how much is to be done."""
-    show(
-        *(f"note: {note}" for note in plan.notes),
-        f"{len(plan.steps)} steps, {plan.bytes_read:,} bytes to read, {plan.bytes_written:,} to write; nothing written",
-    )
-
-
-def show_recast(report: Any) -> None:
-    """The report of resize and combine: every weight's new factors, and the sizes."""
-    rows = table("weight", "shape", "rank", "energy", "residual")
-    for module in report.modules:
-        ranks = f"{' + '.join(map(str, module.ranks))} → {module.rank}"
-        shape = " × ".join(map(str, module.shape))
-        rows.add_row(module.name, shape, ranks, f"{module.energy:.2%}", f"{module.residual:.4f}")
-    rows.add_section()
-    rows.add_row("all", "", "", f"{report.energy:.2%}", f"{report.residual:.4f}")
-    show(rows, f"{report.nbytes_before:,} bytes before, {report.nbytes:,} after")
-    show_ending(report)
-
-
-def show_ending(report: Any) -> None:
-    """The last lines of every report: notes, ledger, where and how long."""
-    fates = ", ".join(f"{count} {fate.replace('_', '-')}" for fate, count in report.ledger.items() if count)
-    show(*(f"note: {note}" for note in report.notes), f"tensors: {fates}")
-    show(f"{report.output}  ({report.seconds:.2f} s, peak {report.peak_rss_bytes / 1e6:.0f} MB)")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import options
+from surgery.cli import options, printing, running
 
 if TYPE_CHECKING:
     from surgery.operations.merge.verify import VerifyReport
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _SHOWN = 5  # tensors that are named
 
 
-@options.verb(
+@running.verb(
     "verify",
     writes=False,
     epilog="Example: surgery verify merged/ --base base/ --adapter adapter/ --adapter style/:0.5",
@@ -34,7 +34,7 @@ _SHOWN = 5  # tensors that are named
 @click.option("--weight", type=float, default=1.0, show_default=True, help="A factor of every delta.")
 @options.told_options
 def command(
-    run: options.Run,
+    run: running.Run,
     merged: str,
     base: str,
     adapters: tuple[tuple[str, float | None], ...],
@@ -51,8 +51,8 @@ def command(
 
 def _show(report: VerifyReport) -> None:
     counts = ", ".join(f"{count} {kind}" for kind, count in report.ledger.items() if count)
-    options.show(f"{report.merged}: {report.verdict}", f"tensors: {counts}")
+    printing.show(f"{report.merged}: {report.verdict}", f"tensors: {counts}")
     for name in report.differing[:_SHOWN]:
-        options.show(f"  {name} differs")
+        printing.show(f"  {name} differs")
     if len(report.differing) > _SHOWN:
-        options.show(f"  and {len(report.differing) - _SHOWN} more")
+        printing.show(f"  and {len(report.differing) - _SHOWN} more")
