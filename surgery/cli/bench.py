@@ -19,17 +19,24 @@ if TYPE_CHECKING:
     epilog="Example: surgery bench base-onnx/model.onnx merged-onnx/model.onnx --expect equivalent",
 )
 @click.argument("graphs", type=options.PATH, nargs=-1, metavar="REFERENCE GRAPH...")
-@measuring.measuring_options("For each graph and shape, at most; less if clear.")
-@click.option("--cuda-graph", is_flag=True, help="cuda: capture the run into a CUDA graph and time its replay.")
+@measuring.measuring_options("Most seconds per graph and shape; timing stops earlier once the verdict is clear.")
 @click.option(
-    "--positive-control", type=options.PATH, metavar="GRAPH", help="Must be found slower, or nothing is said."
+    "--cuda-graph", is_flag=True, help="With --provider cuda: capture a run as a CUDA graph and time its replay."
+)
+@click.option(
+    "--positive-control",
+    type=options.PATH,
+    metavar="GRAPH",
+    help="Graph that must be found slower; if it is not, no verdict is given.",
 )
 @click.option(
     "--expect",
     type=click.Choice(["equivalent", "faster", "slower"]),
-    help="Exit with 3 if any verdict is another, with 4 on inconclusive.",
+    help="Exit with 3 if a verdict differs from this one, with 4 if it is inconclusive.",
 )
-@measuring.record_options("Draw the verdicts, every block and the record: a page .html, or the ratios alone, .svg.")
+@measuring.record_options(
+    "Draw the results: .html is a page with verdicts, every block and the record, .svg the ratios alone."
+)
 def command(
     run: running.Run,
     graphs: tuple[str, ...],
@@ -39,10 +46,11 @@ def command(
     force: bool,
     **how: Any,
 ) -> None:
-    """Compare the latency of graphs with that of REFERENCE: paired blocks, an interval, a verdict against a margin.
+    """Measure the latency of graphs against REFERENCE.
 
-    A shape is a batch and a sequence. Where the graphs have a cache, the sequence is what lies in it, and a run
-    computes one token more.
+    Runs are interleaved in paired blocks; the result is a ratio with an interval, and a verdict against --margin.
+
+    For graphs with a cache, the sequence length is the number of cached tokens, and a run computes one more token.
     """
     from surgery.onnx.timing.record import read_record
     from surgery.operations.latency.bench import prepare_bench

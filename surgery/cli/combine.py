@@ -15,11 +15,20 @@ from surgery.cli import options, printing, running
     "--how",
     type=click.Choice(["cat", "svd", "ties", "dare", "magnitude-prune"]),
     required=True,
-    help="cat: factors side by side, exact; svd: the same sum at a rank; the others prune each delta first.",
+    help="How to combine. cat concatenates the factors and is exact; svd truncates the same sum to a rank; the others "
+    "prune each delta first.",
 )
 @options.rank_options
-@click.option("--density", type=float, help="ties, dare, magnitude-prune: share of elements to keep [0.5].")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what dare drops, and of the SVD's start.")
+@click.option(
+    "--density", type=float, help="Share of each delta's elements that ties, dare and magnitude-prune keep [0.5]."
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Seed for the elements that dare drops and for the randomised SVD.",
+)
 @options.base_option
 @options.factor_dtype_option("their own; of cat float32 where theirs would round")
 @options.output_options
@@ -31,9 +40,9 @@ def command(
     force: bool,
     **how: Any,
 ) -> None:
-    """Combine LoRA adapters into one: ΔW = Σ weight · ΔW of each, whatever their order.
+    """Combine LoRA adapters into one: ΔW = Σ weight · ΔW. Their order does not matter.
 
-    cat needs no rank: the ranks add up. All other ways need one of the options that choose it.
+    cat needs no rank, since the ranks add up. Every other way needs one of the options that choose ranks.
     """
     from surgery.operations.lora.combine import Combination, prepare_combine
 

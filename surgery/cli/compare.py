@@ -27,18 +27,22 @@ if TYPE_CHECKING:
     type=options.NamedPath(),
     multiple=True,
     metavar="[NAME=]ADAPTER",
-    help="Whatever fold takes; repeatable. Without a name it has its folder's.",
+    help="Adapter of any kind that fold accepts; repeatable. NAME defaults to the folder's name.",
 )
 @click.option(
     "--branch/--no-branch",
     "branches",
     default=True,
     show_default=True,
-    help="Where fold puts something into weights, also show the graph with all of the adapter left as nodes.",
+    help="Also export each adapter left entirely in the graph, where fold would put part of it into weights.",
 )
-@measuring.measuring_options("For each graph and shape, at most; less if clear. 0: no times.")
-@click.option("-o", "--output", "out", type=options.PATH, metavar="DIR", help="Keep the graphs in this new folder.")
-@measuring.record_options("Draw the ratios by adapter: a page .html with the table, or the picture alone, .svg.")
+@measuring.measuring_options(
+    "Most seconds per graph and shape; timing stops earlier once the verdict is clear. 0 times nothing."
+)
+@click.option(
+    "-o", "--output", "out", type=options.PATH, metavar="DIR", help="Keep the exported graphs in this new folder."
+)
+@measuring.record_options("Draw the ratios by adapter: .html is a page with the table, .svg the picture alone.")
 def command(
     run: running.Run,
     model: str | None,
@@ -48,10 +52,10 @@ def command(
     force: bool,
     **how: Any,
 ) -> None:
-    """Compare what several adapters cost MODEL: parameters, nodes, time, and whether they fold into its weights.
+    """Compare what adapters cost MODEL at inference: parameters, nodes, latency, and whether they fold.
 
-    Every adapter becomes a graph as fold leaves it: merged or folded under the base's own graph, widened, half-folded,
-    or as nodes. Each graph is compared with torch, and then timed against the base's, as bench does it.
+    Each adapter is exported as fold leaves it: in the weights under the base's own graph, widened, half-folded, or as
+    nodes. Each graph is compared with torch, and then timed against the base's graph, as in bench.
     """
     from surgery.onnx.timing.compared import read_comparison
     from surgery.operations.latency.compare import prepare_compare

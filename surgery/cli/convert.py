@@ -30,8 +30,7 @@ LORA = "lora"  # of --to: no dialect but a method
 @click.option(
     "--to",
     type=click.Choice([*(writer.name for writer in WRITERS), LORA]),
-    help="The dialect to write an adapter in [without it INPUT goes into another container]; or lora, which makes a "
-    "plain LoRA in peft's names of any method, at the rank that is asked for.",
+    help="Dialect to write the adapter in; or lora: a plain LoRA in PEFT's names, whatever the method, at a given rank.",
 )
 @options.rank_options
 @options.factor_dtype_option("their own")
@@ -40,28 +39,29 @@ LORA = "lora"  # of --to: no dialect but a method
     "bases",
     multiple=True,
     metavar="PATH|PART=PATH",
-    help="The model that an adapter adapts, or each part's of a pipeline [what its own names and shapes tell].",
+    help="Model that the adapter adapts, or one for each part of a pipeline [deduced from names and shapes].",
 )
 @click.option(
     "--drop",
     multiple=True,
     type=click.Choice(DROPS),
-    help="Leave these behind where the dialect cannot express them: changed biases, tensors carried in full, layers "
-    "that it has no place for.",
+    help="What to leave out if the dialect cannot express it: changed biases, tensors stored in full, or layers.",
 )
-@click.option("--container", type=click.Choice(CONTAINERS), help="Of an output folder, without --to [safetensors].")
+@click.option(
+    "--container", type=click.Choice(CONTAINERS), help="Format of an output folder, without --to [safetensors]."
+)
 @options.max_shard_option("INPUT's shards")
 @options.output_options
 @options.told_options
 def command(run: running.Run, source: str, to: str | None, out: str, force: bool, **how: Any) -> None:
-    """Write an adapter in another dialect, with the same ΔW; as a LoRA; or any tensors in another container.
+    """Convert an adapter to another dialect, or to a plain LoRA; or a checkpoint to another file format.
 
-    With --to, INPUT is an adapter. With --to lora its ΔW, whatever the method, is truncated to the rank that is asked
-    for, and the report tells what that leaves out. Without --to, INPUT is a file or folder of torch's (.bin, .pt, .pth,
-    .ckpt) or safetensors, and the output's name says which of the two it becomes. A folder gets safetensors, or what
-    --container says, in INPUT's shards, and INPUT's other files. Nothing in a torch file is executed. An adapter for
-    llama.cpp (--to gguf) is one .gguf file, and needs --base, a folder with config.json, both to be written and to be
-    read.
+    With --to, INPUT is an adapter. --to lora truncates the ΔW of any method to a rank and reports the error. An adapter
+    for llama.cpp (--to gguf) is one .gguf file; writing and reading it needs --base, a folder with a config.json.
+
+    Without --to, INPUT is a torch file (.bin, .pt, .pth, .ckpt), a safetensors file, or a folder with either; the
+    output's suffix gives the new format. A folder keeps INPUT's shards and other files, and gets safetensors unless
+    --container says otherwise. Nothing in a torch file is executed.
     """
     how = options.chosen_ranks(how, needed=to == LORA)
     ranked = how["rank"] is not None or how["overrides"] or how["dtype"]

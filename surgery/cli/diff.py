@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 @running.verb("diff", writes=False, epilog="Example: surgery diff base/ tuned/")
 @click.argument("base", type=options.PATH)
 @click.argument("tuned", type=options.PATH)
-@click.option("--headers", is_flag=True, help="Names, shapes and dtypes only; reads no payload.")
+@click.option("--headers", is_flag=True, help="Compare names, shapes and dtypes only; do not read any weights.")
 def command(run: running.Run, base: str, tuned: str, headers: bool) -> None:
-    """Tell what changed from BASE to TUNED, and by how much."""
+    """Show which tensors differ between BASE and TUNED, and by how much."""
     from surgery.operations.look.diff import prepare_diff
 
     run.carry_out(lambda resources: prepare_diff(base, tuned, headers_only=headers, resources=resources), _show)

@@ -38,7 +38,9 @@ _TAKEN_AWAY: dict[str, Any] = {"hidden": True, "is_eager": True, "expose_value":
 @click.option("--calibration", **_TAKEN_AWAY)
 @click.option("--max-error", **_TAKEN_AWAY)
 def command(run: running.Run, model: str, adapter: str, out: str, **how: Any) -> None:
-    """Fold ADAPTER into MODEL's weights as far as that is exact; the rest goes along, described for the graph.
+    """Fold ADAPTER into MODEL's weights as far as that is exact.
+
+    What no weight can hold is written beside the weights, for export-onnx to put into the graph.
 
     --dry-run prints what would become of each part of the adapter, and why.
     """

@@ -19,20 +19,22 @@ _WARN_BELOW = 0.5
 
 @running.verb("merge", epilog="Example: surgery merge base/ adapter/ style/:0.5 -o merged/")
 @click.argument("base", type=options.PATH)
-@options.merging_options(undo="Also write what unmerge needs to give BASE back bit for bit.")
+@options.merging_options(undo="Also write an undo file, with which unmerge restores BASE bit for bit.")
 @click.option("--base", "of", type=options.PATH, hidden=True)
-@click.option("--weight", type=float, default=1.0, show_default=True, help="A factor of every delta.")
-@click.option("--untie", is_flag=True, help="Give a head that BASE ties to its embedding a tensor of its own.")
+@click.option(
+    "--weight", type=float, default=1.0, show_default=True, help="Factor for every delta, on top of each adapter's own."
+)
+@click.option("--untie", is_flag=True, help="Store a tensor of its own for a head that BASE ties to its embedding.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Store every weight as this; float8 is dequantised [each weight's own].",
+    help="Store every weight in this dtype; float8 is dequantised [each weight's own].",
 )
 @click.option(
     "--min-surviving",
     type=click.FloatRange(min=0),
     metavar="SHARE",
-    help="Fail where less of a delta is left after rounding: ‖stored(W) − W0‖/‖ΔW‖.",
+    help="Fail if rounding leaves less of any delta than this share: ‖stored(W) − W0‖/‖ΔW‖.",
 )
 @options.max_shard_option("the base's shards")
 def command(
@@ -43,7 +45,10 @@ def command(
     of: str | None,
     **how: Any,
 ) -> None:
-    """Merge adapters into BASE: W = W0 + ΣΔW, each weight rounded once, whatever their order."""
+    """Merge adapters into BASE: W = W0 + ΣΔW.
+
+    All deltas are added in higher precision and each weight is rounded once, so the order of adapters does not matter.
+    """
     if base.endswith(".onnx"):
         command = _export_command(base, of or "BASE", adapters, out, how)
         raise click.UsageError(

@@ -84,25 +84,34 @@ class NamedPath(click.ParamType[tuple[str, str]]):
 
 def output_options(function: Callable[..., None]) -> Callable[..., None]:
     """-o and --force."""
-    function = click.option("--force", is_flag=True, help="Replace what stands at the output.")(function)
-    return click.option("-o", "--output", "out", type=PATH, required=True, help="Where to write.")(function)
+    function = click.option(
+        "--force", is_flag=True, help="Overwrite the output if it exists; inputs are never overwritten."
+    )(function)
+    return click.option(
+        "-o",
+        "--output",
+        "out",
+        type=PATH,
+        required=True,
+        help="Output path: a folder, or a file whose suffix gives its format.",
+    )(function)
 
 
 def base_option(function: Callable[..., None]) -> Callable[..., None]:
     """--base, of commands that mostly need none."""
-    text = "The adapters' base, where their factors do not tell what they adapt (experts, tokens)."
+    text = "Base of the adapters; needed if their factors do not show what they adapt (experts, tokens)."
     return click.option("--base", type=PATH, help=text)(function)
 
 
 def factor_dtype_option(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """--dtype of the factors; `default` says what they are without."""
     kinds = click.Choice(["float32", "float16", "bfloat16"])
-    return click.option("--dtype", type=kinds, help=f"Of the factors; by default {default}.")
+    return click.option("--dtype", type=kinds, help=f"Dtype of the factors [{default}].")
 
 
 def max_shard_option(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """--max-shard-size; `default` says what shards there are without."""
-    text = f"Shards of this size: 2GB [{default}]."
+    text = f"Maximum size of a shard, such as 2GB [{default}]."
     return click.option("--max-shard-size", type=ByteSize(), metavar="SIZE", help=text)
 
 
@@ -128,16 +137,18 @@ def told_options(function: Callable[..., None]) -> Callable[..., None]:
     """What an adapter's file does not say; `told` reads them."""
     function = component_option(function)
     function = click.option(
-        "--fan-in-fan-out", is_flag=True, help="loralib: square weights that nothing else tells of are (in, out)."
+        "--fan-in-fan-out", is_flag=True, help="loralib only: square weights are stored (in, out)."
     )(function)
     function = click.option(
         "--enable-lora",
         type=Slices(),
         default=(),
         metavar="1,0,1",
-        help="loralib: which slices of a fused layer are adapted, where shapes do not tell.",
+        help="loralib only: which slices of a fused layer are adapted, if the shapes do not show it.",
     )(function)
-    return click.option("--alpha", type=float, help="loralib: the lora_alpha, which its files do not hold.")(function)
+    return click.option("--alpha", type=float, help="loralib only: lora_alpha, which its files do not contain.")(
+        function
+    )
 
 
 def component_option(function: Callable[..., None]) -> Callable[..., None]:
@@ -145,7 +156,7 @@ def component_option(function: Callable[..., None]) -> Callable[..., None]:
     return click.option(
         "--component",
         metavar="PART",
-        help="Which part of a pipeline the base is: unet, transformer, text_encoder, text_encoder_2, text_encoder_3.",
+        help="Part of a pipeline that the base is: unet, transformer, text_encoder, text_encoder_2 or text_encoder_3.",
     )(function)
 
 
@@ -172,30 +183,35 @@ def merging_options(undo: str) -> Callable[[Callable[..., None]], Callable[..., 
 
 
 _RULES = (
-    ("energy", "Smallest rank that holds this share of ‖ΔW‖², weight by weight."),
-    ("residual", "Smallest rank whose relative error ‖ΔW − BA‖/‖ΔW‖ is at most this."),
-    ("sv-ratio", "Keep singular values above the largest divided by this (kohya's 10, LyCORIS's 0.1)."),
-    ("sv-threshold", "Keep singular values above this."),
-    ("sv-quantile", "Smallest rank whose singular values add up to this share of the sum of all."),
+    ("energy", "Choose for each weight the smallest rank that keeps this share of ‖ΔW‖², such as 0.9."),
+    ("residual", "Choose the smallest rank with a relative error ‖ΔW − BA‖/‖ΔW‖ of at most this."),
+    ("sv-ratio", "Keep singular values above the largest one divided by this (kohya: 10; LyCORIS: 0.1)."),
+    ("sv-threshold", "Keep singular values above this value."),
+    ("sv-quantile", "Choose the smallest rank whose singular values add up to this share of their total."),
 )
 
 
 def rank_options(function: Callable[..., None]) -> Callable[..., None]:
     """The ways to choose a rank; `chosen_ranks` reads them."""
-    bounds = (("--max-rank", "Never more than this rank."), ("--min-rank", "Never less than this rank."))
+    bounds = (
+        ("--max-rank", "Upper limit for every chosen rank."),
+        ("--min-rank", "Lower limit for every chosen rank."),
+    )
     for name, text in bounds:
         function = click.option(name, type=int, help=text)(function)
     for name, text in reversed(_RULES):
         function = click.option(f"--{name}", type=float, help=text)(function)
-    function = click.option("--budget", type=ByteSize(), help="The best ranks for an adapter of this size: 20MB.")(
-        function
-    )
+    function = click.option(
+        "--budget",
+        type=ByteSize(),
+        help="Size of the adapter, such as 20MB: choose the ranks that keep the most energy within it.",
+    )(function)
     return click.option(
         "--rank",
         "ranks",
         multiple=True,
         metavar="N|PATTERN=N",
-        help="Rank of the factors; with a pattern, of the weights it matches, whatever rules the others.",
+        help="Rank of the factors. PATTERN=N sets it for matching weights and overrides every other rule.",
     )(function)
 
 
@@ -230,11 +246,15 @@ def chosen_ranks(how: dict[str, Any], *, needed: bool = True) -> dict[str, Any]:
 def choice_options(function: Callable[..., None]) -> Callable[..., None]:
     """Which tensors of a pair are looked at; `chosen_tensors` reads them."""
     function = click.option(
-        "--kind", "kinds", multiple=True, metavar="PATTERN=KIND", help="What a weight is, where that is not certain."
+        "--kind",
+        "kinds",
+        multiple=True,
+        metavar="PATTERN=KIND",
+        help="State what a weight is where surgery cannot be certain: linear, transposed, embedding, conv, …",
     )(function)
     for name, text in (
-        ("exclude", "Leave behind the tensors it matches."),
-        ("include", "Only the tensors it matches."),
+        ("exclude", "Skip tensors that match."),
+        ("include", "Consider only tensors that match."),
     ):
         function = click.option(f"--{name}", multiple=True, metavar="PATTERN", help=text)(function)
     return function

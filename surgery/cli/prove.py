@@ -28,18 +28,25 @@ _LEVELS = {
 )
 @click.argument("base", type=options.PATH)
 @click.argument("merged", type=options.PATH)
-@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt … It must really load.")
+@click.option(
+    "--provider",
+    default="cpu",
+    show_default=True,
+    help="Execution provider: cpu, cuda, tensorrt … The command fails if it does not load.",
+)
 @click.option(
     "--shape",
     type=options.Shape(),
     default="1x128",
     show_default=True,
-    help="Batch and sequence of a run to count its cost.",
+    help="Batch and sequence length to count costs at.",
 )
 def command(run: running.Run, base: str, merged: str, provider: str, shape: tuple[int, int]) -> None:
-    """Check that MERGED.onnx is BASE.onnx with other numbers, and nothing added: exit code 0, or 3 and what differs.
+    """Check that MERGED.onnx is the same program as BASE.onnx, with other weights and nothing added.
 
-    Compared are the bytes, the graphs, what the runtime makes of them, and which provider runs which op.
+    Exits with 0 if it is, with 3 if not, and shows the differences.
+
+    It compares the bytes, the graphs, the graphs after the runtime's optimisation, and which provider runs each node.
     """
     from surgery.operations.look.prove import prepare_prove
 

@@ -16,9 +16,9 @@ from surgery.cli import options, printing, running
 @options.factor_dtype_option("their own")
 @options.output_options
 def command(run: running.Run, adapter: str, out: str, **how: Any) -> None:
-    """Give a LoRA adapter another rank: of all adapters of that rank the nearest, by the SVD of its own ΔW.
+    """Change the rank of a LoRA adapter: the best approximation of that rank, by the SVD of its ΔW.
 
-    The scaling goes into the factors, so that alpha is the rank; whatever else the adapter carries goes along.
+    The scaling moves into the factors, so that alpha equals the rank. Everything else in the adapter is kept.
     """
     from surgery.operations.lora.resize import prepare_resize
 

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -24,6 +24,22 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound="Report")
 D = TypeVar("D")
+
+
+# click shows parameters in the reverse of this order, after a command's own.
+_JSON = click.Option(["--json", "as_json"], is_flag=True, help="Print exactly one JSON document on stdout.")
+_ENGINE = (
+    click.Option(["--device"], default="cpu", show_default=True, help="Device to compute on: cpu, cuda, cuda:1 …"),
+    click.Option(
+        ["--memory"],
+        type=ByteSize(),
+        default="512MiB",
+        show_default=True,
+        help="Memory budget for the steps that run at once.",
+    ),
+    click.Option(["--jobs"], type=click.IntRange(min=0), default=0, help="Number of workers; 0 means one per core."),
+)
+_DRY_RUN = click.Option(["--dry-run"], is_flag=True, help="Print the plan and stop: read headers only, write nothing.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,39 +115,11 @@ def verb(
             shared = {field.name: how.pop(field.name) for field in dataclasses.fields(Run) if field.name in how}
             function(run=Run(name, **shared), **how)
 
-        decorated: Callable[..., None] = json_option(command)
-        for wanted, option in ((computes, engine_options), (writes, dry_run_option)):
-            decorated = option(decorated) if wanted else decorated
-        return click.command(name, epilog=epilog)(decorated)
+        parameters = [_JSON, *(_ENGINE if computes else ()), *((_DRY_RUN,) if writes else ())]
+        command.__click_params__ = [*parameters, *getattr(function, "__click_params__", ())]  # type: ignore[attr-defined]
+        return click.command(name, epilog=epilog)(command)
 
     return decorate
-
-
-def engine_options(function: Callable[..., None]) -> Callable[..., None]:
-    """--jobs, --memory and --device."""
-    function = click.option(
-        "--device", default="cpu", show_default=True, help="Compute on this device: cpu, cuda, cuda:1 …"
-    )(function)
-    function = click.option(
-        "--memory", type=ByteSize(), default="512MiB", show_default=True, help="Memory budget for running steps."
-    )(function)
-    return click.option("--jobs", type=click.IntRange(min=0), default=0, help="Workers; 0 means one for each core.")(
-        function
-    )
-
-
-def json_option(function: Callable[..., None]) -> Callable[..., None]:
-    """--json."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")(
-        function
-    )
-
-
-def dry_run_option(function: Callable[..., None]) -> Callable[..., None]:
-    """--dry-run."""
-    return click.option("--dry-run", is_flag=True, help="Print the plan; read headers only and write nothing.")(
-        function
-    )
 
 
 @contextlib.contextmanager
@@ -140,14 +128,20 @@ def reporting(operation: str, as_json: bool) -> Iterator[None]:
     try:
         yield
     except ReportedError as error:
-        if as_json:
-            said = {"type": type(error).__name__, "what": error.what, **error.details}
-            click.echo(json.dumps({"operation": operation, "error": said}, indent=2))
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        said = {"what": error.what, **error.details}
+        _fail(operation, type(error).__name__, said, str(error), as_json=as_json, code=error.exit_code)
     except OSError as error:
-        click.echo(f"error: {error.strerror or error}\n  where:    {error.filename}", err=True)
-        sys.exit(1)
+        said = {"what": error.strerror or str(error), "where": error.filename}
+        text = f"{said['what']}\n  where:    {error.filename}"
+        _fail(operation, type(error).__name__, said, text, as_json=as_json, code=1)
+
+
+def _fail(operation: str, kind: str, said: dict[str, Any], text: str, *, as_json: bool, code: int) -> NoReturn:
+    if as_json:
+        document = {"operation": operation, "error": {"type": kind, **said}}
+        click.echo(json.dumps(document, indent=2, default=str))
+    click.echo(f"error: {text}", err=True)
+    sys.exit(code)
 
 
 @contextlib.contextmanager

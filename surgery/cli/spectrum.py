@@ -16,21 +16,25 @@ if TYPE_CHECKING:
 @click.argument("base", type=options.PATH)
 @click.argument("tuned", type=options.PATH)
 @click.option(
-    "--max-rank", type=click.IntRange(min=1), default=256, show_default=True, help="How far to look in each weight."
+    "--max-rank",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Highest rank to look at in each weight.",
 )
 @options.choice_options
-@click.option("--exact", is_flag=True, help="Decompose in full instead of in a Krylov space.")
+@click.option("--exact", is_flag=True, help="Compute the full SVD instead of a randomised one.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="That factors would be stored in; by default each tuned weight's own.",
+    help="Dtype that the factors would be stored in [each tuned weight's own].",
 )
-@click.option("--report", "out", type=options.PATH, help="Draw the curves: a file .html or .svg.")
-@click.option("--force", is_flag=True, help="Replace what stands at the report's path.")
+@click.option("--report", "out", type=options.PATH, help="Draw the curves into this .html or .svg file.")
+@click.option("--force", is_flag=True, help="Overwrite the report file if it exists.")
 def command(run: running.Run, base: str, tuned: str, out: str | None, **how: Any) -> None:
-    """Tell the error and the size that each rank would mean for TUNED − BASE, before you extract.
+    """Show the error and the size of each rank for TUNED − BASE, before you extract.
 
-    A pattern is a shell glob on whole names, such as '*.self_attn.*'; with a leading `re:`, a regular expression.
+    A PATTERN is a shell glob over whole tensor names, such as '*.self_attn.*', or a regular expression after `re:`.
     """
     from surgery.operations.extract.spectrum import prepare_spectrum
 

@@ -18,12 +18,12 @@ _SHOWN = 3  # names of a list
 
 @running.verb("unmerge", epilog="Example: surgery unmerge merged/ adapter/ -o base-again/")
 @click.argument("merged", type=options.PATH)
-@options.merging_options(undo="What merge --undo wrote: gives the base back bit for bit.")
-@click.option("--weight", type=float, help="A factor of every weight [the receipt's, or 1].")
+@options.merging_options(undo="Undo file that merge --undo wrote; it restores the base bit for bit.")
+@click.option("--weight", type=float, help="Factor for every adapter's weight [the receipt's, or 1].")
 def command(
     run: running.Run, merged: str, adapters: tuple[tuple[str, float | None], ...], out: str, **how: Any
 ) -> None:
-    """Take the adapters of its last merge off MERGED again: W0 = W − ΣΔW."""
+    """Subtract the adapters of the last merge from MERGED: W0 = W − ΣΔW."""
     from surgery.operations.merge.unmerge import prepare_unmerge
 
     how = options.told(how)

@@ -21,7 +21,7 @@ _SHOWN = 5  # tensors that are named
     epilog="Example: surgery verify merged/ --base base/ --adapter adapter/ --adapter style/:0.5",
 )
 @click.argument("merged", type=options.PATH)
-@click.option("--base", type=options.PATH, required=True, help="What it was merged into.")
+@click.option("--base", type=options.PATH, required=True, help="Base that the adapters were merged into.")
 @click.option(
     "--adapter",
     "adapters",
@@ -29,9 +29,11 @@ _SHOWN = 5  # tensors that are named
     multiple=True,
     required=True,
     metavar="PATH[:WEIGHT]",
-    help="What was merged; once for each adapter.",
+    help="Adapter that was merged; repeat for each one.",
 )
-@click.option("--weight", type=float, default=1.0, show_default=True, help="A factor of every delta.")
+@click.option(
+    "--weight", type=float, default=1.0, show_default=True, help="Factor for every delta, on top of each adapter's own."
+)
 @options.told_options
 def command(
     run: running.Run,
@@ -40,7 +42,10 @@ def command(
     adapters: tuple[tuple[str, float | None], ...],
     **how: Any,
 ) -> None:
-    """Check that MERGED is exactly the merge of these adapters into the base: exit code 0, or 3 if not."""
+    """Check that MERGED is exactly BASE with these adapters merged in.
+
+    Exits with 0 if it is, with 3 if not.
+    """
     from surgery.operations.merge.verify import prepare_verify
 
     how = options.told(how)
