@@ -30,7 +30,7 @@ LORA = "lora"  # of --to: no dialect but a method
 @click.option(
     "--to",
     type=click.Choice([*(writer.name for writer in WRITERS), LORA]),
-    help="Dialect to write the adapter in; or lora: a plain LoRA in PEFT's names, whatever the method, at a given rank.",
+    help="Dialect to write the adapter in; or lora: a plain LoRA in PEFT's names, of any method, at a given rank.",
 )
 @options.rank_options
 @options.factor_dtype_option("their own")

@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     multiple=True,
     type=options.WeighedPath(),
     metavar="ADAPTER[:WEIGHT]",
-    help="Adapter to put into the graph: LoRA of linear layers (with --as inputs any number of them), bottlenecks, a prefix "
-    "or a prompt. With --template: adapter to merge into MODEL's weights, times WEIGHT.",
+    help="Adapter to put into the graph: LoRA of linear layers (with --as inputs any number of them), bottlenecks, a "
+    "prefix or a prompt. With --template: adapter to merge into MODEL's weights, times WEIGHT.",
 )
 @click.option(
     "--as",
     "adapters_as",
     type=click.Choice(["branch", "inputs", "half-folded"]),
-    help="Form of the adapter in the graph. branch: its own products beside the model's [default for LoRA]; inputs: LoRA's "
-    "factors as inputs, filled from .onnx_adapter files; half-folded: the first product of a bottleneck in the projection "
-    "before it, where that is exact [default for bottlenecks].",
+    help="Form of the adapter in the graph. branch: its own products beside the model's [default for LoRA]; inputs: "
+    "LoRA's factors as inputs, filled from .onnx_adapter files; half-folded: the first product of a bottleneck in the "
+    "projection before it, where that is exact [default for bottlenecks].",
 )
 @click.option(
     "--template",
