@@ -20,7 +20,7 @@ from typing import Any
 from formats.spec import DType, TensorSpec
 from surgery.errors import MissingTensors, UnknownArchitecture, Unsupported
 from surgery.model.base_model import BaseModel
-from surgery.model.meta_model import known_names
+from surgery.model.meta_model import config_of, known_names
 from surgery.onnx.files.settings import settings_of
 from surgery.onnx.trace.kinds import EXPORTED, kind_of
 from surgery.onnx.trace.program import Kind
@@ -96,7 +96,7 @@ def read_architecture(model: BaseModel, *, cached: bool = False) -> Architecture
     name = _class_name(path, model.config)
     model_class = _find_class(name, path)
     with quiet():
-        config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+        config = config_of(model_class.config_class, model.config)
     config.use_cache = False
     config.return_dict = True
     config.output_hidden_states = config.output_attentions = False
