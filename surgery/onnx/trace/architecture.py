@@ -96,12 +96,25 @@ def read_architecture(model: BaseModel, *, cached: bool = False) -> Architecture
     name = _class_name(path, model.config)
     model_class = _find_class(name, path)
     with quiet():
-        config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+        config = _configured(model_class.config_class, model.config)
     config.use_cache = False
     config.return_dict = True
     config.output_hidden_states = config.output_attentions = False
     kind = kind_of(model_class, config, model, cached)
     return Architecture(folder, model_class, config, kind, settings_of(model.config))
+
+
+def _configured(config_class: Any, said: Mapping[str, Any]) -> Any:
+    """transformers' configuration, of the part that the class is for; as its `from_pretrained` does on a folder, which
+    would read the file again."""
+    whole = copy.deepcopy(dict(said))
+    found = whole.get(getattr(config_class, "base_config_key", "") or "", whole)
+    wanted = getattr(config_class, "model_type", "")
+    if found.get("model_type", wanted) != wanted:
+        for part in found.values():
+            if isinstance(part, dict) and part.get("model_type") == wanted:
+                found = part
+    return config_class.from_dict(found)
 
 
 def _find_class(name: str, path: Path) -> Any:
