@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from surgery.operations.export.into_template import reweigh as reweigh
     from surgery.operations.extract.extract import ExtractReport as ExtractReport
     from surgery.operations.extract.extract import extract as extract
+    from surgery.operations.extract.extract import prepare_extract as prepare_extract
     from surgery.operations.extract.spectrum import SpectrumReport as SpectrumReport
+    from surgery.operations.extract.spectrum import prepare_spectrum as prepare_spectrum
     from surgery.operations.extract.spectrum import spectrum as spectrum
     from surgery.operations.fold.fold import FoldReport as FoldReport
     from surgery.operations.fold.fold import fold as fold
@@ -55,9 +57,12 @@ if TYPE_CHECKING:
     from surgery.operations.look.prove import prove as prove
     from surgery.operations.lora.combine import CombineReport as CombineReport
     from surgery.operations.lora.combine import combine as combine
+    from surgery.operations.lora.combine import prepare_combine as prepare_combine
     from surgery.operations.lora.resize import ResizeReport as ResizeReport
+    from surgery.operations.lora.resize import prepare_resize as prepare_resize
     from surgery.operations.lora.resize import resize as resize
     from surgery.operations.lora.to_lora import ToLoraReport as ToLoraReport
+    from surgery.operations.lora.to_lora import prepare_to_lora as prepare_to_lora
     from surgery.operations.lora.to_lora import to_lora as to_lora
     from surgery.operations.merge.merge import MergeReport as MergeReport
     from surgery.operations.merge.merge import merge as merge
@@ -128,15 +133,20 @@ _HOMES = {
     "merge": "surgery.operations.merge.merge",
     "open_checkpoint": "formats",
     "prepare_bench": "surgery.operations.latency.bench",
+    "prepare_combine": "surgery.operations.lora.combine",
     "prepare_compare": "surgery.operations.latency.compare",
     "prepare_convert": "surgery.operations.convert.convert",
     "prepare_convert_container": "surgery.operations.convert.containers",
     "prepare_diff": "surgery.operations.look.diff",
     "prepare_export_onnx": "surgery.operations.export.export_onnx",
+    "prepare_extract": "surgery.operations.extract.extract",
     "prepare_fold": "surgery.operations.fold.fold",
     "prepare_merge": "surgery.operations.merge.merge",
     "prepare_prove": "surgery.operations.look.prove",
+    "prepare_resize": "surgery.operations.lora.resize",
     "prepare_reweigh": "surgery.operations.export.into_template",
+    "prepare_spectrum": "surgery.operations.extract.spectrum",
+    "prepare_to_lora": "surgery.operations.lora.to_lora",
     "prepare_unmerge": "surgery.operations.merge.unmerge",
     "prepare_verify": "surgery.operations.merge.verify",
     "prove": "surgery.operations.look.prove",

@@ -10,7 +10,8 @@ from typing import Protocol
 
 from formats.layout import layout
 from formats.spec import TensorSpec
-from surgery.ranks.budget import Budget, Claim, allocate
+from surgery.ranks.budget import Claim, allocate
+from surgery.ranks.choice import RankChoice
 from surgery.ranks.spectra import Spectrum
 
 _LEAST_KNOWN = 16  # values to measure of every weight at first
@@ -24,12 +25,12 @@ class Measuring(Protocol):
 
 
 def spend(
-    budget: Budget,
+    ranks: RankChoice,
+    names: Iterable[str],
     measure: Measuring,
     *,
     per_rank: int,
     fixed: Callable[[Collection[str]], int],
-    overrides: Mapping[str, int],
     paying: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """The rank of every weight with which an adapter of at most so many bytes holds the most energy.
@@ -38,16 +39,19 @@ def spend(
     is known of it: it might take more.
 
     Args:
-        budget: for all weights.
-        measure: gives their spectra.
+        ranks: the choice, which has a budget.
+        names: tensors that an override may name.
+        measure: gives the weights' spectra.
         per_rank: bytes of one rank of all weights.
         fixed: bytes of the file that no rank changes, given the names of the measured weights.
-        overrides: weights whose rank is settled.
         paying: the largest rank at which a weight's factors are worth having, where there is one.
 
     Raises:
         SurgeryError: a budget smaller than the least ranks.
     """
+    budget, overrides = ranks.budget, ranks.overridden(names)
+    if budget is None:
+        raise ValueError("no budget to spend")
 
     def claim(spectrum: Spectrum) -> Claim:
         name, size = spectrum.name, spectrum.size

@@ -23,13 +23,14 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def output_exists(root: Path, verb: str, words: list[str]) -> list[str]:
     """A file stands where the output goes."""
+    output(words).parent.mkdir(exist_ok=True)
     output(words).write_text("precious")
     return words
 
 
 def output_is_a_full_folder(root: Path, verb: str, words: list[str]) -> list[str]:
     """A folder with something in it stands where the output goes."""
-    output(words).mkdir()
+    output(words).mkdir(parents=True)
     (output(words) / "precious").write_text("precious")
     return words
 

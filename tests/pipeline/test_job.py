@@ -61,7 +61,6 @@ def test_a_verb_is_what_prepares_it_run_at_once(name: str) -> None:
     """The same parameters, and a docstring that says what it does."""
     prepare, verb = getattr(surgery, name), getattr(surgery, name.removeprefix("prepare_"))
     assert inspect.signature(prepare).parameters == inspect.signature(verb).parameters
-    assert "resources" in inspect.signature(verb).parameters
     assert prepare.__doc__.startswith("Prepares a job that ")
     assert not verb.__doc__.startswith("Prepares")
     assert verb.__name__ == name.removeprefix("prepare_")

@@ -20,7 +20,7 @@ from typing import Any
 from formats.spec import DType, TensorSpec
 from surgery.errors import MissingTensors, UnknownArchitecture, Unsupported
 from surgery.model.base_model import BaseModel
-from surgery.model.meta_model import known_names
+from surgery.model.meta_model import config_of, known_names
 from surgery.onnx.files.settings import settings_of
 from surgery.onnx.trace.kinds import EXPORTED, kind_of
 from surgery.onnx.trace.program import Kind
@@ -96,25 +96,12 @@ def read_architecture(model: BaseModel, *, cached: bool = False) -> Architecture
     name = _class_name(path, model.config)
     model_class = _find_class(name, path)
     with quiet():
-        config = _configured(model_class.config_class, model.config)
+        config = config_of(model_class.config_class, model.config)
     config.use_cache = False
     config.return_dict = True
     config.output_hidden_states = config.output_attentions = False
     kind = kind_of(model_class, config, model, cached)
     return Architecture(folder, model_class, config, kind, settings_of(model.config))
-
-
-def _configured(config_class: Any, said: Mapping[str, Any]) -> Any:
-    """transformers' configuration, of the part that the class is for; as its `from_pretrained` does on a folder, which
-    would read the file again."""
-    whole = copy.deepcopy(dict(said))
-    found = whole.get(getattr(config_class, "base_config_key", "") or "", whole)
-    wanted = getattr(config_class, "model_type", "")
-    if found.get("model_type", wanted) != wanted:
-        for part in found.values():
-            if isinstance(part, dict) and part.get("model_type") == wanted:
-                found = part
-    return config_class.from_dict(found)
 
 
 def _find_class(name: str, path: Path) -> Any:

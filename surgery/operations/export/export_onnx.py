@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from formats.adapter import NOTHING_TOLD, Told
-from formats.dialects import AdapterFile, open_adapter_file
+from formats.dialects import AdapterFile
 from formats.errors import NotACheckpoint, PathNotFound, UnsupportedDType
 from formats.open_files import OpenFiles
 from formats.spec import DType
@@ -28,6 +28,7 @@ from surgery.operations.export.grafts import open_grafts
 from surgery.operations.export.in_graph import AdaptersInGraph, Trial
 from surgery.operations.export.loras import LorasInGraph
 from surgery.operations.export.plan import ExportPlan, exportable, in_dtype, new_graphs, onto_graphs
+from surgery.operations.fold.open import open_single
 from surgery.pipeline.engine import Resources
 from surgery.pipeline.job import Job, header, runs
 from surgery.pipeline.plan import Fate, Plan
@@ -180,7 +181,7 @@ def prepare_export_onnx(
         against = traced = exportable(base, with_cache, factory, inputs)
         for program in traced.kind.programs:
             check_target(source, target.with_name(program.prefix + target.name), force)
-        opened = [open_adapter_file(path, files) for path in besides]
+        opened = [open_single(path, files) for path in besides]
         planned = new_graphs(traced, base, wanted, in_graph(traced, base, opened, adapters_as, wanted, told))
     read = (*besides, *(() if graph is None else (Path(graph),)))
     return export_job(

@@ -17,15 +17,12 @@ from surgery.operations.extract.plan import Extraction
 from surgery.operations.extract.results import gathered
 from surgery.pipeline import engine
 from surgery.pipeline.engine import Resources
-from surgery.ranks.budget import Budget
 from surgery.ranks.spectra import Spectrum
 from surgery.ranks.spend import header_bytes, spend
 
 
-def ranks_within(
-    budget: Budget, pairing: Pairing, how: Extraction, files: OpenFiles, resources: Resources
-) -> dict[str, int]:
-    """The rank of every changed weight with which an adapter of at most that many bytes holds the most energy.
+def ranks_within(pairing: Pairing, how: Extraction, files: OpenFiles, resources: Resources) -> dict[str, int]:
+    """The rank of every changed weight with which an adapter of the budget's size holds the most energy.
 
     Raises:
         SurgeryError: a budget smaller than the full tensors and the least rank of every weight.
@@ -55,10 +52,10 @@ def ranks_within(
         return sum(spec.nbytes for spec in full) + magnitudes + header_bytes(specs, {})
 
     return spend(
-        budget,
+        ranks,
+        tuned,
         measure,
         per_rank=sum(matrix.bytes_per_rank(dtypes[name]) for name, matrix in matrices.items()),
         fixed=fixed,
-        overrides=ranks.overridden(tuned),
         paying={name: matrix.break_even for name, matrix in matrices.items()},
     )

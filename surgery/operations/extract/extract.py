@@ -111,8 +111,8 @@ def prepare_extract(
     pairing = pair_for(BaseModel.open(base, files), BaseModel.open(tuned, files), how)
     destination = Destination(target, weights=ADAPTER_WEIGHTS, inputs=(Path(base), Path(tuned)), force=force)
 
-    def measured(budget: Budget) -> Callable[[Resources], Plan]:
-        return lambda resources: plan_extract(pairing, how, ranks_within(budget, pairing, how, files, resources))
+    def measured(resources: Resources) -> Plan:
+        return plan_extract(pairing, how, ranks_within(pairing, how, files, resources))
 
     @contextlib.contextmanager
     def writers(plan: Plan) -> Iterator[tuple[CheckpointWriter, None]]:
@@ -143,7 +143,7 @@ def prepare_extract(
         destination=destination,
         writers=writers,
         beside=() if curve is None else (curve,),
-        replan=None if how.ranks.budget is None else measured(how.ranks.budget),
+        replan=None if how.ranks.budget is None else measured,
         resources=resources,
     )
 

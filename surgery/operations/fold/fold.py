@@ -15,7 +15,7 @@ from typing import Any
 from formats.adapter import NOTHING_TOLD, Told
 from formats.checkpoint import CheckpointWriter, TensorWriter
 from formats.destination import Destination, create_checkpoint
-from formats.dialects import AdapterFile, open_adapter_file
+from formats.dialects import AdapterFile
 from formats.dialects.adapterhub import AdapterHub
 from formats.dialects.adapterhub_heads import read_head
 from formats.errors import FormatError
@@ -27,7 +27,7 @@ from surgery.errors import NothingToDo
 from surgery.hashes import content_digest
 from surgery.model.base_model import BaseModel, with_config
 from surgery.model.config import with_settings
-from surgery.operations.fold.open import fingerprint_beside, open_parts, refuse_composed
+from surgery.operations.fold.open import fingerprint_beside, open_parts, open_single
 from surgery.operations.fold.plan import Folding, plan_fold
 from surgery.operations.fold.verdicts import IN_FULL, REPLACED, Verdict, Way, verdicts_beside
 from surgery.operations.merge.adapters import WeighedAdapter, open_for_merge
@@ -106,8 +106,7 @@ def prepare_fold(
     """
     watch, files = Stopwatch(loading="torch"), OpenFiles()
     base = BaseModel.open(model, files)
-    refuse_composed(Path(adapter))
-    opened = open_adapter_file(adapter, files)
+    opened = open_single(Path(adapter), files)
     return fold_job(base, opened, out, watch=watch, told=told, force=force, resources=resources)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from blake3 import blake3
 
 from formats.checkpoint import Checkpoint
-from formats.dialects import AdapterFile
+from formats.dialects import AdapterFile, open_adapter_file
 from formats.dialects.adapterhub_beside import Part, lies_beside, read_beside
 from formats.dialects.adapterhub_heads import open_head, read_head
+from formats.open_files import OpenFiles
 from surgery.errors import NotMergeable
 from surgery.exact.finite import check_finite
 from surgery.hashes import content_digest, tensor_hash
@@ -32,14 +33,19 @@ def refuse_composed(adapter: Path) -> None:
             raise NotMergeable(reason, where=adapter / name, then="fold the adapters it consists of, one by one")
 
 
+def open_single(adapter: Path, files: OpenFiles) -> AdapterFile:
+    """Opens an adapter of any kind, where it is a single one. Raises as `refuse_composed`, `open_adapter_file`."""
+    refuse_composed(adapter)
+    return open_adapter_file(adapter, files)
+
+
 def open_parts(model: BaseModel, adapter: AdapterFile) -> tuple[Part, ...] | None:
     """What an adapter adds beside the base's weights; None for one that is a change of weights.
 
     Raises:
-        NotMergeable: a composition of adapters, or a model that has parts of an earlier adapter in its graph.
+        NotMergeable: a model that has parts of an earlier adapter in its graph.
         FormatError: as `read_beside`.
     """
-    refuse_composed(adapter.path)
     refuse_grafted(model.path)
     if adapter.config is None or not lies_beside(adapter.config):
         return None

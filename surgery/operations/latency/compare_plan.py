@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from formats.adapter import NOTHING_TOLD, Adapter
-from formats.dialects import AdapterFile, open_adapter_file
+from formats.dialects import AdapterFile
 from formats.dialects.adapterhub_beside import Part
 from formats.dialects.bottleneck import Bottleneck, Bottlenecks, Dense, Hypercomplex
 from formats.dialects.prompts import Network, Prefix, Prompt
@@ -26,7 +26,7 @@ from surgery.onnx.adapters.bottleneck import HALF
 from surgery.onnx.timing.compared import Becoming
 from surgery.operations.export.loras import LorasInGraph
 from surgery.operations.fold.fold import merged_verdicts
-from surgery.operations.fold.open import fingerprint_beside, open_parts, refuse_composed
+from surgery.operations.fold.open import fingerprint_beside, open_parts, open_single
 from surgery.operations.fold.plan import plan_fold
 from surgery.operations.fold.verdicts import Verdict, Way
 from surgery.operations.merge.adapters import open_for_merge
@@ -142,8 +142,7 @@ def plan_adapter(model: BaseModel, name: str, path: Path) -> Planned:
         ReportedError: as fold, and as merge for an adapter that is a change of weights.
     """
     with concerning(name, path):
-        refuse_composed(path)
-        file = open_adapter_file(path, model.files)
+        file = open_single(path, model.files)
         parts = open_parts(model, file)
         return _merging(model, name, file) if parts is None else _beside(model, name, file, parts)
 

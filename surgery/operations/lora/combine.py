@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,11 @@ from surgery.model.base_model import BaseModel
 from surgery.model.stored_dtype import dtype_named
 from surgery.operations.lora.open import open_loras
 from surgery.operations.lora.ops import WAYS, AdaptedWeight, Mix, RecastModule
-from surgery.operations.lora.plan import Casting, plan_recast, ranks_within, widest_of
+from surgery.operations.lora.plan import Casting, widest_of
 from surgery.operations.lora.write import Fields, destination, recast_job
 from surgery.operations.merge.adapters import AdapterPaths, WeighedAdapter, adapter_files, adapter_paths
 from surgery.pipeline.engine import Resources
 from surgery.pipeline.job import Header, Job, runs
-from surgery.pipeline.plan import Plan
 from surgery.ranks import RankRule
 from surgery.ranks.budget import Budget
 from surgery.ranks.choice import RankChoice
@@ -151,23 +150,25 @@ def prepare_combine(
     model = None if base is None else BaseModel.open(base, files)
     casting = _opened(open_loras(adapter_files(adapters, files), model), files)
     target = destination(out, [path for path, _ in paths], base, force=force, files=files)
-    mix, ranks, dtypes = asked.mix, asked.ranks, asked.dtypes(casting)
-
-    def planned(measured: Mapping[str, int] | None = None) -> Plan:
-        return plan_recast("combine", casting, mix, ranks, dtypes, measured, _notes(casting))
-
-    def within(budget: Budget, ranks: RankChoice) -> Callable[[Resources], Plan]:
-        as_file = not target.is_folder
-        return lambda allowed: planned(
-            ranks_within(budget, casting, mix, ranks, dtypes, as_file=as_file, files=files, resources=allowed)
-        )
+    ranks = asked.ranks
 
     def report(header: Header, made: Fields) -> CombineReport:
         digests = tuple(each.digest for each in casting.adapters)
         return CombineReport(**header, **made, how=how, rule=None if ranks is None else str(ranks), adapters=digests)
 
-    replan = None if ranks is None or ranks.budget is None else within(ranks.budget, ranks)
-    return recast_job(planned(), casting, target, report, files=files, watch=watch, replan=replan, resources=resources)
+    return recast_job(
+        "combine",
+        casting,
+        target,
+        report,
+        mix=asked.mix,
+        ranks=ranks,
+        dtypes=asked.dtypes(casting),
+        notes=_notes(casting),
+        files=files,
+        watch=watch,
+        resources=resources,
+    )
 
 
 combine = runs(prepare_combine)

@@ -27,7 +27,6 @@ from surgery.pipeline.engine import Resources
 from surgery.pipeline.ops import Copy
 from surgery.pipeline.plan import Plan, Step
 from surgery.ranks import FixedRank, RankRule
-from surgery.ranks.budget import Budget
 from surgery.ranks.choice import RankChoice
 from surgery.ranks.spectra import Spectrum
 from surgery.ranks.spend import header_bytes, spend
@@ -214,7 +213,6 @@ def _workspace(slot: AdaptedWeight, mix: Mix, rule: RankRule | None) -> int:
 
 
 def ranks_within(
-    budget: Budget,
     casting: Casting,
     mix: Mix,
     ranks: RankChoice,
@@ -224,7 +222,7 @@ def ranks_within(
     files: OpenFiles,
     resources: Resources,
 ) -> dict[str, int]:
-    """The rank of every weight with which an adapter of at most that many bytes holds the most energy.
+    """The rank of every weight with which an adapter of the budget's size holds the most energy.
 
     Thin products show all their singular values at once; of formed deltas more are measured where a weight takes all
     that are known.
@@ -243,11 +241,11 @@ def ranks_within(
         return gathered(engine.run(Plan("measure", tuple(steps)), None, files, resources)).spectra
 
     return spend(
-        budget,
+        ranks,
+        slots,
         measure,
         per_rank=sum(slot.matrix.bytes_per_rank(dtypes[name]) for name, slot in slots.items()),
         fixed=lambda _: _fixed_bytes(casting, dtypes, as_file),
-        overrides=ranks.overridden(slots),
     )
 
 

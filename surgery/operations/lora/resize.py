@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,18 +10,15 @@ from formats.open_files import OpenFiles
 from surgery.model.base_model import BaseModel
 from surgery.operations.lora.open import open_loras
 from surgery.operations.lora.ops import Mix, RecastModule
-from surgery.operations.lora.plan import Casting, plan_recast, ranks_within, widest_of
+from surgery.operations.lora.plan import Casting, widest_of
 from surgery.operations.lora.write import Fields, destination, recast_job
 from surgery.operations.merge.adapters import adapter_files
 from surgery.pipeline.engine import Resources
 from surgery.pipeline.job import Header, Job, runs
-from surgery.pipeline.plan import Plan
 from surgery.ranks import RankRule
 from surgery.ranks.budget import Budget
 from surgery.ranks.choice import RankChoice
 from surgery.report import Report, Stopwatch
-
-_SVD = Mix("svd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,23 +81,25 @@ def prepare_resize(
         for slot in casting.slots
     }
 
-    def planned(measured: Mapping[str, int] | None = None) -> Plan:
-        return plan_recast("resize", casting, _SVD, ranks, dtypes, measured, _notes(casting))
-
-    def within(budget: Budget) -> Callable[[Resources], Plan]:
-        as_file = not target.is_folder
-        return lambda allowed: planned(
-            ranks_within(budget, casting, _SVD, ranks, dtypes, as_file=as_file, files=files, resources=allowed)
-        )
-
     def report(header: Header, made: Fields) -> ResizeReport:
         modules: tuple[RecastModule, ...] = made["modules"]
         kept = sum(module.rank == sum(module.ranks) for module in modules)
         notes = (f"{kept} of {len(modules)} weights keep all the rank they have",) if kept else ()
         return ResizeReport(**{**header, "notes": (*header["notes"], *notes)}, **made, rule=str(ranks))
 
-    replan = None if ranks.budget is None else within(ranks.budget)
-    return recast_job(planned(), casting, target, report, files=files, watch=watch, replan=replan, resources=resources)
+    return recast_job(
+        "resize",
+        casting,
+        target,
+        report,
+        mix=Mix("svd"),
+        ranks=ranks,
+        dtypes=dtypes,
+        notes=_notes(casting),
+        files=files,
+        watch=watch,
+        resources=resources,
+    )
 
 
 resize = runs(prepare_resize)

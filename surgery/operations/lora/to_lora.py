@@ -94,11 +94,10 @@ def prepare_to_lora(
     lowering = open_lowering(open_adapter_file(adapter, files), model, told, drop)
     target = destination(out, [Path(adapter)], base, force=force, files=files)
 
-    def within(budget: Budget) -> Callable[[Resources], Plan]:
+    def measured(resources: Resources) -> Plan:
         as_file = not target.is_folder
-        return lambda allowed: plan_lowering(
-            lowering, ranks, ranks_within(budget, lowering, ranks, as_file=as_file, files=files, resources=allowed)
-        )
+        found = ranks_within(lowering, ranks, as_file=as_file, files=files, resources=resources)
+        return plan_lowering(lowering, ranks, found)
 
     def finish(done: Done) -> Callable[[Header], ToLoraReport]:
         found: FactorFigures[ToLoraModule] = gathered(done.outcomes)
@@ -120,7 +119,7 @@ def prepare_to_lora(
         inputs=target.inputs,
         finish=finish,
         destination=target,
-        replan=None if ranks.budget is None else within(ranks.budget),
+        replan=None if ranks.budget is None else measured,
         resources=resources,
     )
 

@@ -39,7 +39,6 @@ from surgery.pipeline import engine
 from surgery.pipeline.engine import Resources
 from surgery.pipeline.ops import Copy
 from surgery.pipeline.plan import Fate, Plan, Step
-from surgery.ranks.budget import Budget
 from surgery.ranks.choice import RankChoice
 from surgery.ranks.spectra import Spectrum
 from surgery.ranks.spend import header_bytes, spend
@@ -268,9 +267,9 @@ def plan_lowering(lowering: Lowering, ranks: RankChoice, measured: Mapping[str, 
 
 
 def ranks_within(
-    budget: Budget, lowering: Lowering, ranks: RankChoice, *, as_file: bool, files: OpenFiles, resources: Resources
+    lowering: Lowering, ranks: RankChoice, *, as_file: bool, files: OpenFiles, resources: Resources
 ) -> dict[str, int]:
-    """The rank of every weight with which an adapter of at most that many bytes holds the most energy.
+    """The rank of every weight with which an adapter of the budget's size holds the most energy.
 
     Raises:
         SurgeryError: a budget smaller than the least ranks.
@@ -286,11 +285,11 @@ def ranks_within(
         return gathered(engine.run(Plan("measure", tuple(steps)), None, files, resources)).spectra
 
     return spend(
-        budget,
+        ranks,
+        changes,
         measure,
         per_rank=sum(change.matrix.bytes_per_rank(dtypes[name]) for name, change in changes.items()),
         fixed=lambda _: _fixed_bytes(lowering, dtypes, as_file=as_file),
-        overrides=ranks.overridden(changes),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,12 +10,15 @@ from typing import Any, TypeVar
 from formats.destination import Destination, destination_like
 from formats.open_files import OpenFiles
 from formats.paths import ADAPTER_WEIGHTS
+from formats.spec import DType
 from surgery.errors import NothingToDo
 from surgery.operations.extract.results import Lossy, changed, energy_and_residual, gathered, put_config
-from surgery.operations.lora.plan import Casting
+from surgery.operations.lora.ops import Mix
+from surgery.operations.lora.plan import Casting, plan_recast, ranks_within
 from surgery.pipeline.engine import Resources
 from surgery.pipeline.job import Done, Header, Job, step_by_step
 from surgery.pipeline.plan import Plan
+from surgery.ranks.choice import RankChoice
 from surgery.report import Report, Stopwatch
 
 R = TypeVar("R", bound=Report)
@@ -34,24 +37,34 @@ def destination(
 
 
 def recast_job(
-    plan: Plan,
+    operation: str,
     casting: Casting,
     target: Destination,
     report: Callable[[Header, Fields], R],
     *,
+    mix: Mix,
+    ranks: RankChoice | None,
+    dtypes: Mapping[str, DType],
+    notes: tuple[str, ...],
     files: OpenFiles,
     watch: Stopwatch,
-    replan: Callable[[Resources], Plan] | None,
     resources: Resources | None,
 ) -> Job[R]:
-    """The job that writes new factors of adapters. Arguments are those of `step_by_step`.
+    """The job that writes new factors of adapters.
 
     Args:
-        casting: what is made of which factors.
+        operation, casting, mix, ranks, dtypes, notes: as for `plan_recast`.
         target: the output; its inputs are what is read.
         report: makes the report of the header and of `new_factors`.
+        files, watch, resources: as for `step_by_step`.
     """
     read = [each.adapter.ref.path for each in casting.adapters]
+
+    def measured(resources: Resources) -> Plan:
+        assert ranks is not None
+        as_file = not target.is_folder
+        found = ranks_within(casting, mix, ranks, dtypes, as_file=as_file, files=files, resources=resources)
+        return plan_recast(operation, casting, mix, ranks, dtypes, found, notes)
 
     def finish(done: Done) -> Callable[[Header], R]:
         modules = gathered(done.outcomes).modules
@@ -61,13 +74,13 @@ def recast_job(
         return lambda header: report(header, new_factors(modules, read, target))
 
     return step_by_step(
-        plan,
+        plan_recast(operation, casting, mix, ranks, dtypes, notes=notes),
         files=files,
         watch=watch,
         inputs=target.inputs,
         finish=finish,
         destination=target,
-        replan=replan,
+        replan=None if ranks is None or ranks.budget is None else measured,
         resources=resources,
     )
 
