@@ -15,10 +15,16 @@ from formats.adapter import NOTHING_TOLD, Adapter, AdapterModule, Told
 from formats.checkpoint import Checkpoint
 from formats.containers import Container, container_named
 from formats.destination import Destination, create_checkpoint
-from formats.dialects import ASKING, CONFIG_KEY, IN_PARTS, KINDLESS, WRITERS, dialect_of, open_adapter_file
-from formats.dialects.adapterhub import AdapterHub
-from formats.dialects.adapterhub_heads import has_head
-from formats.dialects.implied import implied_base, implied_part
+from formats.dialects import (
+    CONFIG_KEY,
+    dialect_named,
+    dialect_of,
+    names_asking,
+    open_adapter_file,
+    refuse_unasked,
+    writer_named,
+)
+from formats.dialects.dialect import Dialect
 from formats.dialects.writing import DROPS, DialectWriter, Making, Piece, Wanted, Written, joined, taken, turned
 from formats.errors import AdapterFormatError, NotExpressible
 from formats.layers import layer_kinds, owner
@@ -167,7 +173,7 @@ def convert(
         plan, written, read = plan_convert(checkpoint, config, adapter, to, base, told, drop)
         bases = base.values() if isinstance(base, Mapping) else (base,)
         inputs = tuple(Path(path) for path in (adapter, *bases) if path is not None)
-        weights = _writer(to).weights
+        weights = writer_named(to).weights
         container = container_named(weights) or Container.SAFETENSORS
         destination = Destination(Path(out), weights, inputs=inputs, force=force, container=container)
         metadata = dict(plan.metadata)
@@ -217,18 +223,19 @@ def plan_convert(
     Raises:
         AdapterFormatError, FormatError: as `convert`.
     """
-    writer, source = _writer(to), dialect_of(checkpoint, config, path).name
+    writer, source = writer_named(to), dialect_of(checkpoint, config, path)
+    target = dialect_named(to)
     unknown = set(drop) - set(DROPS)
     if unknown:
         raise AdapterFormatError("nothing to drop by that name", expected=", ".join(DROPS), found=", ".join(unknown))
-    job = _Job(checkpoint, config, path, source, writer, frozenset(drop))
+    job = _Job(checkpoint, config, path, source, target, writer, frozenset(drop))
     if isinstance(base, Mapping):
-        if {source, to} - set(IN_PARTS) or told.component is not None:
+        if not (source.in_parts and target.in_parts) or told.component is not None:
             raise AdapterFormatError(
                 "a base for each part of a pipeline, where parts are not to be told apart",
                 where=path,
-                expected=f"dialects of several parts ({', '.join(IN_PARTS)}), and no component",
-                found=f"{source} → {to}, component {told.component}",
+                expected=f"dialects of several parts ({names_asking('component')}), and no component",
+                found=f"{source.name} → {to}, component {told.component}",
                 then="name one base: --base PATH",
             )
         done = [job.part(model, replace(told, component=part)) for part, model in base.items()]
@@ -241,12 +248,17 @@ def plan_convert(
             component=", ".join(base),
             left=tuple(sorted(left)),
         )
-    elif source == to and told == NOTHING_TOLD and not drop and container_named(writer.weights) is not Container.GGUF:
+    elif (
+        source.name == to
+        and told == NOTHING_TOLD
+        and not drop
+        and container_named(writer.weights) is not Container.GGUF
+    ):
         written, read = job.copied()
     else:
         written, read = job.part(base, told)
     notes = [*written.notes]
-    if source == AdapterHub.name and has_head(Path(path)):
+    if source.has_head(Path(path)):
         notes.append("the head beside the adapter stays behind: merge and fold take it along")
     if read.left:
         notes.append(f"{len(read.left)} tensors of other parts of the pipeline are left behind")
@@ -258,24 +270,25 @@ def plan_convert(
 
 @dataclass(frozen=True)
 class _Job:
-    """One conversion: the adapter's file, opened, its dialect, and the way to write it."""
+    """One conversion: the adapter's file, opened, its dialect, the one it gets, and the way to write that."""
 
     checkpoint: Checkpoint
     config: Mapping[str, Any] | None
     path: str | Path
-    source: str
+    source: Dialect
+    target: Dialect
     writer: DialectWriter
     drop: frozenset[str]
 
     def part(self, base: str | Path | None, told: Told) -> tuple[Written, Adapter]:
         """The adapter of one base, as it will be written and as it was read."""
-        _check_told(told, self.source, self.writer.name, self.path)
+        refuse_unasked(told, (self.source,), self.path, (self.target,))
         specs = base_specs(self.checkpoint, self.config, self.source, base, told)
         read = found = open_adapter_of(base if base is not None else self.path, self.path, specs, told)
-        if base is not None and self.writer.name == "peft":
+        if base is not None and self.target.in_peft_names:
             found, specs = in_model_names(base, read, specs)
         # Without a base there are no biases, and a bias is what tells a layer called `time_emb` from an embedding.
-        kinds = layer_kinds(specs) if self.source in KINDLESS and base is not None else {}
+        kinds = layer_kinds(specs) if self.source.lays_out_by_weight and base is not None else {}
         name = "" if base is None else str(base)
         model = {} if base is None else model_config(base)
         wanted = Wanted(specs, name, told.component or read.component, self.drop, kinds, model)
@@ -308,8 +321,10 @@ class _Job:
         checkpoint = self.checkpoint
         pieces = tuple(taken(name, checkpoint.tensor(name)) for name in checkpoint.specs)
         metadata = {key: text for key, text in checkpoint.metadata.items() if key != CONFIG_KEY}
-        note = f"the adapter is in {self.source} already: copied as it is"
-        return Written(pieces, metadata, self.config, (), (note,)), Adapter(checkpoint.ref, self.source, {}, (), ())
+        note = f"the adapter is in {self.source.name} already: copied as it is"
+        return Written(pieces, metadata, self.config, (), (note,)), Adapter(
+            checkpoint.ref, self.source.name, {}, (), ()
+        )
 
 
 def _step(piece: Piece) -> Step:
@@ -319,42 +334,15 @@ def _step(piece: Piece) -> Step:
     return Step(piece.output.name, piece.sources, (piece.output,), Make(piece), 8 * 4 * elements)
 
 
-def _writer(to: str) -> DialectWriter:
-    for writer in WRITERS:
-        if writer.name == to:
-            return writer
-    raise AdapterFormatError(
-        "no dialect of that name is written", expected=", ".join(writer.name for writer in WRITERS), found=to
-    )
-
-
-def _check_told(told: Told, source: str, to: str, where: object) -> None:
-    """Refuses what is told and neither dialect asks for."""
-    if Told(component=told.component) != told and source not in ASKING:
-        raise AdapterFormatError(
-            "the adapter's own config or file tells its alpha and its layers",
-            where=where,
-            found=told,
-            then="leave --alpha, --enable-lora and --fan-in-fan-out out: they are for loralib's files",
-        )
-    if told.component is not None and not {source, to} & set(IN_PARTS):
-        raise AdapterFormatError(
-            "neither dialect knows parts of a pipeline",
-            where=where,
-            found=f"{source}, {to}",
-            then=f"leave --component out: it is for {', '.join(IN_PARTS)}",
-        )
-
-
 def base_specs(
-    checkpoint: Checkpoint, config: Mapping[str, Any] | None, source: str, base: str | Path | None, told: Told
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, source: Dialect, base: str | Path | None, told: Told
 ) -> Mapping[str, TensorSpec]:
     """The base's tensors, or those that the adapter's own factors imply. Raises AdapterFormatError where they do not
     tell."""
     if base is not None:
         with open_checkpoint(base) as opened:
             return dict(opened.specs)
-    return implied_base(checkpoint, config) if source == "peft" else implied_part(checkpoint, told, source)
+    return source.implied_base(checkpoint, config, told)
 
 
 def _beside(checkpoint: Checkpoint, adapter: Adapter, written: Written) -> dict[str, Fate]:

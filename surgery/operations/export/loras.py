@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from formats import Checkpoint, DType, open_checkpoint
 from formats.adapter import Adapter, Told
-from formats.dialects import KINDLESS
+from formats.dialects import dialect_named
 from formats.dialects.ort import OrtWriter
 from formats.dialects.writing import Wanted, Written
 from formats.errors import AdapterFormatError
@@ -53,7 +53,7 @@ class KeptAdapter:
     @classmethod
     def of(cls, adapter: Adapter, model: Path, specs: Mapping[str, TensorSpec]) -> KeptAdapter:
         """Raises Unsupported for a method, a layer or a tensor that no graph can take beside its weights."""
-        kinds = layer_kinds(specs) if adapter.dialect in KINDLESS else {}
+        kinds = layer_kinds(specs) if dialect_named(adapter.dialect).lays_out_by_weight else {}
         wanted = Wanted(specs, str(model), adapter.component, kinds=kinds)
         try:
             written = OrtWriter().write(adapter, {}, wanted)

@@ -14,9 +14,8 @@ from typing import Any
 from formats.adapter import NOTHING_TOLD, Told
 from formats.checkpoint import Checkpoint
 from formats.destination import create_checkpoint, destination_like
-from formats.dialects.adapterhub import AdapterHub
+from formats.dialects import dialect_named
 from formats.dialects.adapterhub_beside import Part
-from formats.dialects.adapterhub_heads import read_head
 from formats.dialects.bottleneck import Bottlenecks
 from formats.errors import FormatError
 from formats.grafts import GRAFTS_FILE
@@ -195,9 +194,8 @@ def merged_verdicts(model: str | Path, adapter: str | Path, base: Checkpoint, to
             found.append(Verdict(owner(module.target), module.method, Way.FOLDED, "a change of the weight: merged"))
         for full in each.adapter.replacements:
             found.append(Verdict(owner(full.target), IN_FULL, Way.FOLDED, REPLACED))
-        if each.adapter.dialect == AdapterHub.name and (
-            head := read_head(Path(adapter), base.specs, model_config(model))
-        ):
+        head = dialect_named(each.adapter.dialect).head(Path(adapter), base.specs, model_config(model))
+        if head is not None:
             found += [one for one in verdicts_beside(head) if one.way is Way.LEFT]
     return tuple(found)
 

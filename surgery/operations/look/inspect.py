@@ -56,7 +56,7 @@ def inspect(path: str | Path) -> InspectReport:
         dtypes: dict[str, int] = {}
         for spec in specs:
             dtypes[spec.dtype.label] = dtypes.get(spec.dtype.label, 0) + spec.size
-        dialect = next((d.name for d in DIALECTS if d.recognises(checkpoint, config)), None)
+        dialect = next((d for d in DIALECTS if d.recognises(checkpoint, config)), None)
         receipt = Receipt.read(checkpoint.metadata, path)
         return InspectReport(
             operation="inspect",
@@ -72,26 +72,7 @@ def inspect(path: str | Path) -> InspectReport:
             nbytes=sum(spec.nbytes for spec in specs),
             dtypes=dtypes,
             metadata={key: text for key, text in checkpoint.metadata.items() if key != RECEIPT and len(text) < 200},
-            adapter=_settings(dialect, config) if dialect else None,
+            adapter={"dialect": dialect.name, **dialect.described(config)} if dialect else None,
             merged=tuple(digest for past in receipt.chain(path) for digest in past.digests) if receipt else (),
             tensors=specs,
         )
-
-
-def _settings(dialect: str, config: Mapping[str, Any] | None) -> dict[str, Any]:
-    if config is None:
-        return {"dialect": dialect}
-    targets, nested = config.get("target_modules"), config.get("config")
-    if dialect == "adapterhub" and isinstance(nested, Mapping):
-        told = {name: nested.get(key) for name, key in (("method", "architecture"), ("rank", "r"), ("alpha", "alpha"))}
-        return {"dialect": dialect, **told, "base": config.get("model_name")}
-    return {
-        "dialect": dialect,
-        "method": config.get("peft_type"),
-        "rank": config.get("r"),
-        "alpha": config.get("lora_alpha"),
-        "base": config.get("base_model_name_or_path"),
-        "target_modules": len(targets) if isinstance(targets, list) else targets,
-        "modules_to_save": len(config.get("modules_to_save") or ()),
-        "bias": config.get("bias"),
-    }

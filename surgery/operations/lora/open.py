@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from formats.adapter import NOTHING_TOLD
 from formats.dialects import dialect_of, open_adapter_file
-from formats.dialects.implied import implied_base
 from formats.dialects.peft_recast import module_of
 from formats.errors import ShapeMismatch, UnsupportedDType
 from formats.paths import open_checkpoint
@@ -45,12 +45,12 @@ def _check_dialect(path: Path) -> None:
     """Raises Unsupported for an adapter in other names than peft's, and as `dialect_of`."""
     checkpoint, config = open_adapter_file(path)
     with checkpoint:
-        name = dialect_of(checkpoint, config, path).name
-    if name != "peft":
+        dialect = dialect_of(checkpoint, config, path)
+    if not dialect.in_peft_names:
         raise Unsupported(
             "only adapters in peft's names are resized and combined",
             where=path,
-            found=name,
+            found=dialect.name,
             then=f"surgery convert {path} --to peft --base BASE; or --to lora --rank N, which truncates as it converts",
         )
 
@@ -63,7 +63,7 @@ def _implied(paths: Sequence[Path]) -> dict[str, TensorSpec]:
     for path in paths:
         checkpoint, config = open_adapter_file(path)
         with checkpoint:
-            found = implied_base(checkpoint, config)
+            found = dialect_of(checkpoint, config, path).implied_base(checkpoint, config, NOTHING_TOLD)
         name = (config or {}).get("base_model_name_or_path")
         if name:
             bases.setdefault(str(name), path)

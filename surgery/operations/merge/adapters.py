@@ -6,16 +6,14 @@ The order is that of their digests, so that no command line's can show in the su
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from formats.adapter import NOTHING_TOLD, Adapter, AdapterModule, Replacement, Told
-from formats.dialects import ASKING, IN_PARTS
-from formats.dialects.adapterhub import AdapterHub
-from formats.dialects.adapterhub_heads import read_head
+from formats.dialects import dialect_named, refuse_unasked
 from formats.dialects.prompts import Whole
-from formats.errors import AdapterFormatError, UnmatchedKeys
+from formats.errors import UnmatchedKeys
 from formats.grafts import GRAFTS_FILE
 from formats.model_config import model_config
 from formats.spec import TensorRef, TensorSpec
@@ -96,8 +94,9 @@ def open_adapters(
         if factor is not None and not math.isfinite(factor):
             raise NotFinite("a weight that is no number", where=path, found=f"weight {factor}")
         adapter = open_adapter_of(model, path, specs, told)
-        if with_heads and adapter.dialect == AdapterHub.name:
-            adapter = _with_head(adapter, read_head(path, specs, model_config(model)))
+        if with_heads:
+            head = dialect_named(adapter.dialect).head(path, specs, model_config(model))
+            adapter = _with_head(adapter, head)
         if not adapter.tensors or factor == 0:
             raise NothingToDo("the merge would change nothing", where=path, found=f"weight {factor}")
         digest, tensors = fingerprint(adapter)
@@ -111,7 +110,8 @@ def open_adapters(
         found[digest] = WeighedAdapter(adapter, factor, digest, tensors)
     if not found:
         raise NothingToDo("no adapter was named", where=model)
-    _check_asked(told, [each.adapter for each in found.values()])
+    dialects = [dialect_named(each.adapter.dialect) for each in found.values()]
+    refuse_unasked(told, dialects, ", ".join(each.adapter.ref.path for each in found.values()))
     return tuple(found[digest] for digest in sorted(found))
 
 
@@ -123,26 +123,6 @@ def _with_head(adapter: Adapter, head: Whole | None) -> Adapter:
         return replace(adapter, notes=(*adapter.notes, f"the head ({head.kind}) is left: {head.left}"))
     carried = tuple(Replacement(name, source, False) for name, source in head.tensors.items())
     return replace(adapter, replacements=(*adapter.replacements, *carried))
-
-
-def _check_asked(told: Told, adapters: Collection[Adapter]) -> None:
-    """Refuses what is told and none of the adapters asks for."""
-    where = ", ".join(adapter.ref.path for adapter in adapters)
-    dialects = {adapter.dialect for adapter in adapters}
-    if replace(told, component=None) != NOTHING_TOLD and dialects.isdisjoint(ASKING):
-        raise AdapterFormatError(
-            "the adapter's own config or file tells its alpha and its layers",
-            where=where,
-            found=told,
-            then="leave --alpha, --enable-lora and --fan-in-fan-out out: they are for loralib's files",
-        )
-    if told.component is not None and dialects.isdisjoint(IN_PARTS):
-        raise AdapterFormatError(
-            "the adapter's dialect knows no parts of a pipeline",
-            where=where,
-            found=", ".join(sorted(dialects)),
-            then=f"leave --component out: it is for {', '.join(IN_PARTS)}",
-        )
 
 
 def refuse_grafted(model: str | Path) -> None:
