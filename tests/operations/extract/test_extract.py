@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import NotFinite, NothingToDo, ReportedError
 
+pytestmark = pytest.mark.processor
+
 
 def save(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     """Saves a checkpoint."""
