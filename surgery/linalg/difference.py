@@ -185,8 +185,11 @@ def _roomy(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch
 
 @functools.cache
 def _fast_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the processor has instructions that multiply it."""
+    """bfloat16 where the processor has instructions that multiply it, and oneDNN may use them."""
     import torch
 
-    capable: bool = torch.cpu._is_avx512_bf16_supported() if device == "cpu" else torch.cuda.is_bf16_supported()
+    if device == "cpu":  # the first knows nothing of ONEDNN_MAX_CPU_ISA, the second nothing of AVX512-BF16
+        capable = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        capable = torch.cuda.is_bf16_supported()
     return torch.bfloat16 if capable else torch.float32

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from surgery.linalg.truncated import Difference, factorise, leading_values, truncated_svd
+
+pytestmark = pytest.mark.processor
 
 
 def with_spectrum(rows: int, columns: int, decay: float, seed: int = 0) -> torch.Tensor:
@@ -228,3 +234,9 @@ def test_differences_whose_squares_leave_float32_are_decomposed_all_the_same(siz
         float((values[8:].square().sum() / values.square().sum()).sqrt()), rel=2e-3
     )
     np.testing.assert_allclose(factors.singular_values / size, values[:8], rtol=1e-2)
+
+
+def test_products_are_float32_where_onednn_may_use_no_more_than_avx2() -> None:
+    """Whatever the processor has beyond it: there bfloat16 would be emulated."""
+    program = "import torch; from surgery.linalg.difference import Delta; assert Delta.of(torch.ones(3, 3)).is_precise"
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, check=True)

@@ -25,7 +25,7 @@ from surgery.operations.merge.unmerge import plan_unmerge
 from surgery.pipeline.plan import Step, Streams, TakesOver
 from surgery.receipts.receipt import MergedAdapter
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.processor, pytest.mark.filterwarnings("ignore")]
 
 HUNGRY = {
     "boft": Case(peft.BOFTConfig, {"boft_block_size": 256, "boft_block_num": 0, "boft_n_butterfly_factor": 1}),

@@ -29,6 +29,8 @@ from surgery.onnx.trace.template import Template
 from surgery.operations.export import export_onnx as operation
 from surgery.operations.export import loras as export_adapters
 
+pytestmark = pytest.mark.processor
+
 KINDS = ("bert", "llama", "gpt2")
 TOKENS = np.random.default_rng(5).integers(0, 100, (3, 9))
 # A first adapter's layers, and a second one's: with bias and without, Gemm and MatMul, the head, square weights.

@@ -33,6 +33,8 @@ from surgery.onnx.trace.template import Template
 from surgery.operations.export import export_onnx as operation
 from surgery.operations.export import grafts as export_grafts
 
+pytestmark = pytest.mark.processor
+
 HALVES = ("compacter", "compacter_linear", "double_seq_bn", "double_seq_bn_linear")
 TRACED = ("bert", "gpt2", "llama", "vit")  # DistilBERT's and RoBERTa's layers are BERT's
 CASES = [case for case in ALL_CASES if case[0] in TRACED]

@@ -12,6 +12,8 @@ from formats import DType
 from surgery.onnx.against_torch.model import distance, relative, tolerance
 from surgery.onnx.trace.single_pass import SinglePass
 
+pytestmark = pytest.mark.processor
+
 
 def test_differences_are_relative_to_the_largest_value() -> None:
     """An output's scale is its largest value; small entries do not blow a difference up."""

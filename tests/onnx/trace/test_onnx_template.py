@@ -19,6 +19,8 @@ from formats.errors import UnsupportedDType
 from surgery.onnx.trace.architecture import build_module
 from surgery.onnx.trace.template import build_template, order_nodes
 
+pytestmark = pytest.mark.processor
+
 Make = Callable[..., Path]
 
 IN_ANOTHER_PROCESS = """

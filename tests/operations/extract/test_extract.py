@@ -18,6 +18,8 @@ import surgery
 from formats.open_files import OpenFiles
 from surgery.errors import NotFinite, NothingToDo, ReportedError
 
+pytestmark = pytest.mark.processor
+
 
 def save(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     """Saves a checkpoint."""

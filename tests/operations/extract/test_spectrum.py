@@ -14,6 +14,8 @@ import surgery
 from formats.errors import OutputExists, UnknownTensor
 from surgery.errors import NothingToDo, SurgeryError
 
+pytestmark = pytest.mark.processor
+
 
 def test_the_residuals_are_those_of_the_extraction(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """At every rank of the table, for every weight and in total, up to the factors' rounding."""
