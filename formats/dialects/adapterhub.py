@@ -105,7 +105,7 @@ class AdapterHub(Dialect):
         return Adapter(checkpoint.ref, self.name, config, tuple(adapted), ())
 
     def has_head(self, adapter: Path) -> bool:
-        """Whether head_config.json lies beside it."""
+        """Whether head_config.json or a head's weights lie beside it."""
         return has_head(adapter)
 
     def head(self, adapter: Path, base: Mapping[str, TensorSpec], model: Mapping[str, Any]) -> Whole | None:

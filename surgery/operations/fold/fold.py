@@ -194,8 +194,8 @@ def merged_verdicts(model: str | Path, adapter: str | Path, base: Checkpoint, to
             found.append(Verdict(owner(module.target), module.method, Way.FOLDED, "a change of the weight: merged"))
         for full in each.adapter.replacements:
             found.append(Verdict(owner(full.target), IN_FULL, Way.FOLDED, REPLACED))
-        head = dialect_named(each.adapter.dialect).head(Path(adapter), base.specs, model_config(model))
-        if head is not None:
+        dialect, path = dialect_named(each.adapter.dialect), Path(adapter)
+        if dialect.has_head(path) and (head := dialect.head(path, base.specs, model_config(model))):
             found += [one for one in verdicts_beside(head) if one.way is Way.LEFT]
     return tuple(found)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from formats.dialects import DIALECTS, open_adapter_file
+from formats.dialects import open_adapter_file, recognised
 from formats.paths import container_of
 from formats.spec import TensorSpec
 from surgery.receipts.receipt import RECEIPT, Receipt
@@ -56,7 +56,7 @@ def inspect(path: str | Path) -> InspectReport:
         dtypes: dict[str, int] = {}
         for spec in specs:
             dtypes[spec.dtype.label] = dtypes.get(spec.dtype.label, 0) + spec.size
-        dialect = next((d for d in DIALECTS if d.recognises(checkpoint, config)), None)
+        dialect, errors = recognised(checkpoint, config)
         receipt = Receipt.read(checkpoint.metadata, path)
         return InspectReport(
             operation="inspect",
@@ -67,7 +67,7 @@ def inspect(path: str | Path) -> InspectReport:
             path=str(path),
             kind="adapter" if dialect else "model",
             container=container_of(checkpoint),
-            notes=checkpoint.notes,
+            notes=(*checkpoint.notes, *(f"{error.what}: {error.details.get('found')}" for error in errors)),
             parameters=sum(spec.size for spec in specs),
             nbytes=sum(spec.nbytes for spec in specs),
             dtypes=dtypes,

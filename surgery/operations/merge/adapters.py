@@ -94,9 +94,9 @@ def open_adapters(
         if factor is not None and not math.isfinite(factor):
             raise NotFinite("a weight that is no number", where=path, found=f"weight {factor}")
         adapter = open_adapter_of(model, path, specs, told)
-        if with_heads:
-            head = dialect_named(adapter.dialect).head(path, specs, model_config(model))
-            adapter = _with_head(adapter, head)
+        dialect = dialect_named(adapter.dialect)
+        if with_heads and dialect.has_head(path):
+            adapter = _with_head(adapter, dialect.head(path, specs, model_config(model)))
         if not adapter.tensors or factor == 0:
             raise NothingToDo("the merge would change nothing", where=path, found=f"weight {factor}")
         digest, tensors = fingerprint(adapter)
