@@ -1,6 +1,7 @@
 """Every way a file can disappoint, as a tree. One class, one meaning, one exit code.
 
     ReportedError                 what, where, expected, found, next: made to be read by a person
+    ├── PluginError               a method or dialect that an installed distribution registers, and that is not usable
     └── FormatError
         ├── PathNotFound          nothing at that path
         ├── NotACheckpoint        something is there, but no container we read
@@ -54,6 +55,10 @@ class ReportedError(Exception):
 
     def __str__(self) -> str:
         return "\n".join([self.what, *(f"  {label + ':':<10}{value}" for label, value in self.details.items())])
+
+
+class PluginError(ReportedError):
+    """A method or dialect that an installed distribution registers, and that cannot be used."""
 
 
 class FormatError(ReportedError):

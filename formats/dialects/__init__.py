@@ -1,13 +1,15 @@
 """The dialects adapters are written in, and the one function that opens whichever it is.
 
-A new dialect is a file here and one line in `DIALECTS`; its way back one in `WRITERS`.
+A new dialect is a file here and one line in `DIALECTS`; its way back one in `WRITERS`. Other distributions register
+theirs by entry points of the group `surgery.dialects` (docs/extending.md): they come after ours, and load only when a
+file or a name is none of ours.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,10 +33,11 @@ from formats.dialects.parts import COMFYUI, DOTTED, UNDERSCORED, split_part
 from formats.dialects.peft import Peft
 from formats.dialects.peft_converting import DiffusersWriter, PeftWriter
 from formats.dialects.writing import DialectWriter
-from formats.errors import AdapterFormatError, PathNotFound
+from formats.errors import AdapterFormatError, PathNotFound, PluginError
 from formats.model_config import parsed_config
 from formats.open_files import OpenFiles
 from formats.paths import ADAPTER_CONFIG
+from formats.plugins import every_plugin, plugin_named
 from formats.spec import TensorSpec
 
 DIALECTS: tuple[Dialect, ...] = (
@@ -58,6 +61,8 @@ WRITERS: tuple[DialectWriter, ...] = (
     OrtWriter(),
 )
 _INSIDE_PEFT = re.compile(r"\.lora_[AB]\.(\w+)\.weight$")  # a key of peft's model, before it is saved
+GROUP = "surgery.dialects"  # of other distributions' entry points
+_OURS = frozenset(dialect.name for dialect in DIALECTS)
 _CONFIG = "adapter's config"  # what errors call it
 CONFIG_KEY = "adapter_config"  # where a single-file adapter keeps its config, in the header's metadata
 
@@ -124,61 +129,89 @@ def open_adapter_file(path: str | Path, files: OpenFiles) -> AdapterFile:
     folder = path if path.is_dir() else path.parent
     if not path.exists():
         raise PathNotFound("no such adapter", where=path)
-    names = _weights_files()
-    weights = [path / name for name in names if (path / name).exists()]
+    weights = [path / name for name in _weights_files(DIALECTS) if (path / name).exists()]
+    if path.is_dir() and not weights:
+        weights = [path / name for name in _weights_files(_plugins()[0]) if (path / name).exists()]
     if path.is_dir() and not weights and (path / ADAPTER_CONFIG).exists():
-        raise PathNotFound("the adapter's folder has a config and no weights", where=path, expected=" or ".join(names))
+        expected = " or ".join(_weights_files(DIALECTS))
+        raise PathNotFound("the adapter's folder has a config and no weights", where=path, expected=expected)
     checkpoint, config = files.checkpoint(weights[0] if weights else path), None
     beside = folder / ADAPTER_CONFIG
     # A lone file takes the config of its folder only under the name that the config belongs to.
     if CONFIG_KEY in checkpoint.metadata:
         config = parsed_config(checkpoint.metadata[CONFIG_KEY], path, _CONFIG)
-    elif beside.exists() and (path.is_dir() or path.name in names):
+    elif beside.exists() and (path.is_dir() or _is_weights_file(path.name)):
         config = parsed_config(files.content(beside), beside, _CONFIG)
     return AdapterFile(path, checkpoint, config, files)
 
 
-def _weights_files() -> list[str]:
+def _weights_files(dialects: Iterable[Dialect]) -> list[str]:
     """What weights are called in adapters' folders; containers that hold nothing but adapters come last."""
-    names = [name for dialect in DIALECTS for name in dialect.weights_files]
+    names = [name for dialect in dialects for name in dialect.weights_files]
     return sorted(names, key=lambda name: container_named(name) not in (Container.SAFETENSORS, Container.TORCH))
+
+
+def _is_weights_file(name: str) -> bool:
+    return name in _weights_files(DIALECTS) or name in _weights_files(_plugins()[0])
 
 
 def dialect_of(checkpoint: Checkpoint, config: Mapping[str, Any] | None, where: str | Path) -> Dialect:
     """The dialect of an adapter's names. Raises AdapterFormatError for one we do not know, with the nearest keys."""
-    for dialect in DIALECTS:
-        if dialect.recognises(checkpoint, config):
-            return dialect
+    dialect, errors = recognised(checkpoint, config)
+    if dialect is not None:
+        return dialect
     keys = list(checkpoint.specs)
     # Those that keep the others from being a dialect's come first.
     keys.sort(key=lambda key: suffix_of(key) is not None and _prefixed(key))
     raise AdapterFormatError(
         "not an adapter in a dialect we read",
         where=where,
-        expected=", ".join(dialect.name for dialect in DIALECTS),
+        expected=_names(DIALECTS),
         found=", ".join(keys[:3]) + (" …" if len(keys) > 3 else ""),
-        then=_advice(keys),
+        then="; ".join([_advice(keys), *(f"{error.what}: {error.details.get('found', '')}" for error in errors)]),
     )
+
+
+def recognised(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None
+) -> tuple[Dialect | None, tuple[PluginError, ...]]:
+    """The dialect of a file, None where it is in none; then with the errors of plugins that could not be asked."""
+    for dialect in DIALECTS:
+        if dialect.recognises(checkpoint, config):
+            return dialect, ()
+    found, errors = _plugins()
+    return next((dialect for dialect in found if dialect.recognises(checkpoint, config)), None), errors
 
 
 def dialect_named(name: str) -> Dialect:
-    """The dialect of that name. Raises AdapterFormatError for one we do not know."""
-    for dialect in DIALECTS:
-        if dialect.name == name:
-            return dialect
-    raise AdapterFormatError(
-        "no dialect of that name", expected=", ".join(dialect.name for dialect in DIALECTS), found=name
-    )
+    """The dialect of that name. Raises AdapterFormatError for one we do not know, PluginError for a broken one."""
+    ours = next((dialect for dialect in DIALECTS if dialect.name == name), None)
+    dialect: Dialect | None = ours or plugin_named(GROUP, name, _OURS, (Dialect,))
+    if dialect is None:
+        raise AdapterFormatError("no dialect of that name", expected=_names(DIALECTS), found=name)
+    return dialect
 
 
 def writer_named(name: str) -> DialectWriter:
-    """The way to write the dialect of that name. Raises AdapterFormatError for one that is not written."""
-    for writer in WRITERS:
-        if writer.name == name:
-            return writer
-    raise AdapterFormatError(
-        "no dialect of that name is written", expected=", ".join(writer.name for writer in WRITERS), found=name
-    )
+    """The way to write the dialect of that name; a plugin writes if it has `write` and `weights`.
+
+    Raises:
+        AdapterFormatError: one that is not written.
+        PluginError: a broken one.
+    """
+    ours = next((writer for writer in WRITERS if writer.name == name), None)
+    writer: DialectWriter | None = ours or plugin_named(GROUP, name, _OURS, (Dialect,))
+    if writer is None or not hasattr(writer, "write"):
+        raise AdapterFormatError("no dialect of that name is written", expected=_names(WRITERS), found=name)
+    return writer
+
+
+def _plugins() -> tuple[tuple[Dialect, ...], tuple[PluginError, ...]]:
+    return every_plugin(GROUP, _OURS, (Dialect,))
+
+
+def _names(dialects: Iterable[Dialect | DialectWriter]) -> str:
+    return ", ".join(each.name for each in dialects)
 
 
 def refuse_unasked(told: Told, source: Collection[Dialect], where: object, target: Collection[Dialect] = ()) -> None:
@@ -211,7 +244,7 @@ def refuse_unasked(told: Told, source: Collection[Dialect], where: object, targe
 
 def names_asking(field: str) -> str:
     """The dialects that ask for a field of `Told`, for people."""
-    return ", ".join(dialect.name for dialect in DIALECTS if field in dialect.asks)
+    return _names(dialect for dialect in DIALECTS if field in dialect.asks)
 
 
 def _prefixed(key: str) -> bool:

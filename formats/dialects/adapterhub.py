@@ -106,7 +106,7 @@ class AdapterHub(Dialect):
         return Adapter(checkpoint.ref, self.name, config, tuple(adapted), ())
 
     def has_head(self, adapter: Path) -> bool:
-        """Whether head_config.json lies beside it."""
+        """Whether head_config.json or a head's weights lie beside it."""
         return has_head(adapter)
 
     def head(

@@ -60,8 +60,9 @@ _CLASSES: Mapping[str, _Class] = {
 
 
 def has_head(adapter: Path) -> bool:
-    """Whether a head lies beside an adapter."""
-    return ((adapter if adapter.is_dir() else adapter.parent) / CONFIG).is_file()
+    """Whether a head lies beside an adapter, or half of one."""
+    folder = adapter if adapter.is_dir() else adapter.parent
+    return any((folder / name).is_file() for name in (CONFIG, *_WEIGHTS))
 
 
 def open_head(adapter: Path, files: OpenFiles) -> tuple[Checkpoint, dict[str, Any]] | None:

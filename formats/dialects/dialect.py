@@ -6,9 +6,10 @@ asks which dialect an adapter is in, only what its dialect says here.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from formats.adapter import Adapter, Told
 from formats.checkpoint import Checkpoint
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 NAME_BASE = "name the base: --base"
 
 
+@runtime_checkable
 class Dialect(Protocol):
     """A way of naming an adapter's tensors and config.
 
@@ -47,10 +49,11 @@ class Dialect(Protocol):
         """Whether one file may adapt several parts of a pipeline."""
         return "component" in self.asks
 
+    @abstractmethod
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
         """Whether these names and this config (None if there is none) are of this dialect."""
-        ...
 
+    @abstractmethod
     def read(
         self,
         checkpoint: Checkpoint,
@@ -67,7 +70,6 @@ class Dialect(Protocol):
             AdapterFormatError: keys and config contradict each other, or need what we cannot do.
             UnmatchedKeys: keys that match nothing in the base.
         """
-        ...
 
     def implied_base(
         self, checkpoint: Checkpoint, config: Mapping[str, Any] | None, told: Told
@@ -84,7 +86,7 @@ class Dialect(Protocol):
         )
 
     def has_head(self, adapter: Path) -> bool:
-        """Whether a trained head lies beside the adapter's file."""
+        """Whether a trained head lies beside the adapter's file, so that `head` has something to say."""
         return False
 
     def head(

@@ -1,4 +1,8 @@
-"""The methods, one file each. A new method is a file here and its name in one of the two tuples."""
+"""The methods, one file each. A new method is a file here and its name in one of the two tuples.
+
+Other distributions register theirs by entry points of the group `surgery.methods` (docs/extending.md); one loads when
+an adapter is of a method that is none of ours.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Sequence
 
 from formats.adapter import AdapterModule
 from formats.layers import LayerKind
+from formats.plugins import plugin_named
 from formats.spec import TensorSpec
 from surgery.errors import NotMergeable
 from surgery.methods.adalora import AdaLora
@@ -41,6 +46,8 @@ from surgery.methods.vblora import UniLora, VbLora
 from surgery.methods.vera import PVera, Vera
 
 _BLOCK = 8 << 20  # bytes that a block of rows takes, with what a product makes of it
+
+Method = AdditiveMethod | TransformingMethod
 
 ADDITIVE: tuple[AdditiveMethod, ...] = (
     Lora(),
@@ -93,21 +100,42 @@ TRANSFORMING: tuple[TransformingMethod, ...] = (
 )
 
 
+GROUP = "surgery.methods"  # of other distributions' entry points
+_EVERY: tuple[Method, ...] = (*ADDITIVE, *TRANSFORMING)
+_OURS = {method.name: method for method in _EVERY}
+_KINDS = (AdditiveMethod, TransformingMethod)
+
+
+def method_named(name: str) -> Method:
+    """The method of that name, ours or another distribution's.
+
+    Raises:
+        NotMergeable: nobody has it.
+        PluginError: the distribution that has it is broken.
+    """
+    method: Method | None = _OURS.get(name) or plugin_named(GROUP, name, _OURS, _KINDS)
+    if method is None:
+        raise NotMergeable("no such method here", expected=", ".join(_OURS), found=name)
+    return method
+
+
 def additive(module: AdapterModule) -> AdditiveMethod | None:
-    """The method of an adapted module, if it adds to the weight."""
-    return next((method for method in ADDITIVE if method.name == module.method), None)
+    """The method of an adapted module, if it adds to the weight. Raises as `method_named`."""
+    method = method_named(module.method)
+    return method if isinstance(method, AdditiveMethod) else None
 
 
 def transforming(module: AdapterModule) -> TransformingMethod | None:
-    """The method of an adapted module, if it makes another weight of it."""
-    return next((method for method in TRANSFORMING if method.name == module.method), None)
+    """The method of an adapted module, if it makes another weight of it. Raises as `method_named`."""
+    method = method_named(module.method)
+    return method if isinstance(method, TransformingMethod) else None
 
 
 def workspace(modules: Sequence[tuple[AdapterModule, float]], weight: TensorSpec) -> int:
     """Bytes that merging one weight, or taking the modules off it, needs beside the tensors themselves."""
     total = _BLOCK
     for module, _ in modules:
-        method = additive(module) or transforming(module)
+        method = method_named(module.method)
         copies = 16 * sum(ref.spec.size for ref in module.factors.values())  # in float64, and once more in fixed point
         total += method.workspace(module, weight) if isinstance(method, Spacious) else copies
     return total
@@ -124,11 +152,7 @@ def check_modules(modules: Sequence[tuple[AdapterModule, float]], weight: Tensor
         NotMergeable, ShapeMismatch: with the reason.
     """
     for module, strength in modules:
-        method = additive(module) or transforming(module)
-        if method is None:
-            known = ", ".join([*(each.name for each in ADDITIVE), *(each.name for each in TRANSFORMING)])
-            raise NotMergeable("no such method here", where=weight.name, expected=known, found=module.method)
-        method.check(module, weight)
+        method_named(module.method).check(module, weight)
         if transforming(module) and strength != 1:
             raise NotMergeable(
                 f"{module.method} is no delta: it cannot be applied more strongly or weakly",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.spec import TensorSpec
 from surgery.exact.rounding import Delta, exact_product
+from surgery.methods.base import AdditiveMethod
 from surgery.methods.lora import outward
 from surgery.methods.shapes import check_factor, check_matrix, factor_shape
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class AdaLora:
+class AdaLora(AdditiveMethod):
     """ΔW = alpha / (init_r + 1e-5) · B (A ∘ E).
 
     Factors: lora_A (rank, in), lora_B (out, rank), lora_E (rank, 1); a convolution's A has the kernel among its inputs.
@@ -26,6 +27,7 @@ class AdaLora:
     """
 
     name = "adalora"
+    title = "AdaLoRA"
     paper = "AdaLoRA, arXiv 2303.10512"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

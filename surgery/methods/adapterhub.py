@@ -16,6 +16,7 @@ from formats.spec import DType, TensorSpec
 from surgery.errors import NotFinite
 from surgery.exact.fixed_order import fine_product, matmul
 from surgery.exact.rounding import Delta, blocks, round_once, row_norms
+from surgery.methods.base import AdditiveMethod, TransformingMethod
 from surgery.methods.dora import Dora
 from surgery.methods.lora import check_weight, outward
 from surgery.methods.shapes import change_outputs, check_factor, check_matrix, factor_shape
@@ -24,13 +25,15 @@ if TYPE_CHECKING:
     import torch
 
 
-class SquareVera:
+class SquareVera(AdditiveMethod):
     """ΔW = s · (V_B B) (V_D A), s = alpha / rank.
 
     Factors: vera_B (out, out), lora_B (out, rank), vera_D (rank, rank), lora_A (rank, in).
     """
 
     name = "vera_square"
+    title = "VeRA"
+    frozen = frozenset({"lora_A", "lora_B"})
     paper = "VeRA with square matrices, adapters 1.3"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
@@ -43,7 +46,7 @@ class SquareVera:
         return fine_product(*outward(module.kind, *_sides(factors)), weight * module.scaling)
 
 
-class OutputDora:
+class OutputDora(TransformingMethod):
     """W = m ∘ (W0 + s P) / ‖W0 + P‖; of a bias b = m ∘ b0 / ‖W0 + P‖, which reads its layer's weight.
 
     Factors: m (out, 1), lora_A (rank, in) and lora_B (out, rank), and with VeRA's product vera_B (out, out) and vera_D
@@ -51,6 +54,7 @@ class OutputDora:
     """
 
     name = "dora_outputs"
+    title = "DoRA"
     paper = "DoRA of a layer's outputs, adapters 1.3"
     forgets = Dora.forgets
 

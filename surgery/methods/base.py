@@ -1,10 +1,12 @@
 """What a method is to the rest: it checks while planning, and turns factors into a delta, or W0 into W, while running.
 
-A method gets tensors and never a path.
+A method gets tensors and never a path. Inherit from one of the two protocols: what has a value here is a default.
+docs/extending.md has a whole method.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -16,15 +18,27 @@ if TYPE_CHECKING:
     import torch
 
 
+@runtime_checkable
 class AdditiveMethod(Protocol):
-    """The mathematics of one way of adding to a weight: W = W0 + ΔW, ΔW independent of W0. Stateless."""
+    """The mathematics of one way of adding to a weight: W = W0 + ΔW, ΔW independent of W0. Stateless.
+
+    Attributes:
+        name: what dialects call it in `AdapterModule.method`.
+        title: what people call it, as its paper spells it.
+        paper: its short name and where it was published.
+        frozen: factors that its files hold beside what was trained: random projections, norms of the base.
+    """
 
     name: str
-    paper: str  # its short name and where it was published
+    title: str
+    paper: str
+    frozen: frozenset[str] = frozenset()
 
+    @abstractmethod
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Called while planning. Raises NotMergeable with the reason, or ShapeMismatch."""
 
+    @abstractmethod
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
         """weight · ΔW in the base weight's stored order, seen as a matrix; a vector as one column."""
 
@@ -37,19 +51,31 @@ class Spacious(Protocol):
         """The most bytes that it holds beside a block of rows; known while planning."""
 
 
+@runtime_checkable
 class TransformingMethod(Protocol):
     """The mathematics of one way of making another weight out of W0. Stateless.
 
     Such a method has no delta: it stands alone on its tensor and has no strength.
+
+    Attributes:
+        name: what dialects call it in `AdapterModule.method`.
+        title: what people call it, as its paper spells it.
+        paper: its short name and where it was published.
+        frozen: factors that its files hold beside what was trained: random projections, norms of the base.
+        forgets: what of W0 its result does not determine, as a sentence; empty if it can be taken off.
     """
 
     name: str
-    paper: str  # its short name and where it was published
-    forgets: str  # what of W0 its result does not determine, as a sentence; empty if it can be taken off
+    title: str
+    paper: str
+    frozen: frozenset[str] = frozenset()
+    forgets: str = ""
 
+    @abstractmethod
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Called while planning. Raises NotMergeable with the reason, or ShapeMismatch."""
 
+    @abstractmethod
     def transform(
         self,
         module: AdapterModule,

@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.spec import TensorSpec
 from surgery.exact.rounding import Delta, RowsOf
+from surgery.methods.base import AdditiveMethod
 from surgery.methods.lora import check_weight
 
 if TYPE_CHECKING:
     import torch
 
 
-class Beft:
+class Beft(AdditiveMethod):
     """Δb = beft_bias.
 
     Factors: beft_bias (1, out).
     """
 
     name = "beft"
+    title = "BEFT"
     paper = "BEFT, peft.tuners.beft"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

@@ -13,6 +13,7 @@ from formats.errors import ShapeMismatch
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotMerged
 from surgery.exact.fixed_order import inverse, multiplier
+from surgery.methods.base import TransformingMethod
 from surgery.methods.oft import INVERSE, cayley
 from surgery.methods.shapes import PLAIN, change_outputs, check_matrix
 
@@ -20,15 +21,15 @@ if TYPE_CHECKING:
     import torch
 
 
-class Boft:
+class Boft(TransformingMethod):
     """W = s ∘ W0 B₁ᵀ B₂ᵀ …, Bᵢ = Pᵢ blockdiag(Rᵢ) Pᵢᵀ.
 
     Factors: boft_R (factors, blocks, b, b), boft_s (out, 1); for a convolution (1, out).
     """
 
     name = "boft"
+    title = "BOFT"
     paper = "BOFT, arXiv 2311.06243"
-    forgets = ""
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises ShapeMismatch for blocks that do not fill the weight's inputs, NotMergeable as check_matrix."""

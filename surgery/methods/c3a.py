@@ -9,19 +9,21 @@ from formats.adapter import AdapterModule
 from formats.layers import LayerKind
 from formats.spec import TensorSpec
 from surgery.exact.rounding import Delta, RowsOf
+from surgery.methods.base import AdditiveMethod
 from surgery.methods.shapes import check_matrix, factor_shape
 
 if TYPE_CHECKING:
     import torch
 
 
-class C3a:
+class C3a(AdditiveMethod):
     """ΔW[m b + i, n b + j] = kernel[m, n, (j − i) mod b] / in, as peft normalises it.
 
     Factors: c3a_kernel (out / b, in / b, b).
     """
 
     name = "c3a"
+    title = "C3A"
     paper = "C3A, arXiv 2407.19342"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

@@ -9,19 +9,21 @@ from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotMergeable
 from surgery.exact.fixed_order import multiplier
+from surgery.methods.base import TransformingMethod
 from surgery.methods.shapes import change_outputs, check_factor, check_matrix, factor_shape, matrix_shape
 
 if TYPE_CHECKING:
     import torch
 
 
-class Deft:
+class Deft(TransformingMethod):
     """W = W0 − P relu(P)ᵀ W0 + s · P R, s = alpha / rank if there is an alpha; with `para` no R.
 
     Factors: deft_P (out, rank), deft_R (rank, in). Settings: alpha, para, decomposition_method.
     """
 
     name = "deft"
+    title = "DEFT"
     paper = "DEFT, peft.tuners.deft"
     forgets = "DEFT takes W0's part in a subspace off, and what was there is lost"
 

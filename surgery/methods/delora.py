@@ -11,6 +11,7 @@ from formats.layers import LayerKind
 from formats.spec import TensorSpec
 from surgery.exact.fixed_order import norms
 from surgery.exact.rounding import Delta, exact_product
+from surgery.methods.base import AdditiveMethod
 from surgery.methods.shapes import check_factor, check_matrix, factor_shape
 
 if TYPE_CHECKING:
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
 _SHORTEST = 1e-4  # peft's clamp of a length
 
 
-class DeLora:
+class DeLora(AdditiveMethod):
     """ΔW = B diag(λ / (r ‖a‖ ‖b‖)) A diag(w_norm).
 
     Factors: delora_A (rank, in), delora_B (out, rank), delora_lambda (1,), delora_w_norm (in,).
     """
 
     name = "delora"
+    title = "DeLoRA"
+    frozen = frozenset({"delora_w_norm"})
     paper = "DeLoRA, arXiv 2503.18225"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

@@ -19,20 +19,21 @@ from formats.tensors import torch_dtype
 from surgery.errors import NotFinite
 from surgery.exact.finite import is_finite
 from surgery.exact.rounding import exact_product, lengthen
-from surgery.methods.base import AdditiveMethod, Spacious
+from surgery.methods.base import AdditiveMethod, Spacious, TransformingMethod
 from surgery.methods.lora import check_weight, delta_shape, outward
 
 if TYPE_CHECKING:
     import torch
 
 
-class Dora:
+class Dora(TransformingMethod):
     """Each output's weights get the direction of W0 + ΔW and the length m.
 
     Factors: those of LoRA, and lora_magnitude_vector with one value for each output.
     """
 
     name = "dora"
+    title = "DoRA"
     paper = "DoRA, arXiv 2402.09353"
     forgets = "DoRA keeps the direction of W0 + ΔW and sets its length to m, so the length of W0 + ΔW is lost"
 
@@ -65,7 +66,7 @@ class Dora:
         return result
 
 
-class DoraAround:
+class DoraAround(TransformingMethod):
     """LyCORIS's weight_decompose: m · (W0 + ΔW) / ‖W0 + ΔW‖ with another method's ΔW, of a weight stored (out, in).
 
     Factors: those of the method, and lora_magnitude_vector with one value for each output.
@@ -76,6 +77,7 @@ class DoraAround:
 
     def __init__(self, name: str, inner: AdditiveMethod) -> None:
         self.name = name
+        self.title = f"DoRA around {inner.title}"
         self._inner = inner
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

@@ -17,6 +17,7 @@ from formats.spec import TensorSpec
 from surgery.errors import NotMergeable
 from surgery.exact.fixed_order import fine_product
 from surgery.exact.rounding import Delta, RowsOf
+from surgery.methods.base import AdditiveMethod
 from surgery.methods.shapes import TRANSPOSED, check_matrix, factor_shape, matrix_shape
 
 if TYPE_CHECKING:
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
 _Side = TypeVar("_Side")
 
 
-class FourierFt:
+class FourierFt(AdditiveMethod):
     """ΔW[m, n] = scaling / (out · in) · Σ sⱼ cos(2π (uⱼ m / out + vⱼ n / in)).
 
     Factors: fourierft_spectrum (n,). Settings: scaling, random_loc_seed, out, in.
     """
 
     name = "fourierft"
+    title = "FourierFT"
     paper = "FourierFT, arXiv 2405.03003"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

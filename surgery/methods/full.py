@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.spec import TensorSpec
 from surgery.exact.rounding import Delta, RowsOf
+from surgery.methods.base import AdditiveMethod
 from surgery.methods.lora import check_weight
 
 if TYPE_CHECKING:
     import torch
 
 
-class Full:
+class Full(AdditiveMethod):
     """ΔW as it is, of a weight or a bias.
 
     Factors: diff, in the weight's shape.
     """
 
     name = "full"
+    title = "whole difference"
     paper = "a whole difference, LyCORIS, arXiv 2309.14859"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

@@ -15,6 +15,7 @@ from formats.spec import DType, TensorSpec
 from surgery.errors import NotMerged
 from surgery.exact.fixed_order import matmul
 from surgery.exact.rounding import Delta, RowsOf, exact_product, round_once
+from surgery.methods.base import TransformingMethod
 from surgery.methods.lora import check_weight
 from surgery.methods.shapes import change_outputs, check_factor, check_matrix, factor_shape
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Glora:
+class Glora(TransformingMethod):
     """W = W0 ∘ (1 + A) + B by rows; a bias b = b0 ∘ (1 + D) + E + W0 C, which reads its layer's weight.
 
     Factors, for each path P of A to E: glora_P.Xd (rows, rank) with glora_P.Xu (rank, columns), or glora_P.X, or
@@ -30,8 +31,8 @@ class Glora:
     """
 
     name = "glora"
+    title = "GLoRA"
     paper = "GLoRA, arXiv 2306.07967"
-    forgets = ""
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a weight not stored as a plain float, AdapterFormatError for a path that is missing,

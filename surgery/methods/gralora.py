@@ -12,6 +12,7 @@ from formats.adapter import AdapterModule
 from formats.errors import ShapeMismatch
 from formats.spec import TensorSpec
 from surgery.exact.rounding import Delta, exact_product
+from surgery.methods.base import AdditiveMethod
 from surgery.methods.lora import outward
 from surgery.methods.shapes import check_factor, check_matrix, factor_shape
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _GENERAL = ("gralora_A_general.weight", "gralora_B_general.weight")
 
 
-class GraLora:
+class GraLora(AdditiveMethod):
     """Block (j, n) of ΔW = s · B[j, n-th part]ᵀ A[n, :, j-th part]ᵀ, s = alpha / (rank + hybrid rank).
 
     Factors: gralora_A (k, in / k, rank), gralora_B (k, rank, out / k), the rank in k parts; of a hybrid adapter
@@ -29,6 +30,7 @@ class GraLora:
     """
 
     name = "gralora"
+    title = "GraLoRA"
     paper = "GraLoRA, arXiv 2505.20355"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

@@ -12,13 +12,14 @@ from formats.layers import LayerKind
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotMerged
 from surgery.exact.rounding import exact_product
+from surgery.methods.base import TransformingMethod
 from surgery.methods.shapes import TRANSPOSED, change_outputs, check_factor, check_matrix, factor_shape
 
 if TYPE_CHECKING:
     import torch
 
 
-class Hira:
+class Hira(TransformingMethod):
     """W = W0 + W0 ∘ (B A).
 
     Factors: hira_A (rank, in, *kernel), hira_B (out, rank, 1, …); for an embedding hira_embedding_A (rank, vocabulary),
@@ -26,8 +27,8 @@ class Hira:
     """
 
     name = "hira"
+    title = "HiRA"
     paper = "HiRA, openreview TwJrTz9cRS"
-    forgets = ""
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a weight not stored as a plain float, AdapterFormatError for half of the factors,

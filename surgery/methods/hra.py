@@ -12,21 +12,22 @@ from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotFinite
 from surgery.exact.fixed_order import matmul, multiplier, norms
+from surgery.methods.base import TransformingMethod
 from surgery.methods.shapes import PLAIN, change_outputs, check_matrix, factor_shape, matrix_shape
 
 if TYPE_CHECKING:
     import torch
 
 
-class Hra:
+class Hra(TransformingMethod):
     """W = W0 H₁ H₂ …; a reflection is its own inverse.
 
     Factors: hra_u (in, rank), a vector in each column. Settings: apply_GS.
     """
 
     name = "hra"
+    title = "HRA"
     paper = "HRA, arXiv 2405.17484"
-    forgets = ""
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotMerged
+from surgery.methods.base import TransformingMethod
 from surgery.methods.lora import check_weight
 from surgery.methods.shapes import change_outputs, check_matrix, matrix_shape
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Ia3:
+class Ia3(TransformingMethod):
     """W = s · l ∘ W0 by rows, the bias likewise; by columns where the layer is feed-forward; s = alpha, 1 in peft.
 
     Factors: ia3_l (out, 1), or (1, in) if feed-forward; for a convolution (1, channels, 1, …). Settings: feedforward;
@@ -28,8 +29,8 @@ class Ia3:
     """
 
     name = "ia3"
+    title = "(IA)³"
     paper = "(IA)³, arXiv 2205.05638"
-    forgets = ""
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""

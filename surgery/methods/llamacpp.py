@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.spec import TensorSpec
 from surgery.exact.rounding import Delta, exact_product
+from surgery.methods.base import AdditiveMethod
 from surgery.methods.lora import check_weight
 from surgery.methods.shapes import factor_shape
 
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
     import torch
 
 
-class PairedLora:
+class PairedLora(AdditiveMethod):
     """ΔW = s · (P B) A, s = alpha / rank; P leads each head's rows from pairs back to halves.
 
     Factors: lora_A (rank, in), lora_B (out, rank). Settings: heads, among which the rows are divided.
     """
 
     name = "lora_paired"
+    title = "LoRA"
     paper = "LoRA, llama.cpp's queries and keys"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
@@ -39,13 +41,14 @@ class PairedLora:
         return exact_product(b, factors["lora_A"], weight * module.scaling)
 
 
-class RowsLora:
+class RowsLora(AdditiveMethod):
     """ΔW = s · A Bᵀ for an embedding (vocabulary, width), s = alpha / rank.
 
     Factors: lora_A (vocabulary, rank), lora_B (width, rank).
     """
 
     name = "lora_rows"
+    title = "LoRA"
     paper = "LoRA, llama.cpp's token embedding"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

@@ -13,13 +13,14 @@ from formats.errors import AdapterFormatError
 from formats.spec import TensorSpec
 from surgery.exact.fixed_order import matmul
 from surgery.exact.rounding import Delta, ExactProduct, Hadamard, exact_product
+from surgery.methods.base import AdditiveMethod
 from surgery.methods.shapes import PLAIN, check_factor, check_matrix, factor_shape
 
 if TYPE_CHECKING:
     import torch
 
 
-class LoHa:
+class LoHa(AdditiveMethod):
     """ΔW = alpha/rank · (w1_a w1_b) ∘ (w2_a w2_b).
 
     Factors: hada_w1_a, hada_w2_a (out, rank) and hada_w1_b, hada_w2_b (rank, in · kernel); with a core hada_t1, hada_t2
@@ -27,6 +28,7 @@ class LoHa:
     """
 
     name = "loha"
+    title = "LoHa"
     paper = "LoHa (FedPara), arXiv 2108.06098"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

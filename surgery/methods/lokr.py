@@ -12,6 +12,7 @@ from formats.errors import AdapterFormatError
 from formats.spec import TensorSpec
 from surgery.exact.fixed_order import matmul
 from surgery.exact.rounding import Delta, Kronecker, RowsOf
+from surgery.methods.base import AdditiveMethod
 from surgery.methods.loha import cored
 from surgery.methods.shapes import PLAIN, check_matrix, factor_shape
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class LoKr:
+class LoKr(AdditiveMethod):
     """ΔW = alpha/rank · kron(w1, w2).
 
     Factors: lokr_w1 (a, c), or lokr_w1_a (a, rank) and lokr_w1_b (rank, c); lokr_w2 (b, d, *kernel), or lokr_w2_a
@@ -28,6 +29,7 @@ class LoKr:
     """
 
     name = "lokr"
+    title = "LoKr"
     paper = "LoKr, arXiv 2212.10650 and 2309.14859"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

@@ -15,12 +15,13 @@ from formats.layers import LayerKind
 from formats.spec import TensorSpec, shape_text
 from surgery.errors import NotMergeable
 from surgery.exact.rounding import Delta, StackedProducts, exact_product
+from surgery.methods.base import AdditiveMethod
 
 if TYPE_CHECKING:
     import torch
 
 
-class Lora:
+class Lora(AdditiveMethod):
     """ΔW = s · B A for a linear weight (out, in); its transpose for a Conv1D (in, out) or an embedding.
 
     Factors: lora_A (rank, in), lora_B (out, rank); for a convolution lora_A (rank, in, *kernel), lora_B (out, rank,
@@ -28,6 +29,7 @@ class Lora:
     """
 
     name = "lora"
+    title = "LoRA"
     paper = "LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
@@ -51,13 +53,14 @@ class Lora:
         return exact_product(left, right, scale)
 
 
-class LoraBias:
+class LoraBias(AdditiveMethod):
     """Δb = s · bias of lora_B, the `lora_bias` option of peft.
 
     Factors: lora_B.bias (out,).
     """
 
     name = "lora_bias"
+    title = "LoRA"
     paper = "LoRA's option lora_bias in peft"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

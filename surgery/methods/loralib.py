@@ -13,6 +13,7 @@ from formats.adapter import AdapterModule
 from formats.layers import LayerKind
 from formats.spec import TensorSpec
 from surgery.exact.rounding import Delta, RowsOf, exact_product
+from surgery.methods.base import AdditiveMethod
 from surgery.methods.lora import check_weight
 from surgery.methods.shapes import factor_shape
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class FusedLora:
+class FusedLora(AdditiveMethod):
     """ΔW = s · B_j A_j in the j-th adapted slice of the outputs, zero in the others, s = alpha / rank.
 
     Factors: lora_A (rank · n, in), lora_B (height · n, rank), n adapted slices of `height` outputs one below the other.
@@ -28,6 +29,7 @@ class FusedLora:
     """
 
     name = "lora_fused"
+    title = "LoRA"
     paper = "LoRA, loralib.MergedLinear"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
@@ -63,13 +65,14 @@ class FusedLora:
         return RowsOf(height * len(enabled), beside) if turned else RowsOf(width, below)
 
 
-class KernelLora:
+class KernelLora(AdditiveMethod):
     """ΔW = s · BA, element by element in the order of the weight (out, in / groups, k, k), s = alpha / rank.
 
     Factors: lora_A (rank · k, in · k), lora_B (out / groups · k, rank · k). Settings: row, the elements of an output.
     """
 
     name = "lora_kernel"
+    title = "LoRA"
     paper = "LoRA, loralib.ConvLoRA"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

@@ -16,6 +16,7 @@ from formats.spec import DType, TensorSpec, shape_text
 from surgery.errors import NotMerged
 from surgery.exact.fixed_order import inverse, matmul, multiplier, norms
 from surgery.exact.rounding import exact_product
+from surgery.methods.base import TransformingMethod
 from surgery.methods.oft import INVERSE, cayley
 from surgery.methods.shapes import PLAIN, change_outputs, check_matrix, factor_shape, matrix_shape
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class OutputOft:
+class OutputOft(TransformingMethod):
     """W = λ ∘ blockdiag(R)ᵀ W0, R = (I + Q)(I − Q)⁻¹, Q = P − Pᵀ brought into a ball where there is a constraint.
 
     Factors: oft_blocks (blocks, b, b), the P; rescale (out, 1, …) if it was trained; alpha, the constraint, if it was
@@ -31,8 +32,8 @@ class OutputOft:
     """
 
     name = "lycoris_oft"
+    title = "OFT"
     paper = "OFT in LyCORIS, arXiv 2306.07280"
-    forgets = ""
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises ShapeMismatch for blocks that do not fill the weight's outputs, NotMergeable as check_matrix."""
@@ -59,7 +60,7 @@ class OutputOft:
         return _turned(module, weight, turned[None], orders, factors.get("rescale"), dtype, back)
 
 
-class OutputBoft:
+class OutputBoft(TransformingMethod):
     """W = λ ∘ Bₘ … B₁ W0, Bᵢ = Pᵢᵀ blockdiag(Rᵢ) Pᵢ, R as OFT's; the i-th permutation brings together outputs that
     lie b/2 · 2ⁱ apart.
 
@@ -67,8 +68,8 @@ class OutputBoft:
     """
 
     name = "lycoris_boft"
+    title = "BOFT"
     paper = "BOFT in LyCORIS, arXiv 2311.06243"
-    forgets = ""
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """As OFT's; ShapeMismatch too for levels that do not fit the outputs."""
@@ -164,15 +165,15 @@ def _turned(
     return change_outputs(module, weight, dtype, rotated, columns=True)
 
 
-class ProductGlora:
+class ProductGlora(TransformingMethod):
     """W = W0 (I + s A₁ A₂) + s B₁ B₂, of a convolution's inputs at each point; s = alpha / rank.
 
     Factors: a1 (in, rank), a2 (rank, in), b1 (out, rank), b2 (rank, in · kernel), of a convolution with its dimensions.
     """
 
     name = "lycoris_glora"
+    title = "GLoRA"
     paper = "GLoRA in LyCORIS, arXiv 2306.07967"
-    forgets = ""
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises ShapeMismatch for factors that do not fit, NotMergeable as check_matrix."""
@@ -221,15 +222,15 @@ class ProductGlora:
         return change_outputs(module, weight, dtype, changed)
 
 
-class DifferenceIa3:
+class DifferenceIa3(TransformingMethod):
     """W = (1 + w) ∘ W0, by rows, or by input channels where it acts on the input.
 
     Factors: scale (channels,), of a convolution (1, channels, 1, …); on_input. Settings: on_input, as a truth value.
     """
 
     name = "lycoris_ia3"
+    title = "(IA)³"
     paper = "(IA)³ in LyCORIS, arXiv 2205.05638"
-    forgets = ""
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises ShapeMismatch for a vector of another length, NotMergeable as check_matrix."""

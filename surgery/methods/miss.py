@@ -15,19 +15,21 @@ from formats.layers import LayerKind
 from formats.spec import DType, TensorSpec
 from surgery.exact.fixed_order import matmul
 from surgery.exact.rounding import Delta, RowsOf
+from surgery.methods.base import AdditiveMethod, TransformingMethod
 from surgery.methods.shapes import change_outputs, check_factor, check_matrix, factor_shape, matrix_shape
 
 if TYPE_CHECKING:
     import torch
 
 
-class Miss:
+class Miss(AdditiveMethod):
     """ΔW[o, i] = D[i mod rank, o], or D[i mod rank, o mod mini_r].
 
     Factors: miss_block (rank, out) or (rank, mini_r). Settings: init_weights, mini_r, out, in.
     """
 
     name = "miss"
+    title = "MiSS"
     paper = "MiSS, arXiv 2409.15371"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
@@ -48,13 +50,14 @@ class Miss:
         return RowsOf(into, lambda begin, end: block.mT[torch.arange(begin, end) % width][:, along])
 
 
-class MissBat:
+class MissBat(TransformingMethod):
     """W = W0 + W0 D + D for each square block.
 
     Factors: miss_block (out / rank, rank, rank).
     """
 
     name = "miss_bat"
+    title = "MiSS"
     paper = "MiSS (bat), arXiv 2409.15371"
     forgets = "MiSS with init_weights=bat multiplies W0 by I + D, which need not have an inverse"
 

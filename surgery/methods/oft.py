@@ -15,6 +15,7 @@ from formats.errors import ShapeMismatch
 from formats.spec import DType, TensorSpec, shape_text
 from surgery.errors import NotMergeable
 from surgery.exact.fixed_order import definite_inverse, inverse, matmul, multiplier, norms
+from surgery.methods.base import TransformingMethod
 from surgery.methods.shapes import PLAIN, change_outputs, check_matrix, factor_shape, matrix_shape
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 INVERSE = 12 * 8  # bytes for each element of a matrix while elimination inverts it
 
 
-class Oft:
+class Oft(TransformingMethod):
     """W = W0 · blockdiag(R)ᵀ.
 
     Factors: oft_R.weight (blocks, b (b − 1) / 2), the upper triangles of Q; one block for all with block_share.
@@ -32,8 +33,8 @@ class Oft:
     """
 
     name = "oft"
+    title = "OFT"
     paper = "OFT, arXiv 2306.07280 and 2506.19847"
-    forgets = ""
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises ShapeMismatch for blocks that do not fill the weight's inputs, NotMergeable as check_matrix and for a

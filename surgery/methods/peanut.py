@@ -11,13 +11,14 @@ from formats.layers import LayerKind
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotMergeable
 from surgery.exact.fixed_order import matmul
+from surgery.methods.base import TransformingMethod
 from surgery.methods.shapes import change_outputs, check_factor, check_matrix, factor_shape, matrix_shape
 
 if TYPE_CHECKING:
     import torch
 
 
-class Peanut:
+class Peanut(TransformingMethod):
     """W = W0 + scaling · B f(… f(A W0)), with residuals around pairs of inner layers.
 
     Factors: peanut_A.weight (rank, out), peanut_B.weight (out, rank), peanut_encoders.n.weight and
@@ -25,6 +26,7 @@ class Peanut:
     """
 
     name = "peanut"
+    title = "PEANuT"
     paper = "PEANuT, arXiv 2410.01870"
     forgets = "PEANuT adds a nonlinear function of W0, which cannot be solved for W0"
 

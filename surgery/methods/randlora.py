@@ -14,6 +14,7 @@ from formats.spec import TensorSpec
 from surgery.errors import NotMergeable
 from surgery.exact.fixed_order import fine_product
 from surgery.exact.rounding import Delta
+from surgery.methods.base import AdditiveMethod
 from surgery.methods.lora import outward
 from surgery.methods.shapes import check_factor, check_matrix, factor_shape, matrix_shape
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class RandLora:
+class RandLora(AdditiveMethod):
     """ΔW = randlora_alpha / rank · B (λ ∘ A ∘ γ), or its mirror image for a layer wider than high.
 
     Factors: randlora_lambda (rank, bases), randlora_gamma (bases, short side), randlora_A (rank, 1, ≥ short side),
@@ -29,6 +30,8 @@ class RandLora:
     """
 
     name = "randlora"
+    title = "RandLoRA"
+    frozen = frozenset({"randlora_A", "randlora_B"})
     paper = "RandLoRA, arXiv 2502.00987"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

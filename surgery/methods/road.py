@@ -13,6 +13,7 @@ from formats.errors import ShapeMismatch
 from formats.layers import LayerKind
 from formats.spec import DType, TensorSpec
 from surgery.errors import NotMergeable, NotMerged
+from surgery.methods.base import TransformingMethod
 from surgery.methods.shapes import change_outputs, check_factor, check_matrix, matrix_shape
 
 if TYPE_CHECKING:
@@ -21,15 +22,15 @@ if TYPE_CHECKING:
 _PER_OUTPUT = {"road_1": 0.5, "road_2": 1, "road_4": 2}  # angles, and lengths
 
 
-class Road:
+class Road(TransformingMethod):
     """Of each pair of outputs y₁ = c₁ x₁ − s₁ x₂, y₂ = s₂ x₁ + c₂ x₂; c = α cos θ, s = α sin θ.
 
     Factors: road_theta, road_alpha, half an output's, one or two for each output. Settings: variant, group_size.
     """
 
     name = "road"
+    title = "RoAd"
     paper = "RoAd, arXiv 2409.00119"
-    forgets = ""
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Raises NotMergeable for a variant unknown and a weight not stored as a plain float, ShapeMismatch for one of

@@ -17,6 +17,7 @@ from formats.layers import LayerKind
 from formats.spec import TensorSpec
 from surgery.errors import NotMergeable
 from surgery.exact.rounding import Delta, RowsOf, exact_product
+from surgery.methods.base import AdditiveMethod
 from surgery.methods.fourierft import check_places, drawn_places
 from surgery.methods.shapes import TRANSPOSED, check_factor, check_matrix, factor_shape, matrix_shape
 
@@ -32,13 +33,14 @@ _LORA = ("supertuning_lora_A.weight", "supertuning_lora_B.weight")
 _ELEMENT = 64  # bytes that one takes on its way: row, column and value, sorted, and their order
 
 
-class Shira:
+class Shira(AdditiveMethod):
     """ΔW[indices] = values.
 
     Factors: shira_weight (n,), shira_indices (2, n), rows above columns. Settings: out, in.
     """
 
     name = "shira"
+    title = "SHiRA"
     paper = "SHiRA, arXiv 2406.13175"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
@@ -56,7 +58,7 @@ class Shira:
         return _scattered(module, [(rows, columns, factors["shira_weight"].double() * weight)])
 
 
-class Supertuning:
+class Supertuning(AdditiveMethod):
     """ΔW[indices] = values, plus lora_alpha / r · B A if there is one.
 
     Factors: supertuning_values (n,), supertuning_indices (n,) into the weight row by row; supertuning_lora_A.weight
@@ -64,6 +66,7 @@ class Supertuning:
     """
 
     name = "supertuning"
+    title = "Supertuning"
     paper = "Supertuning, arXiv 2607.09287"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
@@ -92,13 +95,14 @@ class Supertuning:
         return RowsOf(into, lambda begin, end: product.rows(begin, end) + sparse.rows(begin, end))
 
 
-class WaveFt:
+class WaveFt(AdditiveMethod):
     """ΔW = scaling · inverse Haar transform of S, or scaling · S without one.
 
     Factors: waveft_spectrum (n,). Settings: scaling, random_loc_seed, use_idwt, wavelet_family, out, in.
     """
 
     name = "waveft"
+    title = "WaveFT"
     paper = "WaveFT, arXiv 2505.12532"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from formats.adapter import AdapterModule
 from formats.spec import TensorSpec
 from surgery.exact.rounding import Delta, exact_product
+from surgery.methods.base import AdditiveMethod
 from surgery.methods.loha import cored
 from surgery.methods.lora import check_weight
 
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
     import torch
 
 
-class TuckerLora:
+class TuckerLora(AdditiveMethod):
     """ΔW = s · Σ B[out, i] T[i, j, *kernel] A[j, in], s = alpha / rank.
 
     Factors: lora_A (rank, in, 1, …), lora_mid (rank, rank, *kernel), lora_B (out, rank, 1, …).
     """
 
     name = "lora_tucker"
+    title = "LoCon"
     paper = "LoCon with a core, LyCORIS, arXiv 2309.14859"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

@@ -13,6 +13,7 @@ from formats.adapter import AdapterModule
 from formats.errors import AdapterFormatError, ShapeMismatch
 from formats.spec import TensorSpec
 from surgery.exact.rounding import Delta, exact_product
+from surgery.methods.base import AdditiveMethod
 from surgery.methods.lora import outward
 from surgery.methods.shapes import check_factor, check_matrix, factor_shape
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class VbLora:
+class VbLora(AdditiveMethod):
     """ΔW = B A of vectors from the bank.
 
     Factors: vblora_logits_A (rank, in / length, vectors), vblora_logits_B (out / length, rank, vectors),
@@ -29,6 +30,7 @@ class VbLora:
     """
 
     name = "vblora"
+    title = "VB-LoRA"
     paper = "VB-LoRA, arXiv 2405.15179"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
@@ -60,7 +62,7 @@ class VbLora:
         return exact_product(*outward(module.kind, a, b), weight)
 
 
-class UniLora:
+class UniLora(AdditiveMethod):
     """ΔW = B A, A = θ[indices_A] ∘ scales_A and B likewise.
 
     Factors: unilora_indices_A (rank, in), unilora_indices_B (out, rank), unilora_scales_A and _B of the same shapes,
@@ -68,6 +70,7 @@ class UniLora:
     """
 
     name = "unilora"
+    title = "Uni-LoRA"
     paper = "Uni-LoRA, arXiv 2506.00799"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

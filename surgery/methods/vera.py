@@ -16,6 +16,7 @@ from formats.errors import ShapeMismatch
 from formats.spec import TensorSpec, shape_text
 from surgery.errors import NotMergeable
 from surgery.exact.rounding import Delta, exact_product
+from surgery.methods.base import AdditiveMethod
 from surgery.methods.lora import outward
 from surgery.methods.shapes import check_factor, check_matrix, factor_shape, matrix_shape
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Vera:
+class Vera(AdditiveMethod):
     """ΔW = (λ_b ∘ B) (λ_d ∘ A).
 
     Factors: vera_lambda_b (out,), vera_lambda_d (rank,), and if they were saved vera_A (rank, ≥ in), vera_B
@@ -31,6 +32,8 @@ class Vera:
     """
 
     name = "vera"
+    title = "VeRA"
+    frozen = frozenset({"vera_A", "vera_B"})
     paper = "VeRA, arXiv 2310.11454"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
@@ -46,7 +49,7 @@ class Vera:
         return _delta(module, factors, weight, "vera", 1)
 
 
-class PVera:
+class PVera(AdditiveMethod):
     """VeRA's ΔW of the means: the first half of λ_d and of A.
 
     Factors: pvera_lambda_b (out,), pvera_lambda_d (2 rank,), pvera_A (2 rank, ≥ in), pvera_B (≥ out, rank). Settings
@@ -54,6 +57,8 @@ class PVera:
     """
 
     name = "pvera"
+    title = "PVeRA"
+    frozen = frozenset({"pvera_A", "pvera_B"})
     paper = "PVeRA, arXiv 2512.07703"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:

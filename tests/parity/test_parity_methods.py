@@ -368,14 +368,14 @@ def test_what_has_become_zero_cannot_be_divided_again(tmp_path: Path) -> None:
 
 
 def test_every_method_of_the_installed_peft_is_merged_or_refused() -> None:
-    """A new version of peft with a new method fails here."""
-    ours = {"LORA", *SCHEMES, *REPLACING, *REFUSED}
-    assert {member.value for member in peft.PeftType} <= ours
+    """A new version of peft with a new method fails here. We may have schemes that peft lacks, tested elsewhere."""
+    ours, of_peft = {"LORA", *SCHEMES, *REPLACING, *REFUSED}, {member.value for member in peft.PeftType}
+    assert of_peft <= ours
     assert not set(REFUSED) & {"LORA", *SCHEMES, *REPLACING}
     tested = {
         case.config(target_modules=list(case.targets), **case.settings).peft_type.value for case in CASES.values()
     }
-    assert tested == {*SCHEMES, *REPLACING}
+    assert tested == {*SCHEMES, *REPLACING} & of_peft
 
 
 def test_oft_on_a_convolution_of_many_points_is_refused(tmp_path: Path) -> None:

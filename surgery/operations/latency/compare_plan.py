@@ -19,7 +19,7 @@ from formats.dialects.prompts import Network, Prefix, Prompt
 from formats.errors import PathNotFound, ReportedError
 from formats.spec import TensorRef
 from surgery.errors import NothingToDo, Unsupported
-from surgery.methods import additive
+from surgery.methods import additive, method_named
 from surgery.methods.activations import LINEAR, activation
 from surgery.model.base_model import BaseModel
 from surgery.onnx.adapters.bottleneck import HALF
@@ -34,17 +34,6 @@ from surgery.operations.merge.plan import plan_merge
 
 BASE = "base"  # the name of the model's own graph
 NamedAdapter = str | Path | tuple[str, str | Path]
-_METHODS = {
-    "lora": "LoRA",
-    "dora": "DoRA",
-    "ia3": "(IA)³",
-    "vera": "VeRA",
-    "loha": "LoHa",
-    "lokr": "LoKr",
-    "oft": "OFT",
-}
-# What some methods' files hold beside what was trained: random projections, and norms of the base.
-_FROZEN = {"vera_A", "vera_B", "pvera_A", "pvera_B", "randlora_A", "randlora_B", "delora_w_norm"}
 
 
 @dataclass(frozen=True)
@@ -177,7 +166,7 @@ def _merging(model: BaseModel, name: str, file: AdapterFile) -> Planned:
         notes = []
     except Unsupported as error:
         notes = [f"{name} has no graph as a branch: {error.what}"]
-    methods = [_METHODS.get(module.method, module.method) for module in adapter.modules]
+    methods = [method_named(module.method).title for module in adapter.modules]
     whole = ["in full"] if adapter.replacements else []
     return Planned(
         file=file,
@@ -204,8 +193,9 @@ def _form(ways: Collection[str], of_bottlenecks: Collection[Way]) -> str:
 
 def _factors(adapter: Adapter) -> Iterator[TensorRef]:
     for module in adapter.modules:
+        frozen = method_named(module.method).frozen
         for role, ref in module.factors.items():
-            if ref.spec.dtype.is_float and role not in _FROZEN:
+            if ref.spec.dtype.is_float and role not in frozen:
                 yield ref
     yield from (full.source for full in adapter.replacements)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from formats.dialects import DIALECTS, open_adapter_file
+from formats.dialects import open_adapter_file, recognised
 from formats.open_files import OpenFiles
 from formats.paths import container_of
 from formats.spec import TensorSpec
@@ -60,10 +60,11 @@ def inspect(path: str | Path) -> InspectReport:
         dtypes: dict[str, int] = {}
         for spec in specs:
             dtypes[spec.dtype.label] = dtypes.get(spec.dtype.label, 0) + spec.size
-        dialect = next((each for each in DIALECTS if each.recognises(checkpoint, file.config)), None)
+        dialect, errors = recognised(checkpoint, file.config)
+        broken = tuple(f"{error.what}: {error.details.get('found')}" for error in errors)
         receipt = Receipt.read(checkpoint.metadata, path)
         return InspectReport(
-            **{**header(Plan("inspect", (), notes=checkpoint.notes), watch, None), "ledger": {}},
+            **{**header(Plan("inspect", (), notes=(*checkpoint.notes, *broken)), watch, None), "ledger": {}},
             path=str(path),
             kind="adapter" if dialect else "model",
             container=container_of(checkpoint),

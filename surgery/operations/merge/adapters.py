@@ -101,7 +101,7 @@ def open_adapters(
         if factor is not None and not math.isfinite(factor):
             raise NotFinite("a weight that is no number", where=path, found=f"weight {factor}")
         adapter = file.read(specs, told=told) if model is None else read_adapter(model, file, specs, told)
-        if with_heads and model is not None:
+        if with_heads and model is not None and file.dialect.has_head(path):
             adapter = _with_head(adapter, file.dialect.head(path, specs, model.config, file.files))
         if not adapter.tensors or factor == 0:
             raise NothingToDo("the merge would change nothing", where=path, found=f"weight {factor}")
