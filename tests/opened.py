@@ -6,9 +6,9 @@ from pathlib import Path
 
 from formats.open_files import OpenFiles
 from surgery.model.base_model import BaseModel
-from surgery.onnx.trace.architecture import Architecture, read_architecture
+from surgery.onnx.trace.architecture import TransformersModel, read_architecture
 
 
-def opened_architecture(folder: Path, *, cached: bool = False) -> Architecture:
+def opened_architecture(folder: Path, *, cached: bool = False) -> TransformersModel:
     """The architecture of a model's folder."""
     return read_architecture(BaseModel.open(folder, OpenFiles()), cached=cached)

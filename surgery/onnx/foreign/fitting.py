@@ -20,7 +20,7 @@ from formats.tensors import Bytes, bytes_from_tensor
 from surgery.errors import MissingTensors, TemplateMismatch
 from surgery.hashes import tensor_hash
 from surgery.onnx.files.graph_file import payload
-from surgery.onnx.foreign.recipes import Piece, Recipe, alike, find_recipes
+from surgery.onnx.foreign.recipes import Recipe, RecipePiece, alike, find_recipes
 from surgery.onnx.foreign.slots import Slot
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _no_constant(slot: Slot, missing: Sequence[TensorSpec], base: Tensors) -> st
     return None
 
 
-class Change:
+class MergedChange:
     """The merged model against the base, as far as it has been read: which tensors differ, and what must be refused."""
 
     def __init__(self, fitting: Fitting, base: Tensors, merged: Tensors, where: Path) -> None:
@@ -136,7 +136,7 @@ class Change:
             self._refuse_shared(slot, recipe)
         return result
 
-    def _equal(self, one: Piece, other: Piece, slot: Slot) -> bool:
+    def _equal(self, one: RecipePiece, other: RecipePiece, slot: Slot) -> bool:
         a, b = (Recipe((piece,)).build(self._merged.read, slot.dtype) for piece in (one, other))
         return np.array_equal(a, b)
 
@@ -147,7 +147,9 @@ class Change:
             if slot.modules and all(scope and alike(scope, module) for scope in slot.modules):
                 continue
             for name in self._twins(piece.source):
-                if name not in self._fitting.sources and not self._equal(piece, Piece(name, piece.transposed), slot):
+                if name not in self._fitting.sources and not self._equal(
+                    piece, RecipePiece(name, piece.transposed), slot
+                ):
                     raise self._unclear(slot, f"both {piece.source} and {name}: equal in the base, not when merged")
 
     def _twins(self, name: str) -> list[str]:

@@ -23,7 +23,7 @@ from surgery.model.base_model import BaseModel
 from surgery.model.meta_model import config_of, known_names
 from surgery.onnx.files.settings import settings_of
 from surgery.onnx.trace.kinds import EXPORTED, kind_of
-from surgery.onnx.trace.program import Kind
+from surgery.onnx.trace.program import ModelKind
 
 _LEGACY = ((".weight", ".gamma"), (".bias", ".beta"))  # LayerNorm's names in checkpoints of 2018-2019
 _COUNTERS = ".num_batches_tracked"  # of BatchNorm: counts while training, and older checkpoints do not have it
@@ -31,7 +31,7 @@ _NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_
 
 
 @dataclass(frozen=True)
-class Architecture:
+class TransformersModel:
     """What config.json says: the folder, the transformers class, its configuration, and how it is used.
 
     Attributes:
@@ -45,7 +45,7 @@ class Architecture:
     folder: Path
     model_class: Any
     config: Any
-    kind: Kind
+    kind: ModelKind
     settings: Mapping[str, Any]
 
     @property
@@ -74,7 +74,7 @@ class Architecture:
         return module.eval()
 
 
-def read_architecture(model: BaseModel, *, cached: bool = False) -> Architecture:
+def read_architecture(model: BaseModel, *, cached: bool = False) -> TransformersModel:
     """Reads config.json and finds the class.
 
     Args:
@@ -101,7 +101,7 @@ def read_architecture(model: BaseModel, *, cached: bool = False) -> Architecture
     config.return_dict = True
     config.output_hidden_states = config.output_attentions = False
     kind = kind_of(model_class, config, model, cached)
-    return Architecture(folder, model_class, config, kind, settings_of(model.config))
+    return TransformersModel(folder, model_class, config, kind, settings_of(model.config))
 
 
 def _find_class(name: str, path: Path) -> Any:
@@ -143,7 +143,7 @@ def _class_name(path: Path, said: Mapping[str, Any]) -> str:
     return names[0]
 
 
-def build_module(architecture: Architecture, dtype: DType) -> Any:
+def build_module(architecture: TransformersModel, dtype: DType) -> Any:
     """The torch module, its parameters allocated but never written: untouched pages cost no memory.
 
     Attention is the eager one: the fused one's decomposition has twelve more nodes a layer.

@@ -29,7 +29,7 @@ from surgery.onnx.against_torch.model import Verification
 from surgery.onnx.against_torch.sites import check_grafted
 from surgery.onnx.files.made import Made
 from surgery.onnx.files.payload import Beside
-from surgery.onnx.trace.program import Kind
+from surgery.onnx.trace.program import ModelKind
 from surgery.onnx.trace.single_pass import SinglePass
 from surgery.onnx.trace.template import Template
 from surgery.operations.export.in_graph import Trial, WithAdapters
@@ -137,7 +137,7 @@ class PartsInGraph:
 
 
 def open_grafts(
-    model: BaseModel, kind: Kind, adapters: Sequence[AdapterFile], adapters_as: str | None
+    model: BaseModel, kind: ModelKind, adapters: Sequence[AdapterFile], adapters_as: str | None
 ) -> PartsInGraph | None:
     """What is to be put into a model's graph besides factors of weights; None for nothing of that kind.
 

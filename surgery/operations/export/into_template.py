@@ -26,7 +26,7 @@ from surgery.exact.survival import Surviving
 from surgery.hashes import payload_hash
 from surgery.model.base_model import BaseModel
 from surgery.onnx.files.graph_file import External, all_tensors, external, load_graph, payload
-from surgery.onnx.foreign.fitting import Change, Fitting, Tensors, fit
+from surgery.onnx.foreign.fitting import Fitting, MergedChange, Tensors, fit
 from surgery.onnx.foreign.slots import Slot, find_slots
 from surgery.operations.merge.adapters import AdapterPaths, adapter_files, adapter_paths, open_for_merge
 from surgery.operations.merge.plan import plan_merge
@@ -132,7 +132,7 @@ def prepare_reweigh(
 
     def run(resources: Resources) -> ReweighReport:
         fitting = fit(slots, work.template, before, work.base)
-        change = Change(fitting, before, merged or after, work.template)
+        change = MergedChange(fitting, before, merged or after, work.template)
         with _staged(layout, work) as written:
             changed = _fill(graph, fitting, change, layout, written, work)
             change.refuse_lost()
@@ -242,7 +242,7 @@ def _staged(layout: _Layout, work: _Work) -> Iterator[Mapping[str, int]]:
 def _fill(
     model: onnx.ModelProto,
     fitting: Fitting,
-    change: Change,
+    change: MergedChange,
     layout: _Layout,
     files: Mapping[str, int],
     work: _Work,
@@ -311,7 +311,7 @@ def _graph_bytes(model: onnx.ModelProto, changed: Sequence[Slot], layout: _Layou
     return data
 
 
-def _fates(fitting: Fitting, change: Change, base: Tensors) -> dict[str, int]:
+def _fates(fitting: Fitting, change: MergedChange, base: Tensors) -> dict[str, int]:
     fates = no_fates()
     for name in base.specs:
         held = name in fitting.sources

@@ -22,7 +22,7 @@ from formats.spec import TensorSpec
 from formats.tensors import Bytes, bytes_from_tensor
 from surgery.errors import Unsupported
 from surgery.model.base_model import BaseModel
-from surgery.onnx.adapters.lora import WAYS, Branch, graft
+from surgery.onnx.adapters.lora import WAYS, LoraBranch, graft
 from surgery.onnx.against_torch.lora import Agreement, Case, check_graft, worst
 from surgery.onnx.against_torch.model import Verification, verify_graphs
 from surgery.onnx.files.payload import Beside
@@ -50,7 +50,7 @@ class GraphLora:
 
     adapter: Adapter
     written: Written
-    branches: tuple[Branch, ...]
+    branches: tuple[LoraBranch, ...]
     files: OpenFiles
 
     @classmethod
@@ -73,7 +73,7 @@ class GraphLora:
             product = wanted.product(module)
             assert product is not None  # the writer has refused what is none
             a, b = (pieces[f"{module.target.removesuffix('weight')}lora_{side}"] for side in "AB")
-            branches.append(Branch(module.target, a, b, product.module.kind is LayerKind.TRANSPOSED))
+            branches.append(LoraBranch(module.target, a, b, product.module.kind is LayerKind.TRANSPOSED))
         return cls(adapter, written, tuple(branches), model.files)
 
     def factors(self) -> dict[str, torch.Tensor]:
@@ -146,7 +146,7 @@ class LorasInGraph:
         return cls(model, loras, adapters_as == "inputs")
 
     @property
-    def branches(self) -> tuple[Branch, ...]:
+    def branches(self) -> tuple[LoraBranch, ...]:
         """One for each weight that any of the adapters changes."""
         found = {branch.weight: branch for each in self.loras for branch in each.branches}
         return tuple(found[name] for name in sorted(found))

@@ -105,7 +105,7 @@ def onto_graphs(graph: Path, model: BaseModel, convert: bool) -> ExportPlan:
     require_ties(given[0].ties, checkpoint)
     settings = given[0].settings
     notes: tuple[str, ...] = ()
-    if settings and model.config_file is not None:
+    if settings and model.path.is_dir() and model.config_file is not None:
         require_same_settings(given, graph, model)
     elif settings:
         notes = ("no config.json beside the weights: only names, dtypes and shapes were compared with the graph",)

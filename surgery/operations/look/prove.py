@@ -17,7 +17,7 @@ from surgery.onnx.run.runtime import assignment_difference, optimise
 from surgery.onnx.run.session import provider_name
 from surgery.onnx.same_program.canonical import canonical
 from surgery.onnx.same_program.cost import Cost, cost
-from surgery.onnx.same_program.difference import Difference, first_difference
+from surgery.onnx.same_program.difference import ProgramDifference, first_difference
 from surgery.pipeline.engine import Resources
 from surgery.pipeline.job import Job, header, runs
 from surgery.pipeline.plan import Elsewhere, Plan, Step
@@ -30,7 +30,7 @@ class Check:
 
     name: str
     same: bool
-    difference: Difference | None = None
+    difference: ProgramDifference | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,21 +133,23 @@ def prepare_prove(
 prove = runs(prepare_prove)
 
 
-def _check(name: str, difference: Difference | None) -> Check:
+def _check(name: str, difference: ProgramDifference | None) -> Check:
     return Check(name, difference is None, difference)
 
 
-def _cost_difference(a: Cost, b: Cost) -> Difference | None:
+def _cost_difference(a: Cost, b: Cost) -> ProgramDifference | None:
     """The first op, by name, that takes other operations or bytes in the two."""
     if a.uncounted != b.uncounted:
-        return Difference("the ops that are not counted", *(", ".join(each.uncounted) or "none" for each in (a, b)))
+        return ProgramDifference(
+            "the ops that are not counted", *(", ".join(each.uncounted) or "none" for each in (a, b))
+        )
     for op in sorted({*a.by_op, *b.by_op}):
         if a.by_op.get(op) != b.by_op.get(op):
             texts = (
                 f"{tally.nodes} nodes, {tally.flops:,} operations, {tally.nbytes:,} bytes" if tally else "no node"
                 for tally in (a.by_op.get(op), b.by_op.get(op))
             )
-            return Difference(f"the cost of {op}", *texts)
+            return ProgramDifference(f"the cost of {op}", *texts)
     return None
 
 

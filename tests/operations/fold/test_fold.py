@@ -331,3 +331,27 @@ def test_an_option_that_was_taken_away_says_where_to_go(tmp_path: Path, option: 
     assert done.exit_code == 2
     assert "were taken away: fold without them" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["bert/par_bn", "heads/bert_static_lora"])
+def test_a_prepared_fold_is_what_fold_does(tmp_path: Path, name: str) -> None:
+    """Of bottlenecks, and of what is merged: nothing is written until it runs, and then the same bytes."""
+    base, adapter = saved("bert", tmp_path / "base"), GOLDEN / name
+    job = surgery.prepare_fold(base, adapter, tmp_path / "a")
+    plan = job.summary
+    assert (plan.operation, plan.inputs, plan.outputs) == ("fold", (str(base), str(adapter)), (str(tmp_path / "a"),))
+    assert plan.verdicts == job.verdicts
+    assert not (tmp_path / "a").exists()
+    report, again = job.run(), surgery.fold(base, adapter, tmp_path / "b")
+    assert (report.operation, report.verdicts, report.digest) == ("fold", plan.verdicts, again.digest)
+    written = [{file.name: file.read_bytes() for file in (tmp_path / out).iterdir()} for out in "ab"]
+    assert written[0] == written[1]
+
+
+def test_the_plan_refuses_a_file_that_has_no_room_for_grafts(tmp_path: Path) -> None:
+    """As the run does, in the same words."""
+    words = ["fold", str(BASE), str(GOLDEN / "bert" / "seq_bn"), "-o", str(tmp_path / "out.st")]
+    run, dry = CliRunner().invoke(main, words), CliRunner().invoke(main, [*words, "--dry-run"])
+    assert run.exit_code == dry.exit_code == 1
+    assert run.stderr == dry.stderr
+    assert "must stay in the graph" in dry.stderr
