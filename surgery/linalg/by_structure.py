@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from surgery.exact import rounding
 from surgery.exact.rounding import ExactProduct, Hadamard, blocks
-from surgery.linalg.difference import Difference
+from surgery.linalg.difference import DeltaMatrix
 from surgery.linalg.thin_product import refactor, thin_svd
 from surgery.linalg.truncated import ChoosesRank, Factors, TruncatedSVD, factorise, leading_values, oriented, stored
 
@@ -53,7 +53,7 @@ class KroneckerPair:
         return int(min(self.first.shape) * min(self.second.shape))
 
 
-Form = Thin | KroneckerPair | Difference
+Form = Thin | KroneckerPair | DeltaMatrix
 
 
 def form_of(delta: rounding.Delta, rows: int, device: torch.device, *, turned: bool) -> Form:
@@ -82,7 +82,7 @@ def form_of(delta: rounding.Delta, rows: int, device: torch.device, *, turned: b
     for begin, end in blocks(formed):
         formed[begin:end] = delta.rows(begin, end)
     formed = formed.to(device)
-    found = Difference.of(formed.mT if turned else formed)
+    found = DeltaMatrix.of(formed.mT if turned else formed)
     return found if found.total else nothing(found.shape)
 
 
@@ -128,7 +128,7 @@ def factored(form: Form, rank: int | ChoosesRank, dtype: torch.dtype, seed: int 
 
 def spectrum(form: Form, count: int, seed: int = 0) -> tuple[NDArray[np.float64], float, bool]:
     """At least `count` leading singular values, or all that can be other than zero; ‖ΔW‖²; whether they are all."""
-    if isinstance(form, Difference):
+    if isinstance(form, DeltaMatrix):
         values, total = leading_values(form, count, seed), form.total
     else:
         svd = thin_svd(form.b, form.a, 1) if isinstance(form, Thin) else kronecker_svd(form, 1)
@@ -162,7 +162,7 @@ def kronecker_svd(form: KroneckerPair, rank: int | ChoosesRank) -> TruncatedSVD:
 
 
 def _size(form: Form) -> int:
-    return min(form.shape) if isinstance(form, Difference) else form.size
+    return min(form.shape) if isinstance(form, DeltaMatrix) else form.size
 
 
 def _clamped(rank: int | ChoosesRank, size: int) -> int | ChoosesRank:

@@ -20,7 +20,7 @@ _DEVICE_BLOCK_ELEMENTS = 1 << 25  # on an accelerator, where calls cost more tha
 _SAFE = 1e-30, 1e30  # ‖ΔW‖² whose parts neither under- nor overflow in float32
 
 
-class Difference:
+class DeltaMatrix:
     """ΔW = tuned − base, (rows, columns), for products with thin matrices.
 
     Each float32 block of rows is formed anew from the stored tensors whenever it is needed: reading them from memory
@@ -45,7 +45,7 @@ class Difference:
         self.total *= scale * scale
 
     @classmethod
-    def between(cls, base: torch.Tensor, tuned: torch.Tensor) -> Difference | None:
+    def between(cls, base: torch.Tensor, tuned: torch.Tensor) -> DeltaMatrix | None:
         """tuned − base; None if it is zero everywhere.
 
         Args:
@@ -59,7 +59,7 @@ class Difference:
         return cls.of(delta.matrix())
 
     @classmethod
-    def of(cls, matrix: torch.Tensor) -> Difference:
+    def of(cls, matrix: torch.Tensor) -> DeltaMatrix:
         """A matrix in memory, (rows, columns) float32, as the difference to zero."""
         import torch
 

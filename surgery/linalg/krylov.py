@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.linalg.difference import Difference
+from surgery.linalg.difference import DeltaMatrix
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ def is_dense(small: int, rank: int) -> bool:
     return (1 + _FEWEST_BLOCKS) * width_of(rank) >= DENSE_SHARE * small
 
 
-def leading(delta: Difference, rank: int | ChoosesRank, seed: int) -> Triplets | None:
+def leading(delta: DeltaMatrix, rank: int | ChoosesRank, seed: int) -> Triplets | None:
     """The `rank` leading triplets, or more where a rule looked at more; None where a dense decomposition is cheaper.
 
     The space grows until what further blocks would gain is negligible (`_remaining`). The products are bfloat16's
@@ -97,7 +97,7 @@ def leading(delta: Difference, rank: int | ChoosesRank, seed: int) -> Triplets |
             count *= 2
 
 
-def _polished(delta: Difference, space: _Space, count: int) -> Triplets:
+def _polished(delta: DeltaMatrix, space: _Space, count: int) -> Triplets:
     """The triplets in the space of the leading directions alone, from images that are not rounded."""
     last = _Space(delta, None)
     last.add(space.directions(count), near=space.images(count))
@@ -112,7 +112,7 @@ class _Space:
     energy counts twice, whatever the rank of ΔW.
     """
 
-    def __init__(self, delta: Difference, dtype: torch.dtype | None) -> None:
+    def __init__(self, delta: DeltaMatrix, dtype: torch.dtype | None) -> None:
         """`dtype` is that of the products, float32 or float64; None for the fast one."""
         import torch
 

@@ -18,7 +18,7 @@ from formats.spec import DType
 from formats.tensors import torch_dtype
 from surgery.errors import NotFinite
 from surgery.exact.finite import check_finite
-from surgery.linalg.difference import Difference
+from surgery.linalg.difference import DeltaMatrix
 from surgery.linalg.truncated import factorise
 from surgery.methods.lora import pack_experts
 from surgery.operations.extract.dora import add_magnitude
@@ -346,9 +346,9 @@ class LeaveBehind:
         return Outcome((), dict.fromkeys(self.names, Fate.REFUSED))
 
 
-def delta_of(before: torch.Tensor, after: torch.Tensor, name: str) -> Difference | None:
+def delta_of(before: torch.Tensor, after: torch.Tensor, name: str) -> DeltaMatrix | None:
     """tuned − base, None if it is zero everywhere. Raises NotFinite."""
-    delta = Difference.between(before, after)
+    delta = DeltaMatrix.between(before, after)
     if delta is not None and not math.isfinite(delta.total):
         check_finite(before, f"{name} of base")
         check_finite(after, f"{name} of tuned")

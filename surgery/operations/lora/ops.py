@@ -16,7 +16,7 @@ from formats.adapter import AdapterModule
 from formats.spec import DType, TensorRef
 from formats.tensors import torch_dtype
 from surgery.exact.finite import check_finite
-from surgery.linalg.difference import Difference
+from surgery.linalg.difference import DeltaMatrix
 from surgery.linalg.mixing import DENSE, Product, mixed
 from surgery.linalg.thin_product import as_they_are, refactor, thin_svd
 from surgery.linalg.truncated import Factors, factorise, leading_values
@@ -114,11 +114,11 @@ class Mix:
         """The number of singular values of the result that can be other than zero."""
         return min(slot.matrix.sides) if self.is_dense else min(slot.rank, *slot.matrix.sides)
 
-    def delta(self, products: Sequence[Product], slot: AdaptedWeight, number: int) -> Difference:
+    def delta(self, products: Sequence[Product], slot: AdaptedWeight, number: int) -> DeltaMatrix:
         """The mixed delta of matrix `number` of a slot."""
         texts = [f"{self.seed}:{source.digest}:{slot.name}:{number}" for source in slot.sources]
         seeds = [int.from_bytes(blake3(text.encode()).digest(7)) for text in texts]
-        return Difference.of(mixed(self.how, products, self.density, seeds))
+        return DeltaMatrix.of(mixed(self.how, products, self.density, seeds))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from formats.tensors import torch_dtype
 from surgery.errors import NotFinite
 from surgery.exact.finite import check_finite
 from surgery.linalg.by_structure import Form, factored, form_of, nothing, spectrum
-from surgery.linalg.difference import Difference
+from surgery.linalg.difference import DeltaMatrix
 from surgery.operations.extract.ops import Decomposition, as_stored, delta_of, matrices_of, spectrum_of
 from surgery.operations.extract.pairing import Matrix
 from surgery.operations.extract.results import FactorFigures
@@ -85,7 +85,7 @@ class WeightChange:
         assert deltas is not None  # a method without a delta reads the weight
         turned = self.matrix.kind in (LayerKind.TRANSPOSED, LayerKind.EMBEDDING)
         form = form_of(deltas[0], self.matrix.spec.shape[0], device, turned=turned)
-        if isinstance(form, Difference) and not math.isfinite(form.total):
+        if isinstance(form, DeltaMatrix) and not math.isfinite(form.total):
             raise NotFinite("ΔW overflows float32", where=name)
         return form
 
