@@ -65,7 +65,7 @@ class _LazyGroup(click.Group):
 def main() -> None:
     """Model surgery on saved weight files.
 
-    Exit codes: 0 done; 1 the operation failed; 2 usage; 3 a check said no; 4 a check could not tell.
+    Exit codes: 0 done; 1 failed; 2 wrong usage; 3 a check said no; 4 a check could not tell.
     """
 
 

@@ -9,7 +9,7 @@ import click
 from formats.dialects import WRITERS
 from formats.dialects.parts import PARTS
 from formats.dialects.writing import DROPS
-from surgery.cli import options
+from surgery.cli import options, printing, running
 
 if TYPE_CHECKING:
     from surgery.operations.convert.containers import ContainerReport
@@ -20,7 +20,7 @@ CONTAINERS = ("safetensors", "torch")
 LORA = "lora"  # of --to: no dialect but a method
 
 
-@options.verb(
+@running.verb(
     "convert",
     epilog="Examples: surgery convert style.safetensors --to diffusers --base unet/ -o style/; "
     "surgery convert loha/ --to lora --rank 16 --base model/ -o lora/; "
@@ -30,8 +30,7 @@ LORA = "lora"  # of --to: no dialect but a method
 @click.option(
     "--to",
     type=click.Choice([*(writer.name for writer in WRITERS), LORA]),
-    help="The dialect to write an adapter in [without it INPUT goes into another container]; or lora, which makes a "
-    "plain LoRA in peft's names of any method, at the rank that is asked for.",
+    help="Dialect to write the adapter in; or lora: a plain LoRA in PEFT's names, of any method, at a given rank.",
 )
 @options.rank_options
 @options.factor_dtype_option("their own")
@@ -40,28 +39,29 @@ LORA = "lora"  # of --to: no dialect but a method
     "bases",
     multiple=True,
     metavar="PATH|PART=PATH",
-    help="The model that an adapter adapts, or each part's of a pipeline [what its own names and shapes tell].",
+    help="Model that the adapter adapts, or one for each part of a pipeline [deduced from names and shapes].",
 )
 @click.option(
     "--drop",
     multiple=True,
     type=click.Choice(DROPS),
-    help="Leave these behind where the dialect cannot express them: changed biases, tensors carried in full, layers "
-    "that it has no place for.",
+    help="What to leave out if the dialect cannot express it: changed biases, tensors stored in full, or layers.",
 )
-@click.option("--container", type=click.Choice(CONTAINERS), help="Of an output folder, without --to [safetensors].")
+@click.option(
+    "--container", type=click.Choice(CONTAINERS), help="Format of an output folder, without --to [safetensors]."
+)
 @options.max_shard_option("INPUT's shards")
 @options.output_options
 @options.told_options
-def command(run: options.Run, source: str, to: str | None, out: str, force: bool, **how: Any) -> None:
-    """Write an adapter in another dialect, with the same ΔW; as a LoRA; or any tensors in another container.
+def command(run: running.Run, source: str, to: str | None, out: str, force: bool, **how: Any) -> None:
+    """Convert an adapter to another dialect, or to a plain LoRA; or a checkpoint to another file format.
 
-    With --to, INPUT is an adapter. With --to lora its ΔW, whatever the method, is truncated to the rank that is asked
-    for, and the report tells what that leaves out. Without --to, INPUT is a file or folder of torch's (.bin, .pt, .pth,
-    .ckpt) or safetensors, and the output's name says which of the two it becomes. A folder gets safetensors, or what
-    --container says, in INPUT's shards, and INPUT's other files. Nothing in a torch file is executed. An adapter for
-    llama.cpp (--to gguf) is one .gguf file, and needs --base, a folder with config.json, both to be written and to be
-    read.
+    With --to, INPUT is an adapter. --to lora truncates the ΔW of any method to a rank and reports the error. An adapter
+    for llama.cpp (--to gguf) is one .gguf file; writing and reading it needs --base, a folder with a config.json.
+
+    Without --to, INPUT is a torch file (.bin, .pt, .pth, .ckpt), a safetensors file, or a folder with either; the
+    output's suffix gives the new format. A folder keeps INPUT's shards and other files, and gets safetensors unless
+    --container says otherwise. Nothing in a torch file is executed.
     """
     how = options.chosen_ranks(how, needed=to == LORA)
     ranked = how["rank"] is not None or how["overrides"] or how["dtype"]
@@ -100,28 +100,28 @@ def command(run: options.Run, source: str, to: str | None, out: str, force: bool
 
 
 def _show_container(report: ContainerReport) -> None:
-    options.show(f"{report.source} → {report.container}, digest {report.digest}")
-    options.show_ending(report)
+    printing.show(f"{report.source} → {report.container}, digest {report.digest}")
+    printing.show_ending(report)
 
 
 def _show_adapter(report: ConvertReport) -> None:
     weights = ", ".join(f"{count} {method}" for method, count in sorted(report.weights.items()))
     part = f" for {report.component}" if report.component else ""
-    options.show(f"{report.source} → {report.target}{part}: {weights or 'as it is'}")
-    options.show(f"{report.copied} tensors with their bytes as they are, {report.computed} computed")
-    options.show_ending(report)
+    printing.show(f"{report.source} → {report.target}{part}: {weights or 'as it is'}")
+    printing.show(f"{report.copied} tensors with their bytes as they are, {report.computed} computed")
+    printing.show_ending(report)
 
 
 def _show_lora(report: ToLoraReport) -> None:
-    rows = options.table("weight", "method", "shape", "rank", "energy", "residual")
+    rows = printing.table("weight", "method", "shape", "rank", "energy", "residual")
     for module in report.modules:
         shape, loss = " × ".join(map(str, module.shape)), "exact" if module.exact else f"{module.residual:.4f}"
         rows.add_row(module.name, module.method, shape, str(module.rank), f"{module.energy:.2%}", loss)
     rows.add_section()
     rows.add_row("all", "", "", "", f"{report.energy:.2%}", f"{report.residual:.4f}")
-    options.show(rows, f"{report.exact} of {len(report.modules)} weights have all of ΔW in their factors")
-    options.show(f"{report.nbytes_before:,} bytes before, {report.nbytes:,} after")
-    options.show_ending(report)
+    printing.show(rows, f"{report.exact} of {len(report.modules)} weights have all of ΔW in their factors")
+    printing.show(f"{report.nbytes_before:,} bytes before, {report.nbytes:,} after")
+    printing.show_ending(report)
 
 
 def _bases(given: tuple[str, ...], *, parts: bool) -> str | dict[str, str] | None:

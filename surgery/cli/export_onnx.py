@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import options
+from surgery.cli import options, printing, running
 from surgery.cli.merge import surviving_lines
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from surgery.operations.export.into_template import ReweighReport
 
 
-@options.verb(
+@running.verb(
     "export-onnx",
     computes=False,
     epilog="Examples: surgery export-onnx base/ -o base-onnx/model.onnx; "
@@ -30,55 +30,59 @@ if TYPE_CHECKING:
     multiple=True,
     type=options.WeighedPath(),
     metavar="ADAPTER[:WEIGHT]",
-    help="What to leave in the graph: a LoRA of linear layers, with --as inputs any number of them; or bottlenecks, a "
-    "prefix or a prompt. With --template, what to merge into MODEL's weights, times WEIGHT.",
+    help="Adapter to put into the graph: LoRA of linear layers (with --as inputs any number of them), bottlenecks, a "
+    "prefix or a prompt. With --template: adapter to merge into MODEL's weights, times WEIGHT.",
 )
 @click.option(
     "--as",
     "adapters_as",
     type=click.Choice(["branch", "inputs", "half-folded"]),
-    help="An adapter's own products beside the model's [LoRA's default]; LoRA's factors as inputs that .onnx_adapter "
-    "files fill; or the first product of a bottleneck in the projection's before it, where that is exact [the default "
-    "of bottlenecks].",
+    help="Form of the adapter in the graph. branch: its own products beside the model's [default for LoRA]; inputs: "
+    "LoRA's factors as inputs, filled from .onnx_adapter files; half-folded: the first product of a bottleneck in the "
+    "projection before it, where that is exact [default for bottlenecks].",
 )
 @click.option(
-    "--template", type=options.PATH, metavar="GRAPH", help="Put the weights into this graph, which any tool exported."
+    "--template",
+    type=options.PATH,
+    metavar="GRAPH",
+    help="Put the weights into this graph, which any exporter may have written.",
 )
 @click.option(
     "--base",
     type=options.PATH,
-    help="The checkpoint that the template was exported from [MODEL, with --adapter].",
+    help="Checkpoint that the template was exported from [MODEL, with --adapter].",
 )
 @click.option(
     "--graph",
     type=options.PATH,
     metavar="BASE.onnx",
-    help="Take this graph of an earlier export and write the weights alone: no tracing, no torch.",
+    help="Reuse this graph from an earlier export and write only the weights: no tracing, no torch.",
 )
-@click.option("--with-cache", is_flag=True, help="Keys and values of tokens gone by as inputs and outputs.")
+@click.option("--with-cache", is_flag=True, help="Add past keys and values as inputs and outputs, for generation.")
 @click.option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="What the graph computes in; else MODEL's."
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Dtype the graph computes in [MODEL's own]."
 )
 @click.option(
     "--factory",
     metavar="PACKAGE.MODULE:FUNCTION",
-    help="Your own code that returns the torch module; it is imported and called. MODEL is the file of its weights.",
+    help="Function of yours that returns the torch module. It is imported and called; MODEL is then the file with its "
+    "weights.",
 )
 @click.option(
     "--inputs",
     multiple=True,
     metavar="NAME=DTYPE[AXES]",
-    help="An input of the factory's module: 'x=float32[batch,3,32,32]'; an axis with a name varies.",
+    help="Input of the factory's module, such as 'x=float32[batch,3,32,32]'; a named axis is dynamic.",
 )
 @click.option(
     "--verify/--no-verify",
     default=None,
-    help="Compare with torch before the output appears; by default where the graph is new.",
+    help="Compare with torch before the output appears [only when the graph is new].",
 )
 @options.output_options
 @options.told_options
 def command(
-    run: options.Run,
+    run: running.Run,
     model: str,
     adapters: tuple[tuple[str, float | None], ...],
     adapters_as: str | None,
@@ -88,21 +92,21 @@ def command(
     force: bool,
     **how: Any,
 ) -> None:
-    """Export MODEL, a Hugging Face folder, as a graph without weights and a safetensors file beside it.
+    """Export MODEL, a Hugging Face folder, as an ONNX graph with its weights in a safetensors file beside it.
 
-    The graph depends on the architecture alone: base and merged give the same bytes, and only the weights differ. An
-    encoder–decoder becomes two graphs, encoder_OUT and decoder_OUT, over one file of weights.
+    The graph depends on the architecture alone: a base and its merged model give the same bytes, and only the weights
+    differ. An encoder–decoder becomes two graphs, encoder_OUT and decoder_OUT, that share one file of weights.
 
-    In MODEL's own folder, -o MODEL/model.onnx, the graph alone is written, over the weights that are there.
+    With -o MODEL/model.onnx only the graph is written; it refers to the weights already in that folder.
 
-    A merged adapter costs nothing; one that is left in the graph costs two small products for every adapted weight, and
-    as inputs can be exchanged from run to run: one graph serves many adapters of the same weights.
+    A merged adapter costs nothing at inference. An adapter in the graph costs two small matrix products per adapted
+    weight; with --as inputs it can change from run to run, so that one graph serves many adapters.
 
-    With --template nothing is traced: every weight of that graph is found in the base, byte for byte, and those of
-    MODEL, any checkpoint of the same tensors, are put in its place, adapters merged into them.
+    With --template nothing is traced: surgery finds every weight of that graph in the base, byte for byte, and replaces
+    it by MODEL's, with the adapters merged in. MODEL may be any checkpoint with the same tensors.
 
-    Bottlenecks, prefixes and prompts, which no weight can hold, are put into the graph at their sites: an adapter's, or
-    what fold left beside the MODEL that it wrote.
+    Bottlenecks, prefixes and prompts cannot be held by weights and become nodes of the graph: those of --adapter, or
+    those that fold wrote beside MODEL.
     """
     if not adapters and (adapters_as in ("branch", "inputs") or any(how[name] for name in options.TOLD)):
         raise click.UsageError("--as and what is told of an adapter need --adapter")
@@ -151,7 +155,7 @@ def _show(report: ExportReport) -> None:
             "inputs": _listed(graph.inputs),
             "outputs": _listed(graph.outputs),
         }
-        options.show(options.facts(graph.path, known.items()))
+        printing.show(printing.facts(graph.path, known.items()))
     known = {"computes in": report.dtype, "weights": report.payload}
     if report.max_rel_error is not None:
         shapes = ", ".join("×".join(map(str, shape)) for shape in report.shapes)
@@ -167,8 +171,8 @@ def _show(report: ExportReport) -> None:
         )
     if report.float32_error is not None:
         known["against float32"] = f"max error {report.float32_error:.2g} rel"
-    options.show(options.facts(report.model_class, known.items()))
-    options.show_ending(report)
+    printing.show(printing.facts(report.model_class, known.items()))
+    printing.show_ending(report)
 
 
 def _listed(names: tuple[str, ...]) -> str:
@@ -184,6 +188,6 @@ def _show_reweighed(report: ReweighReport) -> None:
         "weights": f"{len(report.recipes)}, each the base's byte for byte before; {len(report.changed)} changed",
         "constants": f"{len(report.constants)} float tensors that are no weights stay as they are",
     }
-    options.show(*surviving_lines(report.surviving, "a template in a finer dtype"))
-    options.show(options.facts(report.template, known.items()))
-    options.show_ending(report)
+    printing.show(*surviving_lines(report.surviving, "a template in a finer dtype"))
+    printing.show(printing.facts(report.template, known.items()))
+    printing.show_ending(report)

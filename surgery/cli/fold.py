@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import options
+from surgery.cli import options, printing, running
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,7 +29,7 @@ def _refuse(ctx: click.Context, param: click.Parameter, value: object) -> None:
 _TAKEN_AWAY: dict[str, Any] = {"hidden": True, "is_eager": True, "expose_value": False, "callback": _refuse}
 
 
-@options.verb("fold", epilog="Example: surgery fold bert-base/ houlsby/ -o folded/")
+@running.verb("fold", epilog="Example: surgery fold bert-base/ houlsby/ -o folded/")
 @click.argument("model", type=options.PATH)
 @click.argument("adapter", type=options.PATH)
 @options.output_options
@@ -37,8 +37,10 @@ _TAKEN_AWAY: dict[str, Any] = {"hidden": True, "is_eager": True, "expose_value":
 @click.option("--approximate", is_flag=True, **_TAKEN_AWAY)
 @click.option("--calibration", **_TAKEN_AWAY)
 @click.option("--max-error", **_TAKEN_AWAY)
-def command(run: options.Run, model: str, adapter: str, out: str, **how: Any) -> None:
-    """Fold ADAPTER into MODEL's weights as far as that is exact; the rest goes along, described for the graph.
+def command(run: running.Run, model: str, adapter: str, out: str, **how: Any) -> None:
+    """Fold ADAPTER into MODEL's weights as far as that is exact.
+
+    What no weight can hold is written beside the weights, for export-onnx to put into the graph.
 
     --dry-run prints what would become of each part of the adapter, and why.
     """
@@ -50,20 +52,20 @@ def command(run: options.Run, model: str, adapter: str, out: str, **how: Any) ->
 
 def _show(report: FoldReport) -> None:
     _show_verdicts(report.verdicts)
-    options.show(f"digest {report.digest}  (base {report.base_digest[:16]}, adapter {report.adapter[:16]})")
+    printing.show(f"digest {report.digest}  (base {report.base_digest[:16]}, adapter {report.adapter[:16]})")
     if report.grafts is not None:
-        options.show(f"what stays in the graph: {report.grafts}")
-    options.show_ending(report)
+        printing.show(f"what stays in the graph: {report.grafts}")
+    printing.show_ending(report)
 
 
 def _show_summary(plan: FoldPlan) -> None:
     _show_verdicts(plan.verdicts)
-    options.show_plan_ending(plan)
+    printing.show_plan_ending(plan)
 
 
 def _show_verdicts(verdicts: Iterable[Verdict]) -> None:
     """A row for each kind of module, its layers counted."""
-    rows = options.table("module", "layers", "adapter", "becomes", "why")
+    rows = printing.table("module", "layers", "adapter", "becomes", "why")
     counts = Counter(
         (re.sub(r"\.\d+\.", ".N.", each.module), each.what, str(each.way), each.reason) for each in verdicts
     )
@@ -71,4 +73,4 @@ def _show_verdicts(verdicts: Iterable[Verdict]) -> None:
         rows.add_row(module, str(count), what, way, reason)
     for column in rows.columns[2:]:
         column.justify = "left"
-    options.show(rows)
+    printing.show(rows)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import options
+from surgery.cli import options, printing, running
 
 if TYPE_CHECKING:
     from surgery.exact.survival import Surviving
@@ -17,33 +17,38 @@ if TYPE_CHECKING:
 _WARN_BELOW = 0.5
 
 
-@options.verb("merge", epilog="Example: surgery merge base/ adapter/ style/:0.5 -o merged/")
+@running.verb("merge", epilog="Example: surgery merge base/ adapter/ style/:0.5 -o merged/")
 @click.argument("base", type=options.PATH)
-@options.merging_options(undo="Also write what unmerge needs to give BASE back bit for bit.")
+@options.merging_options(undo="Also write an undo file, with which unmerge restores BASE bit for bit.")
 @click.option("--base", "of", type=options.PATH, hidden=True)
-@click.option("--weight", type=float, default=1.0, show_default=True, help="A factor of every delta.")
-@click.option("--untie", is_flag=True, help="Give a head that BASE ties to its embedding a tensor of its own.")
+@click.option(
+    "--weight", type=float, default=1.0, show_default=True, help="Factor for every delta, on top of each adapter's own."
+)
+@click.option("--untie", is_flag=True, help="Store a tensor of its own for a head that BASE ties to its embedding.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Store every weight as this; float8 is dequantised [each weight's own].",
+    help="Store every weight in this dtype; float8 is dequantised [each weight's own].",
 )
 @click.option(
     "--min-surviving",
     type=click.FloatRange(min=0),
     metavar="SHARE",
-    help="Fail where less of a delta is left after rounding: ‖stored(W) − W0‖/‖ΔW‖.",
+    help="Fail if rounding leaves less of any delta than this share: ‖stored(W) − W0‖/‖ΔW‖.",
 )
 @options.max_shard_option("the base's shards")
 def command(
-    run: options.Run,
+    run: running.Run,
     base: str,
     adapters: tuple[tuple[str, float | None], ...],
     out: str,
     of: str | None,
     **how: Any,
 ) -> None:
-    """Merge adapters into BASE: W = W0 + ΣΔW, each weight rounded once, whatever their order."""
+    """Merge adapters into BASE: W = W0 + ΣΔW.
+
+    All deltas are added in higher precision and each weight is rounded once, so the order of adapters does not matter.
+    """
     if base.endswith(".onnx"):
         command = _export_command(base, of or "BASE", adapters, out, how)
         raise click.UsageError(
@@ -59,13 +64,13 @@ def command(
 
 def _show(report: MergeReport) -> None:
     parts = ["base " + report.base_digest[:16], *(f"adapter {digest[:16]}" for digest in report.adapters)]
-    options.show(f"digest {report.digest}  ({', '.join(parts)})")
+    printing.show(f"digest {report.digest}  ({', '.join(parts)})")
     for line in surviving_lines(report.surviving):
-        options.show(line)
+        printing.show(line)
     if report.undo is not None:
         share = f"{report.undo.share:.2%} of the tensors that changed"
-        options.show(f"undo file {report.undo.path}: {report.undo.nbytes:,} bytes, {share}")
-    options.show_ending(report)
+        printing.show(f"undo file {report.undo.path}: {report.undo.nbytes:,} bytes, {share}")
+    printing.show_ending(report)
 
 
 def _export_command(

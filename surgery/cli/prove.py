@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from surgery.cli import options
+from surgery.cli import options, printing, running
 
 if TYPE_CHECKING:
     from surgery.operations.look.prove import ProveReport
@@ -20,7 +20,7 @@ _LEVELS = {
 }
 
 
-@options.verb(
+@running.verb(
     "prove",
     writes=False,
     computes=False,
@@ -28,18 +28,25 @@ _LEVELS = {
 )
 @click.argument("base", type=options.PATH)
 @click.argument("merged", type=options.PATH)
-@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt … It must really load.")
+@click.option(
+    "--provider",
+    default="cpu",
+    show_default=True,
+    help="Execution provider: cpu, cuda, tensorrt … The command fails if it does not load.",
+)
 @click.option(
     "--shape",
     type=options.Shape(),
     default="1x128",
     show_default=True,
-    help="Batch and sequence of a run to count its cost.",
+    help="Batch and sequence length to count costs at.",
 )
-def command(run: options.Run, base: str, merged: str, provider: str, shape: tuple[int, int]) -> None:
-    """Check that MERGED.onnx is BASE.onnx with other numbers, and nothing added: exit code 0, or 3 and what differs.
+def command(run: running.Run, base: str, merged: str, provider: str, shape: tuple[int, int]) -> None:
+    """Check that MERGED.onnx is the same program as BASE.onnx, with other weights and nothing added.
 
-    Compared are the bytes, the graphs, what the runtime makes of them, and which provider runs which op.
+    Exits with 0 if it is, with 3 if not, and shows the differences.
+
+    It compares the bytes, the graphs, the graphs after the runtime's optimisation, and which provider runs each node.
     """
     from surgery.operations.look.prove import prepare_prove
 
@@ -51,7 +58,7 @@ def command(run: options.Run, base: str, merged: str, provider: str, shape: tupl
 
 
 def _show(report: ProveReport) -> None:
-    rows = options.table(f"{report.provider}, {report.shape[0]}×{report.shape[1]}", "base", "merged")
+    rows = printing.table(f"{report.provider}, {report.shape[0]}×{report.shape[1]}", "base", "merged")
     rows.add_row("nodes", str(report.nodes_a[0]), str(report.nodes_b[0]))
     rows.add_row("nodes after optimisation", str(report.nodes_a[1]), str(report.nodes_b[1]))
     costs = (report.cost_a, report.cost_b)
@@ -59,9 +66,9 @@ def _show(report: ProveReport) -> None:
     rows.add_row("bytes moved", *(f"{each.nbytes:,}" for each in costs))
     if any(each.uncounted for each in costs):
         rows.add_row("nodes not counted", *(str(len(each.uncounted)) for each in costs))
-    options.show(rows, *(f"note: {note}" for note in report.notes))
+    printing.show(rows, *(f"note: {note}" for note in report.notes))
     said = (f"{check.name}: {'the same' if check.same else 'differ'}" for check in report.checks)
-    options.show("; ".join(said), _LEVELS[report.level])
+    printing.show("; ".join(said), _LEVELS[report.level])
     check = report.difference
     if check is not None and check.difference is not None:
         found = check.difference

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import options
+from surgery.cli import options, printing, running
 
 if TYPE_CHECKING:
     from surgery.operations.merge.unmerge import UnmergeReport
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 _SHOWN = 3  # names of a list
 
 
-@options.verb("unmerge", epilog="Example: surgery unmerge merged/ adapter/ -o base-again/")
+@running.verb("unmerge", epilog="Example: surgery unmerge merged/ adapter/ -o base-again/")
 @click.argument("merged", type=options.PATH)
-@options.merging_options(undo="What merge --undo wrote: gives the base back bit for bit.")
-@click.option("--weight", type=float, help="A factor of every weight [the receipt's, or 1].")
+@options.merging_options(undo="Undo file that merge --undo wrote; it restores the base bit for bit.")
+@click.option("--weight", type=float, help="Factor for every adapter's weight [the receipt's, or 1].")
 def command(
-    run: options.Run, merged: str, adapters: tuple[tuple[str, float | None], ...], out: str, **how: Any
+    run: running.Run, merged: str, adapters: tuple[tuple[str, float | None], ...], out: str, **how: Any
 ) -> None:
-    """Take the adapters of its last merge off MERGED again: W0 = W − ΣΔW."""
+    """Subtract the adapters of the last merge from MERGED: W0 = W − ΣΔW."""
     from surgery.operations.merge.unmerge import prepare_unmerge
 
     how = options.told(how)
@@ -31,8 +31,8 @@ def command(
 
 
 def _show(report: UnmergeReport) -> None:
-    options.show(f"digest {report.digest}", *_verdict(report))
-    options.show_ending(report)
+    printing.show(f"digest {report.digest}", *_verdict(report))
+    printing.show_ending(report)
 
 
 def _verdict(report: UnmergeReport) -> Iterator[str]:

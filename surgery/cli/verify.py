@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import options
+from surgery.cli import options, printing, running
 
 if TYPE_CHECKING:
     from surgery.operations.merge.verify import VerifyReport
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 _SHOWN = 5  # tensors that are named
 
 
-@options.verb(
+@running.verb(
     "verify",
     writes=False,
     epilog="Example: surgery verify merged/ --base base/ --adapter adapter/ --adapter style/:0.5",
 )
 @click.argument("merged", type=options.PATH)
-@click.option("--base", type=options.PATH, required=True, help="What it was merged into.")
+@click.option("--base", type=options.PATH, required=True, help="Base that the adapters were merged into.")
 @click.option(
     "--adapter",
     "adapters",
@@ -29,18 +29,23 @@ _SHOWN = 5  # tensors that are named
     multiple=True,
     required=True,
     metavar="PATH[:WEIGHT]",
-    help="What was merged; once for each adapter.",
+    help="Adapter that was merged; repeat for each one.",
 )
-@click.option("--weight", type=float, default=1.0, show_default=True, help="A factor of every delta.")
+@click.option(
+    "--weight", type=float, default=1.0, show_default=True, help="Factor for every delta, on top of each adapter's own."
+)
 @options.told_options
 def command(
-    run: options.Run,
+    run: running.Run,
     merged: str,
     base: str,
     adapters: tuple[tuple[str, float | None], ...],
     **how: Any,
 ) -> None:
-    """Check that MERGED is exactly the merge of these adapters into the base: exit code 0, or 3 if not."""
+    """Check that MERGED is exactly BASE with these adapters merged in.
+
+    Exits with 0 if it is, with 3 if not.
+    """
     from surgery.operations.merge.verify import prepare_verify
 
     how = options.told(how)
@@ -51,8 +56,8 @@ def command(
 
 def _show(report: VerifyReport) -> None:
     counts = ", ".join(f"{count} {kind}" for kind, count in report.ledger.items() if count)
-    options.show(f"{report.merged}: {report.verdict}", f"tensors: {counts}")
+    printing.show(f"{report.merged}: {report.verdict}", f"tensors: {counts}")
     for name in report.differing[:_SHOWN]:
-        options.show(f"  {name} differs")
+        printing.show(f"  {name} differs")
     if len(report.differing) > _SHOWN:
-        options.show(f"  and {len(report.differing) - _SHOWN} more")
+        printing.show(f"  and {len(report.differing) - _SHOWN} more")

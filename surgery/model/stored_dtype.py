@@ -30,10 +30,10 @@ DTYPES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
 _QUANTISATION = ("quantization_config", "compression_config")
 
 
-def dtype_named(name: str | None) -> DType | None:
-    """The dtype of a name on the command line, None for none. Raises UnsupportedDType."""
+def dtype_named(name: str | None, what: str = "a result") -> DType | None:
+    """The dtype of a name on the command line, None for none. Raises UnsupportedDType, which says what is stored."""
     if name is not None and name not in DTYPES:
-        raise UnsupportedDType("a result cannot be stored like that", expected=", ".join(DTYPES), found=name)
+        raise UnsupportedDType(f"{what} cannot be stored like that", expected=", ".join(DTYPES), found=name)
     return DTYPES[name] if name else None
 
 

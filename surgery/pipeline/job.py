@@ -158,6 +158,7 @@ def step_by_step(
     destination: Destination | None = None,
     writers: Callable[[Plan], Writers] | None = None,
     beside: Iterable[str | Path] = (),
+    around: AbstractContextManager[object] | None = None,
     replan: Callable[[Resources], Plan] | None = None,
     resources: Resources | None = None,
 ) -> Job[R]:
@@ -173,6 +174,7 @@ def step_by_step(
         destination: the output; None where nothing is written.
         writers: opens the output, and what takes the steps' asides, where that is more than the destination.
         beside: other paths that are written.
+        around: what writes these: entered before the output is opened, left once that is there.
         replan: makes the plan from what it measures first, such as the ranks that a budget buys.
         resources: workers, memory and device; by default all cores, 512 MiB and the CPU.
 
@@ -196,7 +198,7 @@ def step_by_step(
 
     def work(resources: Resources) -> R:
         made = plan if replan is None else replan(resources)
-        with (writers or opened)(made) as (writer, aside):
+        with around or contextlib.nullcontext(), (writers or opened)(made) as (writer, aside):
             outcomes = engine.run(made, writer, files, resources, aside) if made.steps else ()
             report = finish(Done(made, outcomes, writer, aside))
         return report(header(made, watch, output, outcomes))

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from formats.errors import UnsupportedDType
 from formats.spec import DType
 from surgery.model.patterns import matching
-from surgery.model.stored_dtype import DTYPES
+from surgery.model.stored_dtype import dtype_named
 from surgery.ranks.budget import Budget
 from surgery.ranks.rules import Bounded, EnergyRule, FixedRank, RankRule
 
@@ -47,9 +46,7 @@ class RankChoice:
     @property
     def stored(self) -> DType | None:
         """The factors' dtype; None for each weight's own. Raises UnsupportedDType."""
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UnsupportedDType("factors cannot be stored like that", expected=", ".join(DTYPES), found=self.dtype)
-        return DTYPES[self.dtype] if self.dtype else None
+        return dtype_named(self.dtype, "factors")
 
     def overridden(self, names: Iterable[str]) -> dict[str, int]:
         """The ranks that overrides give to tensors. Raises UnknownTensor for a pattern that matches nothing."""

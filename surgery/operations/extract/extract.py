@@ -6,13 +6,11 @@ no printing.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from formats.checkpoint import CheckpointWriter
-from formats.destination import Destination, create_checkpoint
+from formats.destination import Destination
 from formats.dialects.peft_writing import Extracted, lora_config
 from formats.errors import OutputExists
 from formats.layers import LayerKind, ancestors, owner
@@ -114,11 +112,6 @@ def prepare_extract(
     def measured(resources: Resources) -> Plan:
         return plan_extract(pairing, how, ranks_within(pairing, how, files, resources))
 
-    @contextlib.contextmanager
-    def writers(plan: Plan) -> Iterator[tuple[CheckpointWriter, None]]:
-        with picture, create_checkpoint(destination, plan.outputs, plan.metadata, reserve=not plan.shrinks) as writer:
-            yield writer, None
-
     def finish(done: Done) -> Callable[[Header], ExtractReport]:
         _check_anything(done.outcomes, base, tuned)
         found: FactorFigures[ModuleReport] = gathered(done.outcomes)
@@ -141,8 +134,8 @@ def prepare_extract(
         inputs=(base, tuned),
         finish=finish,
         destination=destination,
-        writers=writers,
         beside=() if curve is None else (curve,),
+        around=picture,
         replan=None if how.ranks.budget is None else measured,
         resources=resources,
     )

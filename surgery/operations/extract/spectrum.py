@@ -6,8 +6,7 @@ printing; the picture is `surgery.pictures.page`'s.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from surgery.operations.extract.pairing import Choice, pair
 from surgery.operations.extract.results import gathered
 from surgery.pipeline.engine import Resources
 from surgery.pipeline.job import Done, Header, Job, runs, step_by_step
-from surgery.pipeline.plan import Plan
 from surgery.ranks.choice import RankChoice
 from surgery.ranks.spectra import Point, Spectrum, budgeted, doubling, known_rank, uniform
 from surgery.report import Report, Stopwatch
@@ -86,11 +84,6 @@ def prepare_spectrum(
     plan = replace(measure, operation="spectrum")
     picture = PictureFile(out, spectra_forms(base, tuned), (base, tuned), force=force)
 
-    @contextlib.contextmanager
-    def writers(plan: Plan) -> Iterator[tuple[None, None]]:
-        with picture:
-            yield None, None
-
     def finish(done: Done) -> Callable[[Header], SpectrumReport]:
         weights = gathered(done.outcomes).spectra
         if not weights:
@@ -117,8 +110,8 @@ def prepare_spectrum(
         watch=watch,
         inputs=(base, tuned),
         finish=finish,
-        writers=writers,
         beside=() if out is None else (out,),
+        around=picture,
         resources=resources,
     )
 
