@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import surgery
-from formats.dialects import IN_PARTS, WRITERS
+from formats.dialects import WRITERS, dialect_named
 
 if TYPE_CHECKING:
     import torch
@@ -252,7 +252,7 @@ def _converted(
     """The converted adapter, and what must be said of it."""
     end = {"gguf": ".gguf", "ort": ".onnx_adapter", "peft": "", "adapterhub": ""}.get(second, ".safetensors")
     out = folder / f"{first}-{second}{end}"
-    part = PART if {first, second} & set(IN_PARTS) else None
+    part = PART if any(dialect_named(name).in_parts for name in (first, second)) else None
     said = surgery.Told(alpha=told.alpha, enable_lora=told.enable_lora, component=part)
     report = surgery.convert(source, out, second, base=base, told=said)
     if second != "loralib":

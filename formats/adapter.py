@@ -1,6 +1,6 @@
 """The adapter as the mathematics sees it, free of any dialect's names.
 
-Data and one protocol. Knows no file layout and no linear algebra.
+Data alone. Knows no file layout and no linear algebra.
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from formats.checkpoint import Checkpoint
 from formats.layers import LayerKind
-from formats.spec import CheckpointRef, TensorRef, TensorSpec
+from formats.spec import CheckpointRef, TensorRef
 
 
 @dataclass(frozen=True)
@@ -126,29 +125,3 @@ class Told:
 
 
 NOTHING_TOLD = Told()
-
-
-class Dialect(Protocol):
-    """A way of naming an adapter's tensors and config."""
-
-    name: str
-
-    def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
-        """Whether these names and this config (None if there is none) are of this dialect."""
-
-    def read(
-        self,
-        checkpoint: Checkpoint,
-        config: Mapping[str, Any] | None,
-        base: Mapping[str, TensorSpec],
-        names: Mapping[str, str],
-        told: Told,
-    ) -> Adapter:
-        """The adapter, resolved against the base's tensors, some of which the model may call by other `names`.
-
-        What is `told` stands in for a config where the dialect has none.
-
-        Raises:
-            AdapterFormatError: keys and config contradict each other, or need what we cannot do.
-            UnmatchedKeys: keys that match nothing in the base.
-        """

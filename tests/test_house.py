@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
+from formats.dialects import DIALECTS, WRITERS
+
 HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "transformers", "numpy.random", "scipy", "gguf")
 MODULES = sorted(path for package in ("formats", "surgery") for path in (ROOT / package).rglob("*.py"))
 
@@ -86,6 +88,22 @@ def test_heavy_imports_stay_inside_functions(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_nobody_outside_the_dialects_asks_which_one_it_is(path: Path) -> None:
+    """What differs between dialects is an attribute of the Dialect protocol, never a comparison with a name."""
+    if "dialects" in path.parts:
+        return
+    names = {dialect.name for dialect in DIALECTS}
+    for node in ast.walk(ast.parse(path.read_text())):
+        sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+        keys = node.keys if isinstance(node, ast.Dict) else []
+        for side in (part for each in (*sides, *keys) if each is not None for part in ast.walk(each)):
+            named = isinstance(side, ast.Constant) and side.value in names
+            asked = isinstance(side, ast.Attribute) and ast.unparse(side).endswith((".dialect", ".dialect.name"))
+            assert not named, f"line {node.lineno}: {ast.unparse(node)}"
+            assert not (asked and sides), f"line {node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_modules_are_short_and_say_what_they_are(path: Path) -> None:
     """Under 400 lines, opened by a docstring."""
     text = path.read_text()
@@ -119,6 +137,11 @@ def test_light_commands_load_no_torch(pair: tuple[Path, Path], arguments: list[s
     arguments = [str(pair[0]) if argument == "FILE" else argument for argument in arguments]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_dialect_that_is_written_is_read() -> None:
+    """Each writer has the name of a dialect, whose attributes hold for what it writes."""
+    assert {writer.name for writer in WRITERS} <= {dialect.name for dialect in DIALECTS}
 
 
 def test_importing_the_library_is_light() -> None:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from formats.adapter import NOTHING_TOLD, Adapter, Dialect, Told
+from formats.adapter import NOTHING_TOLD, Adapter, Told
 from formats.checkpoint import Checkpoint
+from formats.containers import Container, container_named
 from formats.dialects.adapterhub import AdapterHub
 from formats.dialects.adapterhub_writing import AdapterHubWriter
+from formats.dialects.dialect import Dialect
 from formats.dialects.dotted import ComfyUi, Diffusers
 from formats.dialects.gguf import Gguf, GgufAdapterWriter
 from formats.dialects.groups import SUFFIXES, suffix_of
@@ -32,7 +34,7 @@ from formats.dialects.writing import DialectWriter
 from formats.errors import AdapterFormatError, PathNotFound
 from formats.model_config import parsed_config
 from formats.open_files import OpenFiles
-from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS
+from formats.paths import ADAPTER_CONFIG
 from formats.spec import TensorSpec
 
 DIALECTS: tuple[Dialect, ...] = (
@@ -55,11 +57,6 @@ WRITERS: tuple[DialectWriter, ...] = (
     GgufAdapterWriter(),
     OrtWriter(),
 )
-ASKING = ("loralib",)  # those that have no config, and ask the caller instead
-IN_PARTS = ("kohya", "lycoris", "diffusers", "comfyui")  # those whose files may adapt several parts of a pipeline
-KINDLESS = (*IN_PARTS, "ort")  # those that lay a product out by the weight, whatever the layer: Wanted.kinds
-# The weights' files in folders of peft's, AdapterHub's and ours for ONNX Runtime.
-_WEIGHTS = (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, "adapter.safetensors", "pytorch_adapter.bin", OrtWriter().weights)
 _INSIDE_PEFT = re.compile(r"\.lora_[AB]\.(\w+)\.weight$")  # a key of peft's model, before it is saved
 _CONFIG = "adapter's config"  # what errors call it
 CONFIG_KEY = "adapter_config"  # where a single-file adapter keeps its config, in the header's metadata
@@ -127,19 +124,24 @@ def open_adapter_file(path: str | Path, files: OpenFiles) -> AdapterFile:
     folder = path if path.is_dir() else path.parent
     if not path.exists():
         raise PathNotFound("no such adapter", where=path)
-    weights = [path / name for name in _WEIGHTS if (path / name).exists()]
+    names = _weights_files()
+    weights = [path / name for name in names if (path / name).exists()]
     if path.is_dir() and not weights and (path / ADAPTER_CONFIG).exists():
-        raise PathNotFound(
-            "the adapter's folder has a config and no weights", where=path, expected=" or ".join(_WEIGHTS)
-        )
+        raise PathNotFound("the adapter's folder has a config and no weights", where=path, expected=" or ".join(names))
     checkpoint, config = files.checkpoint(weights[0] if weights else path), None
     beside = folder / ADAPTER_CONFIG
     # A lone file takes the config of its folder only under the name that the config belongs to.
     if CONFIG_KEY in checkpoint.metadata:
         config = parsed_config(checkpoint.metadata[CONFIG_KEY], path, _CONFIG)
-    elif beside.exists() and (path.is_dir() or path.name in _WEIGHTS):
+    elif beside.exists() and (path.is_dir() or path.name in names):
         config = parsed_config(files.content(beside), beside, _CONFIG)
     return AdapterFile(path, checkpoint, config, files)
+
+
+def _weights_files() -> list[str]:
+    """What weights are called in adapters' folders; containers that hold nothing but adapters come last."""
+    names = [name for dialect in DIALECTS for name in dialect.weights_files]
+    return sorted(names, key=lambda name: container_named(name) not in (Container.SAFETENSORS, Container.TORCH))
 
 
 def dialect_of(checkpoint: Checkpoint, config: Mapping[str, Any] | None, where: str | Path) -> Dialect:
@@ -157,6 +159,59 @@ def dialect_of(checkpoint: Checkpoint, config: Mapping[str, Any] | None, where: 
         found=", ".join(keys[:3]) + (" …" if len(keys) > 3 else ""),
         then=_advice(keys),
     )
+
+
+def dialect_named(name: str) -> Dialect:
+    """The dialect of that name. Raises AdapterFormatError for one we do not know."""
+    for dialect in DIALECTS:
+        if dialect.name == name:
+            return dialect
+    raise AdapterFormatError(
+        "no dialect of that name", expected=", ".join(dialect.name for dialect in DIALECTS), found=name
+    )
+
+
+def writer_named(name: str) -> DialectWriter:
+    """The way to write the dialect of that name. Raises AdapterFormatError for one that is not written."""
+    for writer in WRITERS:
+        if writer.name == name:
+            return writer
+    raise AdapterFormatError(
+        "no dialect of that name is written", expected=", ".join(writer.name for writer in WRITERS), found=name
+    )
+
+
+def refuse_unasked(told: Told, source: Collection[Dialect], where: object, target: Collection[Dialect] = ()) -> None:
+    """Raises AdapterFormatError for what is told and no dialect asks for.
+
+    Args:
+        told: what the caller says.
+        source: the dialects that are read.
+        where: the files.
+        target: those that are written, which may ask for the part of a pipeline too.
+    """
+    asked = {field for dialect in source for field in dialect.asks}
+    if replace(told, component=None) != NOTHING_TOLD and "alpha" not in asked:
+        raise AdapterFormatError(
+            "the adapter's own config or file tells its alpha and its layers",
+            where=where,
+            found=told,
+            then=f"leave --alpha, --enable-lora and --fan-in-fan-out out: they are for {names_asking('alpha')}'s files",
+        )
+    if told.component is not None and not any(dialect.in_parts for dialect in (*source, *target)):
+        raise AdapterFormatError(
+            "neither dialect knows parts of a pipeline"
+            if target
+            else "the adapter's dialect knows no parts of a pipeline",
+            where=where,
+            found=", ".join([*sorted({dialect.name for dialect in source}), *(dialect.name for dialect in target)]),
+            then=f"leave --component out: it is for {names_asking('component')}",
+        )
+
+
+def names_asking(field: str) -> str:
+    """The dialects that ask for a field of `Told`, for people."""
+    return ", ".join(dialect.name for dialect in DIALECTS if field in dialect.asks)
 
 
 def _prefixed(key: str) -> bool:

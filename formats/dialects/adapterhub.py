@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from formats.adapter import Adapter, AdapterModule, Told
 from formats.checkpoint import Checkpoint
+from formats.dialects.adapterhub_heads import has_head, read_head
 from formats.dialects.adapterhub_sites import SLICES
+from formats.dialects.dialect import Dialect
 from formats.dialects.loralib import Reading, adapted_layer
 from formats.dialects.peft_factors import Context, Factors
+from formats.dialects.prompts import Whole
 from formats.dialects.resolve import resolver
 from formats.errors import AdapterFormatError, ShapeMismatch
 from formats.layers import LayerKind, owner
+from formats.open_files import OpenFiles
 from formats.spec import TensorSpec, shape_text
 
 _FACTOR = re.compile(r"^(?P<module>.+)\.loras\.(?P<name>[^.]+)\.(?P<role>lora_[AB]|vera_[BD]|m\.weight)$")
@@ -39,10 +44,11 @@ _OTHERS = {
 }
 
 
-class AdapterHub:
+class AdapterHub(Dialect):
     """The dialect of AdapterHub's adapters: LoRA, (IA)³, VeRA and DoRA."""
 
     name = "adapterhub"
+    weights_files = ("adapter.safetensors", "pytorch_adapter.bin")
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
         """A config that holds another, as its library writes it."""
@@ -98,6 +104,23 @@ class AdapterHub:
             else:
                 adapted += _scaled(module, factors, reading)
         return Adapter(checkpoint.ref, self.name, config, tuple(adapted), ())
+
+    def has_head(self, adapter: Path) -> bool:
+        """Whether head_config.json lies beside it."""
+        return has_head(adapter)
+
+    def head(
+        self, adapter: Path, base: Mapping[str, TensorSpec], model: Mapping[str, Any], files: OpenFiles
+    ) -> Whole | None:
+        """The head that the library saved beside the adapter."""
+        return read_head(adapter, base, model, files)
+
+    def described(self, config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """The nested config's method, rank and alpha, and the base."""
+        config = config or {}
+        own = config.get("config") or {}
+        said = {name: own.get(key) for name, key in (("method", "architecture"), ("rank", "r"), ("alpha", "alpha"))}
+        return {**said, "base": config.get("model_name")}
 
 
 def _checked(own: Mapping[str, Any], where: str) -> Mapping[str, Any]:

@@ -12,12 +12,13 @@ from typing import Any
 
 from formats.adapter import Adapter, AdapterModule, Told
 from formats.checkpoint import Checkpoint
+from formats.dialects.dialect import NAME_BASE, Dialect
 from formats.dialects.groups import Group, Scaling, group_modules, groups_of, scalar, suffix_of
 from formats.dialects.parts import COMFYUI, DOTTED, chosen_part, same_part, split_part
 from formats.dialects.peft_factors import Context
 from formats.dialects.resolve import Rename, resolver
 from formats.dialects.unet_names import other_names
-from formats.errors import CorruptFile, UnmatchedKeys
+from formats.errors import AdapterFormatError, CorruptFile, UnmatchedKeys
 from formats.layers import owner
 from formats.spec import TensorSpec
 
@@ -27,11 +28,13 @@ _PROCESSOR = re.compile(r"\.processor\.(?P<layer>to_\w+?)_lora\.(?P<side>down|up
 _INSIDE = {"to_out": "to_out.0"}
 
 
-class Diffusers:
+class Diffusers(Dialect):
     """The dialect of Hugging Face's diffusers: peft's factors behind the name of a pipeline's part, and the names of
     older versions. Alpha is in the header's metadata, or a tensor; without either it is the rank."""
 
     name = "diffusers"
+    asks = ("component",)
+    lays_out_by_weight = True
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
         """The metadata that diffusers writes, or keys that start with a part of a pipeline and end as factors do."""
@@ -49,12 +52,20 @@ class Diffusers:
         groups, part = part_groups(checkpoint, DOTTED, told)
         return _read(self.name, checkpoint, groups, part, _config(checkpoint, groups), base)
 
+    def implied_base(
+        self, checkpoint: Checkpoint, config: Mapping[str, Any] | None, told: Told
+    ) -> dict[str, TensorSpec]:
+        """The weights that LoRA adapts, within the part that is told."""
+        return _implied_part(checkpoint, told, DOTTED)
 
-class ComfyUi:
+
+class ComfyUi(Dialect):
     """The dialect of ComfyUI's own names: `diffusion_model.` or `text_encoders.`, and any factors. Alpha is a tensor;
     without one the product is not scaled, that is, alpha is the rank."""
 
     name = "comfyui"
+    asks = ("component",)
+    lays_out_by_weight = True
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
         """Keys that start with a part as ComfyUI calls it."""
@@ -72,6 +83,12 @@ class ComfyUi:
         groups, part = part_groups(checkpoint, COMFYUI, told)
         return _read(self.name, checkpoint, groups, part, {}, base)
 
+    def implied_base(
+        self, checkpoint: Checkpoint, config: Mapping[str, Any] | None, told: Told
+    ) -> dict[str, TensorSpec]:
+        """The weights that LoRA adapts, within the part that is told."""
+        return _implied_part(checkpoint, told, COMFYUI)
+
 
 def part_groups(checkpoint: Checkpoint, prefixes: Mapping[str, str], told: Told) -> tuple[list[Group], str]:
     """The layers of the part that is meant, and its name.
@@ -83,6 +100,37 @@ def part_groups(checkpoint: Checkpoint, prefixes: Mapping[str, str], told: Told)
     meant = {"": "", **prefixes}
     part = chosen_part((meant[group.prefix] for group in groups), told.component, checkpoint.ref.path)
     return [group for group in groups if same_part(meant[group.prefix] or part, part)], part
+
+
+def _implied_part(checkpoint: Checkpoint, told: Told, prefixes: Mapping[str, str]) -> dict[str, TensorSpec]:
+    """The weights that LoRA in these names adapts, within the part that is told.
+
+    Raises:
+        AdapterFormatError: another method, whose factors do not tell.
+    """
+    where = checkpoint.ref.path
+    base: dict[str, TensorSpec] = {}
+    for group in part_groups(checkpoint, prefixes, told)[0]:
+        a, b, mid = (group.factors.get(role) for role in ("lora_A", "lora_B", "lora_mid"))
+        diff = group.factors.get("diff") or group.factors.get("w_norm")
+        if a is not None and b is not None and len(a.spec.shape) >= 2 and b.spec.shape:
+            kernel = (a if mid is None else mid).spec.shape[2:]
+            weight = TensorSpec(f"{group.name}.weight", a.spec.dtype, (b.spec.shape[0], a.spec.shape[1], *kernel))
+            base[weight.name] = weight
+        elif diff is not None:
+            base[f"{group.name}.weight"] = TensorSpec(f"{group.name}.weight", diff.spec.dtype, diff.spec.shape)
+        else:
+            raise AdapterFormatError(
+                "these factors do not tell the shape of what they adapt",
+                where=f"{where}: {group.name}",
+                found=", ".join(group.factors),
+                then=NAME_BASE,
+            )
+        for role in ("diff_b", "b_norm", "lora_B.bias"):
+            if role in group.factors:
+                spec = group.factors[role].spec
+                base[f"{group.name}.bias"] = TensorSpec(f"{group.name}.bias", spec.dtype, spec.shape)
+    return base
 
 
 def _read(

@@ -15,6 +15,7 @@ from typing import Any
 
 from formats.adapter import Adapter, AdapterModule, Told
 from formats.checkpoint import Checkpoint
+from formats.dialects.dialect import Dialect
 from formats.dialects.gguf_names import HEAD, TOKENS, Architecture, architecture_of, gguf_names
 from formats.dialects.peft_factors import Factors
 from formats.dialects.peft_writing import commonest
@@ -43,7 +44,7 @@ _ENDS = (".lora_a", ".lora_b")
 _KEPT = (DType.F32, DType.F16, DType.BF16)  # what llama.cpp multiplies; others become float32
 
 
-class Gguf:
+class Gguf(Dialect):
     """The dialect of llama.cpp's LoRA adapters."""
 
     name = "gguf"

@@ -11,16 +11,19 @@ from typing import Any
 
 from formats.adapter import Adapter, Told
 from formats.checkpoint import Checkpoint
+from formats.dialects.dialect import Dialect
 from formats.dialects.groups import LORA_ROLES, SUFFIXES, Scaling, group_modules, groups_of, scalar, suffix_of
 from formats.dialects.parts import UNDERSCORED, chosen_part, same_part, split_part
 from formats.dialects.underscored import restored
 from formats.spec import TensorSpec
 
 
-class Kohya:
+class Kohya(Dialect):
     """The dialect of kohya-ss/sd-scripts: LoRA on linear layers and convolutions."""
 
     name = "kohya"
+    asks = ("component",)
+    lays_out_by_weight = True
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
         """Keys with kohya's prefixes, LoRA's factors and nothing else."""
@@ -39,10 +42,12 @@ class Kohya:
         return _read(self.name, checkpoint, base, told)
 
 
-class Lycoris:
+class Lycoris(Dialect):
     """The dialect of LyCORIS, in kohya's names: LoCon, LoHa, LoKr, (B)OFT, GLoRA, (IA)³, whole differences, norms."""
 
     name = "lycoris"
+    asks = ("component",)
+    lays_out_by_weight = True
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
         """Keys with kohya's or LyCORIS's prefixes, and any factors."""

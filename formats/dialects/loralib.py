@@ -15,6 +15,7 @@ from typing import Any
 
 from formats.adapter import Adapter, AdapterModule, Told
 from formats.checkpoint import Checkpoint
+from formats.dialects.dialect import Dialect
 from formats.dialects.peft_factors import Context, Factors, pair
 from formats.dialects.peft_full import replacements
 from formats.dialects.resolve import resolver
@@ -27,10 +28,11 @@ _FACTOR = re.compile(r"^(?:(?P<module>.+)\.)?(?P<role>lora_[AB])$")
 _INNER = "conv"  # the module in which loralib's convolutions keep their weight and bias
 
 
-class Loralib:
+class Loralib(Dialect):
     """The dialect of microsoft/LoRA."""
 
     name = "loralib"
+    asks = ("alpha", "enable_lora", "fan_in_fan_out")
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
         """Keys that end in lora_A or lora_B, without `.weight` behind, and no config."""

@@ -16,6 +16,7 @@ from typing import Any
 from formats.adapter import Adapter, AdapterModule, Told
 from formats.checkpoint import Checkpoint
 from formats.containers import Container, container_named
+from formats.dialects.dialect import Dialect
 from formats.dialects.peft_factors import Factors, pair
 from formats.dialects.resolve import resolver
 from formats.dialects.writing import Piece, Wanted, Written, cannot, named, turned, without_dropped
@@ -25,13 +26,16 @@ from formats.spec import TensorRef, TensorSpec, shape_text
 
 _FACTOR = re.compile(r"^(?P<module>.+)\.(?P<role>lora_[AB])$")
 _KINDS = (LayerKind.LINEAR, LayerKind.TRANSPOSED)
+_FILE = f"adapter{Container.ORT.suffixes[0]}"
 _MERGE = "merge it, and export the merged model: surgery merge"
 
 
-class Ort:
+class Ort(Dialect):
     """The dialect of ONNX Runtime's adapters, under the names of our graphs' inputs."""
 
     name = "ort"
+    lays_out_by_weight = True
+    weights_files = (_FILE,)
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
         """ONNX Runtime's own file; its names are those of any dialect."""
@@ -93,7 +97,7 @@ class OrtWriter:
     """The dialect of ONNX Runtime's adapters: LoRA of linear layers, in the dtype of the graph."""
 
     name: str = "ort"
-    weights: str = f"adapter{Container.ORT.suffixes[0]}"
+    weights: str = _FILE
 
     def write(self, adapter: Adapter, metadata: Mapping[str, str], wanted: Wanted) -> Written:
         """The adapter in this dialect. Raises AdapterFormatError too without a base, which names a graph's inputs."""

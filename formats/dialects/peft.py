@@ -12,17 +12,19 @@ from typing import Any
 
 from formats.adapter import Adapter, AdapterModule, Replacement, Told
 from formats.checkpoint import Checkpoint
-from formats.dialects.peft_factors import Context, Factors, layer_modules, weight_names
+from formats.dialects.dialect import Dialect
+from formats.dialects.peft_factors import PREFIX, Context, Factors, layer_modules, weight_names
 from formats.dialects.peft_full import ROWS, grown, plain_name, replacements, row_replacements, rows_module
+from formats.dialects.peft_implied import implied_base
 from formats.dialects.peft_methods import Scheme, factor_pattern, no_factors, scheme_modules, scheme_of, shared_tensors
 from formats.dialects.peft_parameters import parameter_modules, take_parameters, unwrapped
 from formats.dialects.resolve import Rename, resolver, unmatched_keys
 from formats.dialects.stored import held, in_the_file, whole_in_the_file
 from formats.errors import AdapterFormatError
 from formats.layers import LayerKind, owner
+from formats.paths import ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS
 from formats.spec import TensorRef, TensorSpec
 
-PREFIX = "base_model.model."
 _FACTOR = re.compile(
     r"^(?P<module>.+)\.(?P<role>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?P<tail>\.weight|\.bias|)$"
@@ -48,10 +50,12 @@ _BASE_CHANGING_INITS = {
 }
 
 
-class Peft:
+class Peft(Dialect):
     """The dialect of Hugging Face's peft."""
 
     name = "peft"
+    in_peft_names = True
+    weights_files = (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS)
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
         """A config with a `peft_type`, or keys that start as peft's do."""
@@ -97,6 +101,27 @@ class Peft:
         _check_rows_alone(adapted, replaced, where)
         modules_in_file, replaced_in_file = in_the_file(adapted, stored), whole_in_the_file(replaced, stored)
         return Adapter(checkpoint.ref, self.name, config, tuple(modules_in_file), tuple(replaced_in_file))
+
+    def implied_base(
+        self, checkpoint: Checkpoint, config: Mapping[str, Any] | None, told: Told
+    ) -> dict[str, TensorSpec]:
+        """The weights that a LoRA adapts, and the tensors that it carries in full."""
+        return implied_base(checkpoint, config)
+
+    def described(self, config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """The config's method, rank, alpha, base and targets."""
+        if config is None:
+            return {}
+        targets = config.get("target_modules")
+        return {
+            "method": config.get("peft_type"),
+            "rank": config.get("r"),
+            "alpha": config.get("lora_alpha"),
+            "base": config.get("base_model_name_or_path"),
+            "target_modules": len(targets) if isinstance(targets, list) else targets,
+            "modules_to_save": len(config.get("modules_to_save") or ()),
+            "bias": config.get("bias"),
+        }
 
 
 def _checked(config: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from formats.adapter import Adapter, AdapterModule
 from formats.dialects.dotted import CONFIGS
 from formats.dialects.parts import DOTTED, prefix_of
-from formats.dialects.peft import PREFIX
+from formats.dialects.peft_factors import PREFIX
 from formats.dialects.peft_ia3 import ia3_form
 from formats.dialects.peft_kronecker import kronecker_config
 from formats.dialects.peft_writing import (

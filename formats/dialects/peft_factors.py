@@ -17,6 +17,7 @@ from formats.errors import AdapterFormatError, ShapeMismatch
 from formats.layers import LayerKind, layer_kinds, owner
 from formats.spec import TensorRef, TensorSpec, shape_text
 
+PREFIX = "base_model.model."
 Factors = dict[str, TensorRef]  # of one module, by role
 _FUSED = "in_proj_weight"  # of torch's MultiheadAttention, whose own factors these are
 _INSIDE = "out_proj"  # its layer, which peft adapts along with it

@@ -7,7 +7,7 @@ from typing import Any
 
 from formats.adapter import Adapter, AdapterModule
 from formats.dialects.ia3_forms import multiple, scales_bias
-from formats.dialects.peft import PREFIX
+from formats.dialects.peft_factors import PREFIX
 from formats.dialects.peft_writing import exactly
 from formats.dialects.writing import Piece, Wanted, cannot, taken
 from formats.layers import LayerKind, owner

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from formats.dialects.peft import PREFIX
+from formats.dialects.peft_factors import PREFIX
 from formats.dialects.peft_parameters import unwrapped
 from formats.dialects.peft_writing import exactly, rank_settings
 from formats.spec import TensorRef

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from formats.dialects.peft import PREFIX
-from formats.dialects.peft_factors import first_match
+from formats.dialects.peft_factors import PREFIX, first_match
 from formats.dialects.peft_parameters import WRAPPED
 from formats.layers import LayerKind
 

@@ -16,10 +16,16 @@ from formats.adapter import NOTHING_TOLD, Adapter, AdapterModule, Told
 from formats.checkpoint import Checkpoint
 from formats.containers import Container, container_named
 from formats.destination import Destination
-from formats.dialects import ASKING, CONFIG_KEY, IN_PARTS, KINDLESS, WRITERS, AdapterFile, open_adapter_file
-from formats.dialects.adapterhub import AdapterHub
-from formats.dialects.adapterhub_heads import has_head
-from formats.dialects.implied import implied_base, implied_part
+from formats.dialects import (
+    CONFIG_KEY,
+    AdapterFile,
+    dialect_named,
+    names_asking,
+    open_adapter_file,
+    refuse_unasked,
+    writer_named,
+)
+from formats.dialects.dialect import Dialect
 from formats.dialects.writing import DROPS, DialectWriter, Making, Piece, Wanted, Written, joined, taken, turned
 from formats.errors import AdapterFormatError, NotExpressible
 from formats.layers import layer_kinds, owner
@@ -159,7 +165,7 @@ def prepare_convert(
     plan, written, read = plan_convert(source, to, models, told, drop)
     bases = models.values() if isinstance(models, Mapping) else (models,)
     inputs = (source.path, *(model.path for model in bases if model is not None))
-    weights = _writer(to).weights
+    weights = writer_named(to).weights
     container = container_named(weights) or Container.SAFETENSORS
     destination = Destination(Path(out), weights, inputs=inputs, force=force, container=container)
     if written.config is not None:
@@ -216,18 +222,18 @@ def plan_convert(
     Raises:
         AdapterFormatError, FormatError: as `convert`.
     """
-    writer, source = _writer(to), adapter.dialect.name
+    writer, source, target = writer_named(to), adapter.dialect, dialect_named(to)
     unknown = set(drop) - set(DROPS)
     if unknown:
         raise AdapterFormatError("nothing to drop by that name", expected=", ".join(DROPS), found=", ".join(unknown))
-    conversion = _Conversion(adapter, writer, frozenset(drop))
+    conversion = _Conversion(adapter, writer, target, frozenset(drop))
     if isinstance(base, Mapping):
-        if {source, to} - set(IN_PARTS) or told.component is not None:
+        if not (source.in_parts and target.in_parts) or told.component is not None:
             raise AdapterFormatError(
                 "a base for each part of a pipeline, where parts are not to be told apart",
                 where=adapter.path,
-                expected=f"dialects of several parts ({', '.join(IN_PARTS)}), and no component",
-                found=f"{source} → {to}, component {told.component}",
+                expected=f"dialects of several parts ({names_asking('component')}), and no component",
+                found=f"{source.name} → {to}, component {told.component}",
                 then="name one base: --base PATH",
             )
         done = [conversion.part(model, replace(told, component=part)) for part, model in base.items()]
@@ -240,12 +246,14 @@ def plan_convert(
             component=", ".join(base),
             left=tuple(sorted(left)),
         )
-    elif source == to and told == NOTHING_TOLD and not drop and container_named(writer.weights) is not Container.GGUF:
+    elif (
+        source is target and told == NOTHING_TOLD and not drop and container_named(writer.weights) is not Container.GGUF
+    ):
         written, read = conversion.copied()
     else:
         written, read = conversion.part(base, told)
     notes = [*written.notes]
-    if source == AdapterHub.name and has_head(adapter.path):
+    if source.has_head(adapter.path):
         notes.append("the head beside the adapter stays behind: merge and fold take it along")
     if read.left:
         notes.append(f"{len(read.left)} tensors of other parts of the pipeline are left behind")
@@ -261,21 +269,22 @@ class _Conversion:
 
     adapter: AdapterFile
     writer: DialectWriter
+    target: Dialect
     drop: frozenset[str]
 
     def part(self, base: BaseModel | None, told: Told) -> tuple[Written, Adapter]:
         """The adapter of one base, as it will be written and as it was read."""
-        source = self.adapter.dialect.name
-        _check_told(told, source, self.writer.name, self.adapter.path)
+        source = self.adapter.dialect
+        refuse_unasked(told, (source,), self.adapter.path, (self.target,))
         specs = base_specs(self.adapter, base, told)
         if base is None:
             read = found = self.adapter.read(specs, told=told)
         else:
             read = found = read_adapter(base, self.adapter, specs, told)
-        if base is not None and self.writer.name == "peft":
+        if base is not None and self.target.in_peft_names:
             found, specs = in_model_names(base, read, specs)
         # Without a base there are no biases, and a bias is what tells a layer called `time_emb` from an embedding.
-        kinds = layer_kinds(specs) if source in KINDLESS and base is not None else {}
+        kinds = layer_kinds(specs) if source.lays_out_by_weight and base is not None else {}
         name, model = ("", {}) if base is None else (str(base.path), base.config)
         wanted = Wanted(specs, name, told.component or read.component, self.drop, kinds, model)
         found, beyond = self._without_layers(found, wanted) if "layer" in self.drop else (found, ())
@@ -318,42 +327,12 @@ def _step(piece: Piece) -> Step:
     return Step(piece.output.name, piece.sources, (piece.output,), Make(piece), 8 * 4 * elements)
 
 
-def _writer(to: str) -> DialectWriter:
-    for writer in WRITERS:
-        if writer.name == to:
-            return writer
-    raise AdapterFormatError(
-        "no dialect of that name is written", expected=", ".join(writer.name for writer in WRITERS), found=to
-    )
-
-
-def _check_told(told: Told, source: str, to: str, where: object) -> None:
-    """Refuses what is told and neither dialect asks for."""
-    if Told(component=told.component) != told and source not in ASKING:
-        raise AdapterFormatError(
-            "the adapter's own config or file tells its alpha and its layers",
-            where=where,
-            found=told,
-            then="leave --alpha, --enable-lora and --fan-in-fan-out out: they are for loralib's files",
-        )
-    if told.component is not None and not {source, to} & set(IN_PARTS):
-        raise AdapterFormatError(
-            "neither dialect knows parts of a pipeline",
-            where=where,
-            found=f"{source}, {to}",
-            then=f"leave --component out: it is for {', '.join(IN_PARTS)}",
-        )
-
-
 def base_specs(adapter: AdapterFile, base: BaseModel | None, told: Told) -> Mapping[str, TensorSpec]:
     """The base's tensors, or those that the adapter's own factors imply. Raises AdapterFormatError where they do not
     tell."""
     if base is not None:
         return base.specs
-    source = adapter.dialect.name
-    if source == "peft":
-        return implied_base(adapter.checkpoint, adapter.config)
-    return implied_part(adapter.checkpoint, told, source)
+    return adapter.dialect.implied_base(adapter.checkpoint, adapter.config, told)
 
 
 def _beside(checkpoint: Checkpoint, adapter: Adapter, written: Written) -> dict[str, Fate]:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from formats.adapter import Adapter, Told
-from formats.dialects import KINDLESS, AdapterFile
+from formats.dialects import AdapterFile, dialect_named
 from formats.dialects.ort import OrtWriter
 from formats.dialects.writing import Wanted, Written
 from formats.errors import AdapterFormatError
@@ -56,7 +56,7 @@ class GraphLora:
     @classmethod
     def of(cls, adapter: Adapter, model: BaseModel, specs: Mapping[str, TensorSpec]) -> GraphLora:
         """Raises Unsupported for a method, a layer or a tensor that no graph can take beside its weights."""
-        kinds = layer_kinds(specs) if adapter.dialect in KINDLESS else {}
+        kinds = layer_kinds(specs) if dialect_named(adapter.dialect).lays_out_by_weight else {}
         wanted = Wanted(specs, str(model.path), adapter.component, kinds=kinds)
         try:
             written = OrtWriter().write(adapter, {}, wanted)

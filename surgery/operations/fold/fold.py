@@ -16,8 +16,6 @@ from formats.adapter import NOTHING_TOLD, Told
 from formats.checkpoint import CheckpointWriter, TensorWriter
 from formats.destination import Destination, create_checkpoint
 from formats.dialects import AdapterFile
-from formats.dialects.adapterhub import AdapterHub
-from formats.dialects.adapterhub_heads import read_head
 from formats.errors import FormatError
 from formats.grafts import GRAFTS_FILE, Grafts
 from formats.layers import owner
@@ -181,9 +179,8 @@ def merged_verdicts(model: BaseModel, adapter: AdapterFile, merged: Iterable[Wei
             found.append(Verdict(owner(module.target), module.method, Way.FOLDED, "a change of the weight: merged"))
         for full in each.adapter.replacements:
             found.append(Verdict(owner(full.target), IN_FULL, Way.FOLDED, REPLACED))
-        if each.adapter.dialect == AdapterHub.name and (
-            head := read_head(adapter.path, model.specs, model.config, adapter.files)
-        ):
+        head = adapter.dialect.head(adapter.path, model.specs, model.config, adapter.files)
+        if head is not None:
             found += [one for one in verdicts_beside(head) if one.way is Way.LEFT]
     return tuple(found)
 

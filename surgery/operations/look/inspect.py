@@ -60,7 +60,7 @@ def inspect(path: str | Path) -> InspectReport:
         dtypes: dict[str, int] = {}
         for spec in specs:
             dtypes[spec.dtype.label] = dtypes.get(spec.dtype.label, 0) + spec.size
-        dialect = next((each.name for each in DIALECTS if each.recognises(checkpoint, file.config)), None)
+        dialect = next((each for each in DIALECTS if each.recognises(checkpoint, file.config)), None)
         receipt = Receipt.read(checkpoint.metadata, path)
         return InspectReport(
             **{**header(Plan("inspect", (), notes=checkpoint.notes), watch, None), "ledger": {}},
@@ -71,26 +71,7 @@ def inspect(path: str | Path) -> InspectReport:
             nbytes=sum(spec.nbytes for spec in specs),
             dtypes=dtypes,
             metadata={key: text for key, text in checkpoint.metadata.items() if key != RECEIPT and len(text) < 200},
-            adapter=_settings(dialect, file.config) if dialect else None,
+            adapter={"dialect": dialect.name, **dialect.described(file.config)} if dialect else None,
             merged=tuple(digest for past in receipt.chain(path) for digest in past.digests) if receipt else (),
             tensors=specs,
         )
-
-
-def _settings(dialect: str, config: Mapping[str, Any] | None) -> dict[str, Any]:
-    if config is None:
-        return {"dialect": dialect}
-    targets, nested = config.get("target_modules"), config.get("config")
-    if dialect == "adapterhub" and isinstance(nested, Mapping):
-        told = {name: nested.get(key) for name, key in (("method", "architecture"), ("rank", "r"), ("alpha", "alpha"))}
-        return {"dialect": dialect, **told, "base": config.get("model_name")}
-    return {
-        "dialect": dialect,
-        "method": config.get("peft_type"),
-        "rank": config.get("r"),
-        "alpha": config.get("lora_alpha"),
-        "base": config.get("base_model_name_or_path"),
-        "target_modules": len(targets) if isinstance(targets, list) else targets,
-        "modules_to_save": len(config.get("modules_to_save") or ()),
-        "bias": config.get("bias"),
-    }

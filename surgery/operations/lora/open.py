@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from formats.adapter import NOTHING_TOLD
 from formats.dialects import AdapterFile
-from formats.dialects.implied import implied_base
 from formats.dialects.peft_recast import module_of
 from formats.errors import ShapeMismatch, UnsupportedDType
 from formats.spec import TensorSpec, shape_text
@@ -44,7 +44,7 @@ def open_loras(
 
 def _check_dialect(file: AdapterFile) -> None:
     """Raises Unsupported for an adapter in other names than peft's, and as `dialect_of`."""
-    if file.dialect.name != "peft":
+    if not file.dialect.in_peft_names:
         raise Unsupported(
             "only adapters in peft's names are resized and combined",
             where=file.path,
@@ -60,7 +60,8 @@ def _implied(files: Sequence[AdapterFile]) -> dict[str, TensorSpec]:
     tellers: dict[str, Path] = {}
     bases: dict[str, Path] = {}
     for file in files:
-        path, found = file.path, implied_base(file.checkpoint, file.config)
+        path = file.path
+        found = file.dialect.implied_base(file.checkpoint, file.config, NOTHING_TOLD)
         name = (file.config or {}).get("base_model_name_or_path")
         if name:
             bases.setdefault(str(name), path)

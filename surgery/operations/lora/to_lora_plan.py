@@ -12,7 +12,7 @@ from typing import Any
 
 from formats.adapter import Adapter, AdapterModule, Told
 from formats.checkpoint import Checkpoint
-from formats.dialects import CONFIG_KEY, IN_PARTS, AdapterFile
+from formats.dialects import CONFIG_KEY, AdapterFile, dialect_named
 from formats.dialects.peft_recast import adapted_module
 from formats.dialects.peft_writing import Extracted, commonest, factor_keys, full_key, lora_config
 from formats.dialects.writing import DROPS, kept_metadata
@@ -87,7 +87,7 @@ class Lowering:
 
     def config(self, ranks: Mapping[str, int]) -> dict[str, Any]:
         """The adapter_config.json for these ranks, by the weights' names."""
-        said = self.adapter.config if self.adapter.dialect == "peft" else {}
+        said = self.adapter.config if dialect_named(self.adapter.dialect).in_peft_names else {}
         biases = any(name.endswith(".bias") for name in self.tensors_in_full)
         described = Extracted(
             ranks={self.modules[name]: rank for name, rank in ranks.items()},
@@ -202,14 +202,14 @@ class _Reading:
 
     def _module(self, module: AdapterModule) -> str:
         """The layer as the model calls it."""
-        if self.adapter.dialect == "peft":
+        if dialect_named(self.adapter.dialect).in_peft_names:
             return adapted_module(module.factors)
         return owner(self.structure.names.get(module.target, module.target))
 
     def _matrix(self, module: AdapterModule, spec: TensorSpec) -> Matrix:
         """Raises Unsupported for a weight that peft's plain LoRA cannot adapt by its layer."""
         kind = module.kind
-        if self.adapter.dialect in IN_PARTS:  # whose products lie as the weights do
+        if dialect_named(self.adapter.dialect).lays_out_by_weight:
             kind = self.structure.kinds.get(spec.name, LayerKind.LINEAR)
         if len(spec.shape) > 2:
             kind = LayerKind.CONV

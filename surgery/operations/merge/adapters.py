@@ -6,16 +6,14 @@ The order is that of their digests, so that no command line's can show in the su
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from formats.adapter import NOTHING_TOLD, Adapter, AdapterModule, Replacement, Told
-from formats.dialects import ASKING, IN_PARTS, AdapterFile, open_adapter_file
-from formats.dialects.adapterhub import AdapterHub
-from formats.dialects.adapterhub_heads import read_head
+from formats.dialects import AdapterFile, open_adapter_file, refuse_unasked
 from formats.dialects.prompts import Whole
-from formats.errors import AdapterFormatError, UnmatchedKeys
+from formats.errors import UnmatchedKeys
 from formats.grafts import GRAFTS_FILE
 from formats.open_files import OpenFiles
 from formats.spec import TensorRef, TensorSpec
@@ -103,8 +101,8 @@ def open_adapters(
         if factor is not None and not math.isfinite(factor):
             raise NotFinite("a weight that is no number", where=path, found=f"weight {factor}")
         adapter = file.read(specs, told=told) if model is None else read_adapter(model, file, specs, told)
-        if with_heads and model is not None and adapter.dialect == AdapterHub.name:
-            adapter = _with_head(adapter, read_head(path, specs, model.config, file.files))
+        if with_heads and model is not None:
+            adapter = _with_head(adapter, file.dialect.head(path, specs, model.config, file.files))
         if not adapter.tensors or factor == 0:
             raise NothingToDo("the merge would change nothing", where=path, found=f"weight {factor}")
         digest, tensors = fingerprint(adapter, file.files)
@@ -118,7 +116,8 @@ def open_adapters(
         found[digest] = WeighedAdapter(adapter, factor, digest, tensors)
     if not found:
         raise NothingToDo("no adapter was named", where=None if model is None else model.path, then="name one")
-    _check_asked(told, [each.adapter for each in found.values()])
+    where = ", ".join(each.adapter.ref.path for each in found.values())
+    refuse_unasked(told, [file.dialect for file, _ in adapters], where)
     return tuple(found[digest] for digest in sorted(found))
 
 
@@ -130,26 +129,6 @@ def _with_head(adapter: Adapter, head: Whole | None) -> Adapter:
         return replace(adapter, notes=(*adapter.notes, f"the head ({head.kind}) is left: {head.left}"))
     carried = tuple(Replacement(name, source, False) for name, source in head.tensors.items())
     return replace(adapter, replacements=(*adapter.replacements, *carried))
-
-
-def _check_asked(told: Told, adapters: Collection[Adapter]) -> None:
-    """Refuses what is told and none of the adapters asks for."""
-    where = ", ".join(adapter.ref.path for adapter in adapters)
-    dialects = {adapter.dialect for adapter in adapters}
-    if replace(told, component=None) != NOTHING_TOLD and dialects.isdisjoint(ASKING):
-        raise AdapterFormatError(
-            "the adapter's own config or file tells its alpha and its layers",
-            where=where,
-            found=told,
-            then="leave --alpha, --enable-lora and --fan-in-fan-out out: they are for loralib's files",
-        )
-    if told.component is not None and dialects.isdisjoint(IN_PARTS):
-        raise AdapterFormatError(
-            "the adapter's dialect knows no parts of a pipeline",
-            where=where,
-            found=", ".join(sorted(dialects)),
-            then=f"leave --component out: it is for {', '.join(IN_PARTS)}",
-        )
 
 
 def refuse_grafted(model: Path) -> None:

@@ -223,3 +223,30 @@ def test_command(tmp_path: Path, cli: Callable[..., Result], cli_json: Callable[
     assert cli(*common, tmp_path / "d", "--rank", 2, "--base", tmp_path / "base.st").exit_code == 2
     assert cli(*common[:2], "--to", "kohya", "--rank", 2, "-o", tmp_path / "d").exit_code == 2
     assert cli(*common[:2], "--rank", 2, "-o", tmp_path / "d").exit_code == 2
+
+
+def test_onnx_runtimes_adapter_becomes_a_lora_of_the_layers_as_the_base_stores_them(tmp_path: Path) -> None:
+    """Its products are (in, out) whatever the layer; the LoRA's factors are the layer's own, square layers included."""
+    random = torch.Generator().manual_seed(0)
+    sides = {"h.0.c_fc": (16, 8), "h.0.square": (8, 8), "plain": (12, 10), "square": (10, 10)}  # (out, in)
+    turned = ("h.0.c_fc", "h.0.square")  # stored (in, out), as their bias tells or their neighbour's
+    base, factors = {}, {}
+    for layer, (out, into) in sides.items():
+        shape = (into, out) if layer in turned else (out, into)
+        base[f"{layer}.weight"] = torch.randn(shape, generator=random)
+        base |= {f"{layer}.bias": torch.zeros(out)} if layer in turned else {}
+        factors[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(2, into, generator=random)
+        factors[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(out, 2, generator=random)
+    save_file(base, tmp_path / "base.st")
+    (tmp_path / "peft").mkdir()
+    save_file(factors, tmp_path / "peft" / "adapter_model.safetensors")
+    (tmp_path / "peft" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    surgery.convert(tmp_path / "peft", tmp_path / "lora.onnx_adapter", "ort", base=tmp_path / "base.st")
+    surgery.to_lora(tmp_path / "lora.onnx_adapter", tmp_path / "lora", rank=2, base=tmp_path / "base.st")
+    made = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {key: tensor.shape for key, tensor in made.items()} == {key: each.shape for key, each in factors.items()}
+    for adapter in ("peft", "lora"):
+        surgery.merge(tmp_path / "base.st", tmp_path / adapter, tmp_path / f"{adapter}.st")
+    expected, found = (load_file(tmp_path / f"{name}.st") for name in ("peft", "lora"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-5)

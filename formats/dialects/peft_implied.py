@@ -1,7 +1,6 @@
-"""The tensors of a base that an adapter's own shapes imply, for work that needs no base: its factors alone.
+"""The tensors of a base that a LoRA's own shapes imply, in peft's names, for work that needs no base.
 
-Of LoRA in dotted names (peft's, diffusers', ComfyUI's), where a module's factors tell its weight's shape. Knows no
-mathematics.
+A module's factors tell its weight's shape. Knows no mathematics.
 """
 
 from __future__ import annotations
@@ -10,17 +9,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from formats.adapter import Told
 from formats.checkpoint import Checkpoint
-from formats.dialects.dotted import part_groups
-from formats.dialects.parts import COMFYUI, DOTTED
-from formats.dialects.peft import PREFIX
+from formats.dialects.dialect import NAME_BASE
+from formats.dialects.peft_factors import PREFIX
 from formats.errors import AdapterFormatError
 from formats.spec import TensorSpec
 
 _FACTOR = re.compile(r"^(?P<module>.+)\.(?P<role>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?$")
 _WRAPPED = ".base_layer"
-_NAME_BASE = "name the base: --base"
 
 
 def implied_base(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> dict[str, TensorSpec]:
@@ -37,7 +33,7 @@ def implied_base(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> di
             where=where,
             expected="LoRA in peft's names, without target_parameters, layer_replication or trainable tokens",
             found=str(config.get("peft_type", "no config")),
-            then=_NAME_BASE,
+            then=NAME_BASE,
         )
     factors: dict[str, dict[str, TensorSpec]] = {}
     base: dict[str, TensorSpec] = {}
@@ -54,42 +50,6 @@ def implied_base(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> di
         bias = checkpoint.specs.get(f"{PREFIX}{module}.lora_B.bias")
         if bias is not None:
             base[f"{module}.bias"] = TensorSpec(f"{module}.bias", bias.dtype, bias.shape)
-    return base
-
-
-def implied_part(checkpoint: Checkpoint, told: Told, dialect: str) -> dict[str, TensorSpec]:
-    """The weights that LoRA in diffusers' or ComfyUI's names adapts, within the part that is told.
-
-    Raises:
-        AdapterFormatError: another dialect or method, whose factors do not tell.
-    """
-    prefixes = {"diffusers": DOTTED, "comfyui": COMFYUI}.get(dialect)
-    where = checkpoint.ref.path
-    if prefixes is None:
-        raise AdapterFormatError(
-            f"{dialect}'s files do not tell the names and shapes of what they adapt", where=where, then=_NAME_BASE
-        )
-    base: dict[str, TensorSpec] = {}
-    for group in part_groups(checkpoint, prefixes, told)[0]:
-        a, b, mid = (group.factors.get(role) for role in ("lora_A", "lora_B", "lora_mid"))
-        diff = group.factors.get("diff") or group.factors.get("w_norm")
-        if a is not None and b is not None and len(a.spec.shape) >= 2 and b.spec.shape:
-            kernel = (a if mid is None else mid).spec.shape[2:]
-            weight = TensorSpec(f"{group.name}.weight", a.spec.dtype, (b.spec.shape[0], a.spec.shape[1], *kernel))
-            base[weight.name] = weight
-        elif diff is not None:
-            base[f"{group.name}.weight"] = TensorSpec(f"{group.name}.weight", diff.spec.dtype, diff.spec.shape)
-        else:
-            raise AdapterFormatError(
-                "these factors do not tell the shape of what they adapt",
-                where=f"{where}: {group.name}",
-                found=", ".join(group.factors),
-                then=_NAME_BASE,
-            )
-        for role in ("diff_b", "b_norm", "lora_B.bias"):
-            if role in group.factors:
-                spec = group.factors[role].spec
-                base[f"{group.name}.bias"] = TensorSpec(f"{group.name}.bias", spec.dtype, spec.shape)
     return base
 
 
