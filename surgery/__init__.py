@@ -158,12 +158,15 @@ _HOMES = {
     "verify": "surgery.operations.merge.verify",
 }
 
+_GONE = {"merge_onnx": "surgery.reweigh(template, model, out, adapters=…) does it"}  # what stands for removed names
+
 __all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+        gone = f": {_GONE[name]}" if name in _GONE else ""
+        raise AttributeError(f"module 'surgery' has no attribute {name!r}{gone}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -79,15 +78,6 @@ class PictureFile(Generic[Subject]):
                 self._staging.commit()
         finally:
             self._staging.discard()
-
-
-@contextlib.contextmanager
-def picture_file(
-    out: str | Path | None, forms: Forms[Subject], inputs: Sequence[str | Path], *, force: bool
-) -> Iterator[Callable[[Subject], None]]:
-    """Opens a picture; the function that it gives draws it. Arguments and errors are those of `PictureFile`."""
-    with PictureFile(out, forms, inputs, force=force) as picture:
-        yield picture.draw
 
 
 @dataclass(frozen=True)

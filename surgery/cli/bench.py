@@ -54,7 +54,7 @@ def command(
     """
     from surgery.onnx.timing.record import read_record
     from surgery.operations.latency.bench import prepare_bench
-    from surgery.report_files import LATENCY_FORMS, picture_file
+    from surgery.report_files import LATENCY_FORMS, PictureFile
 
     if replay is not None and graphs:
         raise click.UsageError("--replay prints a record: it takes no graphs")
@@ -62,7 +62,7 @@ def command(
         raise click.UsageError("bench takes a reference and at least one graph to compare with it")
     measuring.refuse_plan_of_replay(run, replay)
     inputs = graphs if replay is None else (replay,)
-    with running.reporting("bench", run.as_json), picture_file(picture, LATENCY_FORMS, inputs, force=force) as draw:
+    with running.reporting("bench", run.as_json), PictureFile(picture, LATENCY_FORMS, inputs, force=force) as drawn:
         if replay is not None:
             report = read_record(replay)
             run.present(report, _show)
@@ -77,7 +77,7 @@ def command(
             if measured is None:
                 return
             report = measured
-        draw(report)
+        drawn.draw(report)
     if picture is not None and not run.as_json:
         printing.show(f"report: {picture}")
     if expect is not None:

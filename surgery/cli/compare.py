@@ -59,7 +59,7 @@ def command(
     """
     from surgery.onnx.timing.compared import read_comparison
     from surgery.operations.latency.compare import prepare_compare
-    from surgery.report_files import COMPARISON_FORMS, picture_file
+    from surgery.report_files import COMPARISON_FORMS, PictureFile
 
     if replay is not None and (model is not None or adapters):
         raise click.UsageError("--replay prints a record: it takes no model and no adapters")
@@ -71,7 +71,7 @@ def command(
     measuring.refuse_plan_of_replay(run, replay)
     with (
         running.reporting("compare", run.as_json),
-        picture_file(picture, COMPARISON_FORMS, inputs, force=force) as draw,
+        PictureFile(picture, COMPARISON_FORMS, inputs, force=force) as drawn,
     ):
         if model is None:
             report = read_comparison(str(replay))
@@ -87,7 +87,7 @@ def command(
             if compared is None:
                 return
             report = compared
-        draw(report)
+        drawn.draw(report)
     if picture is not None and not run.as_json:
         printing.show(f"report: {picture}")
 
