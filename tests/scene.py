@@ -19,13 +19,17 @@ class Verb:
 
     Attributes:
         words: with {root} for the scene's folder.
-        first: the folder that is its first input.
+        first: the folder that is, or that holds, its first input.
         output: what it writes, in the scene's folder.
+        option: which option names that.
+        timed: whether it runs against the clock, so that tests only plan it.
     """
 
     words: str
     first: str
     output: str = "out"
+    option: str = "-o"
+    timed: bool = False
 
 
 VERBS = {
@@ -38,6 +42,15 @@ VERBS = {
     "convert": Verb("convert {root}/adapter --to kohya --base {root}/base -o {out}", "adapter"),
     "convert a container": Verb("convert {root}/base -o {out} --container torch", "base"),
     "convert to lora": Verb("convert {root}/adapter --to lora --rank 1 --base {root}/base -o {out}", "adapter"),
+    "spectrum": Verb("spectrum {root}/base {root}/tuned --max-rank 2 --report {out}", "base", "out.svg", "--report"),
+    "bench": Verb(
+        "bench {root}/graph-a/model.onnx {root}/graph-b/model.onnx --shape 1x4 --record {out}",
+        *("graph-a", "out.json", "--record", True),
+    ),
+    "compare": Verb(
+        "compare {root}/base --adapter {root}/adapter --no-branch --seconds 0 --record {out}",
+        *("base", "out.json", "--record"),
+    ),
     "export-onnx": Verb("export-onnx {root}/base -o {out}", "base", "graph/model.onnx"),
 }
 
@@ -48,7 +61,7 @@ def words_of(verb: str, root: Path, out: Path) -> list[str]:
 
 
 def make_scene(root: Path) -> Path:
-    """Two tiny Llamas, base and tuned; three adapters, one of them of another model; a merged model."""
+    """Two tiny Llamas, base and tuned; three adapters, one of them of another model; a merged model; two graphs."""
     model = build("llama", bos_token_id=0, eos_token_id=0)
     model.save_pretrained(root / "base")
     shift(model).save_pretrained(root / "tuned")
@@ -56,6 +69,8 @@ def make_scene(root: Path) -> Path:
     lora(root / "other", "model.layers.1.self_attn.q_proj", 1)
     lora(root / "foreign", "transformer.blocks.7.attention", 2)
     surgery.merge(root / "base", root / "adapter", root / "merged")
+    for name, exported in (("graph-a", "base"), ("graph-b", "merged")):
+        surgery.export_onnx(root / exported, root / name / "model.onnx", verify=False)
     return root
 
 

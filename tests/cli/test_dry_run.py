@@ -23,41 +23,37 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def output_exists(root: Path, verb: str, words: list[str]) -> list[str]:
     """A file stands where the output goes."""
-    output(words).parent.mkdir(exist_ok=True)
-    output(words).write_text("precious")
+    output(verb, words).parent.mkdir(exist_ok=True)
+    output(verb, words).write_text("precious")
     return words
 
 
 def output_is_a_full_folder(root: Path, verb: str, words: list[str]) -> list[str]:
     """A folder with something in it stands where the output goes."""
-    output(words).mkdir(parents=True)
-    (output(words) / "precious").write_text("precious")
+    output(verb, words).mkdir(parents=True)
+    (output(verb, words) / "precious").write_text("precious")
     return words
 
 
 def output_is_an_input(root: Path, verb: str, words: list[str]) -> list[str]:
     """Even --force does not replace an input."""
-    words[words.index("-o") + 1] = str(first(root, verb))
-    return [*words, "--force"]
+    return [*writes_to(verb, words, input_of(root, verb)), "--force"]
 
 
 def output_holds_an_input(root: Path, verb: str, words: list[str]) -> list[str]:
     """Nor a folder that an input lies in."""
-    words[words.index("-o") + 1] = str(root)
-    return [*words, "--force"]
+    return [*writes_to(verb, words, root), "--force"]
 
 
 def output_below_a_file(root: Path, verb: str, words: list[str]) -> list[str]:
     """The output's folder is a file."""
     (root / "file").write_text("")
-    words[words.index("-o") + 1] = str(root / "file" / output(words).name)
-    return words
+    return writes_to(verb, words, root / "file" / output(verb, words).name)
 
 
 def output_named_for_another_container(root: Path, verb: str, words: list[str]) -> list[str]:
     """A name that only convert --to gguf writes, or for export-onnx no graph's."""
-    words[words.index("-o") + 1] = str(root / "x.gguf")
-    return words
+    return writes_to(verb, words, root / "x.gguf")
 
 
 def input_missing(root: Path, verb: str, words: list[str]) -> list[str]:
@@ -131,27 +127,69 @@ def pattern_matches_nothing(root: Path, verb: str, words: list[str]) -> list[str
     return [*words, "--rank", "nothing.*=4"]
 
 
+def graph_truncated(root: Path, verb: str, words: list[str]) -> list[str]:
+    """Half of an ONNX file."""
+    content = (root / "graph-a" / "model.onnx").read_bytes()
+    (root / "graph-a" / "model.onnx").write_bytes(content[: len(content) // 2])
+    return words
+
+
+def graph_garbage(root: Path, verb: str, words: list[str]) -> list[str]:
+    """No graph at all."""
+    (root / "graph-a" / "model.onnx").write_bytes(b"garbage" * 100)
+    return words
+
+
+def provider_unknown(root: Path, verb: str, words: list[str]) -> list[str]:
+    """An execution provider that no runtime has."""
+    return [*words, "--provider", "abacus"]
+
+
+def margin_impossible(root: Path, verb: str, words: list[str]) -> list[str]:
+    """A margin below zero."""
+    return [*words, "--margin", "-1"]
+
+
+def shape_nonsense(root: Path, verb: str, words: list[str]) -> list[str]:
+    """A shape that is none: a usage error."""
+    return [*words, "--shape", "long"]
+
+
+def second_graph_missing(root: Path, verb: str, words: list[str]) -> list[str]:
+    """Nothing to compare with."""
+    shutil.rmtree(root / "graph-b")
+    return words
+
+
+def adapter_missing(root: Path, verb: str, words: list[str]) -> list[str]:
+    """No adapter at its path."""
+    shutil.rmtree(root / "adapter")
+    return words
+
+
 def dtype_unknown(root: Path, verb: str, words: list[str]) -> list[str]:
     """A dtype that nothing is stored in."""
     return [*words, "--dtype", "float7"]
 
 
-GENERAL: tuple[Mistake, ...] = (
+OUTPUTS: tuple[Mistake, ...] = (
     output_exists,
     output_is_a_full_folder,
     output_is_an_input,
     output_holds_an_input,
     output_below_a_file,
     input_missing,
+    option_unknown,
+)
+WEIGHTS: tuple[Mistake, ...] = (
     input_empty,
     weights_truncated,
     weights_garbage,
     weights_of_no_bytes,
     config_broken,
     config_a_list,
-    option_unknown,
-    output_named_for_another_container,
 )
+TIMING: tuple[Mistake, ...] = (provider_unknown, margin_impossible, shape_nonsense)
 OWN: dict[str, tuple[Mistake, ...]] = {
     "extract": (device_unknown, pattern_matches_nothing, dtype_unknown),
     "merge": (device_unknown, adapter_of_another_model, adapter_without_weights, dtype_unknown),
@@ -163,17 +201,32 @@ OWN: dict[str, tuple[Mistake, ...]] = {
     "convert a container": (device_unknown,),
     "convert to lora": (device_unknown, pattern_matches_nothing),
     "export-onnx": (dtype_unknown,),
+    "spectrum": (device_unknown, dtype_unknown),
+    "bench": (*TIMING, graph_truncated, graph_garbage, second_graph_missing),
+    "compare": (*TIMING, adapter_missing, adapter_of_another_model, adapter_without_weights),
 }
 
 
-def output(words: list[str]) -> Path:
+def output(verb: str, words: list[str]) -> Path:
     """The output that the words name."""
-    return Path(words[words.index("-o") + 1])
+    return Path(words[words.index(VERBS[verb].option) + 1])
+
+
+def writes_to(verb: str, words: list[str], path: Path) -> list[str]:
+    """The words with another output."""
+    place = words.index(VERBS[verb].option) + 1
+    return [*words[:place], str(path), *words[place + 1 :]]
 
 
 def first(root: Path, verb: str) -> Path:
     """The verb's first input: a folder."""
     return root / VERBS[verb].first
+
+
+def input_of(root: Path, verb: str) -> Path:
+    """The verb's first input itself: the folder, or the graph in it."""
+    graph = first(root, verb) / "model.onnx"
+    return graph if graph.exists() else first(root, verb)
 
 
 def weights(root: Path, verb: str) -> Path:
@@ -191,7 +244,19 @@ def config(root: Path, verb: str) -> Path:
     )
 
 
-CASES = [(verb, mistake) for verb in VERBS for mistake in (*GENERAL, *OWN.get(verb, ()))]
+def mistakes(verb: str) -> tuple[Mistake, ...]:
+    """What can be wrong with a verb's command line, and what lies behind it."""
+    named = () if VERBS[verb].option == "--record" else (output_named_for_another_container,)
+    return (*OUTPUTS, *(() if verb == "bench" else WEIGHTS), *named, *OWN[verb])
+
+
+CASES = [(verb, mistake) for verb in VERBS for mistake in mistakes(verb)]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_there_are_a_dozen_mistakes_for_every_verb(verb: str) -> None:
+    """At least."""
+    assert len(mistakes(verb)) >= 12
 
 
 @pytest.mark.parametrize(("verb", "mistake"), CASES, ids=[f"{verb}-{mistake.__name__}" for verb, mistake in CASES])
@@ -230,6 +295,8 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     assert plan["inputs"]
     assert str(root / VERBS[verb].output) in plan["outputs"]
     assert snapshot(root) == before
+    if VERBS[verb].timed:
+        return
     done = cli(*words, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["operation"] == words[0]
