@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from formats.dialects import WRITERS
+from formats.dialects import WRITERS, writer_named
 from formats.dialects.parts import PARTS
 from formats.dialects.writing import DROPS
+from formats.errors import AdapterFormatError, PluginError
 from surgery.cli import options
 
 if TYPE_CHECKING:
@@ -16,6 +17,21 @@ if TYPE_CHECKING:
 
 CONTAINERS = ("safetensors", "torch")
 LORA = "lora"  # of --to: no dialect but a method
+
+
+class _Target(click.Choice[str]):
+    """One of these, or a dialect that another distribution registers, which loads when it is named."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name. Fails as a choice does; for a plugin that cannot be loaded, with the reason."""
+        try:
+            if value not in self.choices:
+                return writer_named(value).name
+        except PluginError as error:
+            self.fail(str(error), param, ctx)
+        except AdapterFormatError:
+            pass  # nobody's: said as for any choice
+        return super().convert(value, param, ctx)
 
 
 @click.command(
@@ -27,7 +43,7 @@ LORA = "lora"  # of --to: no dialect but a method
 @click.argument("source", type=options.PATH, metavar="INPUT")
 @click.option(
     "--to",
-    type=click.Choice([*(writer.name for writer in WRITERS), LORA]),
+    type=_Target([*(writer.name for writer in WRITERS), LORA]),
     help="The dialect to write an adapter in [without it INPUT goes into another container]; or lora, which makes a "
     "plain LoRA in peft's names of any method, at the rank that is asked for.",
 )
