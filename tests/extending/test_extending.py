@@ -67,7 +67,7 @@ def test_a_method_and_a_dialect_from_outside(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     before, after = (load_file(path)["model.layers.0.q.weight"] for path in (base, merged))
     torch.testing.assert_close(after, before + delta, atol=1e-5, rtol=1e-5)
-    assert surgery(site, "verify", merged, base, adapter).returncode == 0
+    assert surgery(site, "verify", merged, "--base", base, "--adapter", adapter).returncode == 0
     done = surgery(site, "unmerge", merged, adapter, "-o", tmp_path / "back.st", "--undo", tmp_path / "undo.st")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "back.st").read_bytes() == base.read_bytes()
@@ -97,6 +97,7 @@ BROKEN = {
         "raise ImportError('no module of mine')",
         "no module of mine",
     ),
+    "exits": ("[surgery.dialects]\ntoyml = broken:TOYML\n", "raise SystemExit(7)", "SystemExit: 7"),
     "a class": ("[surgery.dialects]\ntoyml = toyml:Toyml\n", "", "the class Toyml"),
     "no dialect": ("[surgery.dialects]\ntoyml = broken:TOYML\n", "TOYML = object()", "is none"),
     "another name": ("[surgery.dialects]\ntoyml2 = toyml:TOYML\n", "", "another name than its entry point"),
@@ -117,6 +118,16 @@ def test_a_broken_dialect_is_named_with_its_distribution(tmp_path: Path, case: s
     done = surgery(site, "inspect", tmp_path / "base.st")
     assert done.returncode == 0, done.stderr
     assert "toy 0.1" in done.stdout + done.stderr
+
+
+def test_a_dialect_that_fails_on_others_files_is_named(tmp_path: Path) -> None:
+    """In the note on a model, which is not its own."""
+    module = "from toyml import Toyml\nclass T(Toyml):\n    def recognises(self, *_): return 1 / 0\nTOYML = T()\n"
+    site = install(tmp_path / "site", "[surgery.dialects]\ntoyml = broken:TOYML\n", broken=module)
+    save_row_lora(tmp_path)
+    done = surgery(site, "inspect", tmp_path / "base.st")
+    assert done.returncode == 0, done.stderr
+    assert "the dialect toyml of the module broken fails to recognise" in " ".join((done.stdout + done.stderr).split())
 
 
 def test_a_broken_method_is_named_with_its_distribution(tmp_path: Path) -> None:
