@@ -3,21 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-BROWSERS := chromium chromium-browser google-chrome google-chrome-stable chrome
-
-.PHONY: demo test browser lint bench docs clean
+.PHONY: demo test test-avx2 lint bench docs clean
 demo: .venv/demo
 	$(BIN)/python examples/demo.py
 
-test: .venv/test browser
+test: .venv/test
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-# The tests of pages open them. Debian's and Ubuntu's packages are the only source used.
-browser:
-	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit 0; done; \
-	command -v apt-get >/dev/null || { echo "the tests need one of: $(BROWSERS)" >&2; exit 1; }; \
-	if [ "$$(id -u)" = 0 ]; then as=; else as=sudo; fi; \
-	$$as apt-get update -q && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends chromium
+# The tests that could tell processors apart, as one without AVX-512 would run them.
+test-avx2: .venv/test
+	tests/processor/as_avx2 $(BIN)/python -m pytest -n auto --dist loadfile -m processor
 
 lint: .venv/test
 	$(BIN)/ruff check .

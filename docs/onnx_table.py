@@ -16,7 +16,7 @@ from surgery.operations.export.export_onnx import ExportReport, export_onnx
 TARGET = Path(__file__).parent / "onnx.md"
 MARK = "<!-- the table is written by docs/onnx_table.py -->"
 _HEAD = (
-    "| class | inputs | outputs | nodes, and run by ONNX Runtime | shapes compared with torch |\n|---|---|---|---|---|"
+    "| class | inputs | outputs | nodes, and after optimisation | shapes compared with torch |\n|---|---|---|---|---|"
 )
 _WIDTH = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 1}
 _TOKENS = {"vocab_size": 100, "max_position_embeddings": 64, **_WIDTH}
@@ -96,11 +96,25 @@ def rows(report: ExportReport, cached: bool) -> list[str]:
             f"{said}{f': {part}' if part else ''}",
             _names(graph.inputs),
             _names(graph.outputs),
-            f"{graph.nodes}, {graph.nodes_run}",
+            f"{graph.nodes}, {_optimised(graph.path)}",
             str(len(report.shapes)),
         )
         made.append(f"| {' | '.join(cells)} |")
     return made
+
+
+def _optimised(graph: str) -> int:
+    """Nodes after those of ONNX Runtime's optimisations that are the same on every processor."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    # The level above lays convolutions out in blocks as wide as the processor's vectors.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    with tempfile.TemporaryDirectory() as scratch:
+        options.optimized_model_filepath = str(Path(scratch) / "optimised.onnx")
+        onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return len(onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node)
 
 
 def _names(names: tuple[str, ...]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from formats.checkpoint import CheckpointWriter, TensorWriter
@@ -15,13 +15,13 @@ from formats.containers import Container, container_named
 from formats.errors import FormatError
 from formats.forms import FORMS
 from formats.layout import shards_by_size
+from formats.open_files import OpenFiles
 from formats.paths import (
     ADAPTER_CONFIG,
     INDEX_SUFFIX,
     TORCH_INDEX_SUFFIX,
     TORCH_WEIGHTS,
     WEIGHTS,
-    open_checkpoint,
 )
 from formats.plain_file import PlainWriter
 from formats.safetensors_file import SAFETENSORS
@@ -45,7 +45,8 @@ class Destination:
         path: a folder, or a file whose name tells the container; an adapter for llama.cpp is no folder.
         weights: the name of the weights' file or index in a folder.
         shards: tensor → shard's filename, for a sharded folder.
-        companions: files copied along into a folder as they are (config, tokenizer, …).
+        companions: files copied along into a folder as they are (tokenizer, model card, …).
+        attachments: files that are written into a folder with this content (config.json), by name.
         inputs: paths that the output must not replace.
         force: whether what stands at `path` may be replaced.
         container: what the weights are stored in. Torch's holds no metadata, and so no receipt.
@@ -55,6 +56,7 @@ class Destination:
     weights: str = WEIGHTS
     shards: Mapping[str, str] | None = None
     companions: tuple[Path, ...] = ()
+    attachments: Mapping[str, bytes] = field(default_factory=dict)
     inputs: tuple[Path, ...] = ()
     force: bool = False
     container: Container = Container.SAFETENSORS
@@ -64,9 +66,15 @@ class Destination:
         """Whether the output is a folder."""
         return container_named(self.path) is None
 
-    def check(self) -> None:
-        """Refuses what `create_checkpoint` would refuse, before long work. Raises OutputExists or FormatError."""
-        self.staging().discard()
+    def check(self, nbytes: int = 0) -> None:
+        """Refuses what `create_checkpoint` would refuse, before long work.
+
+        Args:
+            nbytes: that the output takes at least.
+
+        Raises OutputExists, FormatError, or WriteFailed where there is no room for it.
+        """
+        self.staging().check_room(nbytes)
 
     def staging(self) -> Staging:
         """The output, begun. Raises OutputExists, or FormatError for a container that it must not be."""
@@ -106,13 +114,23 @@ def destination_like(
     *,
     inputs: Iterable[str | Path],
     force: bool,
+    files: OpenFiles,
     max_shard: int | None = None,
     container: Container = Container.SAFETENSORS,
 ) -> Destination:
     """An output shaped like its source: a file for a file, a folder with the same shards and companions for a folder.
 
-    Tensors of `specs` that the source's shards do not know go into its last shard. With `max_shard` the folder gets
-    shards of at most so many bytes instead of the source's. Raises FormatError for shards of a single file.
+    Args:
+        source: a file, an index of shards, or a folder.
+        out: where to write.
+        specs: the output's tensors; those that the source's shards do not know go into its last shard.
+        inputs: paths that the output must not replace.
+        force: whether what stands at `out` may be replaced.
+        files: that are open already.
+        max_shard: bytes of each shard of an output folder, instead of the source's shards.
+        container: what the weights are stored in.
+
+    Raises FormatError for shards of a single file.
     """
     source, out = Path(source), Path(out)
     specs = tuple(specs)
@@ -134,14 +152,12 @@ def destination_like(
     if max_shard is not None:
         own = shards_by_size(specs, max_shard, whole)
         return replace(plain, weights=f"{whole}.index.json", shards=own) if own else plain
-    if folder is None:
+    opened = None if folder is None else files.checkpoint(source)
+    if not isinstance(opened, ShardedCheckpoint):
         return plain
-    with open_checkpoint(source) as checkpoint:
-        if not isinstance(checkpoint, ShardedCheckpoint):
-            return plain
-        last = max(checkpoint.shards.values())
-        shards = {spec.name: named_in(checkpoint.shards.get(spec.name, last), container) for spec in specs}
-        return replace(plain, weights=named_in(checkpoint.path.name, container), shards=shards)
+    last = max(opened.shards.values())
+    shards = {spec.name: named_in(opened.shards.get(spec.name, last), container) for spec in specs}
+    return replace(plain, weights=named_in(opened.path.name, container), shards=shards)
 
 
 def named_in(name: str, container: Container) -> str:
@@ -192,6 +208,8 @@ class _Output:
             if destination.is_folder:
                 for companion in destination.companions:
                     self._staging.copy(companion.name, companion)
+                for name, content in destination.attachments.items():
+                    self.attach(name, content)
         except BaseException:
             self._staging.discard()
             raise

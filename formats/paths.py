@@ -11,6 +11,7 @@ from formats.checkpoint import Checkpoint
 from formats.containers import Container, container_named
 from formats.errors import NotACheckpoint, PathNotFound
 from formats.forms import FORMS
+from formats.model_config import Read
 from formats.plain_file import PlainFile
 from formats.sharded import ShardedCheckpoint
 from formats.torch_file import TorchFile
@@ -23,12 +24,13 @@ ADAPTER_CONFIG = "adapter_config.json"
 _TRAINING = ("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*")
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, read: Read = Path.read_bytes) -> Checkpoint:
     """Opens a safetensors or torch file, an index of shards, or a folder that holds any of them; or an adapter in
     llama.cpp's or ONNX Runtime's own file.
 
     Reads headers only. In a folder safetensors comes before torch's container; of either the index is preferred, then
     the file that is called as transformers and peft call it, then the only one there is.
+    `read` reads the config beside a torch file, which tells which tensors are tied.
 
     Raises:
         PathNotFound: nothing there.
@@ -37,15 +39,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         UnsafeFile: a torch file whose pickle names what no state dict consists of.
         UnsupportedDType: a GGUF adapter's quantised factors.
     """
+    path = weights_of(path)
+    if path.name.endswith((INDEX_SUFFIX, TORCH_INDEX_SUFFIX)):
+        return ShardedCheckpoint(path, read)
+    container = container_named(path) or Container.SAFETENSORS
+    return TorchFile(path, read) if container is Container.TORCH else PlainFile(path, FORMS[container])
+
+
+def weights_of(path: str | Path) -> Path:
+    """The file that a path means: itself, or of a folder its file of weights. Raises as `open_checkpoint`."""
     path = Path(path)
     if path.is_dir():
-        path = _weights_of(path)
+        return _weights_in(path)
     if not path.exists():
         raise PathNotFound("no such file or folder", where=path)
-    if path.name.endswith((INDEX_SUFFIX, TORCH_INDEX_SUFFIX)):
-        return ShardedCheckpoint(path)
-    container = container_named(path) or Container.SAFETENSORS
-    return TorchFile(path) if container is Container.TORCH else PlainFile(path, FORMS[container])
+    return path
 
 
 def container_of(checkpoint: Checkpoint) -> str:
@@ -56,7 +64,7 @@ def container_of(checkpoint: Checkpoint) -> str:
     return f"{name}, {len(shards)} shards" if shards else str(name)
 
 
-def _weights_of(folder: Path) -> Path:
+def _weights_in(folder: Path) -> Path:
     found: list[Path] = []
     for suffixes, index, names in (
         (Container.SAFETENSORS.suffixes, INDEX_SUFFIX, (WEIGHTS, ADAPTER_WEIGHTS)),

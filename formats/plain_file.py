@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -51,6 +51,18 @@ class Form:
     read: Callable[[int, Path], Header]
     lay_out: Callable[[Iterable[TensorSpec], Mapping[str, str]], Layout]
     check: Callable[[int, set[str]], None]
+
+
+class WrittenForm(Protocol):
+    """What writing needs to know of a container: a `Form` knows it."""
+
+    @property
+    def lay_out(self) -> Callable[[Iterable[TensorSpec], Mapping[str, str]], Layout]:
+        """From specs and metadata to where everything goes."""
+
+    @property
+    def check(self) -> Callable[[int, set[str]], None]:
+        """Has the container's own library look at the file, or complete it, when all tensors are in it."""
 
 
 class PlainFile:
@@ -138,7 +150,7 @@ class PlainWriter:
         filename: str,
         specs: Iterable[TensorSpec],
         metadata: Mapping[str, str],
-        form: Form,
+        form: WrittenForm,
         *,
         reserve: bool = True,
     ) -> None:

@@ -11,11 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from formats.errors import Quantised, ShapeMismatch
-from formats.model_config import model_config
 from formats.spec import DType, TensorSpec, shape_text
 
 FLOAT8 = (DType.F8_E4M3, DType.F8_E5M2)
@@ -68,9 +66,8 @@ class Scaled:
     power_of_two: bool = False
 
 
-def quantization_config(path: str | Path) -> Mapping[str, Any]:
-    """What the config.json beside a checkpoint's file says of its quantisation; empty where it says nothing."""
-    config = model_config(path)
+def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a model's config.json says of its quantisation; empty where it says nothing."""
     said = config.get("quantization_config", config.get("compression_config"))
     return said if isinstance(said, dict) else {}
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from formats.containers import Container, container_named
 from formats.errors import CorruptFile, PathNotFound
+from formats.model_config import Read
 from formats.names import unknown_tensor
 from formats.plain_file import PlainFile, PlainWriter
 from formats.safetensors_file import SAFETENSORS
@@ -37,7 +38,7 @@ class ShardedCheckpoint:
         PathNotFound: a shard is missing.
     """
 
-    def __init__(self, index: Path) -> None:
+    def __init__(self, index: Path, read: Read = Path.read_bytes) -> None:
         self.path = index
         self.shards, own = _read_index(index)
         self._files: dict[str, PlainFile | TorchFile] = {}
@@ -45,7 +46,7 @@ class ShardedCheckpoint:
             for filename in sorted(set(self.shards.values())):
                 if not (index.parent / filename).exists():
                     raise PathNotFound("the index names a shard that is not there", where=index.parent / filename)
-                self._files[filename] = _open_shard(index.parent / filename)
+                self._files[filename] = _open_shard(index.parent / filename, read)
             self.specs = self._gather()
         except BaseException:
             self.close()
@@ -121,8 +122,8 @@ class ShardedCheckpoint:
         self.close()
 
 
-def _open_shard(path: Path) -> PlainFile | TorchFile:
-    return TorchFile(path) if container_named(path) is Container.TORCH else PlainFile(path, SAFETENSORS)
+def _open_shard(path: Path, read: Read) -> PlainFile | TorchFile:
+    return TorchFile(path, read) if container_named(path) is Container.TORCH else PlainFile(path, SAFETENSORS)
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:

@@ -90,6 +90,20 @@ class Staging:
                 then="choose another output with -o, or replace it with --force",
             )
 
+    def check_room(self, nbytes: int) -> None:
+        """Refuses a place that cannot be written to, or has no room for so many bytes. Raises WriteFailed."""
+        free = shutil.disk_usage(self._near).free
+        if nbytes > free:
+            raise WriteFailed(
+                "the disk has no room for the output",
+                where=self.target,
+                expected=f"{nbytes:,} bytes free",
+                found=f"{free:,}",
+                then="free some space or write elsewhere; nothing was written",
+            )
+        if not os.access(self._near, os.W_OK):
+            raise WriteFailed("this folder cannot be written to", where=self._near, then="write elsewhere with -o")
+
     def create(self, name: str = "", size: int = 0) -> int:
         """Opens a new file of the output and reserves its size; returns the descriptor, which stays ours."""
         if name in self._files:

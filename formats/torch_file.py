@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from formats.errors import CorruptFile, NotACheckpoint, PathNotFound, UnsupportedDType
-from formats.model_config import model_config
+from formats.model_config import Read, model_config
 from formats.names import unknown_tensor
 from formats.reading import fill
 from formats.spec import CheckpointRef, Place, TensorRef, TensorSpec, shape_text
@@ -54,7 +54,7 @@ class TorchFile:
         UnsupportedDType: complex, quantised, and others that safetensors does not have.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, read: Read = Path.read_bytes) -> None:
         self.path = path
         self.metadata: Mapping[str, str] = {"format": "pt"}
         self._mapped: mmap.mmap | None = None
@@ -73,7 +73,7 @@ class TorchFile:
             self.close()
             raise
         self.shared = _shared(self._views)
-        once = kept_once(self.shared, model_config(path))
+        once = kept_once(self.shared, model_config(path, read))
         self.specs = {name: spec for name, spec in specs.items() if name not in once}
         notes += [f"{left} is {kept} in this file, and config.json ties them: kept once" for left, kept in once.items()]
         notes += [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Generic, TypeVar
 
 from formats.staging import Staging, disk_errors, write_at
 from surgery.errors import SurgeryError
@@ -16,9 +16,6 @@ from surgery.pictures.latency_page import latency_page, latency_poster
 from surgery.pictures.page import page, poster
 from surgery.ranks.spectra import Spectrum
 from surgery.report import Report
-
-if TYPE_CHECKING:
-    pass
 
 Subject = TypeVar("Subject")
 Forms = Mapping[str, Callable[[Subject], str]]  # suffix → what draws the subject
@@ -34,64 +31,89 @@ def spectra_forms(base: str | Path, tuned: str | Path) -> Forms[Sequence[Spectru
     return {".html": lambda spectra: page(title, spectra), ".svg": lambda spectra: poster(title, spectra)}
 
 
-@contextlib.contextmanager
-def picture_file(
-    out: str | Path | None, forms: Forms[Subject], inputs: Sequence[str | Path], *, force: bool
-) -> Iterator[Callable[[Subject], None]]:
-    """Opens a picture; the function that it gives draws it, and does nothing without `out`.
+class PictureFile(Generic[Subject]):
+    """A picture that is written when its context is left normally, if it was drawn by then.
 
     Args:
-        out: a file with one of the forms' suffixes.
+        out: a file with one of the forms' suffixes; without it nothing is drawn.
         forms: what can be drawn.
         inputs: paths that must not be replaced.
         force: replace what stands at `out`.
 
     Raises:
         SurgeryError: another suffix.
-        OutputExists: see Staging.
+        OutputExists, WriteFailed: see Staging.
     """
-    if out is None:
-        yield lambda subject: None
-        return
-    form = forms.get(Path(out).suffix)
-    if form is None:
-        raise SurgeryError("a picture of that kind is not made", expected=" or ".join(forms), found=out)
-    staging = Staging(Path(out), folder=False, inputs=[Path(path).absolute() for path in inputs], force=force)
-    drawn = False
 
-    def draw(subject: Subject) -> None:
-        nonlocal drawn
-        text = form(subject).encode()
-        with disk_errors(staging.target):
-            write_at(staging.create(size=len(text)), text, 0)
-        drawn = True
+    def __init__(
+        self, out: str | Path | None, forms: Forms[Subject], inputs: Sequence[str | Path], *, force: bool
+    ) -> None:
+        self._staging: Staging | None = None
+        self._drawn = False
+        if out is None:
+            return
+        if Path(out).suffix not in forms:
+            raise SurgeryError("a picture of that kind is not made", expected=" or ".join(forms), found=out)
+        self._form = forms[Path(out).suffix]
+        self._staging = Staging(Path(out), folder=False, inputs=[Path(path).absolute() for path in inputs], force=force)
+        self._staging.check_room(0)
 
-    try:
-        yield draw
-        if drawn:
-            staging.commit()
-    finally:
-        staging.discard()
+    def draw(self, subject: Subject) -> None:
+        """Draws it. Raises WriteFailed."""
+        if self._staging is None:
+            return
+        text = self._form(subject).encode()
+        with disk_errors(self._staging.target):
+            write_at(self._staging.create(size=len(text)), text, 0)
+        self._drawn = True
+
+    def __enter__(self) -> PictureFile[Subject]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._staging is None:
+            return
+        try:
+            if kind is None and self._drawn:
+                self._staging.commit()
+        finally:
+            self._staging.discard()
 
 
-@contextlib.contextmanager
-def kept_record(record: str | Path | None, inputs: Sequence[Path], force: bool) -> Iterator[Callable[[Report], None]]:
-    """Opens the record's file, if one is wanted; the function that it gives writes the report there.
+@dataclass(frozen=True)
+class RecordFile:
+    """A JSON file that a report is to be written to; none, if there is no path.
 
-    Raises OutputExists: see Staging.
+    Attributes:
+        path: the file.
+        inputs: paths that must not be replaced.
+        force: whether what stands at the path may be replaced.
     """
-    if record is None:
-        yield lambda report: None
-        return
-    staging = Staging(Path(record), folder=False, inputs=inputs, force=force)
 
-    def keep(report: Report) -> None:
+    path: Path | None
+    inputs: tuple[Path, ...]
+    force: bool
+
+    @classmethod
+    def at(cls, path: str | Path | None, inputs: Iterable[Path], force: bool) -> RecordFile:
+        """The file at a path. Raises OutputExists or PathNotFound, see Staging."""
+        made = cls(None if path is None else Path(path), tuple(inputs), force)
+        if made.path is not None:
+            made._staging(made.path).check_room(0)
+        return made
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """The path, if there is one."""
+        return () if self.path is None else (self.path,)
+
+    def write(self, report: Report) -> None:
+        """Writes the report, whole or not at all. Raises OutputExists or WriteFailed."""
+        if self.path is None:
+            return
         text = to_json(report).encode()
-        with disk_errors(staging.target):
+        with self._staging(self.path) as staging, disk_errors(staging.target):
             write_at(staging.create(size=len(text)), text, 0)
-        staging.commit()
 
-    try:
-        yield keep
-    finally:
-        staging.discard()
+    def _staging(self, path: Path) -> Staging:
+        return Staging(path, folder=False, inputs=self.inputs, force=self.force)

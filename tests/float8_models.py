@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lora_by_hand import lora
 from safetensors.torch import load_file, save_file
-from test_merge import lora
 
 NAME = "model.up.weight"
 FINE = {"quant_method": "fp8", "weight_block_size": [128, 128]}

@@ -8,10 +8,10 @@ file or a name is none of ours.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,10 @@ from formats.dialects.parts import COMFYUI, DOTTED, UNDERSCORED, split_part
 from formats.dialects.peft import Peft
 from formats.dialects.peft_converting import DiffusersWriter, PeftWriter
 from formats.dialects.writing import DialectWriter
-from formats.errors import AdapterFormatError, CorruptFile, PathNotFound, PluginError
-from formats.paths import ADAPTER_CONFIG, open_checkpoint
+from formats.errors import AdapterFormatError, PathNotFound, PluginError
+from formats.model_config import parsed_config
+from formats.open_files import OpenFiles
+from formats.paths import ADAPTER_CONFIG
 from formats.plugins import every_plugin, plugin_named
 from formats.spec import TensorSpec
 
@@ -61,6 +63,7 @@ WRITERS: tuple[DialectWriter, ...] = (
 _INSIDE_PEFT = re.compile(r"\.lora_[AB]\.(\w+)\.weight$")  # a key of peft's model, before it is saved
 GROUP = "surgery.dialects"  # of other distributions' entry points
 _OURS = frozenset(dialect.name for dialect in DIALECTS)
+_CONFIG = "adapter's config"  # what errors call it
 CONFIG_KEY = "adapter_config"  # where a single-file adapter keeps its config, in the header's metadata
 
 
@@ -83,14 +86,45 @@ def open_adapter(
         AdapterFormatError: no dialect of ours, or one that contradicts itself.
         UnmatchedKeys: made for another model.
     """
-    checkpoint, config = open_adapter_file(path)
-    with checkpoint:
-        read = dialect_of(checkpoint, config, path).read(checkpoint, config, base, names or {}, told)
-        return replace(read, notes=checkpoint.notes)
+    with OpenFiles() as files:
+        return open_adapter_file(path, files).read(base, names, told)
 
 
-def open_adapter_file(path: str | Path) -> tuple[Checkpoint, Mapping[str, Any] | None]:
-    """An adapter's tensors and its config, None if it has none. The caller closes the checkpoint."""
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter that was opened once.
+
+    Attributes:
+        path: as the caller named it: a folder or a file.
+        checkpoint: its tensors.
+        config: its config; None if it has none.
+        files: what it was opened with; other files beside it are opened there too.
+    """
+
+    path: Path
+    checkpoint: Checkpoint
+    config: Mapping[str, Any] | None
+    files: OpenFiles
+
+    @cached_property
+    def dialect(self) -> Dialect:
+        """The dialect of its names. Raises as `dialect_of`."""
+        return dialect_of(self.checkpoint, self.config, self.path)
+
+    def read(
+        self, base: Mapping[str, TensorSpec], names: Mapping[str, str] | None = None, told: Told = NOTHING_TOLD
+    ) -> Adapter:
+        """The adapter, resolved against its base's tensors. Arguments and errors are those of `open_adapter`."""
+        read = self.dialect.read(self.checkpoint, self.config, base, names or {}, told)
+        return replace(read, notes=self.checkpoint.notes)
+
+
+def open_adapter_file(path: str | Path, files: OpenFiles) -> AdapterFile:
+    """Opens an adapter's weights and its config, headers only.
+
+    Raises:
+        PathNotFound, NotACheckpoint, CorruptFile: the file itself.
+    """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     if not path.exists():
@@ -101,14 +135,14 @@ def open_adapter_file(path: str | Path) -> tuple[Checkpoint, Mapping[str, Any] |
     if path.is_dir() and not weights and (path / ADAPTER_CONFIG).exists():
         expected = " or ".join(_weights_files(DIALECTS))
         raise PathNotFound("the adapter's folder has a config and no weights", where=path, expected=expected)
-    checkpoint = open_checkpoint(weights[0] if weights else path)
-    if CONFIG_KEY in checkpoint.metadata:
-        return checkpoint, _parse(checkpoint.metadata[CONFIG_KEY], path)
+    checkpoint, config = files.checkpoint(weights[0] if weights else path), None
     beside = folder / ADAPTER_CONFIG
     # A lone file takes the config of its folder only under the name that the config belongs to.
-    if beside.exists() and (path.is_dir() or _is_weights_file(path.name)):
-        return checkpoint, _parse(beside.read_text(encoding="utf-8"), beside)
-    return checkpoint, None
+    if CONFIG_KEY in checkpoint.metadata:
+        config = parsed_config(checkpoint.metadata[CONFIG_KEY], path, _CONFIG)
+    elif beside.exists() and (path.is_dir() or _is_weights_file(path.name)):
+        config = parsed_config(files.content(beside), beside, _CONFIG)
+    return AdapterFile(path, checkpoint, config, files)
 
 
 def _weights_files(dialects: Iterable[Dialect]) -> list[str]:
@@ -119,16 +153,6 @@ def _weights_files(dialects: Iterable[Dialect]) -> list[str]:
 
 def _is_weights_file(name: str) -> bool:
     return name in _weights_files(DIALECTS) or name in _weights_files(_plugins()[0])
-
-
-def _parse(text: str, where: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise CorruptFile(f"the adapter's config is not JSON: {error}", where=where) from error
-    if not isinstance(config, dict):
-        raise CorruptFile("the adapter's config is not a JSON object", where=where)
-    return config
 
 
 def dialect_of(checkpoint: Checkpoint, config: Mapping[str, Any] | None, where: str | Path) -> Dialect:

@@ -24,6 +24,7 @@ from formats.dialects.prompts import Whole
 from formats.dialects.resolve import resolver
 from formats.errors import AdapterFormatError, ShapeMismatch
 from formats.layers import LayerKind, owner
+from formats.open_files import OpenFiles
 from formats.spec import TensorSpec, shape_text
 
 _FACTOR = re.compile(r"^(?P<module>.+)\.loras\.(?P<name>[^.]+)\.(?P<role>lora_[AB]|vera_[BD]|m\.weight)$")
@@ -108,9 +109,11 @@ class AdapterHub(Dialect):
         """Whether head_config.json or a head's weights lie beside it."""
         return has_head(adapter)
 
-    def head(self, adapter: Path, base: Mapping[str, TensorSpec], model: Mapping[str, Any]) -> Whole | None:
+    def head(
+        self, adapter: Path, base: Mapping[str, TensorSpec], model: Mapping[str, Any], files: OpenFiles
+    ) -> Whole | None:
         """The head that the library saved beside the adapter."""
-        return read_head(adapter, base, model)
+        return read_head(adapter, base, model, files)
 
     def described(self, config: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """The nested config's method, rank and alpha, and the base."""

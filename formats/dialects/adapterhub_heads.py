@@ -16,7 +16,7 @@ from typing import Any
 from formats.checkpoint import Checkpoint
 from formats.dialects.prompts import Whole
 from formats.errors import AdapterFormatError, CorruptFile
-from formats.paths import open_checkpoint
+from formats.open_files import OpenFiles
 from formats.spec import TensorRef, TensorSpec, shape_text
 
 CONFIG = "head_config.json"
@@ -65,8 +65,8 @@ def has_head(adapter: Path) -> bool:
     return any((folder / name).is_file() for name in (CONFIG, *_WEIGHTS))
 
 
-def open_head(adapter: Path) -> tuple[Checkpoint, dict[str, Any]] | None:
-    """The tensors and the config of the head beside an adapter; None where there is none. The caller closes it.
+def open_head(adapter: Path, files: OpenFiles) -> tuple[Checkpoint, dict[str, Any]] | None:
+    """The tensors and the config of the head beside an adapter; None where there is none.
 
     Raises:
         AdapterFormatError: one without the other.
@@ -85,33 +85,35 @@ def open_head(adapter: Path) -> tuple[Checkpoint, dict[str, Any]] | None:
     if not weights:
         return None
     try:
-        document = json.loads(config.read_text(encoding="utf-8"))
+        document = json.loads(files.content(config))
         if not isinstance(document, dict) or not isinstance(document.get("config"), dict | None):
             raise ValueError("not a head's")
     except ValueError as error:
         raise CorruptFile(f"the head's config cannot be read: {error}", where=config) from error
-    return open_checkpoint(weights[0]), document
+    return files.checkpoint(weights[0]), document
 
 
-def read_head(adapter: Path, base: Mapping[str, TensorSpec], model: Mapping[str, Any]) -> Whole | None:
+def read_head(
+    adapter: Path, base: Mapping[str, TensorSpec], model: Mapping[str, Any], files: OpenFiles
+) -> Whole | None:
     """The head beside an adapter, by the base's names; or without tensors, and with the reason why it is left.
 
     Args:
         adapter: its folder, or its file of weights.
         base: the base's tensors.
         model: its config.json, which says what class it is; empty where there is none.
+        files: that are open already.
 
     Raises:
         AdapterFormatError: half of a head, or tensors of something else.
         CorruptFile: as `open_head`.
     """
-    found = open_head(adapter)
+    found = open_head(adapter, files)
     if found is None:
         return None
     checkpoint, config = found
-    with checkpoint:
-        tensors = {name: checkpoint.tensor(name) for name in checkpoint.specs}
-        ref = checkpoint.ref
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.specs}
+    ref = checkpoint.ref
     classes = model.get("architectures") or [None]
     base_class, own = str(classes[0]), config["config"]
     kind = str(own.get("head_type")) if own else str(config.get("model_class"))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from formats.adapter import Adapter, Told
 from formats.checkpoint import Checkpoint
 from formats.errors import AdapterFormatError
+from formats.open_files import OpenFiles
 from formats.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -88,13 +89,16 @@ class Dialect(Protocol):
         """Whether a trained head lies beside the adapter's file, so that `head` has something to say."""
         return False
 
-    def head(self, adapter: Path, base: Mapping[str, TensorSpec], model: Mapping[str, Any]) -> Whole | None:
+    def head(
+        self, adapter: Path, base: Mapping[str, TensorSpec], model: Mapping[str, Any], files: OpenFiles
+    ) -> Whole | None:
         """The head beside the adapter's file by the base's names, or why it is left; None where there is none.
 
         Args:
             adapter: its folder, or its file of weights.
             base: the base's tensors.
             model: the base's config.json; empty without one.
+            files: that are open already.
 
         Raises:
             AdapterFormatError, CorruptFile: half of a head, or a broken one.

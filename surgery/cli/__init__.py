@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -42,13 +43,29 @@ class _LazyGroup(click.Group):
         command: click.Command = importlib.import_module(COMMANDS[cmd_name]).command
         return command
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = "--json" in args
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command. With --json a usage error is a document on stdout too, as every other outcome is."""
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            if ctx.obj:
+                path = error.ctx.command_path if error.ctx else "surgery"
+                said = {"type": "UsageError", "what": error.format_message(), "then": f"{path} --help"}
+                operation = path.partition(" ")[2] or None
+                click.echo(json.dumps({"operation": operation, "error": said}, indent=2, ensure_ascii=False))
+            raise
+
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="surgery")
 def main() -> None:
     """Model surgery on saved weight files.
 
-    Exit codes: 0 done; 1 the operation failed; 2 usage; 3 a check said no; 4 a check could not tell.
+    Exit codes: 0 done; 1 failed; 2 wrong usage; 3 a check said no; 4 a check could not tell.
     """
 
 

@@ -6,56 +6,50 @@ from typing import Any
 
 import click
 
-from surgery.cli import options
+from surgery.cli import options, printing, running
 
 
-@click.command("combine", epilog="Example: surgery combine style/:0.7 subject/:0.5 --how svd --rank 16 -o both/")
+@running.verb("combine", epilog="Example: surgery combine style/:0.7 subject/:0.5 --how svd --rank 16 -o both/")
 @click.argument("adapters", type=options.WeighedPath(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @click.option(
     "--how",
     type=click.Choice(["cat", "svd", "ties", "dare", "magnitude-prune"]),
     required=True,
-    help="cat: factors side by side, exact; svd: the same sum at a rank; the others prune each delta first.",
+    help="How to combine. cat concatenates the factors and is exact; svd truncates the same sum to a rank; the others "
+    "prune each delta first.",
 )
 @options.rank_options
-@click.option("--density", type=float, help="ties, dare, magnitude-prune: share of elements to keep [0.5].")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what dare drops, and of the SVD's start.")
+@click.option(
+    "--density", type=float, help="Share of each delta's elements that ties, dare and magnitude-prune keep [0.5]."
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Seed for the elements that dare drops and for the randomised SVD.",
+)
 @options.base_option
 @options.factor_dtype_option("their own; of cat float32 where theirs would round")
 @options.output_options
-@options.dry_run_option
-@options.engine_options
-@options.json_option
 def command(
+    run: running.Run,
     adapters: tuple[tuple[str, float | None], ...],
-    base: str | None,
     out: str,
+    base: str | None,
     force: bool,
-    dry_run: bool,
-    jobs: int,
-    memory: int,
-    device: str,
-    as_json: bool,
     **how: Any,
 ) -> None:
-    """Combine LoRA adapters into one: ΔW = Σ weight · ΔW of each, whatever their order.
+    """Combine LoRA adapters into one: ΔW = Σ weight · ΔW. Their order does not matter.
 
-    cat needs no rank: the ranks add up. All other ways need one of the options that choose it.
+    cat needs no rank, since the ranks add up. Every other way needs one of the options that choose ranks.
     """
-    from surgery.operations.lora import combine as operation
+    from surgery.operations.lora.combine import Combination, prepare_combine
 
     how = options.chosen_ranks(how, needed=False)
     with options.usage_errors():
-        asked = operation.Combination(**how)
-        asked.check()
-    with options.reporting("combine", as_json):
-        if dry_run:
-            options.show_plan(operation.plan_combine(operation.open_combine(adapters, asked, base), asked))
-            return
-        with options.resources(jobs, memory, device) as resources:
-            report = operation.combine(adapters, out, base=base, force=force, resources=resources, **how)
-        if as_json:
-            options.print_json(report)
-            return
-        options.show_recast(report)
-        options.show_ending(report)
+        Combination(**how).check()
+    run.carry_out(
+        lambda resources: prepare_combine(adapters, out, base=base, force=force, **how, resources=resources),
+        printing.show_recast,
+    )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import measuring, options
+from surgery.cli import measuring, options, printing, running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from surgery.onnx.timing.record import Comparison
 
 
-@click.command(
+@running.verb(
     "compare",
+    computes=False,
     epilog="Example: surgery compare bert/ --adapter lora/ --adapter houlsby=h1/ --report costs.html",
 )
 @click.argument("model", type=options.PATH, required=False)
@@ -26,36 +27,39 @@ if TYPE_CHECKING:
     type=options.NamedPath(),
     multiple=True,
     metavar="[NAME=]ADAPTER",
-    help="Whatever fold takes; repeatable. Without a name it has its folder's.",
+    help="Adapter of any kind that fold accepts; repeatable. NAME defaults to the folder's name.",
 )
 @click.option(
     "--branch/--no-branch",
     "branches",
     default=True,
     show_default=True,
-    help="Where fold puts something into weights, also show the graph with all of the adapter left as nodes.",
+    help="Also export each adapter left entirely in the graph, where fold would put part of it into weights.",
 )
-@measuring.measuring_options("For each graph and shape, at most; less if clear. 0: no times.")
-@click.option("-o", "--output", "out", type=options.PATH, metavar="DIR", help="Keep the graphs in this new folder.")
-@measuring.record_options("Draw the ratios by adapter: a page .html with the table, or the picture alone, .svg.")
-@options.json_option
+@measuring.measuring_options(
+    "Most seconds per graph and shape; timing stops earlier once the verdict is clear. 0 times nothing."
+)
+@click.option(
+    "-o", "--output", "out", type=options.PATH, metavar="DIR", help="Keep the exported graphs in this new folder."
+)
+@measuring.record_options("Draw the ratios by adapter: .html is a page with the table, .svg the picture alone.")
 def command(
+    run: running.Run,
     model: str | None,
     adapters: tuple[tuple[str, str], ...],
     replay: str | None,
     picture: str | None,
     force: bool,
-    as_json: bool,
     **how: Any,
 ) -> None:
-    """Compare what several adapters cost MODEL: parameters, nodes, time, and whether they fold into its weights.
+    """Compare what adapters cost MODEL at inference: parameters, nodes, latency, and whether they fold.
 
-    Every adapter becomes a graph as fold leaves it: merged or folded under the base's own graph, widened, half-folded,
-    or as nodes. Each graph is compared with torch, and then timed against the base's, as bench does it.
+    Each adapter is exported as fold leaves it: in the weights under the base's own graph, widened, half-folded, or as
+    nodes. Each graph is compared with torch, and then timed against the base's graph, as in bench.
     """
     from surgery.onnx.timing.compared import read_comparison
-    from surgery.operations.latency.compare import compare
-    from surgery.report_files import COMPARISON_FORMS, picture_file
+    from surgery.operations.latency.compare import prepare_compare
+    from surgery.report_files import COMPARISON_FORMS, PictureFile
 
     if replay is not None and (model is not None or adapters):
         raise click.UsageError("--replay prints a record: it takes no model and no adapters")
@@ -64,26 +68,35 @@ def command(
     if replay is None and picture is not None and not how["seconds"]:
         raise click.UsageError("--report draws times, and --seconds 0 measures none")
     inputs = [path for path in (model, replay, *(path for _, path in adapters)) if path is not None]
-    with options.reporting("compare", as_json), picture_file(picture, COMPARISON_FORMS, inputs, force=force) as draw:
+    measuring.refuse_plan_of_replay(run, replay)
+    with (
+        running.reporting("compare", run.as_json),
+        PictureFile(picture, COMPARISON_FORMS, inputs, force=force) as drawn,
+    ):
         if model is None:
             report = read_comparison(str(replay))
+            run.present(report, _show)
         else:
-            with measuring.progress() as progress:
-                report = compare(model, adapters, force=force, **how, progress=progress)
-        if as_json:
-            options.print_json(report)
-        else:
-            _show(report)
-        draw(report)
-    if picture is not None and not as_json:
-        options.show(f"report: {picture}")
+            compared = run.carry_out(
+                lambda progress: measuring.with_picture(
+                    prepare_compare(model, adapters, force=force, **how, progress=progress), picture
+                ),
+                _show,
+                given=measuring.progress(),
+            )
+            if compared is None:
+                return
+            report = compared
+        drawn.draw(report)
+    if picture is not None and not run.as_json:
+        printing.show(f"report: {picture}")
 
 
 def _show(report: CompareReport) -> None:
     """What each adapter is, what it costs, why what stays stays, and what the times rest on."""
-    options.show(f"base: {report.model}, {report.parameters:,} parameters, {report.nodes} nodes run")
+    printing.show(f"base: {report.model}, {report.parameters:,} parameters, {report.nodes} nodes run")
     timed = report.bench
-    rows = options.table("adapter", "method", "placement", "f", "trained", "of the base", "folds")
+    rows = printing.table("adapter", "method", "placement", "f", "trained", "of the base", "folds")
     for each in report.adapters:
         rows.add_row(
             each.name,
@@ -96,22 +109,24 @@ def _show(report: CompareReport) -> None:
         )
     for column in rows.columns[1:4]:
         column.justify = "left"
-    costs = options.table("graph", "nodes", *(() if timed is None else ("shape", "ms", "ratio", "interval", "verdict")))
+    costs = printing.table(
+        "graph", "nodes", *(() if timed is None else ("shape", "ms", "ratio", "interval", "verdict"))
+    )
     for adapter, graph, comparison in report.rows():
         costs.add_row(_called(adapter, graph), f"{graph.added:+d}", *_times(comparison))
-    options.show(rows, costs)
+    printing.show(rows, costs)
     for line in _reasons(report):
-        options.show(line)
+        printing.show(line)
     if timed is not None:
         noise = max(each.noise_floor for each in timed.comparisons)
-        options.show(
+        printing.show(
             f"{timed.provider}, margin {timed.margin:.1%}; the base can be told to equal itself within {noise:.1%}; "
             f"begun {timed.started}"
         )
-    options.show(*(f"note: {note}" for note in report.notes))
+    printing.show(*(f"note: {note}" for note in report.notes))
     for what, path in (("graphs", report.output), ("record", report.record)):
         if path is not None:
-            options.show(f"{what}: {path}")
+            printing.show(f"{what}: {path}")
 
 
 def _times(found: Comparison | None) -> list[str]:

@@ -10,10 +10,12 @@ from formats.dialects import WRITERS, writer_named
 from formats.dialects.parts import PARTS
 from formats.dialects.writing import DROPS
 from formats.errors import AdapterFormatError, PluginError
-from surgery.cli import options
+from surgery.cli import options, printing, running
 
 if TYPE_CHECKING:
-    from surgery.pipeline.engine import Resources
+    from surgery.operations.convert.containers import ContainerReport
+    from surgery.operations.convert.convert import ConvertReport
+    from surgery.operations.lora.to_lora import ToLoraReport
 
 CONTAINERS = ("safetensors", "torch")
 LORA = "lora"  # of --to: no dialect but a method
@@ -34,7 +36,7 @@ class _Target(click.Choice[str]):
         return super().convert(value, param, ctx)
 
 
-@click.command(
+@running.verb(
     "convert",
     epilog="Examples: surgery convert style.safetensors --to diffusers --base unet/ -o style/; "
     "surgery convert loha/ --to lora --rank 16 --base model/ -o lora/; "
@@ -44,8 +46,7 @@ class _Target(click.Choice[str]):
 @click.option(
     "--to",
     type=_Target([*(writer.name for writer in WRITERS), LORA]),
-    help="The dialect to write an adapter in [without it INPUT goes into another container]; or lora, which makes a "
-    "plain LoRA in peft's names of any method, at the rank that is asked for.",
+    help="Dialect to write the adapter in; or lora: a plain LoRA in PEFT's names, of any method, at a given rank.",
 )
 @options.rank_options
 @options.factor_dtype_option("their own")
@@ -54,33 +55,29 @@ class _Target(click.Choice[str]):
     "bases",
     multiple=True,
     metavar="PATH|PART=PATH",
-    help="The model that an adapter adapts, or each part's of a pipeline [what its own names and shapes tell].",
+    help="Model that the adapter adapts, or one for each part of a pipeline [deduced from names and shapes].",
 )
 @click.option(
     "--drop",
     multiple=True,
     type=click.Choice(DROPS),
-    help="Leave these behind where the dialect cannot express them: changed biases, tensors carried in full, layers "
-    "that it has no place for.",
+    help="What to leave out if the dialect cannot express it: changed biases, tensors stored in full, or layers.",
 )
-@click.option("--container", type=click.Choice(CONTAINERS), help="Of an output folder, without --to [safetensors].")
+@click.option(
+    "--container", type=click.Choice(CONTAINERS), help="Format of an output folder, without --to [safetensors]."
+)
 @options.max_shard_option("INPUT's shards")
 @options.output_options
 @options.told_options
-@options.dry_run_option
-@options.engine_options
-@options.json_option
-def command(
-    source: str, to: str | None, out: str, force: bool, jobs: int, memory: int, device: str, as_json: bool, **how: Any
-) -> None:
-    """Write an adapter in another dialect, with the same ΔW; as a LoRA; or any tensors in another container.
+def command(run: running.Run, source: str, to: str | None, out: str, force: bool, **how: Any) -> None:
+    """Convert an adapter to another dialect, or to a plain LoRA; or a checkpoint to another file format.
 
-    With --to, INPUT is an adapter. With --to lora its ΔW, whatever the method, is truncated to the rank that is asked
-    for, and the report tells what that leaves out. Without --to, INPUT is a file or folder of torch's (.bin, .pt, .pth,
-    .ckpt) or safetensors, and the output's name says which of the two it becomes. A folder gets safetensors, or what
-    --container says, in INPUT's shards, and INPUT's other files. Nothing in a torch file is executed. An adapter for
-    llama.cpp (--to gguf) is one .gguf file, and needs --base, a folder with config.json, both to be written and to be
-    read.
+    With --to, INPUT is an adapter. --to lora truncates the ΔW of any method to a rank and reports the error. An adapter
+    for llama.cpp (--to gguf) is one .gguf file; writing and reading it needs --base, a folder with a config.json.
+
+    Without --to, INPUT is a torch file (.bin, .pt, .pth, .ckpt), a safetensors file, or a folder with either; the
+    output's suffix gives the new format. A folder keeps INPUT's shards and other files, and gets safetensors unless
+    --container says otherwise. Nothing in a torch file is executed.
     """
     how = options.chosen_ranks(how, needed=to == LORA)
     ranked = how["rank"] is not None or how["overrides"] or how["dtype"]
@@ -93,78 +90,54 @@ def command(
         raise click.UsageError(
             f"a rank and a dtype of the factors go with --to {LORA}; surgery resize changes a LoRA's"
         )
-    with options.reporting("convert", as_json), options.resources(jobs, memory, device) as resources:
-        if to is None:
-            _container(source, out, force, as_json, resources, how["dry_run"], contained)
-            return
-        how["base"] = _bases(how.pop("bases"), parts=to != LORA)
-        how = options.told(how)
-        (_lora if to == LORA else _adapter)(source, to, out, force, as_json, resources, how)
+    if to is None:
+        from surgery.operations.convert.containers import prepare_convert_container
 
-
-def _container(
-    source: str, out: str, force: bool, as_json: bool, resources: Resources, dry_run: bool, how: dict[str, Any]
-) -> None:
-    from surgery.operations.convert.containers import convert_container, planned
-
-    if dry_run:
-        options.show_plan(planned(source, out, **how))
+        run.carry_out(
+            lambda resources: prepare_convert_container(source, out, **contained, force=force, resources=resources),
+            _show_container,
+        )
         return
-    report = convert_container(source, out, **how, force=force, resources=resources)
-    if as_json:
-        options.print_json(report)
+    how["base"] = _bases(how.pop("bases"), parts=to != LORA)
+    how = options.told(how)
+    if to == LORA:
+        from surgery.operations.lora.to_lora import prepare_to_lora
+
+        run.carry_out(
+            lambda resources: prepare_to_lora(source, out, **how, force=force, resources=resources), _show_lora
+        )
         return
-    options.show(f"{report.source} → {report.container}, digest {report.digest}")
-    options.show_ending(report)
+    from surgery.operations.convert.convert import prepare_convert
+
+    how = {name: how[name] for name in ("base", "told", "drop")}
+    run.carry_out(
+        lambda resources: prepare_convert(source, out, to, **how, force=force, resources=resources), _show_adapter
+    )
 
 
-def _adapter(
-    source: str, to: str, out: str, force: bool, as_json: bool, resources: Resources, how: dict[str, Any]
-) -> None:
-    from formats.dialects import open_adapter_file
-    from surgery.operations.convert import convert as operation
+def _show_container(report: ContainerReport) -> None:
+    printing.show(f"{report.source} → {report.container}, digest {report.digest}")
+    printing.show_ending(report)
 
-    how = {name: value for name, value in how.items() if name not in ("rank", "overrides", "dtype")}
-    if how.pop("dry_run"):
-        checkpoint, config = open_adapter_file(source)
-        with checkpoint:
-            planned = operation.plan_convert(checkpoint, config, source, to, how["base"], how["told"], how["drop"])
-            options.show_plan(planned[0])
-        return
-    report = operation.convert(source, out, to, **how, force=force, resources=resources)
-    if as_json:
-        options.print_json(report)
-        return
+
+def _show_adapter(report: ConvertReport) -> None:
     weights = ", ".join(f"{count} {method}" for method, count in sorted(report.weights.items()))
     part = f" for {report.component}" if report.component else ""
-    options.show(f"{report.source} → {report.target}{part}: {weights or 'as it is'}")
-    options.show(f"{report.copied} tensors with their bytes as they are, {report.computed} computed")
-    options.show_ending(report)
+    printing.show(f"{report.source} → {report.target}{part}: {weights or 'as it is'}")
+    printing.show(f"{report.copied} tensors with their bytes as they are, {report.computed} computed")
+    printing.show_ending(report)
 
 
-def _lora(
-    source: str, to: str, out: str, force: bool, as_json: bool, resources: Resources, how: dict[str, Any]
-) -> None:
-    from surgery.operations.extract.plan import Extraction
-    from surgery.operations.lora import to_lora as operation
-
-    if how.pop("dry_run"):
-        asked = Extraction(rank=how["rank"], overrides=how["overrides"], dtype=how["dtype"])
-        options.show_plan(operation.planned(source, asked, how["base"], how["told"], how["drop"]))
-        return
-    report = operation.to_lora(source, out, **how, force=force, resources=resources)
-    if as_json:
-        options.print_json(report)
-        return
-    rows = options.table("weight", "method", "shape", "rank", "energy", "residual")
+def _show_lora(report: ToLoraReport) -> None:
+    rows = printing.table("weight", "method", "shape", "rank", "energy", "residual")
     for module in report.modules:
         shape, loss = " × ".join(map(str, module.shape)), "exact" if module.exact else f"{module.residual:.4f}"
         rows.add_row(module.name, module.method, shape, str(module.rank), f"{module.energy:.2%}", loss)
     rows.add_section()
     rows.add_row("all", "", "", "", f"{report.energy:.2%}", f"{report.residual:.4f}")
-    options.show(rows, f"{report.exact} of {len(report.modules)} weights have all of ΔW in their factors")
-    options.show(f"{report.nbytes_before:,} bytes before, {report.nbytes:,} after")
-    options.show_ending(report)
+    printing.show(rows, f"{report.exact} of {len(report.modules)} weights have all of ΔW in their factors")
+    printing.show(f"{report.nbytes_before:,} bytes before, {report.nbytes:,} after")
+    printing.show_ending(report)
 
 
 def _bases(given: tuple[str, ...], *, parts: bool) -> str | dict[str, str] | None:

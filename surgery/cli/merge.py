@@ -2,117 +2,94 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import options
+from surgery.cli import options, printing, running
 
 if TYPE_CHECKING:
     from surgery.exact.survival import Surviving
+    from surgery.operations.merge.merge import MergeReport
 
 _WARN_BELOW = 0.5
 
 
-@click.command("merge", epilog="Example: surgery merge base/ adapter/ style/:0.5 -o merged/")
+@running.verb("merge", epilog="Example: surgery merge base/ adapter/ style/:0.5 -o merged/")
 @click.argument("base", type=options.PATH)
-@options.merging_options(undo="Also write what unmerge needs to give BASE back bit for bit.")
-@click.option("--base", "of", type=options.PATH, help="Where BASE is an ONNX graph: what it was exported from.")
-@click.option("--weight", type=float, default=1.0, show_default=True, help="A factor of every delta.")
-@click.option("--untie", is_flag=True, help="Give a head that BASE ties to its embedding a tensor of its own.")
+@options.merging_options(undo="Also write an undo file, with which unmerge restores BASE bit for bit.")
+@click.option("--base", "of", type=options.PATH, hidden=True)
+@click.option(
+    "--weight", type=float, default=1.0, show_default=True, help="Factor for every delta, on top of each adapter's own."
+)
+@click.option("--untie", is_flag=True, help="Store a tensor of its own for a head that BASE ties to its embedding.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Store every weight as this; float8 is dequantised [each weight's own].",
+    help="Store every weight in this dtype; float8 is dequantised [each weight's own].",
 )
 @click.option(
     "--min-surviving",
     type=click.FloatRange(min=0),
     metavar="SHARE",
-    help="Fail where less of a delta is left after rounding: ‖stored(W) − W0‖/‖ΔW‖.",
+    help="Fail if rounding leaves less of any delta than this share: ‖stored(W) − W0‖/‖ΔW‖.",
 )
 @options.max_shard_option("the base's shards")
 def command(
+    run: running.Run,
     base: str,
     adapters: tuple[tuple[str, float | None], ...],
     out: str,
     of: str | None,
-    dry_run: bool,
-    jobs: int,
-    memory: int,
-    device: str,
-    as_json: bool,
     **how: Any,
 ) -> None:
-    """Merge adapters into BASE: W = W0 + ΣΔW, each weight rounded once, whatever their order.
+    """Merge adapters into BASE: W = W0 + ΣΔW.
 
-    BASE may be an ONNX graph, exported by any tool from the checkpoint --base: OUT.onnx is then that graph with the
-    merged weights.
+    All deltas are added in higher precision and each weight is rounded once, so the order of adapters does not matter.
     """
-    from formats.paths import open_checkpoint
-    from surgery.model.stored_dtype import dtype_named
-    from surgery.operations.merge import merge as operation
-    from surgery.operations.merge.adapters import open_for_merge
-    from surgery.operations.merge.plan import plan_merge
+    if base.endswith(".onnx"):
+        command = _export_command(base, of or "BASE", adapters, out, how)
+        raise click.UsageError(
+            f"for an ONNX graph, run `{command}`, which starts from the checkpoint that the graph was exported from"
+        )
+    if of is not None:
+        raise click.NoSuchOption("--base")
+    from surgery.operations.merge.merge import prepare_merge
 
     how = options.told(how)
-    if base.endswith(".onnx") or of is not None:
-        if of is None or not base.endswith(".onnx"):
-            raise click.UsageError(
-                "an ONNX graph as BASE and the checkpoint it was exported from as --base go together"
-            )
-        _merge_graph(base, of, adapters, out, {"dry_run": dry_run, "device": device != "cpu", **how}, as_json)
-        return
-    with options.reporting("merge", as_json):
-        if dry_run:
-            with open_checkpoint(base) as w0:
-                planned = open_for_merge(base, adapters, w0.specs, how["weight"], how["told"], untie=how["untie"])
-                stored = dtype_named(how["dtype"])
-                options.show_plan(plan_merge(w0, *planned, undo=how["undo"] is not None, stored=stored)[0])
-            return
-        with options.resources(jobs, memory, device) as resources:
-            report = operation.merge(base, adapters, out, **how, resources=resources)
-        if as_json:
-            options.print_json(report)
-            return
-        parts = ["base " + report.base_digest[:16], *(f"adapter {digest[:16]}" for digest in report.adapters)]
-        options.show(f"digest {report.digest}  ({', '.join(parts)})")
-        for line in surviving_lines(report.surviving):
-            options.show(line)
-        if report.undo is not None:
-            share = f"{report.undo.share:.2%} of the tensors that changed"
-            options.show(f"undo file {report.undo.path}: {report.undo.nbytes:,} bytes, {share}")
-        options.show_ending(report)
+    run.carry_out(lambda resources: prepare_merge(base, adapters, out, **how, resources=resources), _show)
 
 
-_GRAPH = ("weight", "told", "force")  # what merging into a graph knows
+def _show(report: MergeReport) -> None:
+    parts = ["base " + report.base_digest[:16], *(f"adapter {digest[:16]}" for digest in report.adapters)]
+    printing.show(f"digest {report.digest}  ({', '.join(parts)})")
+    for line in surviving_lines(report.surviving):
+        printing.show(line)
+    if report.undo is not None:
+        share = f"{report.undo.share:.2%} of the tensors that changed"
+        printing.show(f"undo file {report.undo.path}: {report.undo.nbytes:,} bytes, {share}")
+    printing.show_ending(report)
 
 
-def _merge_graph(
-    template: str,
-    base: str,
-    adapters: tuple[tuple[str, float | None], ...],
-    out: str,
-    how: dict[str, Any],
-    as_json: bool,
-) -> None:
-    from surgery.cli.export_onnx import show_reweighed
-    from surgery.operations.export.into_template import merge_onnx
-
-    refused = [name for name, value in how.items() if name not in _GRAPH and value]
-    if refused:
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in refused)
-        raise click.UsageError(f"{named}: for checkpoints; a graph keeps its dtypes and has no receipt to undo by")
-    with options.reporting("merge", as_json):
-        report = merge_onnx(template, adapters, out, base=base, **{name: how[name] for name in _GRAPH})
-        for line in surviving_lines(report.surviving) if not as_json else ():
-            options.show(line)
-        show_reweighed(report, as_json)
+def _export_command(
+    graph: str, base: str, adapters: tuple[tuple[str, float | None], ...], out: str, how: Mapping[str, Any]
+) -> str:
+    """What merges into an ONNX graph, with what the user said of it here."""
+    words = ["surgery", "export-onnx", base, "--template", graph]
+    for path, own in adapters:
+        weight = how["weight"] * (1 if own is None else own)
+        words += ["--adapter", path if weight == 1 else f"{path}:{weight}"]
+    slices = ",".join(str(int(each)) for each in how["enable_lora"])
+    for option, value in (("--alpha", how["alpha"]), ("--enable-lora", slices), ("--component", how["component"])):
+        words += [option, str(value)] if value else []
+    words += [f"--{name.replace('_', '-')}" for name in ("fan_in_fan_out", "force") if how[name]]
+    return shlex.join([*words, "-o", out])
 
 
-def surviving_lines(surviving: Mapping[str, Surviving]) -> list[str]:
-    """What rounding left of the deltas, and a warning where that is less than half."""
+def surviving_lines(surviving: Mapping[str, Surviving], finer: str = "a finer --dtype") -> list[str]:
+    """What rounding left of the deltas, and a warning where that is less than half: what is `finer` keeps more."""
     from surgery.exact.survival import least, middle
 
     name = least(surviving)
@@ -121,5 +98,5 @@ def surviving_lines(surviving: Mapping[str, Surviving]) -> list[str]:
     lowest = surviving[name].survived
     lines = [f"survives rounding, of each delta's norm: {lowest:.1%} at least, {middle(surviving):.1%} in the median"]
     if lowest < _WARN_BELOW:
-        lines.append(f"warning: {lowest:.1%} survives in {name}: a finer --dtype keeps more")
+        lines.append(f"warning: {lowest:.1%} survives in {name}: {finer} keeps more")
     return lines

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,10 +13,6 @@ import click
 from formats.errors import ReportedError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from surgery.pipeline.engine import Resources
-    from surgery.pipeline.plan import Plan
     from surgery.ranks import RankRule
 
 PATH = click.Path(path_type=str)
@@ -91,53 +84,35 @@ class NamedPath(click.ParamType[tuple[str, str]]):
 
 def output_options(function: Callable[..., None]) -> Callable[..., None]:
     """-o and --force."""
-    function = click.option("--force", is_flag=True, help="Replace what stands at the output.")(function)
-    return click.option("-o", "--output", "out", type=PATH, required=True, help="Where to write.")(function)
+    function = click.option(
+        "--force", is_flag=True, help="Overwrite the output if it exists; inputs are never overwritten."
+    )(function)
+    return click.option(
+        "-o",
+        "--output",
+        "out",
+        type=PATH,
+        required=True,
+        help="Output path: a folder, or a file whose suffix gives its format.",
+    )(function)
 
 
 def base_option(function: Callable[..., None]) -> Callable[..., None]:
     """--base, of commands that mostly need none."""
-    text = "The adapters' base, where their factors do not tell what they adapt (experts, tokens)."
+    text = "Base of the adapters; needed if their factors do not show what they adapt (experts, tokens)."
     return click.option("--base", type=PATH, help=text)(function)
 
 
 def factor_dtype_option(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """--dtype of the factors; `default` says what they are without."""
     kinds = click.Choice(["float32", "float16", "bfloat16"])
-    return click.option("--dtype", type=kinds, help=f"Of the factors; by default {default}.")
+    return click.option("--dtype", type=kinds, help=f"Dtype of the factors [{default}].")
 
 
 def max_shard_option(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """--max-shard-size; `default` says what shards there are without."""
-    text = f"Shards of this size: 2GB [{default}]."
+    text = f"Maximum size of a shard, such as 2GB [{default}]."
     return click.option("--max-shard-size", type=ByteSize(), metavar="SIZE", help=text)
-
-
-def engine_options(function: Callable[..., None]) -> Callable[..., None]:
-    """--jobs, --memory and --device."""
-    function = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …")(
-        function
-    )
-    function = click.option(
-        "--memory", type=ByteSize(), default="512MiB", show_default=True, help="What running steps may hold together."
-    )(function)
-    return click.option("--jobs", type=click.IntRange(min=0), default=0, help="Workers; 0 means one for each core.")(
-        function
-    )
-
-
-def json_option(function: Callable[..., None]) -> Callable[..., None]:
-    """--json."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")(
-        function
-    )
-
-
-def dry_run_option(function: Callable[..., None]) -> Callable[..., None]:
-    """--dry-run."""
-    return click.option("--dry-run", is_flag=True, help="Print the plan; read headers only and write nothing.")(
-        function
-    )
 
 
 class Slices(click.ParamType[tuple[bool, ...]]):
@@ -162,16 +137,18 @@ def told_options(function: Callable[..., None]) -> Callable[..., None]:
     """What an adapter's file does not say; `told` reads them."""
     function = component_option(function)
     function = click.option(
-        "--fan-in-fan-out", is_flag=True, help="loralib: square weights that nothing else tells of are (in, out)."
+        "--fan-in-fan-out", is_flag=True, help="loralib only: square weights are stored (in, out)."
     )(function)
     function = click.option(
         "--enable-lora",
         type=Slices(),
         default=(),
         metavar="1,0,1",
-        help="loralib: which slices of a fused layer are adapted, where shapes do not tell.",
+        help="loralib only: which slices of a fused layer are adapted, if the shapes do not show it.",
     )(function)
-    return click.option("--alpha", type=float, help="loralib: the lora_alpha, which its files do not hold.")(function)
+    return click.option("--alpha", type=float, help="loralib only: lora_alpha, which its files do not contain.")(
+        function
+    )
 
 
 def component_option(function: Callable[..., None]) -> Callable[..., None]:
@@ -179,7 +156,7 @@ def component_option(function: Callable[..., None]) -> Callable[..., None]:
     return click.option(
         "--component",
         metavar="PART",
-        help="Which part of a pipeline the base is: unet, transformer, text_encoder, text_encoder_2, text_encoder_3.",
+        help="Part of a pipeline that the base is: unet, transformer, text_encoder, text_encoder_2 or text_encoder_3.",
     )(function)
 
 
@@ -195,7 +172,7 @@ def merging_options(undo: str) -> Callable[[Callable[..., None]], Callable[..., 
     """What merge and unmerge share: the adapters, --undo (with its help), and the options of every verb that writes."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        for each in (json_option, engine_options, dry_run_option, told_options, output_options):
+        for each in (told_options, output_options):
             function = each(function)
         function = click.option("--undo", type=PATH, metavar="FILE", help=undo)(function)
         return click.argument("adapters", type=WeighedPath(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")(
@@ -206,30 +183,35 @@ def merging_options(undo: str) -> Callable[[Callable[..., None]], Callable[..., 
 
 
 _RULES = (
-    ("energy", "Smallest rank that holds this share of ‖ΔW‖², weight by weight."),
-    ("residual", "Smallest rank whose relative error ‖ΔW − BA‖/‖ΔW‖ is at most this."),
-    ("sv-ratio", "Keep singular values above the largest divided by this (kohya's 10, LyCORIS's 0.1)."),
-    ("sv-threshold", "Keep singular values above this."),
-    ("sv-quantile", "Smallest rank whose singular values add up to this share of the sum of all."),
+    ("energy", "Choose for each weight the smallest rank that keeps this share of ‖ΔW‖², such as 0.9."),
+    ("residual", "Choose the smallest rank with a relative error ‖ΔW − BA‖/‖ΔW‖ of at most this."),
+    ("sv-ratio", "Keep singular values above the largest one divided by this (kohya: 10; LyCORIS: 0.1)."),
+    ("sv-threshold", "Keep singular values above this value."),
+    ("sv-quantile", "Choose the smallest rank whose singular values add up to this share of their total."),
 )
 
 
 def rank_options(function: Callable[..., None]) -> Callable[..., None]:
     """The ways to choose a rank; `chosen_ranks` reads them."""
-    bounds = (("--max-rank", "Never more than this rank."), ("--min-rank", "Never less than this rank."))
+    bounds = (
+        ("--max-rank", "Upper limit for every chosen rank."),
+        ("--min-rank", "Lower limit for every chosen rank."),
+    )
     for name, text in bounds:
         function = click.option(name, type=int, help=text)(function)
     for name, text in reversed(_RULES):
         function = click.option(f"--{name}", type=float, help=text)(function)
-    function = click.option("--budget", type=ByteSize(), help="The best ranks for an adapter of this size: 20MB.")(
-        function
-    )
+    function = click.option(
+        "--budget",
+        type=ByteSize(),
+        help="Size of the adapter, such as 20MB: choose the ranks that keep the most energy within it.",
+    )(function)
     return click.option(
         "--rank",
         "ranks",
         multiple=True,
         metavar="N|PATTERN=N",
-        help="Rank of the factors; with a pattern, of the weights it matches, whatever rules the others.",
+        help="Rank of the factors. PATTERN=N sets it for matching weights and overrides every other rule.",
     )(function)
 
 
@@ -264,11 +246,15 @@ def chosen_ranks(how: dict[str, Any], *, needed: bool = True) -> dict[str, Any]:
 def choice_options(function: Callable[..., None]) -> Callable[..., None]:
     """Which tensors of a pair are looked at; `chosen_tensors` reads them."""
     function = click.option(
-        "--kind", "kinds", multiple=True, metavar="PATTERN=KIND", help="What a weight is, where that is not certain."
+        "--kind",
+        "kinds",
+        multiple=True,
+        metavar="PATTERN=KIND",
+        help="State what a weight is where surgery cannot be certain: linear, transposed, embedding, conv, …",
     )(function)
     for name, text in (
-        ("exclude", "Leave behind the tensors it matches."),
-        ("include", "Only the tensors it matches."),
+        ("exclude", "Skip tensors that match."),
+        ("include", "Consider only tensors that match."),
     ):
         function = click.option(f"--{name}", multiple=True, metavar="PATTERN", help=text)(function)
     return function
@@ -292,103 +278,3 @@ def usage_errors() -> Iterator[None]:
         yield
     except ReportedError as error:
         raise click.UsageError(str(error)) from error
-
-
-@contextlib.contextmanager
-def reporting(operation: str, as_json: bool) -> Iterator[None]:
-    """Turns errors into one message on stderr (and, with --json, a document on stdout) and an exit code."""
-    try:
-        yield
-    except ReportedError as error:
-        if as_json:
-            said = {"type": type(error).__name__, "what": error.what, **error.details}
-            click.echo(json.dumps({"operation": operation, "error": said}, indent=2))
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        click.echo(f"error: {error.strerror or error}\n  where:    {error.filename}", err=True)
-        sys.exit(1)
-
-
-@contextlib.contextmanager
-def resources(jobs: int, memory: int, device: str) -> Iterator[Resources]:
-    """The engine's resources, with a progress bar on stderr if that is a terminal."""
-    from surgery.pipeline.engine import Resources
-
-    if not sys.stderr.isatty():
-        yield Resources(jobs, memory, device, processes=True)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def advance(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=name)
-
-        yield Resources(jobs, memory, device, advance, processes=True)
-
-
-def print_json(report: Any) -> None:
-    """A report as one JSON document."""
-    click.echo(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False, default=str))
-
-
-def table(*columns: str) -> Table:
-    """A table in the house's style: the first column is text, the others are numbers."""
-    from rich import box
-    from rich.table import Table
-
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    return made
-
-
-def facts(title: str, pairs: Iterable[tuple[str, str]]) -> Table:
-    """A table of names and values."""
-    from rich import box
-    from rich.table import Table
-
-    made = Table(title, "", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, value in pairs:
-        made.add_row(name, value)
-    return made
-
-
-def show(*parts: Any) -> None:
-    """Prints to stdout, as wide as the terminal, or 120 columns where there is none."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
-    for part in parts:
-        console.print(part)
-
-
-def show_plan(plan: Plan) -> None:
-    """--dry-run: the plan, a row a step."""
-    rows = table("op", "step", "reads", "writes")
-    for row in plan.rows():
-        rows.add_row(*row)
-    show(rows, *(f"note: {note}" for note in plan.notes), f"{len(plan.steps)} steps, nothing written")
-
-
-def show_recast(report: Any) -> None:
-    """The table of resize and combine: every weight's new factors, and the sizes."""
-    rows = table("weight", "shape", "rank", "energy", "residual")
-    for module in report.modules:
-        ranks = f"{' + '.join(map(str, module.ranks))} → {module.rank}"
-        shape = " × ".join(map(str, module.shape))
-        rows.add_row(module.name, shape, ranks, f"{module.energy:.2%}", f"{module.residual:.4f}")
-    rows.add_section()
-    rows.add_row("all", "", "", f"{report.energy:.2%}", f"{report.residual:.4f}")
-    show(rows, f"{report.nbytes_before:,} bytes before, {report.nbytes:,} after")
-
-
-def show_ending(report: Any) -> None:
-    """The last lines of every report: notes, ledger, where and how long."""
-    fates = ", ".join(f"{count} {fate.replace('_', '-')}" for fate, count in report.ledger.items() if count)
-    show(*(f"note: {note}" for note in report.notes), f"tensors: {fates}")
-    show(f"{report.output}  ({report.seconds:.2f} s, peak {report.peak_rss_bytes / 1e6:.0f} MB)")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import click
 
-from surgery.cli import options
+from surgery.cli import options, printing, running
 
 if TYPE_CHECKING:
     from surgery.operations.look.prove import ProveReport
@@ -19,37 +20,45 @@ _LEVELS = {
 }
 
 
-@click.command("prove", epilog="Example: surgery prove base-onnx/model.onnx merged-onnx/model.onnx --provider cuda")
+@running.verb(
+    "prove",
+    writes=False,
+    computes=False,
+    epilog="Example: surgery prove base-onnx/model.onnx merged-onnx/model.onnx --provider cuda",
+)
 @click.argument("base", type=options.PATH)
 @click.argument("merged", type=options.PATH)
-@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt … It must really load.")
+@click.option(
+    "--provider",
+    default="cpu",
+    show_default=True,
+    help="Execution provider: cpu, cuda, tensorrt … The command fails if it does not load.",
+)
 @click.option(
     "--shape",
     type=options.Shape(),
     default="1x128",
     show_default=True,
-    help="Batch and sequence of a run to count its cost.",
+    help="Batch and sequence length to count costs at.",
 )
-@options.json_option
-def command(base: str, merged: str, provider: str, shape: tuple[int, int], as_json: bool) -> None:
-    """Check that MERGED.onnx is BASE.onnx with other numbers, and nothing added: exit code 0, or 3 and what differs.
+def command(run: running.Run, base: str, merged: str, provider: str, shape: tuple[int, int]) -> None:
+    """Check that MERGED.onnx is the same program as BASE.onnx, with other weights and nothing added.
 
-    Compared are the bytes, the graphs, what the runtime makes of them, and which provider runs which op.
+    Exits with 0 if it is, with 3 if not, and shows the differences.
+
+    It compares the bytes, the graphs, the graphs after the runtime's optimisation, and which provider runs each node.
     """
-    from surgery.operations.look.prove import prove
+    from surgery.operations.look.prove import prepare_prove
 
-    with options.reporting("prove", as_json):
-        report = prove(base, merged, provider=provider, shape=shape)
-        if as_json:
-            options.print_json(report)
-        else:
-            _show(report)
-    if not report.same:
+    report = run.carry_out(
+        lambda _: prepare_prove(base, merged, provider=provider, shape=shape), _show, given=nullcontext()
+    )
+    if report is not None and not report.same:
         sys.exit(3)
 
 
 def _show(report: ProveReport) -> None:
-    rows = options.table(f"{report.provider}, {report.shape[0]}×{report.shape[1]}", "base", "merged")
+    rows = printing.table(f"{report.provider}, {report.shape[0]}×{report.shape[1]}", "base", "merged")
     rows.add_row("nodes", str(report.nodes_a[0]), str(report.nodes_b[0]))
     rows.add_row("nodes after optimisation", str(report.nodes_a[1]), str(report.nodes_b[1]))
     costs = (report.cost_a, report.cost_b)
@@ -57,9 +66,9 @@ def _show(report: ProveReport) -> None:
     rows.add_row("bytes moved", *(f"{each.nbytes:,}" for each in costs))
     if any(each.uncounted for each in costs):
         rows.add_row("nodes not counted", *(str(len(each.uncounted)) for each in costs))
-    options.show(rows, *(f"note: {note}" for note in report.notes))
+    printing.show(rows, *(f"note: {note}" for note in report.notes))
     said = (f"{check.name}: {'the same' if check.same else 'differ'}" for check in report.checks)
-    options.show("; ".join(said), _LEVELS[report.level])
+    printing.show("; ".join(said), _LEVELS[report.level])
     check = report.difference
     if check is not None and check.difference is not None:
         found = check.difference

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import options
+from surgery.cli import options, printing, running
 
 if TYPE_CHECKING:
     from surgery.operations.merge.unmerge import UnmergeReport
@@ -16,43 +16,23 @@ if TYPE_CHECKING:
 _SHOWN = 3  # names of a list
 
 
-@click.command("unmerge", epilog="Example: surgery unmerge merged/ adapter/ -o base-again/")
+@running.verb("unmerge", epilog="Example: surgery unmerge merged/ adapter/ -o base-again/")
 @click.argument("merged", type=options.PATH)
-@options.merging_options(undo="What merge --undo wrote: gives the base back bit for bit.")
-@click.option("--weight", type=float, help="A factor of every weight [the receipt's, or 1].")
+@options.merging_options(undo="Undo file that merge --undo wrote; it restores the base bit for bit.")
+@click.option("--weight", type=float, help="Factor for every adapter's weight [the receipt's, or 1].")
 def command(
-    merged: str,
-    adapters: tuple[tuple[str, float | None], ...],
-    out: str,
-    dry_run: bool,
-    jobs: int,
-    memory: int,
-    device: str,
-    as_json: bool,
-    **how: Any,
+    run: running.Run, merged: str, adapters: tuple[tuple[str, float | None], ...], out: str, **how: Any
 ) -> None:
-    """Take the adapters of its last merge off MERGED again: W0 = W − ΣΔW."""
-    from formats.paths import open_checkpoint
-    from surgery.operations.merge import unmerge as operation
-    from surgery.operations.merge.adapters import open_adapters
-    from surgery.receipts.receipt import Receipt
-    from surgery.receipts.undo_file import open_undo
+    """Subtract the adapters of the last merge from MERGED: W0 = W − ΣΔW."""
+    from surgery.operations.merge.unmerge import prepare_unmerge
 
     how = options.told(how)
-    with options.reporting("unmerge", as_json):
-        if dry_run:
-            with open_checkpoint(merged) as w, open_undo(how["undo"]) as corrections:
-                receipt = Receipt.read(w.metadata, merged)
-                opened = open_adapters(merged, adapters, w.specs, how["weight"], how["told"])
-                options.show_plan(operation.plan_unmerge(w, opened, receipt, corrections))
-            return
-        with options.resources(jobs, memory, device) as resources:
-            report = operation.unmerge(merged, adapters, out, **how, resources=resources)
-        if as_json:
-            options.print_json(report)
-            return
-        options.show(f"digest {report.digest}", *_verdict(report))
-        options.show_ending(report)
+    run.carry_out(lambda resources: prepare_unmerge(merged, adapters, out, **how, resources=resources), _show)
+
+
+def _show(report: UnmergeReport) -> None:
+    printing.show(f"digest {report.digest}", *_verdict(report))
+    printing.show_ending(report)
 
 
 def _verdict(report: UnmergeReport) -> Iterator[str]:

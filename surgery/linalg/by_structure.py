@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from surgery.exact import rounding
 from surgery.exact.rounding import ExactProduct, Hadamard, blocks
-from surgery.linalg.difference import Delta
+from surgery.linalg.difference import DeltaMatrix
 from surgery.linalg.thin_product import refactor, thin_svd
-from surgery.linalg.truncated import Factors, RankChoice, TruncatedSVD, factorise, leading_values, oriented, stored
+from surgery.linalg.truncated import ChoosesRank, Factors, TruncatedSVD, factorise, leading_values, oriented, stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +53,7 @@ class KroneckerPair:
         return int(min(self.first.shape) * min(self.second.shape))
 
 
-Form = Thin | KroneckerPair | Delta
+Form = Thin | KroneckerPair | DeltaMatrix
 
 
 def form_of(delta: rounding.Delta, rows: int, device: torch.device, *, turned: bool) -> Form:
@@ -82,7 +82,7 @@ def form_of(delta: rounding.Delta, rows: int, device: torch.device, *, turned: b
     for begin, end in blocks(formed):
         formed[begin:end] = delta.rows(begin, end)
     formed = formed.to(device)
-    found = Delta.of(formed.mT if turned else formed)
+    found = DeltaMatrix.of(formed.mT if turned else formed)
     return found if found.total else nothing(found.shape)
 
 
@@ -104,7 +104,7 @@ def _thin(left: torch.Tensor, right: torch.Tensor, device: torch.device, turned:
     return Thin(right.mT, left.mT) if turned else Thin(left, right)
 
 
-def factored(form: Form, rank: int | RankChoice, dtype: torch.dtype, seed: int = 0) -> tuple[Factors, float, bool]:
+def factored(form: Form, rank: int | ChoosesRank, dtype: torch.dtype, seed: int = 0) -> tuple[Factors, float, bool]:
     """The best factors of a rank stored as `dtype`, ‖ΔW‖², and whether the rank is known to hold all of ΔW, so that
     nothing is lost but rounding to float32.
 
@@ -128,7 +128,7 @@ def factored(form: Form, rank: int | RankChoice, dtype: torch.dtype, seed: int =
 
 def spectrum(form: Form, count: int, seed: int = 0) -> tuple[NDArray[np.float64], float, bool]:
     """At least `count` leading singular values, or all that can be other than zero; ‖ΔW‖²; whether they are all."""
-    if isinstance(form, Delta):
+    if isinstance(form, DeltaMatrix):
         values, total = leading_values(form, count, seed), form.total
     else:
         svd = thin_svd(form.b, form.a, 1) if isinstance(form, Thin) else kronecker_svd(form, 1)
@@ -136,7 +136,7 @@ def spectrum(form: Form, count: int, seed: int = 0) -> tuple[NDArray[np.float64]
     return values, total, len(values) == _size(form)
 
 
-def kronecker_svd(form: KroneckerPair, rank: int | RankChoice) -> TruncatedSVD:
+def kronecker_svd(form: KroneckerPair, rank: int | ChoosesRank) -> TruncatedSVD:
     """The leading singular triplets of first ⊗ second, on the CPU; `spectrum` has all values that are not zero by
     construction.
 
@@ -162,8 +162,8 @@ def kronecker_svd(form: KroneckerPair, rank: int | RankChoice) -> TruncatedSVD:
 
 
 def _size(form: Form) -> int:
-    return min(form.shape) if isinstance(form, Delta) else form.size
+    return min(form.shape) if isinstance(form, DeltaMatrix) else form.size
 
 
-def _clamped(rank: int | RankChoice, size: int) -> int | RankChoice:
+def _clamped(rank: int | ChoosesRank, size: int) -> int | ChoosesRank:
     return min(rank, size) if isinstance(rank, int) else rank

@@ -20,7 +20,7 @@ _DEVICE_BLOCK_ELEMENTS = 1 << 25  # on an accelerator, where calls cost more tha
 _SAFE = 1e-30, 1e30  # ‖ΔW‖² whose parts neither under- nor overflow in float32
 
 
-class Delta:
+class DeltaMatrix:
     """ΔW = tuned − base, (rows, columns), for products with thin matrices.
 
     Each float32 block of rows is formed anew from the stored tensors whenever it is needed: reading them from memory
@@ -45,7 +45,7 @@ class Delta:
         self.total *= scale * scale
 
     @classmethod
-    def between(cls, base: torch.Tensor, tuned: torch.Tensor) -> Delta | None:
+    def between(cls, base: torch.Tensor, tuned: torch.Tensor) -> DeltaMatrix | None:
         """tuned − base; None if it is zero everywhere.
 
         Args:
@@ -59,7 +59,7 @@ class Delta:
         return cls.of(delta.matrix())
 
     @classmethod
-    def of(cls, matrix: torch.Tensor) -> Delta:
+    def of(cls, matrix: torch.Tensor) -> DeltaMatrix:
         """A matrix in memory, (rows, columns) float32, as the difference to zero."""
         import torch
 
@@ -185,8 +185,11 @@ def _roomy(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch
 
 @functools.cache
 def _fast_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the processor has instructions that multiply it."""
+    """bfloat16 where the processor has instructions that multiply it, and oneDNN may use them."""
     import torch
 
-    capable: bool = torch.cpu._is_avx512_bf16_supported() if device == "cpu" else torch.cuda.is_bf16_supported()
+    if device == "cpu":  # the first knows nothing of ONEDNN_MAX_CPU_ISA, the second nothing of AVX512-BF16
+        capable = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        capable = torch.cuda.is_bf16_supported()
     return torch.bfloat16 if capable else torch.float32

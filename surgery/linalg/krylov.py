@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.linalg.difference import Delta
+from surgery.linalg.difference import DeltaMatrix
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ _FLOOR = 1e-14  # of ‖ΔW‖², below which float32 sees nothing at all
 _NOISE = 10  # units of rounding of a block, below which what is left of a direction after projection is rounding
 _NEW = 0.1  # of a direction's square that must be new to the space
 
-RankChoice = Callable[[NDArray[np.float64], float, int], int | None]
+ChoosesRank = Callable[[NDArray[np.float64], float, int], int | None]
 """What a rule of `surgery.ranks` is to a decomposition: (the k leading singular values, descending; ‖ΔW‖²; the smaller
 side) → the rank, 1 ≤ rank ≤ k, or None where k values are not enough. It always decides where k is the smaller side."""
 
@@ -63,7 +63,7 @@ def is_dense(small: int, rank: int) -> bool:
     return (1 + _FEWEST_BLOCKS) * width_of(rank) >= DENSE_SHARE * small
 
 
-def leading(delta: Delta, rank: int | RankChoice, seed: int) -> Triplets | None:
+def leading(delta: DeltaMatrix, rank: int | ChoosesRank, seed: int) -> Triplets | None:
     """The `rank` leading triplets, or more where a rule looked at more; None where a dense decomposition is cheaper.
 
     The space grows until what further blocks would gain is negligible (`_remaining`). The products are bfloat16's
@@ -97,7 +97,7 @@ def leading(delta: Delta, rank: int | RankChoice, seed: int) -> Triplets | None:
             count *= 2
 
 
-def _polished(delta: Delta, space: _Space, count: int) -> Triplets:
+def _polished(delta: DeltaMatrix, space: _Space, count: int) -> Triplets:
     """The triplets in the space of the leading directions alone, from images that are not rounded."""
     last = _Space(delta, None)
     last.add(space.directions(count), near=space.images(count))
@@ -112,7 +112,7 @@ class _Space:
     energy counts twice, whatever the rank of ΔW.
     """
 
-    def __init__(self, delta: Delta, dtype: torch.dtype | None) -> None:
+    def __init__(self, delta: DeltaMatrix, dtype: torch.dtype | None) -> None:
         """`dtype` is that of the products, float32 or float64; None for the fast one."""
         import torch
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.linalg.truncated import Factors, RankChoice, TruncatedSVD, oriented, squared_distance, stored
+from surgery.linalg.truncated import ChoosesRank, Factors, TruncatedSVD, oriented, squared_distance, stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def thin_svd(b: torch.Tensor, a: torch.Tensor, rank: int | RankChoice) -> TruncatedSVD:
+def thin_svd(b: torch.Tensor, a: torch.Tensor, rank: int | ChoosesRank) -> TruncatedSVD:
     """The leading singular triplets of BA, on the CPU; `spectrum` has all values that are not zero by construction.
 
     Args:
@@ -40,7 +40,7 @@ def thin_svd(b: torch.Tensor, a: torch.Tensor, rank: int | RankChoice) -> Trunca
     return oriented(left, values[:chosen], right, total, tail, values.numpy())
 
 
-def refactor(b: torch.Tensor, a: torch.Tensor, rank: int | RankChoice, dtype: torch.dtype) -> tuple[Factors, float]:
+def refactor(b: torch.Tensor, a: torch.Tensor, rank: int | ChoosesRank, dtype: torch.dtype) -> tuple[Factors, float]:
     """BA at another rank, B = U√Σ and A = √ΣVᵀ, and ‖BA‖²; where the rank is the inner dimension, B and A themselves.
 
     Args:

@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.linalg import krylov
-from surgery.linalg.difference import Delta
-from surgery.linalg.krylov import RankChoice
+from surgery.linalg.difference import DeltaMatrix
+from surgery.linalg.krylov import ChoosesRank
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "Delta",
+    "ChoosesRank",
+    "DeltaMatrix",
     "Factors",
-    "RankChoice",
     "TruncatedSVD",
     "factorise",
     "leading_values",
@@ -57,12 +57,12 @@ class TruncatedSVD:
 
 
 def workspace(rows: int, columns: int, rank: int | None) -> int:
-    """Bytes that Delta and factorise need beside the stored tensors; without a rank, whatever a rule may ask for.
+    """Bytes that DeltaMatrix and factorise need beside the stored tensors; without a rank, whatever a rule may ask for.
 
     Not counted: the dense decomposition of a matrix whose Krylov space did not converge.
     """
     small = min(rows, columns)
-    copy = 4 * rows * columns  # of Delta; half of it where bfloat16 serves, which only torch could tell
+    copy = 4 * rows * columns  # of DeltaMatrix; half of it where bfloat16 serves, which only torch could tell
     dense = 8 * (3 * rows * columns + 3 * small * small)
     if rank is None or krylov.is_dense(small, rank):
         return copy + dense
@@ -70,7 +70,7 @@ def workspace(rows: int, columns: int, rank: int | None) -> int:
     return copy + 2 * 4 * krylov.width_of(rank) * krylov.USUAL_BLOCKS * (rows + columns)
 
 
-def truncated_svd(delta: Delta, rank: int | RankChoice, seed: int = 0, *, exact: bool = False) -> TruncatedSVD:
+def truncated_svd(delta: DeltaMatrix, rank: int | ChoosesRank, seed: int = 0, *, exact: bool = False) -> TruncatedSVD:
     """The leading singular triplets, computed where ΔW is, on the CPU in the end.
 
     The residual exceeds that of the exact decomposition by about `krylov.TOLERANCE` of itself at most. Dense and exact
@@ -94,7 +94,7 @@ def truncated_svd(delta: Delta, rank: int | RankChoice, seed: int = 0, *, exact:
     return oriented(left, values[:chosen], right, delta.total, max(0.0, tail), spectrum)
 
 
-def leading_values(delta: Delta, count: int, seed: int = 0, *, exact: bool = False) -> NDArray[np.float64]:
+def leading_values(delta: DeltaMatrix, count: int, seed: int = 0, *, exact: bool = False) -> NDArray[np.float64]:
     """At least the `count` leading singular values, descending; as good as those of truncated_svd."""
     return truncated_svd(delta, min(count, *delta.shape), seed, exact=exact).spectrum
 
@@ -115,7 +115,7 @@ def oriented(
     return TruncatedSVD(left * sign, values, right * sign[:, None], total, tail, spectrum)
 
 
-def _dense(delta: Delta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _dense(delta: DeltaMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """U, σ (on the CPU), Vᵀ, by the eigenvectors of the smaller Gram matrix in float64.
 
     LAPACK's SVD in float32 is off by a dozen units in the last place of the largest entry. Here U is orthogonal to
@@ -156,8 +156,8 @@ class Factors:
 
 
 def factorise(
-    delta: Delta,
-    rank: int | RankChoice,
+    delta: DeltaMatrix,
+    rank: int | ChoosesRank,
     dtype: torch.dtype,
     seed: int = 0,
     *,

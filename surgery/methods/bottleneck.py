@@ -38,11 +38,6 @@ class Matrices:
         column = scaling if isinstance(scaling, float) else scaling[:, None]
         return replace(self, up=self.up * column, up_bias=(self.up_bias * scaling).expand(self.up_bias.shape))
 
-    def affine(self, slope: torch.Tensor, offset: torch.Tensor) -> Matrices:
-        """Linear, where slope z + offset stands for f(z).  # (rank, rank), (rank) float64"""
-        down = matmul(slope, self.down)  # (rank, width)
-        return replace(self, down=down, down_bias=_apply(slope, self.down_bias) + offset)
-
     def through_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """(I + sUD) W of columns of W, where f is linear.  # (out, n) float64"""
         weight = _wide(weight)

@@ -7,18 +7,16 @@ asked for by a flag, never guessed. Reads no payload.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from formats.layers import LayerKind, layer_kinds, owner, untold
 from formats.spec import TensorSpec, shape_text
 from surgery.errors import SurgeryError
-from surgery.model.meta_model import known_names, may_rename, meta_model
+from surgery.model.base_model import BaseModel
+from surgery.model.meta_model import known_names, may_rename
 from surgery.model.patterns import matching
 
 # What --kind accepts: a layer's kind, a matrix of no layer, how a stack of experts is stored, or to be carried in full.
@@ -52,18 +50,19 @@ class Structure:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def learn_structure(specs: Mapping[str, TensorSpec], paths: Iterable[str], asked: Mapping[str, str]) -> Structure:
+def learn_structure(models: Sequence[BaseModel], asked: Mapping[str, str]) -> Structure:
     """The structure of a model, its doubts settled as far as they can be.
 
     Args:
-        specs: its tensors.
-        paths: where it is, and where its base is: the first config.json beside either is evidence.
+        models: the model, and its base if that is at hand: the first config.json beside either is evidence.
         asked: pattern → one of ASKED, the user's word, which beats all evidence.
 
     Raises:
         SurgeryError: an unknown kind, or a pattern that matches nothing.
     """
-    folder, config = _read_config(paths)
+    specs = models[0].specs
+    informed = next((model for model in models if model.config_file is not None), models[0])
+    config = informed.config
     kinds = {f"{module}.weight": kind for module, kind in layer_kinds(specs).items()}
     kinds |= {name: LayerKind.PARAMETER for name, spec in specs.items() if _is_parameter(name, spec, kinds)}
     doubtful = dict(_doubts(specs, kinds, config))
@@ -74,7 +73,7 @@ def learn_structure(specs: Mapping[str, TensorSpec], paths: Iterable[str], asked
     fused: frozenset[str] = frozenset()
     # Shapes do not tell a convolution's groups.
     asks = doubtful.keys() - told.keys() or LayerKind.CONV in kinds.values() or may_rename(config)
-    model = meta_model(folder) if config and asks else None
+    model = informed.module if asks else None
     if model is not None:
         names, fused = known_names(model, specs)
         learned, swapped = _of_model(model, names, specs)
@@ -97,17 +96,6 @@ def learn_structure(specs: Mapping[str, TensorSpec], paths: Iterable[str], asked
     order = tuple(learned or told)
     doubtful |= _unordered(kinds, order)
     return Structure(kinds, frozenset(swapped), doubtful, order, names, fused, config)
-
-
-def _read_config(paths: Iterable[str]) -> tuple[Path, Mapping[str, Any]]:
-    """The first folder with a config.json that is a JSON object, and that; empty if there is none."""
-    folders = [path if path.is_dir() else path.parent for path in map(Path, paths)]
-    for folder in folders:
-        with contextlib.suppress(OSError, ValueError):
-            document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if isinstance(document, dict):
-                return folder, document
-    return folders[0], {}
 
 
 def _is_parameter(name: str, spec: TensorSpec, kinds: Mapping[str, LayerKind]) -> bool:

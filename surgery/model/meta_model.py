@@ -7,6 +7,7 @@ is not installed or does not know the class.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import re
@@ -15,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 
-def meta_model(folder: str | Path) -> Any:
-    """The model of a folder's config.json, an nn.Module of meta tensors; None where that cannot be had."""
+def meta_model(said: Mapping[str, Any]) -> Any:
+    """The model that a config.json names, an nn.Module of meta tensors; None where that cannot be had."""
     try:
         import torch
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = transformers.CONFIG_MAPPING[said["model_type"]].from_dict(dict(said))
         model_class = getattr(transformers, str((config.architectures or [""])[0]), None)
         if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
             return None
@@ -29,6 +30,17 @@ def meta_model(folder: str | Path) -> Any:
             return model_class(config)
     except Exception:  # a class may refuse its config, or the meta device, in any way: then it tells nothing
         return None
+
+
+def config_of(config_class: Any, said: Mapping[str, Any]) -> Any:
+    """A transformers config of a class, from a config.json that was read already. As `from_pretrained`, it takes the
+    part of a composite model's config that belongs to the class (transformers 5, configuration_utils.py)."""
+    key = config_class.base_config_key
+    part = said[key] if key and key in said else said
+    if part.get("model_type", config_class.model_type) != config_class.model_type:
+        parts = (value for value in part.values() if isinstance(value, Mapping))
+        part = next((each for each in parts if each.get("model_type") == config_class.model_type), part)
+    return config_class.from_dict(copy.deepcopy(dict(part)))
 
 
 def known_names(model: Any, names: Iterable[str]) -> tuple[dict[str, str], frozenset[str]]:

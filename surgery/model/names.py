@@ -1,4 +1,4 @@
-"""The names that a model gives to what its file holds under others, and opening an adapter that uses them.
+"""The names that a model gives to what its file holds under others, and reading an adapter that uses them.
 
 transformers renames layers of some models while it loads them (vision transformers, models of several parts); peft's
 adapters have the model's names. Only where an adapter does not match the file, or is to be written for peft, are the
@@ -7,52 +7,49 @@ model's own rules asked, which takes loading transformers and building the model
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from formats.adapter import NOTHING_TOLD, Adapter, Told
-from formats.dialects import open_adapter
+from formats.dialects import AdapterFile
 from formats.errors import ShapeMismatch, UnmatchedKeys
-from formats.model_config import model_config
-from formats.quantized import foreign, quantization_config, refuse_foreign
+from formats.quantized import foreign, refuse_foreign
 from formats.spec import TensorSpec
-from surgery.model.config import CONFIG, parsed_config
-from surgery.model.meta_model import known_names, may_rename, meta_model
+from surgery.model.base_model import BaseModel
 
 
-def open_adapter_of(
-    model: str | Path, adapter: str | Path, specs: Mapping[str, TensorSpec], told: Told = NOTHING_TOLD
+def read_adapter(
+    model: BaseModel, adapter: AdapterFile, specs: Mapping[str, TensorSpec], told: Told = NOTHING_TOLD
 ) -> Adapter:
     """The adapter, resolved against the model's tensors by their names in the file, or else by the model's own.
 
+    Args:
+        model: the adapter's base.
+        adapter: opened.
+        specs: the model's tensors, or those of what it is to become.
+        told: what the caller says of the adapter.
+
     Raises:
-        FormatError: as `open_adapter`; Quantised where the model's weights are in a form that nothing can be added to.
+        FormatError: as `AdapterFile.read`; Quantised where the model's weights are in a form that nothing can be added
+            to.
     """
-    told = replace(told, model=model_config(model))
+    told = replace(told, model=model.config)
     try:
-        return open_adapter(adapter, specs, told=told)
+        return adapter.read(specs, told=told)
     except (UnmatchedKeys, ShapeMismatch) as error:
-        forms = foreign(specs, quantization_config(model))
-        refuse_foreign(forms, forms, model)  # its weights are there, in a form that nothing fits
-        if isinstance(error, ShapeMismatch):
+        forms = foreign(specs, model.quantization)
+        refuse_foreign(forms, forms, model.path)  # its weights are there, in a form that nothing fits
+        if isinstance(error, ShapeMismatch) or not model.names:
             raise
-        names = model_names(Path(model), specs)
-        if not names:
-            raise
-        return open_adapter(adapter, specs, names, told)
+        return adapter.read(specs, model.names, told)
 
 
 def in_model_names(
-    model: str | Path, adapter: Adapter, specs: Mapping[str, TensorSpec]
+    model: BaseModel, adapter: Adapter, specs: Mapping[str, TensorSpec]
 ) -> tuple[Adapter, dict[str, TensorSpec]]:
     """An adapter resolved against a model's file, and the file's tensors, by the names that the model itself gives
     them: what peft adapts are modules of the model, as transformers loads it."""
-    path = Path(model)
-    folder = path if path.is_dir() else path.parent
-    file = folder / CONFIG
-    config = parsed_config(file.read_bytes(), file) if file.exists() else {}
-    names = model_names(folder, specs) if may_rename(config) else {}
+    names = model.names if model.renames else {}
     known = {names.get(name, name): spec for name, spec in specs.items()}
     return (
         replace(
@@ -64,10 +61,3 @@ def in_model_names(
         ),
         {name: replace(spec, name=name) for name, spec in known.items()},
     )
-
-
-def model_names(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """The model's name of every tensor of the file that it renames and nothing more; empty if that cannot be told."""
-    model = meta_model(folder)
-    known = known_names(model, names)[0] if model is not None else {}
-    return {name: new for name, new in known.items() if new != name}

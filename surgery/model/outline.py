@@ -13,11 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from formats.dialects import open_adapter_file
+from formats.dialects import AdapterFile
 from formats.spec import TensorSpec
 from surgery.errors import NotMergeable, Unsupported
-from surgery.model.config import CONFIG, parsed_config
-from surgery.model.meta_model import known_names, meta_model
+from surgery.model.base_model import BaseModel
 
 TIED = "tie_word_embeddings"
 _DEPTHS = ("num_hidden_layers", "n_layer")  # the config's keys for the number of layers
@@ -65,51 +64,32 @@ class Outline:
         return {name: source for source, name in self.origins.items() if name != source}
 
 
-def outline_of(model: str | Path, adapters: Sequence[Path], base: Mapping[str, TensorSpec], *, untie: bool) -> Outline:
+def outline_of(model: BaseModel, adapters: Sequence[AdapterFile], *, untie: bool) -> Outline:
     """The outline of a base merged with these adapters.
 
     Args:
-        model: the base's path; its folder's config.json tells which tensors it ties.
-        adapters: their paths.
-        base: its tensors.
+        model: the base; its config.json tells which tensors it ties.
+        adapters: opened.
         untie: whether a head tied to its embedding becomes a tensor of its own.
 
     Raises:
         NotMergeable: adapters made for different depths, layers that replication would drop, a base that ties no head.
     """
-    outline = _replicated(model, adapters, base)
+    outline = _replicated(model, adapters)
     if not untie:
         return outline
-    heads = tied_head(model, outline.specs)
+    heads = model.tied_head(outline.specs)
     if not heads:
         raise NotMergeable(
             "the base ties no head to its embedding, as far as its config.json and transformers tell",
-            where=model,
+            where=model.path,
             then="leave --untie out",
         )
     sources = {**outline.sources, **{head: outline.sources[embedding] for head, embedding in heads.items()}}
-    return Outline(_specs(sources, base), sources, {**outline.config, TIED: False})
+    return Outline(_specs(sources, model.specs), sources, {**outline.config, TIED: False})
 
 
-def tied_head(model: str | Path, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The head's tensor that the file lacks, and the embedding's that it is tied to, by the file's names; empty where
-    there is none, or transformers does not know the model."""
-    path = Path(model)
-    built = meta_model(path if path.is_dir() else path.parent)
-    tied = getattr(built, "all_tied_weights_keys", None)
-    if built is None or not isinstance(tied, Mapping):
-        return {}
-    output = built.get_output_embeddings()
-    heads = {f"{name}.weight" for name, module in built.named_modules() if module is output}
-    stored = {known: name for name, known in known_names(built, specs)[0].items()}
-    return {
-        head: stored[source]
-        for head, source in tied.items()
-        if head in heads and head not in specs and source in stored
-    }
-
-
-def head_is_tied(head: str, embedding: str, model: str | Path) -> NotMergeable:
+def head_is_tied(head: str, embedding: str, model: Path) -> NotMergeable:
     """The error for an adapter that changes a tied head, where nobody said that it may be untied."""
     return NotMergeable(
         "the adapter changes the head, which the base ties to its embedding: one tensor cannot be both",
@@ -119,9 +99,10 @@ def head_is_tied(head: str, embedding: str, model: str | Path) -> NotMergeable:
     )
 
 
-def _replicated(model: str | Path, adapters: Sequence[Path], base: Mapping[str, TensorSpec]) -> Outline:
+def _replicated(model: BaseModel, adapters: Sequence[AdapterFile]) -> Outline:
     """The base with its layers repeated as the adapters' configs say (LoraConfig.layer_replication)."""
-    maps = {path: _layer_map(path) for path in adapters}
+    base = model.specs
+    maps = {adapter.path: _layer_map(adapter) for adapter in adapters}
     chosen = {text for text in maps.values() if text}
     if not chosen:
         return Outline.plain(base)
@@ -133,12 +114,12 @@ def _replicated(model: str | Path, adapters: Sequence[Path], base: Mapping[str, 
             then="merge them one after the other, or into bases of their own",
         )
     ranges = json.loads(chosen.pop())
-    stack, depth = _layers(model, base)
+    stack, depth = _layers(model.path, base)
     order = _order(ranges, depth)
     if set(order) != set(range(depth)):
         raise NotMergeable(
             "layer_replication leaves out layers of the base, which nothing could bring back, or names some it lacks",
-            where=adapters[0],
+            where=adapters[0].path,
             expected=f"every layer from 0 to {depth - 1}, in ranges [first, behind the last]",
             found=ranges,
         )
@@ -151,10 +132,7 @@ def _replicated(model: str | Path, adapters: Sequence[Path], base: Mapping[str, 
         for place, number in enumerate(order):
             if number == int(match["number"]):
                 sources[f"{stack}.{place}.{match['rest']}"] = name
-    path = Path(model)
-    file = (path if path.is_dir() else path.parent) / CONFIG
-    config = parsed_config(file.read_bytes(), file) if file.exists() else {}
-    return Outline(_specs(sources, base), sources, _deeper(config, order, depth))
+    return Outline(_specs(sources, base), sources, _deeper(model.config, order, depth))
 
 
 def _specs(sources: Mapping[str, str], base: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -170,14 +148,12 @@ def _order(ranges: Any, depth: int) -> list[int]:
     return [number for first, last in ranges for number in range(first, last)] if sound else []
 
 
-def _layer_map(path: Path) -> str:
-    checkpoint, config = open_adapter_file(path)
-    checkpoint.close()
-    ranges = (config or {}).get("layer_replication")
+def _layer_map(adapter: AdapterFile) -> str:
+    ranges = (adapter.config or {}).get("layer_replication")
     return json.dumps(ranges) if ranges else ""
 
 
-def _layers(model: str | Path, base: Mapping[str, TensorSpec]) -> tuple[str, int]:
+def _layers(model: Path, base: Mapping[str, TensorSpec]) -> tuple[str, int]:
     """The one stack of layers that a model has, and how many. Raises Unsupported for one with several or none."""
     numbers: dict[str, set[int]] = {}
     for name in base:

@@ -5,14 +5,13 @@ Knows no method's mathematics and writes nothing.
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from formats.checkpoint import Checkpoint
-from formats.errors import CorruptFile, Quantised, UnsupportedDType
+from formats.errors import Quantised, UnsupportedDType
 from formats.layers import owner
 from formats.quantized import (
     FLOAT8,
@@ -20,20 +19,21 @@ from formats.quantized import (
     activations_of,
     foreign,
     is_scale,
-    quantization_config,
     refuse_foreign,
     scaled,
 )
 from formats.spec import DType, TensorSpec
+from surgery.model.base_model import BaseModel
+from surgery.model.config import parts
 
 DTYPES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
 _QUANTISATION = ("quantization_config", "compression_config")
 
 
-def dtype_named(name: str | None) -> DType | None:
-    """The dtype of a name on the command line, None for none. Raises UnsupportedDType."""
+def dtype_named(name: str | None, what: str = "a result") -> DType | None:
+    """The dtype of a name on the command line, None for none. Raises UnsupportedDType, which says what is stored."""
     if name is not None and name not in DTYPES:
-        raise UnsupportedDType("a result cannot be stored like that", expected=", ".join(DTYPES), found=name)
+        raise UnsupportedDType(f"{what} cannot be stored like that", expected=", ".join(DTYPES), found=name)
     return DTYPES[name] if name else None
 
 
@@ -56,15 +56,14 @@ class Storage:
     where: str = ""
 
     @classmethod
-    def of(cls, base: Checkpoint, stored: DType | None) -> Storage:
-        """Learns it from headers and config.json.
+    def of(cls, base: Checkpoint, config: Mapping[str, Any], stored: DType | None) -> Storage:
+        """Learns it from headers and from what config.json says of quantisation.
 
         Raises:
             Quantised: scales are missing; or a dtype was asked for, and some weights cannot have it.
             ShapeMismatch: scales that do not fit their weights.
         """
         specs, where = base.specs, base.ref.path
-        config = quantization_config(where)
         forms = foreign(specs, config)
         if stored is not None:
             refuse_foreign(forms, forms, where)
@@ -88,7 +87,7 @@ class Storage:
         return replace(spec, dtype=self.stored) if self.stored is not None and converts else spec
 
 
-def refuse_quantised(model: Checkpoint, chosen: Collection[str]) -> None:
+def refuse_quantised(model: BaseModel, chosen: Collection[str]) -> None:
     """Refuses to take the difference of weights that are not stored as plain floats.
 
     Args:
@@ -98,13 +97,16 @@ def refuse_quantised(model: Checkpoint, chosen: Collection[str]) -> None:
     Raises:
         Quantised: one of their modules holds such a weight.
     """
-    storage, modules = Storage.of(model, None), {part for name in chosen for part in (owner(name), owner(owner(name)))}
+    storage, modules = (
+        Storage.of(model.checkpoint, model.quantization, None),
+        {part for name in chosen for part in (owner(name), owner(owner(name)))},
+    )
     forms = dict(storage.foreign) | dict.fromkeys(storage.scaled, "float8 with scales")
     for name, form in forms.items():
         if owner(name) in modules:
             raise Quantised(
                 f"a quantised model ({form}) has no difference that factors could carry",
-                where=f"{model.ref.path}: {name}",
+                where=f"{model.checkpoint.ref.path}: {name}",
                 expected="F16, BF16, F32 or F64",
                 found=f"{form}, {len(forms)} weights of the file",
                 then="compare the unquantised models; or dequantise this one first, with transformers' "
@@ -117,25 +119,19 @@ def as_numbers(spec: TensorSpec) -> TensorSpec:
     return replace(spec, dtype=DType.F64) if spec.dtype in FLOAT8 else spec
 
 
-def restated_config(content: bytes, stored: DType, where: Path) -> bytes:
-    """A config.json that names another dtype, and no quantisation: there is none any more. Raises CorruptFile."""
-    try:
-        config: Any = json.loads(content)
-    except ValueError as error:
-        raise CorruptFile(f"the model's config is not JSON: {error}", where=where) from error
-    if not isinstance(config, dict):
-        raise CorruptFile("the model's config is not a JSON object", where=where)
+def restated(config: Mapping[str, Any], stored: DType) -> dict[str, Any]:
+    """A config.json that names another dtype, and no quantisation: the output has none."""
+    result = copy.deepcopy(dict(config))
     name = next(name for name, dtype in DTYPES.items() if dtype is stored)
-    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-    for part in parts:
+    for part in parts(result):
         for key in ("dtype", "torch_dtype"):
             if isinstance(part.get(key), str):
                 part[key] = name
         for key in _QUANTISATION:
             part.pop(key, None)
-    if not {"dtype", "torch_dtype"} & set(config):
-        config["dtype"] = name
-    return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
+    if not {"dtype", "torch_dtype"} & set(result):
+        result["dtype"] = name
+    return result
 
 
 def dtype_in(merged: Checkpoint, base: Checkpoint) -> DType | None:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from formats.checkpoint import Checkpoint, CheckpointWriter, TensorWriter
+from formats.checkpoint import CheckpointWriter, TensorWriter
 from formats.errors import ReportedError
-from formats.paths import open_checkpoint
-from formats.spec import CheckpointRef, TensorRef, TensorSpec
+from formats.open_files import OpenFiles
+from formats.spec import TensorRef, TensorSpec
 from formats.tensors import Bytes, bytes_from_tensor, spec_of, tensor_from_bytes
 from surgery.errors import Unsupported
 from surgery.hashes import new_hash
@@ -61,16 +61,38 @@ class Resources:
         """The number of workers."""
         return self.jobs or cores()
 
+    def torch_device(self) -> torch.device:
+        """The device as torch knows it. Raises Unsupported where this machine, or this torch, has none such."""
+        import torch
+
+        try:
+            device = torch.device(self.device)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises for each depends on its build
+            raise Unsupported(
+                "torch cannot compute on this device",
+                expected="cpu, cuda or cuda:1, say",
+                found=f"{self.device}: {error}",
+                then="leave --device out, or install a torch that is built for it",
+            ) from error
+        return device
+
 
 def run(
     plan: Plan,
     writer: CheckpointWriter | None,
+    files: OpenFiles,
     resources: Resources | None = None,
     aside: TensorWriter | None = None,
 ) -> tuple[Outcome, ...]:
     """Runs every step; the outcomes come in the plan's order, without their tensors.
 
-    `aside` takes what steps declare for a second output.
+    Args:
+        plan: the steps.
+        writer: takes their outputs; None where nothing is written.
+        files: where their inputs are open, or are opened.
+        resources: workers, memory and device.
+        aside: takes what steps declare for a second output.
 
     The first error stops the run and is raised once the steps under way have ended.
 
@@ -80,12 +102,12 @@ def run(
     import torch
 
     resources = resources or Resources()
-    device = _device(resources.device)
+    device = resources.torch_device()
     workers = max(1, min(resources.workers, len(plan.steps)))
     intra_op = max(1, resources.workers // workers)
     stop = threading.Event()
-    with Readers() as readers, torch_threads(), contextlib.ExitStack() as copies:
-        running = _Running(plan, readers, (writer, aside), _Budget(resources.memory), device, stop)
+    with torch_threads(), contextlib.ExitStack() as copies:
+        running = _Running(plan, files, (writer, aside), _Budget(resources.memory), device, stop)
         if (writer is None or writer.shared) and _pays(plan, resources, workers, device):
             running = replace(running, elsewhere=copies.enter_context(forked(workers, running.packed)))
         # Largest first: the last step to finish is then a small one.
@@ -108,29 +130,12 @@ def _pays(plan: Plan, resources: Resources, workers: int, device: torch.device) 
     return allowed and workers > 1 and sum(step.volume for step in plan.steps) >= _WORTH_COPIES
 
 
-def _device(name: str) -> torch.device:
-    """The device of a name. Raises Unsupported where this machine, or this torch, has none such."""
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises for each depends on its build
-        raise Unsupported(
-            "torch cannot compute on this device",
-            expected="cpu, cuda or cuda:1, say",
-            found=f"{name}: {error}",
-            then="leave --device out, or install a torch that is built for it",
-        ) from error
-    return device
-
-
 @dataclass(frozen=True)
 class _Running:
     """A plan under way. `elsewhere` has a copy of this process compute a step; None: the calling thread does."""
 
     plan: Plan
-    readers: Readers
+    files: OpenFiles
     writers: Writers
     budget: _Budget
     device: torch.device
@@ -143,7 +148,7 @@ class _Running:
         try:
             if self.stop.is_set():
                 return Outcome((), {})
-            outcome = _unchanged(step, self.readers)
+            outcome = _unchanged(step, self.files)
             held = 0 if outcome is not None or isinstance(step.op, TakesOver) else step.nbytes
             with self.budget.hold(held):
                 if self.stop.is_set():
@@ -173,10 +178,10 @@ class _Running:
 
     def _compute(self, step: Step) -> Outcome:
         if isinstance(step.op, TakesOver):
-            return _take_over(step, step.op, self.readers, self.writers[0])
+            return _take_over(step, step.op, self.files, self.writers[0])
         if isinstance(step.op, Streams):
-            return _stream(step, step.op, self.readers, self.writers[0], self.device)
-        return step.op(*(self.readers.read(ref).to(self.device) for ref in step.inputs))
+            return _stream(step, step.op, self.files, self.writers[0], self.device)
+        return step.op(*(self.files.read(ref).to(self.device) for ref in step.inputs))
 
     def packed(self, index: int) -> tuple[Outcome, Packed, Packed]:
         """A step's outcome, in a form that goes to another process."""
@@ -196,11 +201,11 @@ def _unpacked(packed: Packed) -> tuple[torch.Tensor | None, ...]:
     return tuple(None if each is None else tensor_from_bytes(*each) for each in packed)
 
 
-def _take_over(step: Step, op: TakesOver, readers: Readers, writer: CheckpointWriter | None) -> Outcome:
+def _take_over(step: Step, op: TakesOver, files: OpenFiles, writer: CheckpointWriter | None) -> Outcome:
     """Copies the step's input to its output, and hashes it on the way."""
     (ref,), (spec,) = step.inputs, step.outputs
     seen = new_hash()
-    source, buffer = readers.checkpoint(ref), np.empty(min(_COPIED, spec.nbytes), np.uint8)
+    source, buffer = files.of(ref.checkpoint), np.empty(min(_COPIED, spec.nbytes), np.uint8)
     with _parts(writer, spec) as put:
         for begin in range(0, spec.nbytes, _COPIED):
             piece = buffer[: spec.nbytes - begin]
@@ -211,11 +216,11 @@ def _take_over(step: Step, op: TakesOver, readers: Readers, writer: CheckpointWr
 
 
 def _stream(
-    step: Step, op: Streams, readers: Readers, writer: CheckpointWriter | None, device: torch.device
+    step: Step, op: Streams, files: OpenFiles, writer: CheckpointWriter | None, device: torch.device
 ) -> Outcome:
     """Reads the step's first input, and writes its output, as the op asks for it."""
     ref, (spec,) = step.inputs[0], step.outputs
-    checkpoint, dtype = readers.checkpoint(ref), ref.spec.dtype
+    checkpoint, dtype = files.of(ref.checkpoint), ref.spec.dtype
     buffer = np.empty(0, np.uint8)
 
     def source(begin: int, count: int) -> torch.Tensor:
@@ -229,7 +234,7 @@ def _stream(
     with _parts(writer, spec) as put:
         return op.streamed(
             source,
-            tuple(readers.read(each).to(device) for each in step.inputs[1:]),
+            tuple(files.read(each).to(device) for each in step.inputs[1:]),
             lambda begin, tensor: put(begin * spec.dtype.itemsize, bytes_from_tensor(tensor).data),
         )
 
@@ -253,13 +258,13 @@ def _write(
             writer.omit(spec.name)
 
 
-def _unchanged(step: Step, readers: Readers) -> Outcome | None:
+def _unchanged(step: Step, files: OpenFiles) -> Outcome | None:
     """What a comparing op says of pairs that are equal bit for bit; None if one is not, or the op does not compare."""
     outcome = step.op.unchanged() if isinstance(step.op, Compares) else None
     if outcome is None:
         return None
     pairs = zip(step.inputs[::2], step.inputs[1::2], strict=True)
-    return outcome if all(readers.equal(before, after) for before, after in pairs) else None
+    return outcome if all(_equal(files, before, after) for before, after in pairs) else None
 
 
 def _follow(plan: Plan, futures: dict[int, Future[Outcome]], resources: Resources) -> None:
@@ -297,44 +302,19 @@ class _Budget:
                 self._changed.notify_all()
 
 
-class Readers:
-    """Checkpoints opened once for all workers, closed together."""
-
-    def __init__(self) -> None:
-        self._open: dict[CheckpointRef, Checkpoint] = {}
-        self._lock = threading.Lock()
-
-    def read(self, ref: TensorRef) -> torch.Tensor:
-        """The tensor of a reference, on the CPU."""
-        return self.checkpoint(ref).read(ref.name)
-
-    def equal(self, before: TensorRef, after: TensorRef) -> bool:
-        """Whether two tensors are equal bit for bit, chunk by chunk up to the first difference."""
-        nbytes = after.spec.nbytes
-        if (before.spec.dtype, before.spec.nbytes) != (after.spec.dtype, nbytes):
+def _equal(files: OpenFiles, before: TensorRef, after: TensorRef) -> bool:
+    """Whether two tensors are equal bit for bit, chunk by chunk up to the first difference."""
+    nbytes = after.spec.nbytes
+    if (before.spec.dtype, before.spec.nbytes) != (after.spec.dtype, nbytes):
+        return False
+    buffers = [np.empty(min(_CHUNK, nbytes), np.uint8) for _ in range(2)]
+    for begin in range(0, nbytes, _CHUNK):
+        old, new = (buffer[: nbytes - begin] for buffer in buffers)
+        files.of(before.checkpoint).read_into(before.name, begin, old)
+        files.of(after.checkpoint).read_into(after.name, begin, new)
+        if not np.array_equal(_words(old), _words(new)):
             return False
-        buffers = [np.empty(min(_CHUNK, nbytes), np.uint8) for _ in range(2)]
-        for begin in range(0, nbytes, _CHUNK):
-            old, new = (buffer[: nbytes - begin] for buffer in buffers)
-            self.checkpoint(before).read_into(before.name, begin, old)
-            self.checkpoint(after).read_into(after.name, begin, new)
-            if not np.array_equal(_words(old), _words(new)):
-                return False
-        return True
-
-    def checkpoint(self, ref: TensorRef) -> Checkpoint:
-        """The checkpoint that a reference is to."""
-        with self._lock:
-            if ref.checkpoint not in self._open:
-                self._open[ref.checkpoint] = open_checkpoint(ref.checkpoint.path)
-            return self._open[ref.checkpoint]
-
-    def __enter__(self) -> Readers:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for checkpoint in self._open.values():
-            checkpoint.close()
+    return True
 
 
 def _words(payload: Bytes) -> np.ndarray[Any, Any]:

@@ -1,10 +1,13 @@
-"""Steps that every verb has: a tensor copied byte for byte, and one that is left out."""
+"""What steps of every verb share: a tensor copied byte for byte, one that is left out, and the hashes of tensors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from formats.spec import TensorSpec
+from surgery.hashes import content_digest
 from surgery.pipeline.plan import Fate, Outcome
 
 if TYPE_CHECKING:
@@ -12,19 +15,47 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Hashed:
+    """The figures of a step that hashes what it reads and what it writes: BLAKE3 of payloads, by tensor name."""
+
+    before: Mapping[str, str] = field(default_factory=dict)
+    after: Mapping[str, str] = field(default_factory=dict)
+
+
+def hashes_before(outcomes: Iterable[Outcome]) -> dict[str, str]:
+    """BLAKE3 of every tensor that the steps read and hashed, by name."""
+    return _gathered(each.figures.before for each in outcomes if isinstance(each.figures, Hashed))
+
+
+def hashes_after(outcomes: Iterable[Outcome]) -> dict[str, str]:
+    """BLAKE3 of every tensor that the steps wrote and hashed, by name."""
+    return _gathered(each.figures.after for each in outcomes if isinstance(each.figures, Hashed))
+
+
+def _gathered(found: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    return {name: digest for hashes in found for name, digest in hashes.items()}
+
+
+def output_digest(specs: Iterable[TensorSpec], outcomes: Iterable[Outcome]) -> str:
+    """The content address of what steps wrote: over these specs, in whatever order."""
+    hashes = hashes_after(outcomes)
+    return content_digest((spec, hashes[spec.name]) for spec in specs)
+
+
+@dataclass(frozen=True)
 class Copy:
-    """A tensor taken over byte for byte."""
+    """A tensor copied byte for byte."""
 
     name: str
 
     def taken(self, digest: str) -> Outcome:
-        """Of both ends."""
-        return Outcome((), {self.name: Fate.COPIED}, {"base": {self.name: digest}, "hashes": {self.name: digest}})
+        """The outcome for a payload with this hash."""
+        return Outcome((), {self.name: Fate.COPIED}, Hashed({self.name: digest}, {self.name: digest}))
 
 
 @dataclass(frozen=True)
 class Drop:
-    """A tensor that the adapter had added."""
+    """A tensor that the adapter had added, and that the output does not have."""
 
     name: str
 

@@ -41,13 +41,13 @@ class Outcome:
     Attributes:
         tensors: one for each declared output of the step, in order; None leaves that output out.
         fates: the ledger's entries, by tensor name.
-        figures: what was measured on the way, by the operation's own keys.
+        figures: what was measured on the way: a frozen dataclass of the family of ops; None for nothing.
         asides: one for each tensor that the step declares aside, likewise.
     """
 
     tensors: tuple[torch.Tensor | None, ...]
     fates: Mapping[str, Fate]
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    figures: Any = None
     asides: tuple[torch.Tensor | None, ...] = ()
 
 
@@ -60,6 +60,21 @@ class Op(Protocol):
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
         """Runs on the CPU tensors of the step's inputs, which it may overwrite."""
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Work that a job does without the engine: it stands in the plan to be looked at.
+
+    Attributes:
+        does: what is done, in a word.
+    """
+
+    does: str
+
+    def __call__(self, *inputs: torch.Tensor) -> Outcome:
+        """Raises AssertionError."""
+        raise AssertionError(f"to {self.does} is not the engine's work")
 
 
 @runtime_checkable
@@ -149,7 +164,7 @@ class Plan:
         """The plan for people: op, step, inputs and outputs, a row a step."""
         return [
             (
-                type(step.op).__name__.lower(),
+                step.op.does if isinstance(step.op, Elsewhere) else type(step.op).__name__.lower(),
                 step.name,
                 ", ".join(f"{ref.spec.dtype} {shape_text(ref.spec.shape)}" for ref in step.inputs),
                 ", ".join(f"{spec.dtype} {shape_text(spec.shape)}" for spec in step.outputs),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from blake3 import blake3
 
 from formats.adapter import Adapter
 from formats.errors import CorruptFile
-from formats.paths import open_checkpoint
+from formats.open_files import OpenFiles
 from formats.spec import DType, TensorSpec
 from formats.tensors import bytes_from_tensor, tensor_from_bytes
 from surgery.exact.finite import check_finite
@@ -36,18 +35,16 @@ UNKNOWN = "0" * 64  # stands for a hash until it is known, so that a header's le
 ORIGINALS_LIMIT = 8 << 20  # bytes of replaced tensors that a receipt keeps
 
 
-def fingerprint(adapter: Adapter) -> tuple[str, dict[str, str]]:
+def fingerprint(adapter: Adapter, files: OpenFiles) -> tuple[str, dict[str, str]]:
     """The adapter's content digest, and the BLAKE3 of every tensor of it that takes part, by name.
 
     The digest covers scalings and targets too: the same tensors under another alpha are another adapter. Reads the
     adapter's payload. Raises NotFinite.
     """
     hashes: dict[str, str] = {}
-    with ExitStack() as stack, torch_threads(1):
-        files = {ref.checkpoint for ref in adapter.tensors}
-        opened = {file: stack.enter_context(open_checkpoint(file.path)) for file in files}
+    with torch_threads(1):
         for ref in adapter.tensors:
-            tensor = opened[ref.checkpoint].read(ref.name)
+            tensor = files.of(ref.checkpoint).read(ref.name)
             if tensor.is_floating_point():
                 check_finite(tensor, f"{ref.name} of {ref.checkpoint.path}")
             hashes[ref.name] = tensor_hash(tensor)

@@ -19,7 +19,7 @@ from formats.checkpoint import Checkpoint, CheckpointWriter
 from formats.containers import Container, container_named
 from formats.destination import Destination, create_checkpoint
 from formats.errors import CorruptFile, OutputExists
-from formats.paths import open_checkpoint
+from formats.open_files import OpenFiles
 from formats.spec import DType, TensorSpec
 from surgery.errors import UndoMismatch
 from surgery.exact.correction import correction_limit
@@ -94,40 +94,36 @@ class UndoFile:
     record: UndoRecord
 
 
-@contextlib.contextmanager
-def open_undo(path: str | Path | None) -> Iterator[UndoFile | None]:
-    """Opens an undo file; None where there is none to open.
+def open_undo(path: str | Path, files: OpenFiles) -> UndoFile:
+    """Opens an undo file.
 
     Raises:
         UndoMismatch: a safetensors file that is no undo file.
         CorruptFile: one whose record and corrections contradict each other.
     """
-    if path is None:
-        yield None
-        return
-    with open_checkpoint(path) as checkpoint:
-        if UNDO not in checkpoint.metadata:
-            raise UndoMismatch(
-                "not an undo file", where=path, expected=f"{UNDO} in its metadata", then="pass what merge --undo wrote"
-            )
-        try:
-            document: dict[str, Any] = json.loads(checkpoint.metadata[UNDO])
-            if document["version"] != _VERSION:
-                raise ValueError(f"version {document['version']}")
-            changes = {name: Change(**change) for name, change in document["changes"].items()}
-            receipt = Receipt.parse(document["receipt"], path)
-            record = UndoRecord(receipt, document["base_digest"], document["result_digest"], changes)
-            sound = all(_is_sound(name, change) for name, change in changes.items())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptFile(
-                "the undo file's record is not one of ours",
-                where=path,
-                found=f"{type(error).__name__}: {error}",
-                then="it may come from a newer version of surgery",
-            ) from error
-        if not sound or not set(checkpoint.specs) <= set(changes) <= set(receipt.base_tensors):
-            raise CorruptFile("the undo file's record and its tensors contradict each other", where=path)
-        yield UndoFile(checkpoint, record)
+    checkpoint = files.checkpoint(path)
+    if UNDO not in checkpoint.metadata:
+        raise UndoMismatch(
+            "not an undo file", where=path, expected=f"{UNDO} in its metadata", then="pass what merge --undo wrote"
+        )
+    try:
+        document: dict[str, Any] = json.loads(checkpoint.metadata[UNDO])
+        if document["version"] != _VERSION:
+            raise ValueError(f"version {document['version']}")
+        changes = {name: Change(**change) for name, change in document["changes"].items()}
+        receipt = Receipt.parse(document["receipt"], path)
+        record = UndoRecord(receipt, document["base_digest"], document["result_digest"], changes)
+        sound = all(_is_sound(name, change) for name, change in changes.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptFile(
+            "the undo file's record is not one of ours",
+            where=path,
+            found=f"{type(error).__name__}: {error}",
+            then="it may come from a newer version of surgery",
+        ) from error
+    if not sound or not set(checkpoint.specs) <= set(changes) <= set(receipt.base_tensors):
+        raise CorruptFile("the undo file's record and its tensors contradict each other", where=path)
+    return UndoFile(checkpoint, record)
 
 
 def _is_sound(name: str, change: Change) -> bool:

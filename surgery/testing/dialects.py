@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 from formats.adapter import NOTHING_TOLD, Adapter, Told
 from formats.checkpoint import Checkpoint
 from formats.containers import Container, container_named
-from formats.dialects import DIALECTS, GROUP, WRITERS, dialect_of, open_adapter_file
+from formats.dialects import DIALECTS, GROUP, WRITERS, open_adapter_file
 from formats.dialects.dialect import Dialect
 from formats.errors import ReportedError
 from formats.model_config import model_config
 from formats.names import nearest
+from formats.open_files import OpenFiles
 from formats.paths import open_checkpoint
 from formats.spec import TensorRef, TensorSpec
 from surgery.operations.convert.convert import convert
@@ -144,9 +145,8 @@ def _check_written(lora: Path, model: Path, own: Path, dialect: Dialect, told: T
 
 
 def _check_recognised(dialect: Dialect, sample: str | Path, model: Path) -> None:
-    checkpoint, config = open_adapter_file(sample)
-    with checkpoint:
-        found = dialect_of(checkpoint, config, sample)
+    with OpenFiles() as files:
+        found = open_adapter_file(sample, files).dialect
     if found.name != dialect.name:
         broken("a dialect's file is recognised as its own", sample, expected=dialect.name, found=found.name)
     with open_checkpoint(model) as plain:
@@ -159,25 +159,25 @@ def _check_foreign(dialect: Dialect, other: str, lora: Path, model: Path, folder
     for part in (None, "unet"):  # some write for a part of a pipeline alone
         with contextlib.suppress(ReportedError):  # others need what is not installed
             file = _converted(lora, model, other, folder / f"other-{other}", Told(component=part))
-            checkpoint, config = open_adapter_file(file)
-            with checkpoint:
-                if dialect.recognises(checkpoint, config):
+            with OpenFiles() as files:
+                opened = open_adapter_file(file, files)
+                if dialect.recognises(opened.checkpoint, opened.config):
                     broken("a dialect recognises no other's file", f"{dialect.name}, a file of {other}", expected=other)
             return
 
 
 def _check_read(dialect: Dialect, sample: str | Path, base: str | Path, told: Told) -> None:
     """Every tensor counts, and layers that the base lacks are refused."""
-    with open_checkpoint(base) as opened:
-        specs = dict(opened.specs)
+    with open_checkpoint(base) as model:
+        specs = dict(model.specs)
     told = replace(told, model=model_config(base))
-    checkpoint, config = open_adapter_file(sample)
 
     def read(file: Mapping[str, TensorSpec], model: Mapping[str, TensorSpec] = specs) -> Adapter:
-        return dialect.read(cast(Checkpoint, _Changed(checkpoint, file)), config, model, {}, told)
+        return dialect.read(cast(Checkpoint, _Changed(opened.checkpoint, file)), opened.config, model, {}, told)
 
-    with checkpoint:
-        own = dict(checkpoint.specs)
+    with OpenFiles() as files:
+        opened = open_adapter_file(sample, files)
+        own = dict(opened.checkpoint.specs)
         adapter = read(own)
         if not adapter.tensors:
             broken("a dialect reads what is in a file", sample, expected="factors", found="none")
@@ -231,6 +231,6 @@ def _merged(model: Path, adapter: Path, folder: Path, told: Told) -> dict[str, t
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    checkpoint, _ = open_adapter_file(path)
-    with checkpoint:
+    with OpenFiles() as files:
+        checkpoint = open_adapter_file(path, files).checkpoint
         return {name: checkpoint.read(name) for name in checkpoint.specs}

@@ -16,6 +16,8 @@ from surgery.exact.certain import CertainSum
 from surgery.exact.rounded_sum import add_rounded
 from surgery.exact.rounding import StackedProducts, exact_product, fixed_point_bits, round_once
 
+pytestmark = pytest.mark.processor
+
 SHAPES = {
     DType.BF16: (8, -126, 127),
     DType.F16: (11, -14, 15),

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import surgery
-from formats.dialects import dialect_of, open_adapter_file
+from formats.dialects import open_adapter_file
 from formats.dialects.underscored import restored, underscored
 from formats.errors import AdapterFormatError
+from formats.open_files import OpenFiles
 from formats.spec import DType, TensorSpec
 
 LAYER = "down_blocks.0.attn1"
@@ -55,9 +56,9 @@ def test_every_form_of_a_key_finds_its_layer(tmp_path: Path, form: str, prefix: 
     save_file({name: torch.zeros(4, 6), **rest}, tmp_path / "base.st")
     surgery.merge(tmp_path / "base.st", tmp_path / "lora.safetensors", tmp_path / "m.st")
     torch.testing.assert_close(load_file(tmp_path / "m.st")[name], b @ a, atol=1e-6, rtol=1e-6)
-    checkpoint, config = open_adapter_file(tmp_path / "lora.safetensors")
-    with checkpoint:
-        assert dialect_of(checkpoint, config, tmp_path).name == form.partition(",")[0]
+    with OpenFiles() as files:
+        adapter = open_adapter_file(tmp_path / "lora.safetensors", files)
+        assert adapter.dialect.name == form.partition(",")[0]
 
 
 def test_a_linear_layer_may_be_called_like_an_embedding(tmp_path: Path) -> None:

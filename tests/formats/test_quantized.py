@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from lora_by_hand import lora, up
 from miniature import weights
 from safetensors.torch import load_file, save_file
-from test_merge import lora, up
 
 import surgery
-from formats.errors import Quantised
+from formats.errors import CorruptFile, Quantised
+from formats.model_config import model_config
 from formats.quantized import foreign, quantization_config
 from formats.spec import DType, TensorSpec
 
@@ -149,8 +150,12 @@ def test_stacked_mxfp4_is_told_by_its_names() -> None:
 
 
 def test_a_config_that_says_nothing_says_nothing(tmp_path: Path) -> None:
-    """None, no JSON, no object, no such entry, an entry of another type."""
-    assert quantization_config(tmp_path) == {}
-    for text in ("{", "[]", "{}", '{"quantization_config": 3}'):
+    """No config.json, no such entry, an entry of another type; one that is no JSON object is an error."""
+    assert model_config(tmp_path) == {}
+    for text in ("{}", '{"quantization_config": 3}'):
         (tmp_path / "config.json").write_text(text)
-        assert quantization_config(tmp_path / "model.safetensors") == {}
+        assert quantization_config(model_config(tmp_path / "model.safetensors")) == {}
+    for text in ("{", "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CorruptFile, match="config is not"):
+            model_config(tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import errno
 import json
 import zipfile
 from pathlib import Path
@@ -16,12 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from formats import Destination, create_checkpoint, open_checkpoint
 from formats.containers import Container
-from formats.errors import IncompleteOutput, NotACheckpoint, UnsupportedDType
+from formats.errors import IncompleteOutput, NotACheckpoint, UnsupportedDType, WriteFailed
 from formats.spec import DType, TensorSpec
 from formats.tensors import bytes_from_tensor, torch_dtype
 from formats.torch_file import TorchFile
-from formats.torch_pickle import read_pickle
-from formats.torch_writer import _Member, state_dict_pickle
+from formats.torch_writer import lay_out
 
 FORMS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older"])
 
@@ -254,17 +253,38 @@ def test_an_incomplete_output_never_appears(tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
 
 
-def test_a_large_tensor_is_described_in_64_bits() -> None:
-    """Sizes and offsets beyond 4 GiB; nothing of that size is written."""
-    specs = [TensorSpec("big", DType.F8_E4M3, (1 << 20, 1 << 13)), TensorSpec("wide", DType.BF16, (3_000_000_000,))]
-    views = read_pickle(io.BytesIO(state_dict_pickle(specs)), "x")
-    assert [views[spec.name].shape for spec in specs] == [spec.shape for spec in specs]
-    member = _Member.after(5 << 30, "data/0", 9 << 30)
-    member.crc = 0
-    assert member.begin % 64 == 0
-    assert len(member.local_header()) == member.begin - member.header
-    assert (9 << 30).to_bytes(8, "little") in member.entry()
-    assert (5 << 30).to_bytes(8, "little") in member.entry()
+def test_what_the_disk_says_while_torch_saves_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what torch's writer makes of it; nothing appears."""
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("formats.torch_writer.write_at", full)
+    destination, tensor = Destination(tmp_path / "a.bin", container=Container.TORCH), torch.ones(4)
+    with (
+        pytest.raises(WriteFailed, match="the disk is full"),
+        create_checkpoint(destination, [TensorSpec("a", DType.F32, (4,))], {}) as writer,
+    ):
+        writer.write("a", tensor)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_large_tensor_is_described_in_64_bits(tmp_path: Path) -> None:
+    """Sizes and offsets beyond 4 GiB, where torch.save puts them; nothing of that size is written."""
+    state = {
+        "big": torch.empty(1 << 20, 9 << 10, dtype=torch.float8_e4m3fn),
+        "wide": torch.empty(3_000_000_000, dtype=torch.bfloat16),
+        "last": torch.ones(2),
+    }
+    with torch.serialization.skip_data(), (tmp_path / "a.pt").open("wb") as file:
+        torch.save(state, file)
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        assert {name: spec.shape for name, spec in checkpoint.specs.items()} == {n: t.shape for n, t in state.items()}
+        found = lay_out(checkpoint.specs.values(), {})
+        places = {name: checkpoint.place(name) for name in state}
+    assert found.offsets == {name: place.offset for name, place in places.items() if place is not None}
+    assert found.offsets["last"] > 14 * 10**9
+    assert found.size == (tmp_path / "a.pt").stat().st_size
 
 
 def test_loaded_files_agree(tmp_path: Path) -> None:

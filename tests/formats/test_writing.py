@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from formats import Destination, create_checkpoint, destination_like, open_checkpoint
 from formats.errors import IncompleteOutput, OutputExists
+from formats.open_files import OpenFiles
 from formats.spec import DType, TensorSpec
 from formats.staging import Staging
 from formats.tensors import spec_of
@@ -132,7 +133,8 @@ def test_a_folder_comes_out_shaped_like_its_source(tmp_path: Path) -> None:
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     (source / "config.json").write_text("{}")
     (source / "pytorch_model.bin").write_text("stale weights")
-    write(destination_like(source, tmp_path / "out", SPECS, inputs=[source], force=False))
+    files = OpenFiles()
+    write(destination_like(source, tmp_path / "out", SPECS, inputs=[source], force=False, files=files))
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json", "config.json"}
     written = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -140,7 +142,7 @@ def test_a_folder_comes_out_shaped_like_its_source(tmp_path: Path) -> None:
     assert written["metadata"]["total_size"] == sum(spec.nbytes for spec in SPECS)
     with open_checkpoint(tmp_path / "out") as checkpoint:
         assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in TENSORS.items())
-    write(destination_like(source, tmp_path / "single.st", SPECS, inputs=[source], force=False))
+    write(destination_like(source, tmp_path / "single.st", SPECS, inputs=[source], force=False, files=files))
     assert set(load_file(tmp_path / "single.st")) == set(TENSORS)
 
 

@@ -10,6 +10,8 @@ import torch
 from surgery.exact.rounding import Delta, Hadamard, Kronecker, RowsOf, exact_product
 from surgery.linalg.by_structure import Form, KroneckerPair, Thin, factored, form_of, nothing, spectrum
 
+pytestmark = pytest.mark.processor
+
 CPU = torch.device("cpu")
 
 

@@ -10,6 +10,8 @@ import surgery.linalg.mixing
 from surgery.errors import SurgeryError
 from surgery.linalg.mixing import check_density, elected_mean, mixed
 
+pytestmark = pytest.mark.processor
+
 Products = list[tuple[torch.Tensor, torch.Tensor, float]]
 
 

@@ -9,6 +9,8 @@ import torch
 from surgery.linalg.thin_product import as_they_are, refactor, thin_svd
 from surgery.ranks import EnergyRule, FixedRank
 
+pytestmark = pytest.mark.processor
+
 
 def product(rows: int, columns: int, inner: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """B and A in float64."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from surgery.linalg.truncated import Delta, factorise, leading_values, truncated_svd
+from surgery.linalg.truncated import DeltaMatrix, factorise, leading_values, truncated_svd
+
+pytestmark = pytest.mark.processor
 
 
 def with_spectrum(rows: int, columns: int, decay: float, seed: int = 0) -> torch.Tensor:
@@ -27,7 +33,7 @@ def with_spectrum(rows: int, columns: int, decay: float, seed: int = 0) -> torch
 def test_the_residual_is_within_a_thousandth_of_the_optimum(shape: tuple[int, int], decay: float, rank: int) -> None:
     """Also where the spectrum decays slowly or not at all; and the reported residual is the true one."""
     delta = with_spectrum(*shape, decay)
-    factors = factorise(Delta.of(delta), rank, torch.float32)
+    factors = factorise(DeltaMatrix.of(delta), rank, torch.float32)
     values = torch.linalg.svdvals(delta.double())
     best = float((values[rank:].square().sum() / values.square().sum()).sqrt())
     wide = delta.double()
@@ -42,7 +48,7 @@ def test_eckart_young(rows: int, columns: int, rank: int, seed: int) -> None:
     """No rank-r approximation can be better than the tail of the spectrum, and ours attains it."""
     rank = min(rank, rows, columns)
     delta = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    factors = factorise(Delta.of(delta), rank, torch.float32)
+    factors = factorise(DeltaMatrix.of(delta), rank, torch.float32)
     tail = float(torch.linalg.svdvals(delta.double())[rank:].square().sum().sqrt())
     error = float((delta.double() - factors.lora_B.double() @ factors.lora_A.double()).norm())
     scale = float(delta.double().norm())
@@ -53,7 +59,7 @@ def test_eckart_young(rows: int, columns: int, rank: int, seed: int) -> None:
 def test_rounding_of_the_factors_is_part_of_the_residual(dtype: torch.dtype) -> None:
     """At full rank nothing but the rounding is left, and it is what the report says."""
     delta = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
-    factors = factorise(Delta.of(delta), 30, dtype)
+    factors = factorise(DeltaMatrix.of(delta), 30, dtype)
     wide = delta.double()
     true = float((wide - factors.lora_B.double() @ factors.lora_A.double()).norm() / wide.norm())
     assert true > 1e-4
@@ -63,7 +69,7 @@ def test_rounding_of_the_factors_is_part_of_the_residual(dtype: torch.dtype) -> 
 def test_singular_values_are_split_evenly_and_signs_are_fixed() -> None:
     """The factors' columns and rows have equal norms √σ; the largest entry of each left vector is positive."""
     delta = with_spectrum(300, 400, 0.5)
-    factors = factorise(Delta.of(delta), 8, torch.float32)
+    factors = factorise(DeltaMatrix.of(delta), 8, torch.float32)
     torch.testing.assert_close(factors.lora_B.norm(dim=0), factors.lora_A.norm(dim=1))
     largest = factors.lora_B.gather(0, factors.lora_B.abs().argmax(dim=0, keepdim=True))
     assert (largest > 0).all()
@@ -72,7 +78,7 @@ def test_singular_values_are_split_evenly_and_signs_are_fixed() -> None:
 def test_the_same_seed_gives_the_same_bits() -> None:
     """And another seed the same subspace."""
     delta = with_spectrum(300, 400, 0.5)
-    one, again, other = (truncated_svd(Delta.of(delta), 8, seed) for seed in (0, 0, 1))
+    one, again, other = (truncated_svd(DeltaMatrix.of(delta), 8, seed) for seed in (0, 0, 1))
     assert torch.equal(one.left, again.left)
     torch.testing.assert_close(one.singular_values, other.singular_values, rtol=1e-4, atol=0)
 
@@ -81,7 +87,7 @@ def test_a_matrix_of_lower_rank_than_asked_leaves_zero_columns() -> None:
     """Rank 2 asked at rank 5: exact, and finite."""
     generator = torch.Generator().manual_seed(0)
     delta = torch.randn(300, 2, generator=generator) @ torch.randn(2, 500, generator=generator)
-    factors = factorise(Delta.of(delta), 5, torch.float32)
+    factors = factorise(DeltaMatrix.of(delta), 5, torch.float32)
     assert factors.residual < 1e-3
     assert torch.isfinite(factors.lora_A).all()
     torch.testing.assert_close(factors.lora_B @ factors.lora_A, delta, atol=1e-4, rtol=0)
@@ -119,7 +125,7 @@ def test_the_krylov_space_grows_until_the_excess_is_small(name: str) -> None:
     delta = spectra()[name].double()
     values = torch.linalg.svdvals(delta)
     for rank in (2, 8, 24, 48):
-        factors = factorise(Delta.of(delta.float()), rank, torch.float32)
+        factors = factorise(DeltaMatrix.of(delta.float()), rank, torch.float32)
         best = float((values[rank:].square().sum() / values.square().sum()).sqrt())
         true = float((delta - factors.lora_B.double() @ factors.lora_A.double()).norm() / delta.norm())
         assert best * (1 - 1e-6) - 1e-7 <= true <= 1.001 * best + 6e-8  # of which a float32's rounding
@@ -130,7 +136,7 @@ def test_energy_counts_once_where_the_rank_is_lower_than_asked() -> None:
     """Exactly rank 4, asked for 16: all of the energy and no more, and nothing in the other directions."""
     generator = torch.Generator().manual_seed(0)
     delta = torch.randn(600, 4, generator=generator) @ torch.randn(4, 500, generator=generator)
-    factors = factorise(Delta.of(delta), 16, torch.float32)
+    factors = factorise(DeltaMatrix.of(delta), 16, torch.float32)
     assert 1 - 1e-9 <= factors.energy <= 1
     exact = torch.linalg.svdvals(delta.double())
     np.testing.assert_allclose(factors.singular_values[:4], exact[:4], rtol=1e-6)
@@ -140,14 +146,14 @@ def test_energy_counts_once_where_the_rank_is_lower_than_asked() -> None:
 def test_exact_is_exact() -> None:
     """All singular values, to float64's precision of the float32 matrix."""
     delta = with_spectrum(300, 350, 0.3)
-    svd = truncated_svd(Delta.of(delta), 4, exact=True)
+    svd = truncated_svd(DeltaMatrix.of(delta), 4, exact=True)
     np.testing.assert_allclose(svd.spectrum, torch.linalg.svdvals(delta.double()), rtol=1e-7)
     assert svd.left.shape == (300, 4)
 
 
 def test_a_rule_decides_the_rank_from_what_it_needs_to_see() -> None:
     """The spectrum grows until the rule is content; it sees converged values, and the size to know when all are."""
-    delta = Delta.of(with_spectrum(1000, 900, 0.7))
+    delta = DeltaMatrix.of(with_spectrum(1000, 900, 0.7))
     exact = truncated_svd(delta, 1, exact=True).spectrum
     seen: list[int] = []
 
@@ -167,7 +173,7 @@ def test_a_rule_decides_the_rank_from_what_it_needs_to_see() -> None:
 
 def test_a_rule_that_wants_everything_gets_it() -> None:
     """Then the decomposition is the dense one."""
-    delta = Delta.of(with_spectrum(300, 350, 0.0))
+    delta = DeltaMatrix.of(with_spectrum(300, 350, 0.0))
     assert factorise(delta, lambda values, _, size: size if len(values) == size else None, torch.float32).rank == 300
 
 
@@ -175,7 +181,7 @@ def test_leading_values_are_those_of_the_whole() -> None:
     """For a curve."""
     delta = with_spectrum(500, 700, 0.5)
     exact = torch.linalg.svdvals(delta.double())
-    values = leading_values(Delta.of(delta), 20)
+    values = leading_values(DeltaMatrix.of(delta), 20)
     np.testing.assert_allclose(values[:20], exact[:20], rtol=1e-3)
 
 
@@ -194,7 +200,7 @@ def test_a_difference_is_taken_of_tensors_as_they_lie_in_memory(dtype: torch.dty
         (base.reshape(60, 10, 4).flatten(1), tuned.reshape(60, 10, 4).flatten(1), wide),
     ]
     for before, after, goal in cases:
-        delta = Delta.between(before, after)
+        delta = DeltaMatrix.between(before, after)
         assert delta is not None
         assert delta.shape == tuple(goal.shape)
         assert delta.total == pytest.approx(float(goal.square().sum()), rel=1e-6)
@@ -207,10 +213,10 @@ def test_a_difference_is_taken_of_tensors_as_they_lie_in_memory(dtype: torch.dty
 def test_no_difference_is_none_and_nan_is_seen() -> None:
     """A zero's sign is no difference; NaN equals nothing, not even itself."""
     base = torch.zeros(3, 4)
-    assert Delta.between(base, -base) is None
+    assert DeltaMatrix.between(base, -base) is None
     poisoned = base.clone()
     poisoned[1, 2] = float("nan")
-    delta = Delta.between(poisoned, poisoned)
+    delta = DeltaMatrix.between(poisoned, poisoned)
     assert delta is not None
     assert np.isnan(delta.total)
 
@@ -220,7 +226,7 @@ def test_differences_whose_squares_leave_float32_are_decomposed_all_the_same(siz
     """Down to a few units of the smallest number."""
     delta = with_spectrum(400, 300, 0.5).double()
     given = (delta * size).float()
-    difference = Delta.between(torch.zeros_like(given), given)
+    difference = DeltaMatrix.between(torch.zeros_like(given), given)
     assert difference is not None
     factors = factorise(difference, 8, torch.float32)
     values = torch.linalg.svdvals(given.double() / size)
@@ -228,3 +234,9 @@ def test_differences_whose_squares_leave_float32_are_decomposed_all_the_same(siz
         float((values[8:].square().sum() / values.square().sum()).sqrt()), rel=2e-3
     )
     np.testing.assert_allclose(factors.singular_values / size, values[:8], rtol=1e-2)
+
+
+def test_products_are_float32_where_onednn_may_use_no_more_than_avx2() -> None:
+    """Whatever the processor has beyond it: there bfloat16 would be emulated."""
+    program = "import torch; from surgery.linalg.difference import Delta; assert Delta.of(torch.ones(3, 3)).is_precise"
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, check=True)

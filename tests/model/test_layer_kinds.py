@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
 
-from formats import DType, TensorSpec
+from formats import Checkpoint, DType, TensorSpec
 from formats.layers import LayerKind
+from formats.open_files import OpenFiles
 from surgery.errors import ReportedError
+from surgery.model.base_model import BaseModel
 from surgery.model.layer_kinds import Structure, learn_structure
+
+
+def structure_of(folder: Path, specs: dict[str, TensorSpec], kinds: dict[str, str] | None = None) -> Structure:
+    """The structure of a model in a folder, whose file has these tensors."""
+    headers = cast(Checkpoint, SimpleNamespace(specs=specs))
+    return learn_structure([BaseModel(folder, headers, OpenFiles())], kinds or {})
 
 
 def learn(folder: Path, kinds: dict[str, str] | None = None, **shapes: tuple[int, ...]) -> Structure:
     """The structure of a model given by shapes; `__` stands for a dot."""
     specs = {name.replace("__", "."): shape for name, shape in shapes.items()}
-    return learn_structure(
-        {name: TensorSpec(name, DType.F32, shape) for name, shape in specs.items()}, [str(folder)], kinds or {}
-    )
+    return structure_of(folder, {name: TensorSpec(name, DType.F32, shape) for name, shape in specs.items()}, kinds)
 
 
 def of_model(model: transformers.PreTrainedModel, folder: Path) -> Structure:
     """The structure of a saved model."""
     model.save_pretrained(folder)
     specs = {name: TensorSpec(name, DType.F32, tuple(t.shape)) for name, t in model.state_dict().items()}
-    return learn_structure(specs, [str(folder)], {})
+    return structure_of(folder, specs)
 
 
 def test_names_and_shapes_settle_the_usual_model(tmp_path: Path) -> None:

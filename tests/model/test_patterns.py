@@ -5,7 +5,7 @@ import pytest
 from formats.errors import UnknownTensor
 from surgery.errors import SurgeryError
 from surgery.model.patterns import rank_override, select
-from surgery.operations.extract.plan import Extraction
+from surgery.ranks.choice import RankChoice
 
 NAMES = [
     "model.layers.0.self_attn.q_proj.weight",
@@ -65,7 +65,7 @@ def test_an_invalid_regular_expression_is_an_error_that_says_why() -> None:
 def test_the_last_override_that_matches_wins() -> None:
     """So that a general one can be amended by a special one after it."""
     overrides = dict(map(rank_override, ["*.layers.*=8", "*.mlp.*=16", r"re:(?=model).*\.1\.mlp.*=4"]))
-    ranks = Extraction(rank=2, overrides=overrides).overridden(NAMES)
+    ranks = RankChoice(2, overrides=overrides).overridden(NAMES)
     assert ranks == {NAMES[0]: 8, NAMES[1]: 16, NAMES[2]: 8, NAMES[3]: 4}
 
 
@@ -80,5 +80,5 @@ def test_an_override_without_a_pattern_or_a_rank_is_an_error(text: str) -> None:
 def test_an_override_that_matches_nothing_is_an_error() -> None:
     """Its pattern is named without the rank."""
     with pytest.raises(UnknownTensor) as caught:
-        Extraction(rank=2, overrides={"*.nothing": 8}).overridden(NAMES)
+        RankChoice(2, overrides={"*.nothing": 8}).overridden(NAMES)
     assert caught.value.details["expected"] == "*.nothing"

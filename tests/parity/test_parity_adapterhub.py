@@ -8,19 +8,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import places
 import pytest
 import torch
-from bottleneck_models import WRITTEN as MODELS
+from bottleneck_models import GOLDEN as MODELS
 from bottleneck_models import inputs, saved
-from places import GOLDEN
 from safetensors.torch import load_file, save_file
 
 import surgery
 from formats.errors import AdapterFormatError
 
-WRITTEN = GOLDEN / "adapterhub"
-
-WRITTEN = WRITTEN / "written"
+GOLDEN = places.GOLDEN / "adapterhub"
+WRITTEN = GOLDEN / "written"
 CASES = sorted(path.name for path in WRITTEN.iterdir() if path.is_dir())
 TOLD = {
     "bert-kohya": surgery.Told(component="text_encoder"),
@@ -31,7 +30,7 @@ TOLD = {
 def edited(folder: Path, model: str, **settings: Any) -> Path:
     """A copy of an adapter with other settings."""
     copy = folder / "adapter"
-    shutil.copytree(WRITTEN / model / "adapter", copy)
+    shutil.copytree(GOLDEN / model / "adapter", copy)
     file = copy / "adapter_config.json"
     config = json.loads(file.read_text())
     config["version"] = settings.pop("version", config["version"])
@@ -43,9 +42,9 @@ def edited(folder: Path, model: str, **settings: Any) -> Path:
 @pytest.mark.parametrize("model", ["bert", "gpt2"])
 def test_it_merges_as_its_library_does(tmp_path: Path, model: str) -> None:
     """Linear layers, and two of three slices of GPT-2's fused layer, stored (in, out)."""
-    base = WRITTEN / model / "base.st"
-    surgery.merge(base, WRITTEN / model / "adapter", tmp_path / "m.st")
-    expected, merged, before = load_file(WRITTEN / model / "merged.st"), load_file(tmp_path / "m.st"), load_file(base)
+    base = GOLDEN / model / "base.st"
+    surgery.merge(base, GOLDEN / model / "adapter", tmp_path / "m.st")
+    expected, merged, before = load_file(GOLDEN / model / "merged.st"), load_file(tmp_path / "m.st"), load_file(base)
     assert {name for name in before if not torch.equal(before[name], merged[name])} == set(expected)
     for name, tensor in expected.items():
         torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=1e-6)
@@ -54,22 +53,22 @@ def test_it_merges_as_its_library_does(tmp_path: Path, model: str) -> None:
 @pytest.mark.parametrize("model", ["bert", "gpt2"])
 def test_it_becomes_peft_s(tmp_path: Path, model: str) -> None:
     """With the same ΔW; the fused layer's slices as blocks of one B."""
-    base = WRITTEN / model / "base.st"
-    report = surgery.convert(WRITTEN / model / "adapter", tmp_path / "peft", "peft", base=base)
+    base = GOLDEN / model / "base.st"
+    report = surgery.convert(GOLDEN / model / "adapter", tmp_path / "peft", "peft", base=base)
     assert report.source == "adapterhub"
     surgery.merge(base, tmp_path / "peft", tmp_path / "m.st")
     merged = load_file(tmp_path / "m.st")
-    for name, tensor in load_file(WRITTEN / model / "merged.st").items():
+    for name, tensor in load_file(GOLDEN / model / "merged.st").items():
         torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=1e-6)
 
 
 def test_older_files_are_scaled_as_they_were_trained(tmp_path: Path) -> None:
     """adapters before 1.1.0 scaled by 1, and reads such files so: 3/2 is what the golden file has."""
     adapter = edited(tmp_path, "bert", version="adapters.1.0.1")
-    base = load_file(WRITTEN / "bert" / "base.st")
-    surgery.merge(WRITTEN / "bert" / "base.st", adapter, tmp_path / "m.st")
+    base = load_file(GOLDEN / "bert" / "base.st")
+    surgery.merge(GOLDEN / "bert" / "base.st", adapter, tmp_path / "m.st")
     merged = load_file(tmp_path / "m.st")
-    for name, tensor in load_file(WRITTEN / "bert" / "merged.st").items():
+    for name, tensor in load_file(GOLDEN / "bert" / "merged.st").items():
         torch.testing.assert_close(1.5 * (merged[name] - base[name]), tensor - base[name], atol=1e-6, rtol=1e-6)
 
 
@@ -91,7 +90,7 @@ def test_what_it_cannot_mean_is_refused(tmp_path: Path, settings: dict[str, Any]
     """With the reason."""
     adapter = edited(tmp_path, "bert", **settings)
     with pytest.raises(AdapterFormatError, match=message):
-        surgery.merge(WRITTEN / "bert" / "base.st", adapter, tmp_path / "m.st")
+        surgery.merge(GOLDEN / "bert" / "base.st", adapter, tmp_path / "m.st")
 
 
 WEIGHTS = MODELS / "weights"
@@ -171,14 +170,14 @@ def test_other_tensors_beside_the_factors_are_refused(tmp_path: Path) -> None:
     weights = adapter / "adapter.safetensors"
     save_file({**load_file(weights), "prefix_tunings.style.wte": torch.zeros(2)}, weights)
     with pytest.raises(AdapterFormatError, match="no factor of LoRA"):
-        surgery.merge(WRITTEN / "bert" / "base.st", adapter, tmp_path / "m.st")
+        surgery.merge(GOLDEN / "bert" / "base.st", adapter, tmp_path / "m.st")
 
 
 @pytest.mark.parametrize("model", ["bert", "gpt2"])
 def test_scaled_outputs_merge_with_their_bias(tmp_path: Path, model: str) -> None:
     """(IA)³: the weights that the library merges, and the outputs of its adapted model; its own merge leaves the biases
     as they are, and its merged model gives others."""
-    folder = WRITTEN / model
+    folder = GOLDEN / model
     base = load_file(folder / "ia3.st")
     surgery.merge(folder / "ia3.st", folder / "ia3", tmp_path / "m.st")
     merged, expected = load_file(tmp_path / "m.st"), load_file(folder / "ia3-merged.st")
@@ -216,7 +215,7 @@ def test_peft_merges_it_the_same(tmp_path: Path, model: str) -> None:
     """(IA)³ in peft's form, as peft loads it: alpha and the slices that are not adapted are in the vectors."""
     import peft
 
-    folder = WRITTEN / model
+    folder = GOLDEN / model
     base = folder / "ia3.st"
     report = surgery.convert(folder / "ia3", tmp_path / "peft", "peft", base=base)
     assert report.weights.keys() == {"ia3"}
@@ -229,7 +228,7 @@ def test_peft_merges_it_the_same(tmp_path: Path, model: str) -> None:
 @pytest.mark.parametrize("model", ["bert", "gpt2"])
 def test_scaled_outputs_come_off_again(tmp_path: Path, model: str) -> None:
     """By division."""
-    folder = WRITTEN / model
+    folder = GOLDEN / model
     surgery.merge(folder / "ia3.st", folder / "ia3", tmp_path / "m.st")
     surgery.unmerge(tmp_path / "m.st", folder / "ia3", tmp_path / "back.st")
     back = load_file(tmp_path / "back.st")
@@ -277,7 +276,7 @@ def test_torch_s_container_is_read_too(tmp_path: Path) -> None:
     tensors = load_file(adapter / "adapter.safetensors")
     (adapter / "adapter.safetensors").unlink()
     torch.save(tensors, adapter / "pytorch_adapter.bin")
-    surgery.merge(WRITTEN / "bert" / "base.st", adapter, tmp_path / "m.st")
+    surgery.merge(GOLDEN / "bert" / "base.st", adapter, tmp_path / "m.st")
     merged = load_file(tmp_path / "m.st")
-    for name, tensor in load_file(WRITTEN / "bert" / "merged.st").items():
+    for name, tensor in load_file(GOLDEN / "bert" / "merged.st").items():
         torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=1e-6)

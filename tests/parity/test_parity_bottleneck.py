@@ -20,6 +20,7 @@ from formats.dialects.adapterhub_beside import read_beside
 from formats.dialects.bottleneck import Bottleneck, Bottlenecks, Dense, Hypercomplex
 from formats.dialects.prompts import Network, Prefix, Prompt
 from formats.errors import AdapterFormatError, ReportedError, ShapeMismatch, UnmatchedKeys
+from formats.open_files import OpenFiles
 from formats.paths import open_checkpoint
 from formats.spec import TensorRef
 
@@ -37,10 +38,10 @@ BOTTLENECKS = ["compacter", "compacter++", "double_seq_bn", "double_seq_bn_linea
 
 def read(model: str, adapter: Path) -> Any:
     """An adapter of a golden model."""
-    checkpoint, config = open_adapter_file(adapter)
-    with checkpoint, open_checkpoint(WRITTEN / model / "base.st") as base:
-        assert config is not None
-        (part,) = read_beside(checkpoint, config, base.specs)
+    with OpenFiles() as files:
+        opened, base = open_adapter_file(adapter, files), files.checkpoint(WRITTEN / model / "base.st")
+        assert opened.config is not None
+        (part,) = read_beside(opened.checkpoint, opened.config, base.specs)
         return part
 
 

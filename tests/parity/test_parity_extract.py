@@ -21,7 +21,7 @@ import surgery
 from surgery.errors import ReportedError
 from surgery.ranks import EnergyRule
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.processor, pytest.mark.filterwarnings("ignore")]
 
 
 class Words(nn.Module):

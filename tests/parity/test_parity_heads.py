@@ -15,7 +15,6 @@ from bottleneck_models import GOLDEN, built, inputs, saved
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.operations.fold.fold import verdicts
 from surgery.operations.fold.verdicts import Way
 
 HEADS = GOLDEN / "heads"
@@ -68,7 +67,7 @@ def test_a_head_that_the_class_has_not_is_told(tmp_path: Path, case: str, base: 
     folder = model(case, tmp_path / "base", **base)
     report = surgery.fold(folder, HEADS / case, tmp_path / "out")
     assert [each.reason for each in report.verdicts if each.way is Way.LEFT and reason in each.reason]
-    assert report.verdicts == verdicts(folder, HEADS / case)
+    assert report.verdicts == surgery.prepare_fold(folder, HEADS / case, tmp_path / "again").verdicts
     assert any("is left" in note and reason in note for note in report.notes)
     before, after = (load_file(each / "model.safetensors") for each in (folder, tmp_path / "out"))
     assert torch.equal(before["classifier.weight"], after["classifier.weight"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,16 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from formats.dialects.adapterhub_beside import read_beside
-from formats.paths import open_checkpoint
+from formats.open_files import OpenFiles
+from surgery.model.base_model import BaseModel
 from surgery.operations.fold.plan import plan_fold
-from surgery.operations.merge.adapters import open_adapters
+from surgery.operations.merge.adapters import adapter_files, open_adapters
 from surgery.operations.merge.plan import plan_merge
 from surgery.operations.merge.unmerge import plan_unmerge
 from surgery.pipeline.plan import Step, Streams, TakesOver
 from surgery.receipts.receipt import MergedAdapter
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.processor, pytest.mark.filterwarnings("ignore")]
 
 HUNGRY = {
     "boft": Case(peft.BOFTConfig, {"boft_block_size": 256, "boft_block_num": 0, "boft_n_butterfly_factor": 1}),
@@ -56,8 +58,9 @@ def test_a_step_takes_no_more_memory_than_it_declares(tmp_path: Path, name: str)
     case = replace(HUNGRY[name], build=Square, targets=("wide",))
     made_by_peft(tmp_path, case)
     base, adapter = tmp_path / "base.st", tmp_path / "adapter"
-    with open_checkpoint(base) as w0:
-        opened = open_adapters(base, adapter, w0.specs)
+    with OpenFiles() as files:
+        w0 = BaseModel.open(base, files)
+        opened = open_adapters(w0, adapter_files(adapter, files), w0.specs)
         plans = [plan_merge(w0, opened)[0]]
         plans += [plan_unmerge(w0, opened, None)] if case.unmerges else []
     tensors = load_file(base) | load_file(adapter / "adapter_model.safetensors")
@@ -94,10 +97,11 @@ def test_folding_takes_no_more_memory_than_it_declares(tmp_path: Path, f: str, p
             adapter |= {f"{module}.{name}.weight": torch.randn(out, into), f"{module}.{name}.bias": torch.randn(out)}
     save_file(base, tmp_path / "base.st")
     save_file(adapter, tmp_path / "adapter.safetensors")
-    config = {"hidden_act": "gelu", "intermediate_size": inner}
-    with open_checkpoint(tmp_path / "base.st") as w0, open_checkpoint(tmp_path / "adapter.safetensors") as opened:
-        parts = read_beside(opened, {"config": own}, w0.specs)
-        plan = plan_fold(w0, config, parts, MergedAdapter("0", 1.0, {})).plan
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_act": "gelu", "intermediate_size": inner}))
+    with OpenFiles() as files:
+        w0 = BaseModel.open(tmp_path / "base.st", files)
+        parts = read_beside(files.checkpoint(tmp_path / "adapter.safetensors"), {"config": own}, w0.specs)
+        plan = plan_fold(w0, parts, MergedAdapter("0", 1.0, {})).plan
     tensors, tried = base | adapter, 0
     for step in plan.steps:
         if isinstance(step.op, TakesOver):

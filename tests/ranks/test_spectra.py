@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from surgery.ranks.spectra import Spectrum, budgeted, doubling, known_rank, uniform
 
+pytestmark = pytest.mark.processor
+
 
 def spectrum(values: list[float], known: int | None = None, name: str = "w", cost: int = 10) -> Spectrum:
     """Of all these values the first are known."""

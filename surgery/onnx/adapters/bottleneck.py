@@ -27,7 +27,7 @@ _FOLDER = "the model's class has another shape there: fold what can be folded, o
 
 
 @dataclass(frozen=True)
-class Site:
+class BottleneckSite:
     """Where a bottleneck belongs, as nodes and values of a graph.
 
     Attributes:
@@ -100,7 +100,7 @@ def graft_branch(
     return made
 
 
-def find_site(graph: Graph, module: str, *, turned: bool) -> Site:
+def find_site(graph: Graph, module: str, *, turned: bool) -> BottleneckSite:
     """The nodes around a projection. Raises Unsupported where they are not those of a projection and a residual."""
     products = graph.products(f"{module}.weight", turned, _FOLDER)
     if len(products) > 1:
@@ -121,10 +121,10 @@ def find_site(graph: Graph, module: str, *, turned: bool) -> Site:
     (residual,) = [name for name in total.input if name != output] or [output]
     if residual in graph.initialisers or graph.axes(residual)[-1:] != graph.axes(output)[-1:]:
         raise _unexpected(module, "an Add of the residual", f"{total.name} with {residual}")
-    return Site(product, bias, inner, output, total, residual)
+    return BottleneckSite(product, bias, inner, output, total, residual)
 
 
-def _value(graph: Graph, site: BranchGraft, found: Site, value: Value) -> str:
+def _value(graph: Graph, site: BranchGraft, found: BottleneckSite, value: Value) -> str:
     """A value around the projection. The sum and its norm without the bottleneck are nodes of their own."""
     if value is not Value.SUM and value is not Value.NORMED:
         x: str = found.product.input[0]
@@ -151,7 +151,7 @@ def _value(graph: Graph, site: BranchGraft, found: Site, value: Value) -> str:
 def _half_folded(
     graph: Graph,
     site: BranchGraft,
-    found: Site,
+    found: BottleneckSite,
     tensors: Mapping[str, TensorSpec],
     weights: Mapping[str, TensorSpec],
     *,
@@ -218,7 +218,9 @@ def _half_folded(
     return (both, *biases, up)
 
 
-def _joined(graph: Graph, site: BranchGraft, found: Site, tensors: Mapping[str, TensorSpec]) -> tuple[Made, ...]:
+def _joined(
+    graph: Graph, site: BranchGraft, found: BottleneckSite, tensors: Mapping[str, TensorSpec]
+) -> tuple[Made, ...]:
     """The projection gives W x, to which the bottleneck is added before one bias for both, the projection's own."""
     bias, path = f"{site.module}.bias", f"{site.module}/adapter"
     both = Made(

@@ -23,7 +23,7 @@ _MERGE = "merge the adapter, and export the merged model"
 
 
 @dataclass(frozen=True)
-class Branch:
+class LoraBranch:
     """What stands beside one weight.
 
     Attributes:
@@ -44,7 +44,7 @@ class Branch:
         return f"{self.a.name.rpartition('.')[0]}.rank"
 
 
-def graft(model: onnx.ModelProto, branches: Sequence[Branch], *, inputs: bool) -> onnx.ModelProto:
+def graft(model: onnx.ModelProto, branches: Sequence[LoraBranch], *, inputs: bool) -> onnx.ModelProto:
     """The graph with the branches in it; the model is left as it is.
 
     Args:
@@ -64,7 +64,7 @@ def graft(model: onnx.ModelProto, branches: Sequence[Branch], *, inputs: bool) -
     return graph.finish()
 
 
-def _beside(graph: Graph, product: onnx.NodeProto, branch: Branch, rank: int | str) -> None:
+def _beside(graph: Graph, product: onnx.NodeProto, branch: LoraBranch, rank: int | str) -> None:
     """The new nodes. The sum takes over the value's name, so that nothing behind it changes."""
     result, plain = product.output[0], f"{product.name}/base"
     product.output[0] = plain
@@ -76,7 +76,7 @@ def _beside(graph: Graph, product: onnx.NodeProto, branch: Branch, rank: int | s
     graph.add("Add", [plain, second], f"{product.name}/lora", [(result, result, graph.axes(result))])
 
 
-def _declare(graph: Graph, branch: Branch, *, inputs: bool) -> None:
+def _declare(graph: Graph, branch: LoraBranch, *, inputs: bool) -> None:
     """A and B, as initialisers of the weight's type, or as inputs with defaults of rank 0."""
     import onnx
 

@@ -5,7 +5,7 @@ For measuring and for tests; ONNX graphs get theirs elsewhere. Knows the models 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from formats.grafts import BranchGraft, Value
@@ -17,28 +17,22 @@ if TYPE_CHECKING:
     from torch import nn
 
 _NORMS = ("ln_2", "layernorm_after", "post_attention_layernorm")  # what reads the residual of an MLP, if not the MLP
-Seen = Callable[["torch.Tensor"], None]
-Detach = Callable[[], None]
 
 
-def attach_branch(
-    model: nn.Module, site: BranchGraft, tensors: Mapping[str, torch.Tensor], seen: Seen | None = None
-) -> Detach:
-    """Puts a bottleneck into a model; returns what takes it out again.
+def attach_branch(model: nn.Module, site: BranchGraft, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Puts a bottleneck into a model.
 
     Args:
         model: with the modules that the site names.
         site: where, and what.
         tensors: down (rank, in), down_bias (rank), up (out, rank) and up_bias (out), in the model's dtype.
-        seen: is shown what f takes, (…, rank), each time.
     """
     from torch.nn import functional
 
     residuals: list[torch.Tensor] = []
-    hooks: list[Any] = []
     if site.reads not in (Value.INPUT, Value.PRODUCT) and {site.reads, site.adds_to} != {Value.OUTPUT}:
         source, number = _residual(model, site.module)
-        hooks.append(source.register_forward_pre_hook(lambda module, args: residuals.append(args[number])))
+        source.register_forward_pre_hook(lambda module, args: residuals.append(args[number]))
     norm = None if site.norm is None else model.get_submodule(site.norm)
     f = function(site.non_linearity)
 
@@ -52,18 +46,10 @@ def attach_branch(
             if norm is not None:
                 values[Value.NORMED] = norm(h + r)
         z = functional.linear(values[site.reads], tensors["down"], tensors["down_bias"])
-        if seen is not None:
-            seen(z)
         added: torch.Tensor = values[site.adds_to] + functional.linear(f(z), tensors["up"], tensors["up_bias"])
         return added
 
-    hooks.append(model.get_submodule(site.module).register_forward_hook(adapted))
-
-    def detach() -> None:
-        for hook in hooks:
-            hook.remove()
-
-    return detach
+    model.get_submodule(site.module).register_forward_hook(adapted)
 
 
 def _residual(model: nn.Module, projection: str) -> tuple[nn.Module, int]:

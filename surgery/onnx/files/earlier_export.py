@@ -7,7 +7,6 @@ numbers, and neither torch nor transformers nor a run is needed to know it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from formats import Checkpoint, DType, TensorSpec
 from formats.errors import CorruptFile, PathNotFound, ShapeMismatch, UnsupportedDType
+from formats.model_config import parsed_config
 from formats.names import nearest
 from surgery.errors import MissingTensors, Unsupported
+from surgery.model.base_model import BaseModel
 from surgery.onnx.files.graph_file import PRODUCER
 from surgery.onnx.files.settings import SETTINGS, TIES, differing, settings_of
 
@@ -90,8 +91,8 @@ def _read(prefix: str, path: Path) -> ExistingGraph:
         prefix=prefix,
         model=model,
         weights={t.name: TensorSpec(t.name, _DTYPES[t.data_type], tuple(t.dims)) for t in outside},
-        settings=json.loads(notes[SETTINGS]),
-        ties=json.loads(notes.get(TIES, "{}")),
+        settings=parsed_config(notes[SETTINGS], path, f"graph's {SETTINGS}"),
+        ties=parsed_config(notes.get(TIES, "{}"), path, f"graph's {TIES}"),
         inputs=tuple(value.name for value in model.graph.input),
         outputs=tuple(value.name for value in model.graph.output),
         nodes=len(model.graph.node),
@@ -146,17 +147,13 @@ def require_fit(graphs: Sequence[ExistingGraph], path: Path, checkpoint: Checkpo
             )
 
 
-def require_same_settings(graphs: Sequence[ExistingGraph], path: Path, config: Path) -> None:
+def require_same_settings(graphs: Sequence[ExistingGraph], path: Path, model: BaseModel) -> None:
     """Refuses a config.json that differs from the one that a graph was made for. Raises Unsupported, or CorruptFile."""
-    try:
-        settings = settings_of(json.loads(config.read_bytes()))
-    except (ValueError, AttributeError) as error:
-        raise CorruptFile("config.json is not a JSON object", where=config, found=error) from error
-    differ = list(differing(graphs[0].settings, settings))
+    differ = list(differing(graphs[0].settings, settings_of(model.config)))
     if differ:
         raise Unsupported(
             "config.json is not that of the model whose graph this is",
-            where=f"{config} and {path}",
+            where=f"{model.config_file} and {path}",
             found="; ".join(differ[:8]) + (f" and {len(differ) - 8} more" if len(differ) > 8 else ""),
             then=_TRACE,
         )

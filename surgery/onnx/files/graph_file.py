@@ -7,7 +7,7 @@ nothing of what the graph computes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,9 @@ import numpy as np
 
 from formats.containers import container_named
 from formats.errors import CorruptFile, NotACheckpoint, PathNotFound, UnsafeFile
-from formats.paths import open_checkpoint
+from formats.open_files import OpenFiles
 from formats.reading import fill
+from formats.spec import CheckpointRef, DType, TensorRef, TensorSpec
 from formats.tensors import Bytes
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 PRODUCER = "surgery"  # of graphs that export-onnx writes
 
 
-def load_graph(path: Path) -> onnx.ModelProto:
-    """The graph without its external weights.
+def load_graph(path: Path, files: OpenFiles | None = None) -> onnx.ModelProto:
+    """The graph without its external weights; `files`: where the headers of these are open, or are opened.
 
     Raises:
         PathNotFound: no such file.
@@ -45,11 +46,11 @@ def load_graph(path: Path) -> onnx.ModelProto:
     if not model.graph.output:
         raise CorruptFile("not an ONNX file, or one whose graph gives nothing", where=path)
     if model.producer_name == PRODUCER:
-        _require_places(model, path)
+        _require_places(model, path, files or OpenFiles())
     return model
 
 
-def _require_places(model: onnx.ModelProto, path: Path) -> None:
+def _require_places(model: onnx.ModelProto, path: Path, files: OpenFiles) -> None:
     """A graph finds weights by offset, and whatever lies there a runtime takes for them. Of ours the names are known
     too: so where the files tell names, each must be where the graph looks for it."""
     import onnx
@@ -64,20 +65,19 @@ def _require_places(model: onnx.ModelProto, path: Path) -> None:
         if Path(location).name != location or container_named(location) is None or not file.is_file():
             continue  # `external` says what is wrong with it
         try:
-            checkpoint = open_checkpoint(file)
+            checkpoint = files.checkpoint(file)
         except NotACheckpoint:
             continue  # another tool's file under such a name
-        with checkpoint:
-            for name, offset in offsets.items():
-                place = checkpoint.place(name) if name in checkpoint.specs else None
-                if place is None or str(place.offset) != offset:
-                    raise CorruptFile(
-                        "the weights have been written anew since the graph was exported, and lie elsewhere",
-                        where=path,
-                        expected=f"{name} at byte {offset} of {location}",
-                        found=f"at byte {place.offset}" if place else "not there",
-                        then="export the graph again",
-                    )
+        for name, offset in offsets.items():
+            place = checkpoint.place(name) if name in checkpoint.specs else None
+            if place is None or str(place.offset) != offset:
+                raise CorruptFile(
+                    "the weights have been written anew since the graph was exported, and lie elsewhere",
+                    where=path,
+                    expected=f"{name} at byte {offset} of {location}",
+                    found=f"at byte {place.offset}" if place else "not there",
+                    then="export the graph again",
+                )
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,31 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
         for attribute in node.attribute:
             for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
                 yield from graphs(inner)
+
+
+def named_tensors(every: Iterable[onnx.GraphProto]) -> list[tuple[str, onnx.TensorProto]]:
+    """Every tensor of these graphs, Constant nodes' included, with the name of its value."""
+    found = []
+    for graph in every:
+        found += [(tensor.name, tensor) for tensor in graph.initializer]
+        for node in graph.node:
+            if node.op_type == "Constant":
+                found += [(node.output[0], a.t) for a in node.attribute if a.name == "value"]
+    return found
+
+
+def all_tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Every tensor of a model's graphs, whatever its type, in one order."""
+    return [tensor for _, tensor in named_tensors(graphs(model.graph))]
+
+
+def files_of(model: onnx.ModelProto, path: Path) -> tuple[TensorRef, ...]:
+    """The graph's file and those that its tensors lie in, for a plan: each as so many bytes. Raises as `external`."""
+    outside = {found.location for tensor in all_tensors(model) if (found := external(tensor, path)) is not None}
+    return tuple(
+        TensorRef(CheckpointRef(str(file)), TensorSpec(file.name, DType.U8, (file.stat().st_size,)))
+        for file in (path, *(path.parent / location for location in sorted(outside)))
+    )
 
 
 def count_nodes(model: onnx.ModelProto) -> int:

@@ -149,11 +149,17 @@ def write_payload(descriptor: int, source: Payloads, weights: Iterable[TensorSpe
     return digest.hexdigest()
 
 
+def has_layout(path: Path, where: Layout) -> bool:
+    """Whether the file at `path` is a payload of this layout, whatever its weights."""
+    with path.open("rb") as stream:
+        return os.fstat(stream.fileno()).st_size == where.size and stream.read(len(where.header)) == where.header
+
+
 def holds_payload(path: Path, source: Payloads, weights: Iterable[TensorSpec], where: Layout) -> bool:
     """Whether the file at `path` is this very payload, byte for byte."""
+    if not has_layout(path, where):
+        return False
     with path.open("rb") as stream:
-        if os.fstat(stream.fileno()).st_size != where.size or stream.read(len(where.header)) != where.header:
-            return False
         buffers = _buffers()
         for spec in weights:
             stream.seek(where.offsets[spec.name])

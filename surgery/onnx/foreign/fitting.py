@@ -20,11 +20,10 @@ from formats.tensors import Bytes, bytes_from_tensor
 from surgery.errors import MissingTensors, TemplateMismatch
 from surgery.hashes import tensor_hash
 from surgery.onnx.files.graph_file import payload
-from surgery.onnx.foreign.recipes import Piece, Recipe, alike, find_recipes
-from surgery.onnx.foreign.slots import Slot, find_slots
+from surgery.onnx.foreign.recipes import Recipe, RecipePiece, alike, find_recipes
+from surgery.onnx.foreign.slots import Slot
 
 if TYPE_CHECKING:
-    import onnx
     import torch
 
 _CONSTANT = 1 << 16  # elements; a float table of the graph's own may have as many
@@ -60,14 +59,11 @@ class Fitting:
         return {piece.source for recipe in self.recipes.values() for piece in recipe.pieces}
 
 
-def fit(model: onnx.ModelProto, where: Path, base: Tensors, base_path: object) -> Fitting:
-    """Explains the graph at `where` by the base's tensors.
+def fit(slots: tuple[Slot, ...], where: Path, base: Tensors, base_path: object) -> Fitting:
+    """Explains the float tensors of the graph at `where` by the base's.
 
-    Raises:
-        TemplateMismatch: float tensors that are neither made of the base's nor small constants.
-        Quantised, UnsafeFile, PathNotFound, CorruptFile: as `find_slots`.
+    Raises TemplateMismatch for some that are neither made of the base's tensors nor small constants.
     """
-    slots = find_slots(model, where)
     recipes = find_recipes(slots, base.specs, base.read, lambda slot: payload(slot.tensor, where))
     fitting = Fitting(slots, recipes)
     missing = [spec for spec in base.specs.values() if spec.name not in fitting.sources and spec.dtype.is_weight]
@@ -104,7 +100,7 @@ def _no_constant(slot: Slot, missing: Sequence[TensorSpec], base: Tensors) -> st
     return None
 
 
-class Change:
+class MergedChange:
     """The merged model against the base, as far as it has been read: which tensors differ, and what must be refused."""
 
     def __init__(self, fitting: Fitting, base: Tensors, merged: Tensors, where: Path) -> None:
@@ -140,7 +136,7 @@ class Change:
             self._refuse_shared(slot, recipe)
         return result
 
-    def _equal(self, one: Piece, other: Piece, slot: Slot) -> bool:
+    def _equal(self, one: RecipePiece, other: RecipePiece, slot: Slot) -> bool:
         a, b = (Recipe((piece,)).build(self._merged.read, slot.dtype) for piece in (one, other))
         return np.array_equal(a, b)
 
@@ -151,7 +147,9 @@ class Change:
             if slot.modules and all(scope and alike(scope, module) for scope in slot.modules):
                 continue
             for name in self._twins(piece.source):
-                if name not in self._fitting.sources and not self._equal(piece, Piece(name, piece.transposed), slot):
+                if name not in self._fitting.sources and not self._equal(
+                    piece, RecipePiece(name, piece.transposed), slot
+                ):
                     raise self._unclear(slot, f"both {piece.source} and {name}: equal in the base, not when merged")
 
     def _twins(self, name: str) -> list[str]:

@@ -26,7 +26,7 @@ Read = Callable[[str], "torch.Tensor"]
 
 
 @dataclass(frozen=True)
-class Piece:
+class RecipePiece:
     """Rows of a recipe: a tensor, or its transpose, whose last two axes are swapped; or `rows` of it, first and end.
 
     `rivals` are tensors of the base with the same bytes, which nothing tells from this one.
@@ -35,7 +35,7 @@ class Piece:
     source: str
     transposed: bool = False
     rows: tuple[int, int] | None = None
-    rivals: tuple[Piece, ...] = field(default=(), compare=False)
+    rivals: tuple[RecipePiece, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         part = "" if self.rows is None else f"[{self.rows[0]}:{self.rows[1]}]"
@@ -56,7 +56,7 @@ class Recipe:
     `doubtful` where it may as well be a constant of the graph: all its elements are equal and nothing names it.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[RecipePiece, ...]
     transposed: bool = False
     doubtful: bool = False
 
@@ -107,13 +107,13 @@ def find_recipes(
 
 def _same_bytes(
     slots: Sequence[Slot], weights: Iterable[TensorSpec], read: Read, payload: Callable[[Slot], Bytes]
-) -> dict[int, list[Piece]]:
+) -> dict[int, list[RecipePiece]]:
     """For each slot the tensors, or their transposes, whose bytes are its own."""
     sizes = {(slot.size, slot.dtype) for slot in slots}
     digests: dict[tuple[DType, str], list[Slot]] = {}
     for slot in slots:
         digests.setdefault((slot.dtype, payload_hash(payload(slot))), []).append(slot)
-    found: dict[int, list[Piece]] = {}
+    found: dict[int, list[RecipePiece]] = {}
     for spec in weights:
         dtypes = [dtype for size, dtype in sizes if size == spec.size]
         if not dtypes:
@@ -124,11 +124,11 @@ def _same_bytes(
             for transposed in (False, True) if len(spec.shape) > 1 and min(spec.shape[-2:]) > 1 else (False,):
                 key = (dtype, payload_hash(bytes_from_tensor(_oriented(cast, transposed))))
                 for slot in digests.get(key, ()):
-                    found.setdefault(slot.index, []).append(Piece(spec.name, transposed))
+                    found.setdefault(slot.index, []).append(RecipePiece(spec.name, transposed))
     return found
 
 
-def _chosen(slot: Slot, candidates: Sequence[Piece], uniform: bool) -> tuple[Piece, bool]:
+def _chosen(slot: Slot, candidates: Sequence[RecipePiece], uniform: bool) -> tuple[RecipePiece, bool]:
     """The candidate that most is said for, with rivals where nothing decides; and whether anything is said for it.
 
     A module alone says too little where all elements are equal: a fused node may add one module's zeros in another.
@@ -175,7 +175,7 @@ class _Heads:
 
     def __init__(self, slots: Sequence[Slot], weights: Sequence[TensorSpec], read: Read) -> None:
         self._read = read
-        self._pieces: dict[tuple[DType, bytes], list[tuple[Piece, int]]] = {}  # first row → piece and its rows
+        self._pieces: dict[tuple[DType, bytes], list[tuple[RecipePiece, int]]] = {}  # first row → piece and its rows
         wanted = {(slot.dtype, width) for slot in slots for width in _widths(slot.shape)}
         if not wanted:
             return
@@ -193,7 +193,7 @@ class _Heads:
             for dtype, turn, rows in fitting:
                 first = _oriented(tensor, turn).reshape(rows, -1)[0].to(torch_dtype(dtype))
                 key = (dtype, bytes_from_tensor(first).tobytes())
-                self._pieces.setdefault(key, []).append((Piece(spec.name, turn), rows))
+                self._pieces.setdefault(key, []).append((RecipePiece(spec.name, turn), rows))
 
     def assemble(self, slot: Slot, payload: Bytes) -> Recipe | None:
         """The recipe of at least two pieces that gives the slot's bytes; None if there is none."""
@@ -208,12 +208,12 @@ class _Heads:
                 return Recipe(pieces, transposed)
         return None
 
-    def _stack(self, dtype: DType, rows: Bytes) -> tuple[Piece, ...] | None:
+    def _stack(self, dtype: DType, rows: Bytes) -> tuple[RecipePiece, ...] | None:
         """The pieces that lie one below the other; `rows` is (rows, bytes of a row)."""
-        pieces: list[Piece] = []
+        pieces: list[RecipePiece] = []
         at = 0
         while at < len(rows):
-            fitting: dict[int, list[Piece]] = {}
+            fitting: dict[int, list[RecipePiece]] = {}
             for piece, height in self._pieces.get((dtype, rows[at].tobytes()), ()):
                 if height <= len(rows) - at and self._is(piece, dtype, rows[at : at + height]):
                     fitting.setdefault(height, []).append(piece)
@@ -225,7 +225,7 @@ class _Heads:
             at += height
         return tuple(pieces)
 
-    def _is(self, piece: Piece, dtype: DType, rows: Bytes) -> bool:
+    def _is(self, piece: RecipePiece, dtype: DType, rows: Bytes) -> bool:
         return np.array_equal(bytes_from_tensor(piece.take(self._read, dtype)), rows.reshape(-1))
 
 
@@ -239,7 +239,7 @@ def _slice(slot: Slot, payload: Bytes, weights: Iterable[TensorSpec], read: Read
         found = [begin for begin in range(0, len(whole), row) if whole.startswith(wanted, begin)]
         if found and len(wanted) % row == 0:
             first, rows = found[0] // row, len(wanted) // row
-            return Recipe((Piece(spec.name, rows=(first, first + rows)),), doubtful=len(found) > 1)
+            return Recipe((RecipePiece(spec.name, rows=(first, first + rows)),), doubtful=len(found) > 1)
     return None
 
 

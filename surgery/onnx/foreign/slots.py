@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from formats.errors import Quantised
 from formats.spec import DType
-from surgery.onnx.files.graph_file import External, external, graphs, nbytes
+from surgery.onnx.files.graph_file import External, external, graphs, named_tensors, nbytes
 
 if TYPE_CHECKING:
     import onnx
@@ -95,7 +95,7 @@ def find_slots(model: onnx.ModelProto, where: Path) -> tuple[Slot, ...]:
     _refuse_quantised(model, every, where)
     takers, modules, made_of = _noted(every)
     slots = []
-    for index, (name, tensor) in enumerate(_tensors(every)):
+    for index, (name, tensor) in enumerate(named_tensors(every)):
         outside = external(tensor, where)
         if tensor.dims and tensor.data_type in kinds:
             dtype, shape = kinds[tensor.data_type], tuple(tensor.dims)
@@ -104,21 +104,6 @@ def find_slots(model: onnx.ModelProto, where: Path) -> tuple[Slot, ...]:
             noted = (tuple(modules.get(name, ())), made_of.get(name, ()))
             slots.append(Slot(index, name, dtype, shape, tensor, outside, len(takes), is_table, *noted))
     return tuple(slots)
-
-
-def all_tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
-    """Every tensor of a model's graphs, whatever its type, in one order."""
-    return [tensor for _, tensor in _tensors(list(graphs(model.graph)))]
-
-
-def _tensors(every: list[onnx.GraphProto]) -> list[tuple[str, onnx.TensorProto]]:
-    found = []
-    for graph in every:
-        found += [(tensor.name, tensor) for tensor in graph.initializer]
-        for node in graph.node:
-            if node.op_type == "Constant":
-                found += [(node.output[0], a.t) for a in node.attribute if a.name == "value"]
-    return found
 
 
 def _noted(
@@ -172,7 +157,7 @@ def _refuse_quantised(model: onnx.ModelProto, every: list[onnx.GraphProto], wher
         for node in nodes
         if node.op_type in _QUANTISED or node.op_type.startswith("QLinear")
     ]
-    for name, tensor in _tensors(every):
+    for name, tensor in named_tensors(every):
         label = onnx.TensorProto.DataType.Name(tensor.data_type)
         narrow = tensor.data_type in small or any(part in label for part in ("INT4", "INT2", "FLOAT4", "FLOAT8"))
         if narrow and tensor.dims and nbytes(tensor) > _TABLE:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.onnx.files.graph_file import count_nodes, load_graph
 from surgery.onnx.run.session import open_session
-from surgery.onnx.same_program.canonical import Program, canonical
+from surgery.onnx.same_program.canonical import CanonicalProgram, canonical
 from surgery.onnx.same_program.cost import Executed, Operand
-from surgery.onnx.same_program.difference import Difference
+from surgery.onnx.same_program.difference import ProgramDifference
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +48,7 @@ class Optimised:
         refusal: why it does not.
     """
 
-    program: Program
+    program: CanonicalProgram
     nodes: int
     assigned: Mapping[tuple[str, str], int]
     executed: tuple[Executed, ...]
@@ -132,13 +132,13 @@ def _operand(said: Mapping[str, list[int]]) -> Operand:
     return Operand(tuple(shape), _ITEMSIZES.get(kind, 8))
 
 
-def assignment_difference(a: Optimised, b: Optimised) -> Difference | None:
+def assignment_difference(a: Optimised, b: Optimised) -> ProgramDifference | None:
     """The first op, by name, of which a provider takes, or runs, another number of nodes; None where there is none."""
     for verb, counts in (("taken by", [a.assigned, b.assigned]), ("run by", [_kernels(a), _kernels(b)])):
         for key in sorted({*counts[0], *counts[1]}):
             if counts[0].get(key, 0) != counts[1].get(key, 0):
                 provider, op = key
-                return Difference(f"{op} {verb} {provider}", *(f"{each.get(key, 0)} nodes" for each in counts))
+                return ProgramDifference(f"{op} {verb} {provider}", *(f"{each.get(key, 0)} nodes" for each in counts))
     return None
 
 

@@ -36,7 +36,7 @@ class Type:
 
 
 @dataclass(frozen=True)
-class GraphInput:
+class CanonicalInput:
     """An input of the graph, or of a subgraph's body at some depth, by its place."""
 
     depth: int
@@ -85,7 +85,7 @@ class Result:
         return f"output {self.index} of {self.name}"
 
 
-Source = GraphInput | Weight | Constant | Result | None  # None where an optional input is left out
+Source = CanonicalInput | Weight | Constant | Result | None  # None where an optional input is left out
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,14 @@ class Body:
 
 
 @dataclass(frozen=True)
-class Program:
+class CanonicalProgram:
     """A whole model: the versions of the operator sets that its ops are of, and its main graph."""
 
     opsets: tuple[tuple[str, int], ...]
     body: Body
 
 
-def canonical(model: onnx.ModelProto, where: Path, *, folded: bool = False) -> Program:
+def canonical(model: onnx.ModelProto, where: Path, *, folded: bool = False) -> CanonicalProgram:
     """The program of a model.
 
     Args:
@@ -147,7 +147,7 @@ def canonical(model: onnx.ModelProto, where: Path, *, folded: bool = False) -> P
     body = _Walk(where, folded).body(model.graph, None)
     used = {domain for domain, _ in _ops(body)}
     known = {_domain(entry.domain): entry.version for entry in model.opset_import}
-    return Program(tuple(sorted((domain, known.get(domain, 0)) for domain in used)), body)
+    return CanonicalProgram(tuple(sorted((domain, known.get(domain, 0)) for domain in used)), body)
 
 
 def _ops(body: Body) -> Iterator[tuple[str, str]]:
@@ -203,7 +203,7 @@ class _Walk:
         inputs: list[tuple[str, Type]] = []
         for value in graph.input:
             if value.name not in scope.tensors:
-                scope.sources[value.name] = GraphInput(scope.depth, len(inputs), value.name)
+                scope.sources[value.name] = CanonicalInput(scope.depth, len(inputs), value.name)
                 inputs.append((value.name if outer is None else "", self.type_of(value)))
         outputs = []
         for value in graph.output:

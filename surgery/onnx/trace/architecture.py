@@ -19,10 +19,11 @@ from typing import Any
 
 from formats.spec import DType, TensorSpec
 from surgery.errors import MissingTensors, UnknownArchitecture, Unsupported
-from surgery.model.meta_model import known_names
+from surgery.model.base_model import BaseModel
+from surgery.model.meta_model import config_of, known_names
 from surgery.onnx.files.settings import settings_of
 from surgery.onnx.trace.kinds import EXPORTED, kind_of
-from surgery.onnx.trace.program import Kind
+from surgery.onnx.trace.program import ModelKind
 
 _LEGACY = ((".weight", ".gamma"), (".bias", ".beta"))  # LayerNorm's names in checkpoints of 2018-2019
 _COUNTERS = ".num_batches_tracked"  # of BatchNorm: counts while training, and older checkpoints do not have it
@@ -30,7 +31,7 @@ _NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_
 
 
 @dataclass(frozen=True)
-class Architecture:
+class TransformersModel:
     """What config.json says: the folder, the transformers class, its configuration, and how it is used.
 
     Attributes:
@@ -44,7 +45,7 @@ class Architecture:
     folder: Path
     model_class: Any
     config: Any
-    kind: Kind
+    kind: ModelKind
     settings: Mapping[str, Any]
 
     @property
@@ -73,27 +74,34 @@ class Architecture:
         return module.eval()
 
 
-def read_architecture(folder: Path, *, cached: bool = False) -> Architecture:
+def read_architecture(model: BaseModel, *, cached: bool = False) -> TransformersModel:
     """Reads config.json and finds the class.
 
     Args:
-        folder: with config.json in it.
+        model: a folder with config.json in it.
         cached: whether keys and values of tokens gone by are to be inputs and outputs.
 
     Raises:
         UnknownArchitecture: no config.json, no `architectures` in it, or a class that transformers does not have.
+        CorruptFile: a config.json that is no JSON object.
         Unsupported: what `kind_of` refuses.
     """
-    path = folder / "config.json"
-    said = _read_config(path)
-    name = _class_name(path, said)
+    path, folder = model.config_file, model.path
+    if path is None or not folder.is_dir():
+        raise UnknownArchitecture(
+            "the folder has no config.json, so nothing says which graph to build",
+            where=folder,
+            then="give a Hugging Face model folder, config.json and its weights; or a file of weights with --factory",
+        )
+    name = _class_name(path, model.config)
     model_class = _find_class(name, path)
     with quiet():
-        config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+        config = config_of(model_class.config_class, model.config)
     config.use_cache = False
     config.return_dict = True
     config.output_hidden_states = config.output_attentions = False
-    return Architecture(folder, model_class, config, kind_of(model_class, config, folder, cached), settings_of(said))
+    kind = kind_of(model_class, config, model, cached)
+    return TransformersModel(folder, model_class, config, kind, settings_of(model.config))
 
 
 def _find_class(name: str, path: Path) -> Any:
@@ -121,20 +129,6 @@ def _find_class(name: str, path: Path) -> Any:
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UnknownArchitecture(
-            "the folder has no config.json, so nothing says which graph to build",
-            where=path.parent,
-            then="give a Hugging Face model folder, config.json and its weights; or a file of weights with --factory",
-        )
-    try:
-        said = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UnknownArchitecture("config.json is not JSON", where=path, found=error) from error
-    return said if isinstance(said, dict) else {}
-
-
 def _class_name(path: Path, said: Mapping[str, Any]) -> str:
     names = said.get("architectures")
     if not (isinstance(names, list) and names and isinstance(names[0], str)):
@@ -149,7 +143,7 @@ def _class_name(path: Path, said: Mapping[str, Any]) -> str:
     return names[0]
 
 
-def build_module(architecture: Architecture, dtype: DType) -> Any:
+def build_module(architecture: TransformersModel, dtype: DType) -> Any:
     """The torch module, its parameters allocated but never written: untouched pages cost no memory.
 
     Attention is the eager one: the fused one's decomposition has twelve more nodes a layer.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from surgery.onnx.trace.program import FLOAT, Comparison, Input, Program, Runtime, as_arrays, as_tensors
+from surgery.onnx.trace.program import FLOAT, Input, OutputComparison, Program, Runtime, as_arrays, as_tensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,8 +67,8 @@ class CachedDecoder:
         """The graph."""
         return (self.program,)
 
-    def compare(self, module: Any, runtime: Runtime, seed: int) -> Iterator[Comparison]:
-        """As in Kind: a prompt, its rows but the first padded on the left, and steps from the graph's own cache,
+    def compare(self, module: Any, runtime: Runtime, seed: int) -> Iterator[OutputComparison]:
+        """As in ModelKind: a prompt, its rows but the first padded on the left, and steps from the graph's own cache,
         against the module's single pass over all of it, which has none."""
         import numpy as np
 
@@ -94,11 +94,13 @@ class CachedDecoder:
                 found = runtime.run("", self._fed({**now, "position_ids": positions[:, begin:end]}) | past)
                 past = dict(zip(past, (found[name] for name in self.cache.names(PRESENT)), strict=True))
                 valid = mask[:, begin:end].astype(bool)
-                yield Comparison("logits", (batch, end), reference["logits"][:, begin:end], found["logits"], valid)
+                yield OutputComparison(
+                    "logits", (batch, end), reference["logits"][:, begin:end], found["logits"], valid
+                )
                 begin = end
             for name in self.cache.names(PRESENT):
                 expected, given = (each[name].swapaxes(1, 2) for each in (reference, found))  # tokens before heads
-                yield Comparison(name, (batch, total), expected, given, mask.astype(bool))
+                yield OutputComparison(name, (batch, total), expected, given, mask.astype(bool))
 
     def _fed(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         return {each.name: feed[each.name] for each in self.program.inputs if each.name in feed}

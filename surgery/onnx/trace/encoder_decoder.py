@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from surgery.onnx.trace.cached_decoder import PAST, PRESENT, CacheShape, filled, kept
-from surgery.onnx.trace.program import FLOAT, Comparison, Input, Program, Runtime, as_arrays, as_tensors, tensors_of
+from surgery.onnx.trace.program import (
+    FLOAT,
+    Input,
+    OutputComparison,
+    Program,
+    Runtime,
+    as_arrays,
+    as_tensors,
+    tensors_of,
+)
 from surgery.onnx.trace.single_pass import right_padding
 
 if TYPE_CHECKING:
@@ -114,9 +123,9 @@ class EncoderDecoder:
             use_cache=caches is not None,
         )
 
-    def compare(self, module: Any, runtime: Runtime, seed: int) -> Iterator[Comparison]:
-        """As in Kind: the encoder, and the decoder over what the encoder's graph gave, step by step where there is a
-        cache, against the whole module in one pass."""
+    def compare(self, module: Any, runtime: Runtime, seed: int) -> Iterator[OutputComparison]:
+        """As in ModelKind: the encoder, and the decoder over what the encoder's graph gave, step by step where there is
+        a cache, against the whole module in one pass."""
         import numpy as np
 
         rng = np.random.default_rng(seed)
@@ -134,20 +143,20 @@ class EncoderDecoder:
             for name, array in encoder.items():
                 swap = name != "last_hidden_state"  # of keys and values the heads come before the tokens
                 one, other = (each.swapaxes(1, 2) if swap else each for each in (array, found[name]))
-                yield Comparison(name, next(iter(feed.values())).shape, one, other, valid)
+                yield OutputComparison(name, next(iter(feed.values())).shape, one, other, valid)
             yield from self._decoded(runtime, tokens, prompt, mask, found, expected)
 
     def _decoded(
         self, runtime: Runtime, tokens: Array, prompt: int, mask: Array | None, encoded: Mapping[str, Array],
         expected: Mapping[str, Array],
-    ) -> Iterator[Comparison]:  # fmt: skip
+    ) -> Iterator[OutputComparison]:  # fmt: skip
         batch, total = tokens.shape
         fixed = {"encoder_attention_mask": mask} if mask is not None else {}
         if self.cache is None:
             fixed["encoder_hidden_states"] = encoded["last_hidden_state"]
             found = runtime.run(DECODER, {"input_ids": tokens, **fixed})
             for name, array in expected.items():
-                yield Comparison(name, tokens.shape, array, found[name])
+                yield OutputComparison(name, tokens.shape, array, found[name])
             return
         crossed = (encoded[name] for name in self.cache.names(PRESENT, _OF_ENCODER))
         fixed |= dict(zip(self.cache.names(PAST, _OF_ENCODER), crossed, strict=True))
@@ -159,7 +168,7 @@ class EncoderDecoder:
             found = runtime.run(DECODER, {"input_ids": tokens[:, begin:end], **fixed, **past})
             past = dict(zip(past, (found[name] for name in self.cache.names(PRESENT, _OF_DECODER)), strict=True))
             for name, array in expected.items():
-                yield Comparison(name, (batch, end), array[:, begin:end], found[name])
+                yield OutputComparison(name, (batch, end), array[:, begin:end], found[name])
             begin = end
 
     def _source(self, rng: Any, batch: int, length: int) -> dict[str, Array]:

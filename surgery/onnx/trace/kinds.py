@@ -6,12 +6,12 @@ Decided by what the class's forward takes and by the config's own numbers; there
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from formats.model_config import parsed_config
 from surgery.errors import Unsupported
+from surgery.model.base_model import BaseModel
 from surgery.onnx.trace.cached_decoder import CachedDecoder, CacheShape, cached_program
 from surgery.onnx.trace.encoder_decoder import EncoderDecoder
 from surgery.onnx.trace.program import FLOAT, Input
@@ -26,13 +26,15 @@ _IMAGE_SIDE = 224  # where neither config.json nor preprocessor_config.json says
 _FACTORY = "build the module yourself: --factory package.module:function, with --inputs and the file of its weights"
 
 
-def kind_of(model_class: Any, config: Any, folder: Path, cached: bool) -> SinglePass | CachedDecoder | EncoderDecoder:
+def kind_of(
+    model_class: Any, config: Any, model: BaseModel, cached: bool
+) -> SinglePass | CachedDecoder | EncoderDecoder:
     """How a model is used.
 
     Args:
         model_class: a transformers class.
         config: its configuration.
-        folder: where config.json stands, and perhaps preprocessor_config.json, which tells an image's size.
+        model: a folder with config.json, and perhaps preprocessor_config.json, which tells an image's size.
         cached: whether keys and values of tokens gone by are to be inputs and outputs.
 
     Raises:
@@ -42,20 +44,20 @@ def kind_of(model_class: Any, config: Any, folder: Path, cached: bool) -> Single
     takes = inspect.signature(model_class.forward).parameters
     fed = model_class.main_input_name
     if getattr(config, "quantization_config", None):
-        raise _refused(model_class, folder, "the checkpoint is quantised")
+        raise _refused(model_class, model, "the checkpoint is quantised")
     if "decoder_input_ids" in takes:
-        return _encoder_decoder(model_class, config, folder, fed, cached)
+        return _encoder_decoder(model_class, config, model, fed, cached)
     if fed == "input_ids" and "input_ids" in takes:
         if cached:
-            return _cached_decoder(model_class, config, folder, takes)
+            return _cached_decoder(model_class, config, model, takes)
         return _single_pass(takes, config)
     if cached:
-        raise _refused(model_class, folder, f"it is fed with {fed} and keeps no keys and values", _NO_CACHE)
+        raise _refused(model_class, model, f"it is fed with {fed} and keeps no keys and values", _NO_CACHE)
     if fed == "pixel_values":
-        return SinglePass(image_program(getattr(config, "num_channels", 3), *_image_size(config, folder)))
+        return SinglePass(image_program(getattr(config, "num_channels", 3), *_image_size(config, model)))
     if fed == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
         return SinglePass(audio_program(config.num_mel_bins, 2 * config.max_source_positions))
-    raise _refused(model_class, folder, f"the model is fed with {fed}, whose shape config.json does not tell")
+    raise _refused(model_class, model, f"the model is fed with {fed}, whose shape config.json does not tell")
 
 
 def longest(config: Any) -> int:
@@ -79,17 +81,17 @@ def _single_pass(takes: Mapping[str, Any], config: Any) -> SinglePass:
     )
 
 
-def _cached_decoder(model_class: Any, config: Any, folder: Path, takes: Mapping[str, Any]) -> CachedDecoder:
+def _cached_decoder(model_class: Any, config: Any, model: BaseModel, takes: Mapping[str, Any]) -> CachedDecoder:
     text = config.get_text_config(decoder=True)
     if "past_key_values" not in takes or not model_class.can_generate():
         reason = "it generates nothing token by token, so it keeps no keys and values"
-        raise _refused(model_class, folder, reason, _NO_CACHE)
+        raise _refused(model_class, model, reason, _NO_CACHE)
     cache = _cache_shape(text, text.num_hidden_layers, text.num_attention_heads)
     program = cached_program(cache, "position_ids" in takes)
     return CachedDecoder(program, cache, text.vocab_size, longest(config))
 
 
-def _encoder_decoder(model_class: Any, config: Any, folder: Path, fed: str, cached: bool) -> EncoderDecoder:
+def _encoder_decoder(model_class: Any, config: Any, model: BaseModel, fed: str, cached: bool) -> EncoderDecoder:
     length: str | int = "encoder_sequence"
     if fed == "input_ids":
         source = Input("input_ids", "int64", ("batch", length))
@@ -97,9 +99,9 @@ def _encoder_decoder(model_class: Any, config: Any, folder: Path, fed: str, cach
         length = config.max_source_positions
         source = Input("input_features", FLOAT, ("batch", config.num_mel_bins, 2 * config.max_source_positions))
     else:
-        raise _refused(model_class, folder, f"its encoder is fed with {fed}")
+        raise _refused(model_class, model, f"its encoder is fed with {fed}")
     if cached and not model_class.can_generate():
-        raise _refused(model_class, folder, "it generates nothing, so it keeps no keys and values", _NO_CACHE)
+        raise _refused(model_class, model, "it generates nothing, so it keeps no keys and values", _NO_CACHE)
     layers = _number(config, "num_decoder_layers", "decoder_layers", "num_hidden_layers")
     heads = _number(config, "decoder_attention_heads", "num_attention_heads")
     return EncoderDecoder(
@@ -123,13 +125,10 @@ def _number(config: Any, *names: str) -> int:
     return next(int(value) for name in names if (value := getattr(config, name, None)) is not None)
 
 
-def _image_size(config: Any, folder: Path) -> tuple[int, int]:
+def _image_size(config: Any, model: BaseModel) -> tuple[int, int]:
     """Height and width: config.json's, what the preprocessor cuts to, or 224."""
-    path = folder / "preprocessor_config.json"
-    try:
-        prepared = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise Unsupported("preprocessor_config.json is not JSON", where=path, found=error) from error
+    path = model.folder / "preprocessor_config.json"
+    prepared = parsed_config(model.files.content(path), path, "preprocessor's config") if path.is_file() else {}
     for size in (getattr(config, "image_size", None), prepared.get("crop_size"), prepared.get("size")):
         if isinstance(size, int):
             return size, size
@@ -142,10 +141,10 @@ def _image_size(config: Any, folder: Path) -> tuple[int, int]:
     return _IMAGE_SIDE, _IMAGE_SIDE
 
 
-def _refused(model_class: Any, folder: Path, reason: str, then: str = _FACTORY) -> Unsupported:
+def _refused(model_class: Any, model: BaseModel, reason: str, then: str = _FACTORY) -> Unsupported:
     return Unsupported(
         f"cannot export {model_class.__name__}: {reason}",
-        where=folder / "config.json",
+        where=model.config_file,
         expected=f"{EXPORTED}, in floating point",
         then=then,
     )

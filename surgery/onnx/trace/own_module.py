@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from formats import open_checkpoint
 from formats.spec import DType
 from surgery.errors import MissingTensors, Unsupported
+from surgery.model.base_model import BaseModel
 from surgery.onnx.trace.program import FLOAT, Input, Program
 from surgery.onnx.trace.single_pass import SinglePass, forward
 
@@ -29,7 +29,7 @@ _AXIS = re.compile(r"[A-Za-z_]\w*|[1-9]\d*")
 class OwnModule:
     """A function that makes a module, its weights, and its inputs."""
 
-    file: Path
+    weights: BaseModel
     factory: str
     make: Callable[[], Any]
     kind: SinglePass
@@ -37,7 +37,7 @@ class OwnModule:
     @property
     def where(self) -> Path:
         """The file of the weights."""
-        return self.file
+        return self.weights.path
 
     @property
     def name(self) -> str:
@@ -65,18 +65,20 @@ class OwnModule:
     def load(self, dtype: DType) -> Any:
         """The module with its weights, by torch's own strict loading."""
         module = self.build(dtype)
-        with open_checkpoint(self.file) as checkpoint:
-            tensors = {name: checkpoint.read(name) for name in checkpoint.specs}
+        checkpoint = self.weights.checkpoint
+        tensors = {name: checkpoint.read(name) for name in checkpoint.specs}
         missing, _ = module.load_state_dict(tensors, strict=False)
         tied = {id(tensor) for name, tensor in module.state_dict(keep_vars=True).items() if name in tensors}
         state = module.state_dict(keep_vars=True)
         lost = [name for name in missing if id(state[name]) not in tied]
         if lost:
-            raise MissingTensors("the module needs tensors that the file does not have", where=self.file, expected=lost)
+            raise MissingTensors(
+                "the module needs tensors that the file does not have", where=self.where, expected=lost
+            )
         return module
 
 
-def own_module(file: Path, factory: str, inputs: Sequence[str]) -> OwnModule:
+def own_module(weights: BaseModel, factory: str, inputs: Sequence[str]) -> OwnModule:
     """Finds the function, and reads what it says of the inputs; does not call it.
 
     Raises:
@@ -101,7 +103,7 @@ def own_module(file: Path, factory: str, inputs: Sequence[str]) -> OwnModule:
             "a module of your own needs its inputs described", where=factory, then="--inputs 'x=float32[batch,3,32,32]'"
         )
     program = Program("", tuple(_input(text) for text in inputs), forward)
-    return OwnModule(file, factory, make, SinglePass(program))
+    return OwnModule(weights, factory, make, SinglePass(program))
 
 
 def _input(text: str) -> Input:

@@ -59,7 +59,7 @@ class Program:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class OutputComparison:
     """One output of one run, from torch and from the graph.
 
     Attributes:
@@ -86,14 +86,14 @@ class Runtime(Protocol):
         """An output's axes as the graph declares them."""
 
 
-class Kind(Protocol):
+class ModelKind(Protocol):
     """A way of using a model: its graphs, and how to try them against torch."""
 
     @property
     def programs(self) -> tuple[Program, ...]:
         """The graphs."""
 
-    def compare(self, module: Any, runtime: Runtime, seed: int) -> Iterator[Comparison]:
+    def compare(self, module: Any, runtime: Runtime, seed: int) -> Iterator[OutputComparison]:
         """Runs both on the same random inputs: several shapes, with padding, and several steps where there is a cache.
 
         Args:
@@ -115,7 +115,7 @@ class Exportable(Protocol):
         """Its class, or the function that makes it."""
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> ModelKind:
         """How it is used."""
 
     @property

@@ -9,7 +9,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from surgery.onnx.trace.program import FLOAT, Comparison, Input, Program, Runtime, as_arrays, as_tensors, tensors_of
+from surgery.onnx.trace.program import (
+    FLOAT,
+    Input,
+    OutputComparison,
+    Program,
+    Runtime,
+    as_arrays,
+    as_tensors,
+    tensors_of,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,8 +52,8 @@ class SinglePass:
         """The graph."""
         return (self.program,)
 
-    def compare(self, module: Any, runtime: Runtime, seed: int) -> Iterator[Comparison]:
-        """As in Kind: every shape once; where there is a mask, all rows but the first end in padding."""
+    def compare(self, module: Any, runtime: Runtime, seed: int) -> Iterator[OutputComparison]:
+        """As in ModelKind: every shape once; where there is a mask, all rows but the first end in padding."""
         for feed in self.feeds(seed):
             reference = as_arrays(self.program.call(module, as_tensors(feed, module)))
             found = runtime.run(self.program.prefix, feed)
@@ -53,7 +62,7 @@ class SinglePass:
             for name, array in reference.items():
                 per_token = runtime.axes(self.program.prefix, name)[1:2] == ("sequence",)
                 valid = mask.astype(bool) if mask is not None and per_token else None
-                yield Comparison(name, shape, array, found[name], valid)
+                yield OutputComparison(name, shape, array, found[name], valid)
 
     def feeds(self, seed: int) -> list[dict[str, Array]]:
         """Random inputs in several shapes; of models without a sequence in two, since only the batch varies."""

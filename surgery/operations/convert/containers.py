@@ -10,23 +10,24 @@ every verb sees the same tensors as the converted file has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from formats.checkpoint import Checkpoint
 from formats.containers import Container, container_named
-from formats.destination import Destination, create_checkpoint, destination_like, named_in
+from formats.destination import Destination, destination_like, named_in
 from formats.dialects import CONFIG_KEY
 from formats.errors import AdapterFormatError, FormatError
+from formats.model_config import CONFIG, parsed_config
+from formats.open_files import OpenFiles
 from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS, container_of, open_checkpoint
 from formats.sharded import ShardedCheckpoint
-from surgery.hashes import content_digest
-from surgery.pipeline import engine
 from surgery.pipeline.engine import Resources
-from surgery.pipeline.ops import Copy
-from surgery.pipeline.plan import Plan, Step, ledger
-from surgery.report import Report, Stopwatch, peak_rss
+from surgery.pipeline.job import Done, Header, Job, runs, step_by_step
+from surgery.pipeline.ops import Copy, output_digest
+from surgery.pipeline.plan import Plan, Step
+from surgery.report import Report, Stopwatch
 
 _MODELS = (Container.SAFETENSORS, Container.TORCH)  # the containers that models are in
 _OF_TORCH = {"format": "pt"}  # what transformers asks of a safetensors file, and all that torch's container implies
@@ -47,7 +48,7 @@ class ContainerReport(Report):
     digest: str
 
 
-def convert_container(
+def prepare_convert_container(
     source: str | Path,
     out: str | Path,
     *,
@@ -55,8 +56,8 @@ def convert_container(
     max_shard_size: int | None = None,
     force: bool = False,
     resources: Resources | None = None,
-) -> ContainerReport:
-    """Writes the tensors of a file or folder in another container, byte for byte.
+) -> Job[ContainerReport]:
+    """Prepares a job that writes the tensors of a file or folder in another container, byte for byte.
 
     Args:
         source: a safetensors or torch file, an index of shards, or a folder of a model or an adapter.
@@ -70,44 +71,42 @@ def convert_container(
     Raises:
         FormatError: see formats.errors; UnsafeFile and UnsupportedDType where the source is more than a state dict.
     """
-    watch = Stopwatch(loading="torch")
-    with open_checkpoint(source) as checkpoint:
-        if container_named(checkpoint.ref.path) is Container.ORT:
-            raise AdapterFormatError(
-                "ONNX Runtime's files hold factors the other way round than others: no mere change of container",
-                where=source,
-                then="say the dialect: --to peft, and --base",
-            )
-        chosen = _chosen(out, container)
-        destination = _destination(Path(source), Path(out), checkpoint, chosen, max_shard_size, force)
-        plan = plan_container(checkpoint, chosen, None if destination.is_folder else _config(Path(source)))
-        with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
-            outcomes = engine.run(plan, writer, resources)
-        hashes = {name: digest for outcome in outcomes for name, digest in outcome.figures["hashes"].items()}
-        read = container_of(checkpoint)
-    with open_checkpoint(out) as written:
-        became = container_of(written)
-    return ContainerReport(
-        operation="convert",
-        output=str(out),
-        seconds=watch.seconds,
-        peak_rss_bytes=peak_rss(),
-        ledger=ledger(outcomes),
-        notes=(*plan.notes, *_left(Path(source), destination)),
-        source=read,
-        container=became,
-        digest=content_digest((spec, hashes[spec.name]) for spec in plan.outputs),
+    watch, files, source = Stopwatch(loading="torch"), OpenFiles(), Path(source)
+    checkpoint = files.checkpoint(source)
+    if container_named(checkpoint.ref.path) is Container.ORT:
+        raise AdapterFormatError(
+            "ONNX Runtime's files hold factors the other way round than others: no mere change of container",
+            where=source,
+            then="say the dialect: --to peft, and --base",
+        )
+    chosen = _chosen(out, container)
+    destination = _destination(source, Path(out), files, chosen, max_shard_size, force)
+    plan = plan_container(checkpoint, chosen, None if destination.is_folder else _own_config(source, files))
+    plan = replace(plan, notes=(*plan.notes, *_left(source, destination)))
+
+    def finish(done: Done) -> Callable[[Header], ContainerReport]:
+        digest = output_digest(done.plan.outputs, done.outcomes)
+        return lambda header: ContainerReport(
+            **header, source=container_of(checkpoint), container=_container_at(out), digest=digest
+        )
+
+    return step_by_step(
+        plan,
+        files=files,
+        watch=watch,
+        inputs=(source,),
+        finish=finish,
+        destination=destination,
+        resources=resources,
     )
 
 
-def planned(
-    source: str | Path, out: str | Path, container: str | None = None, max_shard_size: int | None = None
-) -> Plan:
-    """The plan of convert_container, whose arguments these are. Raises FormatError for those that contradict."""
-    with open_checkpoint(source) as checkpoint:
-        chosen = _chosen(out, container)
-        destination = _destination(Path(source), Path(out), checkpoint, chosen, max_shard_size, False)
-        return plan_container(checkpoint, chosen, None if destination.is_folder else _config(Path(source)))
+convert_container = runs(prepare_convert_container)
+
+
+def _container_at(out: str | Path) -> str:
+    with open_checkpoint(out) as written:
+        return container_of(written)
 
 
 def plan_container(checkpoint: Checkpoint, container: Container, config: str | None = None) -> Plan:
@@ -128,11 +127,19 @@ def plan_container(checkpoint: Checkpoint, container: Container, config: str | N
     return Plan("convert", steps, {} if torch else metadata, (*checkpoint.notes, *notes))
 
 
-def _config(source: Path) -> str | None:
-    """The text of the config that lies beside an adapter's weights."""
-    file = (source if source.is_dir() else source.parent) / ADAPTER_CONFIG
+def _own_config(source: Path, files: OpenFiles) -> str | None:
+    """The text of the config that belongs to an adapter's weights; None where there is none."""
     ours = source.is_dir() or source.name in (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS)
-    return file.read_text(encoding="utf-8") if ours and file.exists() else None
+    return _config((source if source.is_dir() else source.parent) / ADAPTER_CONFIG, files) if ours else None
+
+
+def _config(file: Path, files: OpenFiles) -> str | None:
+    """The text of a config; None where there is none. Raises CorruptFile."""
+    if not file.is_file():
+        return None
+    content = files.content(file)
+    parsed_config(content, file, f"{'model' if file.name == CONFIG else 'adapter'}'s config")
+    return content.decode()
 
 
 def _chosen(out: str | Path, container: str | None) -> Container:
@@ -153,23 +160,33 @@ def _left(source: Path, destination: Destination) -> tuple[str, ...]:
     """A note of the source folder's files that are neither converted nor copied, such as an optimiser's state."""
     if not destination.is_folder or not source.is_dir():
         return ()
-    taken = {path.name for path in (*destination.inputs, *destination.companions)}
+    taken = {path.name for path in (*destination.inputs, *destination.companions)} | destination.attachments.keys()
     left = sorted(path.name for path in source.iterdir() if path.is_file() and path.name not in taken)
     return (f"files left where they are: {', '.join(left)}",) if left else ()
 
 
 def _destination(
-    source: Path, out: Path, checkpoint: Checkpoint, container: Container, max_shard: int | None, force: bool
+    source: Path, out: Path, files: OpenFiles, container: Container, max_shard: int | None, force: bool
 ) -> Destination:
-    inputs, specs = (source, *_files(checkpoint)), checkpoint.specs.values()
-    found = destination_like(source, out, specs, inputs=inputs, force=force, max_shard=max_shard, container=container)
+    checkpoint = files.checkpoint(source)
+    found = destination_like(
+        source,
+        out,
+        checkpoint.specs.values(),
+        inputs=(source, *_files(checkpoint)),
+        force=force,
+        files=files,
+        max_shard=max_shard,
+        container=container,
+    )
     if not found.is_folder or not source.is_dir():
         return found
-    config = source / ADAPTER_CONFIG
-    companions = (*found.companions, config) if config.exists() else found.companions
+    texts = {name: _config(source / name, files) for name in (CONFIG, ADAPTER_CONFIG)}
+    attachments = {name: text.encode() for name, text in texts.items() if text is not None}
+    companions = tuple(path for path in found.companions if path.name not in attachments)
     own = found.shards is None and max_shard is None
     weights = named_in(Path(checkpoint.ref.path).name, container) if own else found.weights
-    return replace(found, weights=weights, companions=companions)
+    return replace(found, weights=weights, companions=companions, attachments=attachments)
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Path]:

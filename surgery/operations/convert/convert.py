@@ -6,19 +6,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from formats.adapter import NOTHING_TOLD, Adapter, AdapterModule, Told
 from formats.checkpoint import Checkpoint
 from formats.containers import Container, container_named
-from formats.destination import Destination, create_checkpoint
+from formats.destination import Destination
 from formats.dialects import (
     CONFIG_KEY,
+    AdapterFile,
     dialect_named,
-    dialect_of,
     names_asking,
     open_adapter_file,
     refuse_unasked,
@@ -28,24 +29,27 @@ from formats.dialects.dialect import Dialect
 from formats.dialects.writing import DROPS, DialectWriter, Making, Piece, Wanted, Written, joined, taken, turned
 from formats.errors import AdapterFormatError, NotExpressible
 from formats.layers import layer_kinds, owner
-from formats.model_config import model_config
-from formats.paths import ADAPTER_CONFIG, open_checkpoint
+from formats.open_files import OpenFiles
+from formats.paths import ADAPTER_CONFIG
 from formats.spec import TensorSpec
 from surgery.exact.finite import check_finite
 from surgery.exact.rounding import round_once
 from surgery.methods.llamacpp import halved, paired
 from surgery.methods.loha import cored
-from surgery.model.names import in_model_names, open_adapter_of
-from surgery.pipeline import engine
+from surgery.model.base_model import BaseModel
+from surgery.model.names import in_model_names, read_adapter
 from surgery.pipeline.engine import Resources
+from surgery.pipeline.job import Done, Header, Job, runs, step_by_step
+from surgery.pipeline.ops import Copy
 from surgery.pipeline.plan import Fate, Outcome, Plan, Step, ledger
 from surgery.receipts.receipt import TOOL
-from surgery.report import Report, Stopwatch, peak_rss
+from surgery.report import Report, Stopwatch
 
 if TYPE_CHECKING:
     import torch
 
 Bases = str | Path | Mapping[str, str | Path] | None  # one model, or that of each part of a pipeline
+Models = BaseModel | Mapping[str, BaseModel] | None  # the same, opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +71,6 @@ class ConvertReport(Report):
     weights: Mapping[str, int]
     copied: int
     computed: int
-
-
-@dataclass(frozen=True)
-class Rename:
-    """A tensor under another name, byte for byte."""
-
-    name: str
-
-    def taken(self, digest: str) -> Outcome:
-        """Of both ends."""
-        return Outcome((), {self.name: Fate.COPIED})
 
 
 @dataclass(frozen=True)
@@ -138,7 +131,7 @@ def _made(piece: Piece, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return tensor
 
 
-def convert(
+def prepare_convert(
     adapter: str | Path,
     out: str | Path,
     to: str,
@@ -148,8 +141,8 @@ def convert(
     drop: Iterable[str] = (),
     force: bool = False,
     resources: Resources | None = None,
-) -> ConvertReport:
-    """Writes an adapter in another dialect, with the same ΔW.
+) -> Job[ConvertReport]:
+    """Prepares a job that writes an adapter in another dialect, with the same ΔW.
 
     Args:
         adapter: a folder or a file in any dialect that merge reads.
@@ -167,98 +160,100 @@ def convert(
         AdapterFormatError: what the dialect cannot express, or what the source does not tell.
         FormatError: as merge.
     """
-    watch = Stopwatch(loading="torch")
-    checkpoint, config = open_adapter_file(adapter)
-    with checkpoint:
-        plan, written, read = plan_convert(checkpoint, config, adapter, to, base, told, drop)
-        bases = base.values() if isinstance(base, Mapping) else (base,)
-        inputs = tuple(Path(path) for path in (adapter, *bases) if path is not None)
-        weights = writer_named(to).weights
-        container = container_named(weights) or Container.SAFETENSORS
-        destination = Destination(Path(out), weights, inputs=inputs, force=force, container=container)
-        metadata = dict(plan.metadata)
-        text = None if written.config is None else json.dumps(written.config, indent=2)
-        if text is not None and not destination.is_folder:
-            metadata[CONFIG_KEY] = text
-        with create_checkpoint(destination, plan.outputs, metadata) as writer:
-            outcomes = engine.run(plan, writer, resources)
-            if text is not None and destination.is_folder:
-                writer.attach(ADAPTER_CONFIG, text.encode() + b"\n")
-        methods: dict[str, int] = {}
-        for module in read.modules:
-            methods[module.method] = methods.get(module.method, 0) + 1
-        copied = sum(piece.is_copy for piece in written.pieces)
-        return ConvertReport(
-            operation="convert",
-            output=str(out),
-            seconds=watch.seconds,
-            peak_rss_bytes=peak_rss(),
-            ledger=ledger((*outcomes, Outcome((), _beside(checkpoint, read, written)))),
-            notes=plan.notes,
+    watch, files = Stopwatch(loading="torch"), OpenFiles()
+    source, models = open_adapter_file(adapter, files), open_bases(base, files)
+    plan, written, read = plan_convert(source, to, models, told, drop)
+    bases = models.values() if isinstance(models, Mapping) else (models,)
+    inputs = (source.path, *(model.path for model in bases if model is not None))
+    weights = writer_named(to).weights
+    container = container_named(weights) or Container.SAFETENSORS
+    destination = Destination(Path(out), weights, inputs=inputs, force=force, container=container)
+    if written.config is not None:
+        text = json.dumps(written.config, indent=2)
+        if destination.is_folder:
+            destination = replace(destination, attachments={ADAPTER_CONFIG: text.encode() + b"\n"})
+        else:
+            plan = replace(plan, metadata={**plan.metadata, CONFIG_KEY: text})
+    copied = sum(piece.is_copy for piece in written.pieces)
+    beside = Outcome((), _beside(source.checkpoint, read, written))
+
+    def finish(done: Done) -> Callable[[Header], ConvertReport]:
+        return lambda header: ConvertReport(
+            **{**header, "ledger": ledger((*done.outcomes, beside))},
             source=read.dialect,
             target=to,
             component=told.component or read.component,
-            weights=methods,
+            weights=dict(Counter(module.method for module in read.modules)),
             copied=copied,
             computed=len(written.pieces) - copied,
         )
 
+    return step_by_step(
+        plan,
+        files=files,
+        watch=watch,
+        inputs=inputs,
+        finish=finish,
+        destination=destination,
+        resources=resources,
+    )
+
+
+convert = runs(prepare_convert)
+
+
+def open_bases(base: Bases, files: OpenFiles) -> Models:
+    """The models that an adapter adapts, opened. Raises as `open_checkpoint`."""
+    if isinstance(base, Mapping):
+        return {part: BaseModel.open(path, files) for part, path in base.items()}
+    return None if base is None else BaseModel.open(base, files)
+
 
 def plan_convert(
-    checkpoint: Checkpoint,
-    config: Mapping[str, Any] | None,
-    path: str | Path,
-    to: str,
-    base: Bases = None,
-    told: Told = NOTHING_TOLD,
-    drop: Iterable[str] = (),
+    adapter: AdapterFile, to: str, base: Models = None, told: Told = NOTHING_TOLD, drop: Iterable[str] = ()
 ) -> tuple[Plan, Written, Adapter]:
     """What each output tensor is made of; reads headers only, and the numbers that scale.
 
     Args:
-        checkpoint, config: the adapter's, opened.
-        path: its path.
-        to, base, told, drop: as for `convert`.
+        adapter: opened.
+        base: opened.
+        to, told, drop: as for `convert`.
 
     Raises:
         AdapterFormatError, FormatError: as `convert`.
     """
-    writer, source = writer_named(to), dialect_of(checkpoint, config, path)
-    target = dialect_named(to)
+    writer, source, target = writer_named(to), adapter.dialect, dialect_named(to)
     unknown = set(drop) - set(DROPS)
     if unknown:
         raise AdapterFormatError("nothing to drop by that name", expected=", ".join(DROPS), found=", ".join(unknown))
-    job = _Job(checkpoint, config, path, source, target, writer, frozenset(drop))
+    conversion = _Conversion(adapter, writer, target, frozenset(drop))
     if isinstance(base, Mapping):
         if not (source.in_parts and target.in_parts) or told.component is not None:
             raise AdapterFormatError(
                 "a base for each part of a pipeline, where parts are not to be told apart",
-                where=path,
+                where=adapter.path,
                 expected=f"dialects of several parts ({names_asking('component')}), and no component",
                 found=f"{source.name} → {to}, component {told.component}",
                 then="name one base: --base PATH",
             )
-        done = [job.part(model, replace(told, component=part)) for part, model in base.items()]
+        done = [conversion.part(model, replace(told, component=part)) for part, model in base.items()]
         written = joined([each for each, _ in done])
-        adapters = [adapter for _, adapter in done]
-        left = set(adapters[0].left).intersection(*(adapter.left for adapter in adapters))
+        parts = [read for _, read in done]
+        left = set(parts[0].left).intersection(*(part.left for part in parts))
         read = replace(
-            adapters[0],
-            modules=tuple(module for adapter in adapters for module in adapter.modules),
+            parts[0],
+            modules=tuple(module for part in parts for module in part.modules),
             component=", ".join(base),
             left=tuple(sorted(left)),
         )
     elif (
-        source.name == to
-        and told == NOTHING_TOLD
-        and not drop
-        and container_named(writer.weights) is not Container.GGUF
+        source is target and told == NOTHING_TOLD and not drop and container_named(writer.weights) is not Container.GGUF
     ):
-        written, read = job.copied()
+        written, read = conversion.copied()
     else:
-        written, read = job.part(base, told)
+        written, read = conversion.part(base, told)
     notes = [*written.notes]
-    if source.has_head(Path(path)):
+    if source.has_head(adapter.path):
         notes.append("the head beside the adapter stays behind: merge and fold take it along")
     if read.left:
         notes.append(f"{len(read.left)} tensors of other parts of the pipeline are left behind")
@@ -269,31 +264,31 @@ def plan_convert(
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One conversion: the adapter's file, opened, its dialect, the one it gets, and the way to write that."""
+class _Conversion:
+    """One conversion: the adapter, the way to write it, and what is to be left behind."""
 
-    checkpoint: Checkpoint
-    config: Mapping[str, Any] | None
-    path: str | Path
-    source: Dialect
-    target: Dialect
+    adapter: AdapterFile
     writer: DialectWriter
+    target: Dialect
     drop: frozenset[str]
 
-    def part(self, base: str | Path | None, told: Told) -> tuple[Written, Adapter]:
+    def part(self, base: BaseModel | None, told: Told) -> tuple[Written, Adapter]:
         """The adapter of one base, as it will be written and as it was read."""
-        refuse_unasked(told, (self.source,), self.path, (self.target,))
-        specs = base_specs(self.checkpoint, self.config, self.source, base, told)
-        read = found = open_adapter_of(base if base is not None else self.path, self.path, specs, told)
+        source = self.adapter.dialect
+        refuse_unasked(told, (source,), self.adapter.path, (self.target,))
+        specs = base_specs(self.adapter, base, told)
+        if base is None:
+            read = found = self.adapter.read(specs, told=told)
+        else:
+            read = found = read_adapter(base, self.adapter, specs, told)
         if base is not None and self.target.in_peft_names:
             found, specs = in_model_names(base, read, specs)
         # Without a base there are no biases, and a bias is what tells a layer called `time_emb` from an embedding.
-        kinds = layer_kinds(specs) if self.source.lays_out_by_weight and base is not None else {}
-        name = "" if base is None else str(base)
-        model = {} if base is None else model_config(base)
+        kinds = layer_kinds(specs) if source.lays_out_by_weight and base is not None else {}
+        name, model = ("", {}) if base is None else (str(base.path), base.config)
         wanted = Wanted(specs, name, told.component or read.component, self.drop, kinds, model)
         found, beyond = self._without_layers(found, wanted) if "layer" in self.drop else (found, ())
-        written = self.writer.write(found, self.checkpoint.metadata, wanted)
+        written = self.writer.write(found, self.adapter.checkpoint.metadata, wanted)
         return replace(written, dropped=(*written.dropped, *beyond)), read
 
     def _without_layers(self, adapter: Adapter, wanted: Wanted) -> tuple[Adapter, tuple[str, ...]]:
@@ -313,36 +308,31 @@ class _Job:
         beyond = {owner(module.target) for module in refused}
         kept = tuple(module for module in adapter.modules if owner(module.target) not in beyond)
         if refused and not kept:
-            raise AdapterFormatError(f"nothing is left that {self.writer.name} can express", where=self.path)
+            raise AdapterFormatError(f"nothing is left that {self.writer.name} can express", where=self.adapter.path)
         return replace(adapter, modules=kept), tuple(ref.name for each in refused for ref in each.factors.values())
 
     def copied(self) -> tuple[Written, Adapter]:
         """The adapter as it is."""
-        checkpoint = self.checkpoint
+        checkpoint, source = self.adapter.checkpoint, self.adapter.dialect.name
         pieces = tuple(taken(name, checkpoint.tensor(name)) for name in checkpoint.specs)
         metadata = {key: text for key, text in checkpoint.metadata.items() if key != CONFIG_KEY}
-        note = f"the adapter is in {self.source.name} already: copied as it is"
-        return Written(pieces, metadata, self.config, (), (note,)), Adapter(
-            checkpoint.ref, self.source.name, {}, (), ()
-        )
+        note = f"the adapter is in {source} already: copied as it is"
+        return Written(pieces, metadata, self.adapter.config, (), (note,)), Adapter(checkpoint.ref, source, {}, (), ())
 
 
 def _step(piece: Piece) -> Step:
     if piece.is_copy:
-        return Step(piece.output.name, piece.sources, (piece.output,), Rename(piece.sources[0].name))
+        return Step(piece.output.name, piece.sources, (piece.output,), Copy(piece.sources[0].name))
     elements = max([piece.output.size, *(ref.spec.size for ref in piece.sources)])
     return Step(piece.output.name, piece.sources, (piece.output,), Make(piece), 8 * 4 * elements)
 
 
-def base_specs(
-    checkpoint: Checkpoint, config: Mapping[str, Any] | None, source: Dialect, base: str | Path | None, told: Told
-) -> Mapping[str, TensorSpec]:
+def base_specs(adapter: AdapterFile, base: BaseModel | None, told: Told) -> Mapping[str, TensorSpec]:
     """The base's tensors, or those that the adapter's own factors imply. Raises AdapterFormatError where they do not
     tell."""
     if base is not None:
-        with open_checkpoint(base) as opened:
-            return dict(opened.specs)
-    return source.implied_base(checkpoint, config, told)
+        return base.specs
+    return adapter.dialect.implied_base(adapter.checkpoint, adapter.config, told)
 
 
 def _beside(checkpoint: Checkpoint, adapter: Adapter, written: Written) -> dict[str, Fate]:

@@ -10,22 +10,29 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from formats import Checkpoint, DType, TensorSpec, open_checkpoint
 from formats.adapter import NOTHING_TOLD, Told
+from formats.dialects import AdapterFile
 from formats.errors import NotACheckpoint, PathNotFound, UnsupportedDType
+from formats.open_files import OpenFiles
+from formats.spec import DType
 from surgery.errors import Unsupported
+from surgery.model.base_model import BaseModel
 from surgery.model.stored_dtype import dtype_named
-from surgery.onnx.files.earlier_export import read_graphs, require_fit, require_same_settings, require_ties, weights_of
-from surgery.onnx.files.payload import Payloads, attach_payload
+from surgery.onnx.files.payload import attach_payload
 from surgery.operations.export.files import Export, check_target, placed, staged
-from surgery.operations.export.grafts import Grafted, open_grafts
-from surgery.operations.export.loras import Keeping
-from surgery.pipeline.plan import Fate
-from surgery.report import Report, Stopwatch, peak_rss
+from surgery.operations.export.grafts import open_grafts
+from surgery.operations.export.in_graph import AdaptersInGraph, Trial
+from surgery.operations.export.loras import LorasInGraph
+from surgery.operations.export.plan import ExportPlan, exportable, in_dtype, new_graphs, onto_graphs
+from surgery.operations.fold.open import open_single
+from surgery.pipeline.engine import Resources
+from surgery.pipeline.job import Job, header, runs
+from surgery.pipeline.plan import Fate, Plan
+from surgery.report import Report, Stopwatch
 
 if TYPE_CHECKING:
     import onnx
@@ -103,7 +110,7 @@ class ExportReport(Report):
     adapted_tolerance: float | None
 
 
-def export_onnx(
+def prepare_export_onnx(
     model: str | Path,
     out: str | Path,
     *,
@@ -117,9 +124,11 @@ def export_onnx(
     inputs: Sequence[str] = (),
     force: bool = False,
     verify: bool | None = None,
-) -> ExportReport:
-    """Writes OUT.onnx and, beside it, `model.safetensors`; in the model's own folder OUT.onnx alone, over the files
-    that are there. An encoder–decoder becomes `encoder_OUT.onnx` and `decoder_OUT.onnx` over the same weights.
+) -> Job[ExportReport]:
+    """Prepares a job that writes OUT.onnx and, beside it, `model.safetensors`.
+
+    In the model's own folder OUT.onnx alone is written, over the files that are there. An encoder–decoder becomes
+    `encoder_OUT.onnx` and `decoder_OUT.onnx` over the same weights.
 
     Args:
         model: a Hugging Face folder: config.json, and weights in one file or in shards. With `graph` or `factory`
@@ -146,171 +155,141 @@ def export_onnx(
         UnknownArchitecture, Unsupported, MissingTensors, UnsupportedDType: a model that cannot be exported, or an
             adapter that no graph can take, and why.
         ShapeMismatch, CorruptFile: weights that do not fit under `graph`.
-        NotFinite: a weight is beyond the range of `dtype`.
+        NotFinite: a weight is beyond the range of `dtype` (when it runs).
         OutputExists: something stands at the output, or the output is the input.
-        VerificationFailed: ONNX Runtime and torch disagree, on the model's weights or on merged ones.
+        VerificationFailed: ONNX Runtime and torch disagree, on the model's weights or on merged ones (when it runs).
         ReportedError: the adapters, as merge.
     """
-    watch = Stopwatch(None if graph is not None and not verify else "torch")
+    watch, files = Stopwatch(None if graph is not None and not verify else "torch"), OpenFiles()
     source, target, wanted = Path(model), Path(out), dtype_named(dtype)
     _check_source(source, alone=graph is not None or factory is not None)
-    guarded = tuple(map(Path, adapters))
-    check_target(source, target, force, guarded)
-    if guarded and (graph is not None or factory is not None):
+    besides = tuple(map(Path, adapters))
+    check_target(source, target, force, besides)
+    if besides and (graph is not None or factory is not None):
         raise Unsupported(
             "adapters are left in new graphs of transformers' models only",
             where=source,
             then="leave out the graph or the factory; or merge the adapter",
         )
-    with open_checkpoint(source) as checkpoint:
-        if graph is not None:
-            plan = _onto(Path(graph), source, checkpoint, convert=wanted is not None)
-            if verify:
-                cached = any(name.startswith("past_key_values.") for name in plan.inputs)
-                plan = replace(plan, model=_exportable(source, cached, factory, inputs))
-        else:
-            _check_dtype(wanted or DType.F32, wanted, verify is not False and bool(guarded), source)
-            exportable = _exportable(source, with_cache, factory, inputs)
-            for program in exportable.kind.programs:
-                check_target(source, target.with_name(program.prefix + target.name), force)
-            left = open_grafts(exportable, guarded, adapters_as, checkpoint) or Keeping.of(
-                source, guarded, adapters_as or "branch", _computed(checkpoint.specs, wanted), told
-            )
-            plan = _traced(exportable, checkpoint, wanted, left)
-        computed = next((spec.dtype for spec in plan.weights if spec.dtype.is_float), DType.F32)
-        checked = plan.model if verify or (verify is None and graph is None) else None
-        _check_dtype(computed, wanted, bool(checked and plan.left and plan.left.way), source)
-        where = placed(plan.weights, plan.payloads, source, target)
-        graphs = {prefix: attach_payload(model, where.places) for prefix, model in plan.graphs.items()}
-        export = Export(source, target, graphs, plan.weights, where, force, guarded)
-        with staged(export, plan.payloads) as files:
-            found, agreed = (
-                _verified(checked, plan, export, files.payload, computed, checkpoint) if checked else (None, None)
-            )
-        kept = plan.needed & {spec.name for spec in plan.weights}
-        unused = tuple(sorted(checkpoint.specs.keys() - plan.needed))
-    fates = [Fate.COPIED] * len(kept) + [Fate.CONVERTED] * (len(plan.needed) - len(kept))
-    fates += [Fate.UNUSED] * len(unused) + (plan.left.fates if plan.left else [])
-    ran = agreed.nodes_run if agreed else found.nodes_run if found else {}
-    unchecked = () if found or graph is not None else ("not compared with torch",)
-    if found and computed is DType.BF16:
-        unchecked = (_IN_FLOAT32,)
-    return ExportReport(
-        operation="export-onnx",
-        output=str(target),
-        seconds=watch.seconds,
-        peak_rss_bytes=peak_rss(),
-        ledger={fate.value: fates.count(fate) for fate in Fate},
-        notes=(*checkpoint.notes, *plan.notes, *unchecked, *(plan.left.notes if plan.left else ())),
-        graphs=tuple(_described(export, prefix, model, ran.get(prefix)) for prefix, model in plan.graphs.items()),
-        payload=str(export.payload),
-        payload_blake3=files.blake3,
-        traced=graph is None,
-        max_abs_error=found.max_abs_error if found else None,
-        max_rel_error=found.max_rel_error if found else None,
-        worst=found.worst if found else None,
-        tolerance=found.tolerance if found else None,
-        float32_error=found.float32_error if found else None,
-        shapes=found.shapes if found else (),
-        model_class=plan.model.name if plan.model else plan.said,
-        dtype=computed.label,
-        unused=unused,
-        adapters=plan.left.way if plan.left else "",
-        adapted=plan.left.adapted if plan.left else (),
-        adapted_rel_error=agreed.max_rel_error if agreed else None,
-        adapted_tolerance=agreed.tolerance if agreed else None,
+    base = BaseModel.open(source, files)
+    checks = verify if verify is not None else graph is None
+    if graph is not None:
+        planned = onto_graphs(Path(graph), base, convert=wanted is not None)
+        against = exportable(base, planned.cached, factory, inputs) if checks else None
+    else:
+        _check_dtype(wanted or DType.F32, wanted, checks and bool(besides), source)
+        against = traced = exportable(base, with_cache, factory, inputs)
+        for program in traced.kind.programs:
+            check_target(source, target.with_name(program.prefix + target.name), force)
+        opened = [open_single(path, files) for path in besides]
+        planned = new_graphs(traced, base, wanted, in_graph(traced, base, opened, adapters_as, wanted, told))
+    read = (*besides, *(() if graph is None else (Path(graph),)))
+    return export_job(
+        planned, base, target, against=against if checks else None, dtype=wanted, inputs=read, force=force, watch=watch
     )
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is to be written, and what to say of it.
+export_onnx = runs(prepare_export_onnx)
 
-    Attributes:
-        graphs, plain: by prefix, with the adapters and without; no weight has its place yet.
-        weights, payloads: what the payload holds.
-        needed: the checkpoint's tensors that the model needs.
-        model: what the graphs are checked against.
-        left: the adapters in new graphs.
+
+def in_graph(
+    model: Exportable,
+    base: BaseModel,
+    adapters: Sequence[AdapterFile] = (),
+    adapters_as: str | None = None,
+    dtype: DType | None = None,
+    told: Told = NOTHING_TOLD,
+) -> AdaptersInGraph:
+    """What new graphs have in them: nodes of their own, or LoRA of weights. Raises as `open_grafts` and
+    `LorasInGraph.of`."""
+    return open_grafts(base, model.kind, adapters, adapters_as) or LorasInGraph.of(
+        base, adapters, adapters_as or "branch", in_dtype(base.specs, dtype), told
+    )
+
+
+def export_job(
+    planned: ExportPlan,
+    base: BaseModel,
+    target: Path,
+    *,
+    against: Exportable | None,
+    watch: Stopwatch,
+    dtype: DType | None = None,
+    inputs: tuple[Path, ...] = (),
+    force: bool = False,
+) -> Job[ExportReport]:
+    """A job that writes what is planned.
+
+    Args:
+        planned: graphs and weights.
+        base: the model.
+        target: the `.onnx` file.
+        against: what the graphs are compared with before they appear; None for nothing.
+        watch: runs since the verb was called.
+        dtype: what the graphs are to compute in, where that was asked for.
+        inputs: paths that are read besides.
+        force: replace what stands there.
+
+    Raises:
+        UnsupportedDType: the graphs compute in another dtype, or adapters cannot be compared in it.
+        OutputExists, WriteFailed: as `Export.check`.
     """
+    kept = planned.adapters
+    _check_dtype(planned.computed, dtype, bool(against and kept and kept.way), base.path)
+    where = placed(planned.weights, planned.payloads, base.path, target)
+    graphs = {prefix: attach_payload(graph, where.places) for prefix, graph in planned.graphs.items()}
+    # The graph that is taken may be written over: it is what is written.
+    guarded = inputs if planned.traced else ()
+    export = Export(base.path, target, graphs, planned.weights, where, force, guarded)
+    export.check()
+    notes = (*base.checkpoint.notes, *planned.notes, *_unchecked(planned, against), *(kept.notes if kept else ()))
+    plan = Plan("export-onnx", planned.steps(base.checkpoint) if where.layout else (), notes=notes)
 
-    graphs: Mapping[str, onnx.ModelProto]
-    plain: Mapping[str, onnx.ModelProto]
-    weights: tuple[TensorSpec, ...]
-    payloads: Payloads
-    needed: frozenset[str]
-    model: Exportable | None
-    left: Keeping | Grafted | None = None
-    inputs: tuple[str, ...] = ()
-    said: str = ""
-    notes: tuple[str, ...] = ()
+    def work(resources: Resources) -> ExportReport:
+        with staged(export, planned.payloads) as written:
+            found, agreed = _verified(against, planned, export, written.payload) if against else (None, None)
+        fates = planned.fates(base.checkpoint)
+        ran = agreed.nodes_run if agreed else found.nodes_run if found else {}
+        return ExportReport(
+            **{**header(plan, watch, target), "ledger": {fate.value: fates.count(fate) for fate in Fate}},
+            graphs=tuple(_described(export, prefix, made, ran.get(prefix)) for prefix, made in planned.graphs.items()),
+            payload=str(export.payload),
+            payload_blake3=written.blake3,
+            traced=planned.traced,
+            max_abs_error=found.max_abs_error if found else None,
+            max_rel_error=found.max_rel_error if found else None,
+            worst=found.worst if found else None,
+            tolerance=found.tolerance if found else None,
+            float32_error=found.float32_error if found else None,
+            shapes=found.shapes if found else (),
+            model_class=against.name if against else planned.model_class,
+            dtype=planned.computed.label,
+            unused=planned.unused(base.checkpoint),
+            adapters=kept.way if kept else "",
+            adapted=kept.adapted if kept else (),
+            adapted_rel_error=agreed.max_rel_error if agreed else None,
+            adapted_tolerance=agreed.tolerance if agreed else None,
+        )
 
-
-def _onto(graph: Path, source: Path, checkpoint: Checkpoint, convert: bool) -> _Plan:
-    """The graphs of another export, if the checkpoint's tensors are what they are over."""
-    given = read_graphs(graph)
-    weights = weights_of(given)
-    require_fit(given, graph, checkpoint, convert)
-    require_ties(given[0].ties, checkpoint)
-    config = source / "config.json"
-    settings = given[0].settings
-    notes: tuple[str, ...] = ()
-    if settings and config.is_file():
-        require_same_settings(given, graph, config)
-    elif settings:
-        notes = ("no config.json beside the weights: only names, dtypes and shapes were compared with the graph",)
-    names = settings.get("architectures") or [""]
-    inputs = tuple(name for each in given for name in each.inputs)
-    graphs = {each.prefix: each.model for each in given}
-    needed = frozenset(spec.name for spec in weights)
-    return _Plan(graphs, graphs, weights, checkpoint, needed, None, None, inputs, str(names[0]), notes)
-
-
-def _computed(specs: Mapping[str, TensorSpec], dtype: DType | None) -> dict[str, TensorSpec]:
-    """The tensors in the dtype that the graphs compute in."""
-    return {
-        name: replace(spec, dtype=dtype) if dtype is not None and spec.dtype.is_float else spec
-        for name, spec in specs.items()
-    }
-
-
-def _traced(model: Exportable, checkpoint: Checkpoint, dtype: DType | None, left: Keeping | Grafted) -> _Plan:
-    """New graphs, made without weights."""
-    from surgery.onnx.against_torch.model import check_structure
-    from surgery.onnx.trace.template import build_templates
-
-    bare = build_templates(model, checkpoint.specs, dtype)
-    for first, *rest in bare[0].ties:
-        require_ties(dict.fromkeys(rest, first), checkpoint)
-    templates, payloads = left.put(bare, checkpoint)
-    every = {spec.name: spec for template in templates for spec in template.weights}
-    weights = tuple(every[name] for name in sorted(every))
-    graphs, plain = ({template.prefix: template.model for template in some} for some in (templates, bare))
-    for graph in graphs.values():
-        check_structure(graph, model.where)
-    needed = frozenset(spec.name for template in bare for spec in template.weights)
-    return _Plan(graphs, plain, weights, payloads, needed, model, left)
+    return Job(plan, (base.path, *inputs), export.outputs, base.files, work, Resources())
 
 
-def _exportable(source: Path, cached: bool, factory: str | None, inputs: Sequence[str]) -> Exportable:
-    if factory is None:
-        from surgery.onnx.trace.architecture import read_architecture
-
-        return read_architecture(source, cached=cached)
-    from surgery.onnx.trace.own_module import own_module
-
-    return own_module(source, factory, inputs)
+def _unchecked(planned: ExportPlan, against: Exportable | None) -> tuple[str, ...]:
+    """What the comparison with torch does not say."""
+    if against is not None:
+        return (_IN_FLOAT32,) if planned.computed is DType.BF16 else ()
+    return ("not compared with torch",) if planned.traced else ()
 
 
 def _verified(
-    model: Exportable, plan: _Plan, export: Export, payload: Mapping[str, int], dtype: DType, checkpoint: Checkpoint
+    model: Exportable, planned: ExportPlan, export: Export, payload: Mapping[str, int]
 ) -> tuple[Verification, Agreement | None]:
     from surgery.onnx.against_torch.model import verify_graphs
 
-    if plan.left is None:
-        return verify_graphs(model, export.graphs, payload, dtype), None
-    plain = {prefix: attach_payload(graph, export.placed.places) for prefix, graph in plan.plain.items()}
-    return plan.left.compare(model, plain, export.graphs, payload, dtype, checkpoint)
+    if planned.adapters is None:
+        return verify_graphs(model, export.graphs, payload, planned.computed), None
+    plain = {prefix: attach_payload(graph, export.placed.places) for prefix, graph in planned.plain.items()}
+    return planned.adapters.compare(Trial(model, plain, export.graphs, payload, planned.computed))
 
 
 def _described(export: Export, prefix: str, model: onnx.ModelProto, nodes_run: int | None) -> ExportedGraph:

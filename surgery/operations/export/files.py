@@ -25,6 +25,7 @@ from surgery.onnx.files.payload import (
     PAYLOAD,
     Payloads,
     Unusable,
+    has_layout,
     holds_payload,
     payload_layout,
     places_in_files,
@@ -104,6 +105,11 @@ class Export:
         return self.target.with_name(prefix + self.target.name)
 
     @property
+    def outputs(self) -> tuple[Path, ...]:
+        """What is written: the graphs, and the weights unless they are the model's own."""
+        return (*map(self.path, self.graphs), *((self.payload,) if self.placed.layout else ()))
+
+    @property
     def payload(self) -> Path:
         """Where the weights are."""
         return self.target.parent / PAYLOAD if self.placed.layout else self.model
@@ -112,6 +118,28 @@ class Export:
     def inputs(self) -> list[Path]:
         """What no output may replace."""
         return [*_guarded(self.model), *self.besides]
+
+    def check(self) -> None:
+        """Refuses what `staged` would refuse, before the weights are read. Raises OutputExists or WriteFailed."""
+        folder, where = self.target.parent, self.placed.layout
+        size = sum(map(len, self.graphs.values())) + (0 if where is None else where.size)
+        if where is not None and not folder.exists():
+            self.staging(folder, folder=True).check_room(size)
+            return
+        if where is not None and os.path.lexists(self.payload):
+            kept = not _linked(self.payload) and self.payload.is_file() and has_layout(self.payload, where)
+            if not kept and not self.force:
+                raise _another_payload(self.payload)
+            if not kept:
+                self.staging(self.payload)
+            size -= where.size
+        for prefix in self.graphs:
+            self.staging(self.path(prefix)).check_room(size)
+
+    def staging(self, path: Path, folder: bool = False) -> Staging:
+        """A file of the output, or its folder, begun. Raises OutputExists."""
+        inputs = [self.model, *self.besides] if folder else self.inputs
+        return Staging(path, folder=folder, inputs=inputs, force=self.force)
 
 
 @dataclass(frozen=True)
@@ -162,9 +190,7 @@ def staged(export: Export, source: Payloads) -> Iterator[Staged]:
             yield Staged(files, None)
             return
         if not target.parent.exists():
-            staging = stack.enter_context(
-                Staging(target.parent, folder=True, inputs=[export.model, *export.besides], force=export.force)
-            )
+            staging = stack.enter_context(export.staging(target.parent, folder=True))
             for prefix, graph in export.graphs.items():
                 _write(staging.create(export.path(prefix).name, len(graph)), graph, target)
             payload = staging.create(PAYLOAD, where.size)
@@ -177,7 +203,7 @@ def staged(export: Export, source: Payloads) -> Iterator[Staged]:
             yield Staged({PAYLOAD: descriptor}, _file_blake3(descriptor))
             return
         # left in reverse: weights first
-        weights = stack.enter_context(Staging(beside, folder=False, inputs=export.inputs, force=export.force))
+        weights = stack.enter_context(export.staging(beside))
         payload = weights.create("", where.size)
         yield Staged({PAYLOAD: payload}, write_payload(payload, source, export.weights, where, beside))
         with disk_errors(target):
@@ -190,7 +216,7 @@ def _stage_graphs(export: Export, stack: contextlib.ExitStack) -> None:
     """Each graph as a file of its own, in a folder that is there."""
     for prefix, graph in export.graphs.items():
         path = export.path(prefix)
-        staging = stack.enter_context(Staging(path, folder=False, inputs=export.inputs, force=export.force))
+        staging = stack.enter_context(export.staging(path))
         _write(staging.create("", len(graph)), graph, path)
 
 
@@ -199,17 +225,24 @@ def _keeps(export: Export, source: Payloads, where: Layout) -> bool:
     beside = export.payload
     if not os.path.lexists(beside):
         return False
-    linked = beside.is_symlink() or beside.stat().st_nlink > 1
-    if not linked and beside.is_file() and holds_payload(beside, source, export.weights, where):
+    if not _linked(beside) and beside.is_file() and holds_payload(beside, source, export.weights, where):
         return True
     if not export.force:
-        raise OutputExists(
-            "another model's weights stand where this one's would go; their name is part of the graph, so it is fixed",
-            where=beside,
-            found="a link" if linked else "a file with other bytes",
-            then=f"{_OWN_FOLDER}; or replace it with --force",
-        )
+        raise _another_payload(beside)
     return False
+
+
+def _linked(path: Path) -> bool:
+    return path.is_symlink() or path.stat().st_nlink > 1
+
+
+def _another_payload(path: Path) -> OutputExists:
+    return OutputExists(
+        "another model's weights stand where this one's would go; their name is part of the graph, so it is fixed",
+        where=path,
+        found="a link" if _linked(path) else "a file with other bytes",
+        then=f"{_OWN_FOLDER}; or replace it with --force",
+    )
 
 
 def _write(descriptor: int, data: bytes, target: Path) -> None:

@@ -6,31 +6,33 @@ put where and makes the tensors; `surgery.onnx.adapters.sites` puts it there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from formats import Checkpoint, DType, open_checkpoint
+from formats.dialects import AdapterFile
 from formats.dialects.prompts import Whole
 from formats.errors import CorruptFile
 from formats.grafts import GRAFTS_FILE, BranchGraft, Graft, PromptGraft, Value, read_grafts
 from formats.layers import LayerKind, layer_kinds
-from formats.spec import TensorSpec
+from formats.open_files import OpenFiles
+from formats.spec import TensorRef, TensorSpec
 from formats.tensors import Bytes, bytes_from_tensor
 from surgery.errors import Unsupported
 from surgery.hashes import content_digest, tensor_hash
-from surgery.model.config import model_config
+from surgery.model.base_model import BaseModel
 from surgery.onnx.adapters.bottleneck import HALF
 from surgery.onnx.adapters.sites import WAYS, graft_sites, positions_taken
 from surgery.onnx.against_torch.model import Verification
 from surgery.onnx.against_torch.sites import check_grafted
 from surgery.onnx.files.made import Made
-from surgery.onnx.files.payload import Beside, Payloads
-from surgery.onnx.trace.program import Exportable
+from surgery.onnx.files.payload import Beside
+from surgery.onnx.trace.program import ModelKind
 from surgery.onnx.trace.single_pass import SinglePass
 from surgery.onnx.trace.template import Template
+from surgery.operations.export.in_graph import Trial, WithAdapters
 from surgery.operations.fold.open import fingerprint_beside, open_parts
 from surgery.operations.fold.plan import plan_grafting
 from surgery.pipeline.plan import Fate, Step, TakesOver
@@ -40,24 +42,33 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Grafted:
+class PartsInGraph:
     """What is put into one graph.
 
     Attributes:
+        model: whose graph it is.
         sites: what goes where.
         specs: of the grafts' tensors, by name.
-        tensors: themselves.
+        reads: the tensors that each of them is made of.
+        make: makes them.
         turned: modules whose weights are stored (in, out).
         asked: "branch" or "half-folded".
         sources: how many tensors of the adapter's they are made of.
     """
 
+    model: BaseModel
     sites: tuple[Graft, ...]
     specs: Mapping[str, TensorSpec]
-    tensors: Mapping[str, torch.Tensor]
+    reads: Mapping[str, tuple[TensorRef, ...]]
+    make: Callable[[], Mapping[str, torch.Tensor]] = field(repr=False)
     turned: frozenset[str]
     asked: str
     sources: int
+
+    @cached_property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The grafts' tensors, by name. Raises CorruptFile where they belong to another model."""
+        return self.make()
 
     @property
     def way(self) -> str:
@@ -82,8 +93,8 @@ class Grafted:
         """Of the adapter's tensors."""
         return [Fate.GRAFTED] * self.sources
 
-    def put(self, templates: Sequence[Template], base: Checkpoint) -> tuple[tuple[Template, ...], Payloads]:
-        """The template with everything in its graph, and the payloads of its weights, each made when it is asked for.
+    def put(self, templates: Sequence[Template]) -> WithAdapters:
+        """The template with everything in its graph; weights that are none of the model's are made when asked for.
 
         Raises Unsupported for a site that does not look as expected.
         """
@@ -95,17 +106,23 @@ class Grafted:
         made = {each.spec.name: each for each in needed}
 
         def make(name: str) -> Bytes:
-            return bytes_from_tensor(self._build(made[name], base))
+            return bytes_from_tensor(self._build(made[name]))
 
         grafted = replace(template, model=model, weights=tuple(sorted(weights, key=lambda spec: spec.name)))
-        return (grafted,), Beside(base, {name: each.spec for name, each in made.items()}, make)
+        payloads = Beside(self.model.checkpoint, {name: each.spec for name, each in made.items()}, make)
+        return WithAdapters((grafted,), payloads, {name: tuple(self._reads(each)) for name, each in made.items()})
 
-    def _build(self, made: Made, base: Checkpoint) -> torch.Tensor:
+    def _reads(self, made: Made) -> Iterator[TensorRef]:
+        for part in made.parts:
+            yield from (self.model.checkpoint.tensor(part.name),) if part.own else self.reads[part.name]
+            yield from self.reads[part.added] if part.added else ()
+
+    def _build(self, made: Made) -> torch.Tensor:
         import torch
 
         parts = []
         for part in made.parts:
-            tensor = base.read(part.name) if part.own else self.tensors[part.name]
+            tensor = self.model.checkpoint.read(part.name) if part.own else self.tensors[part.name]
             if part.added:
                 exact = tensor.to(torch.float64) + self.tensors[part.added].to(torch.float64)
                 tensor = exact.to(tensor.dtype)
@@ -114,65 +131,57 @@ class Grafted:
             parts.append(tensor.mT if part.turned else tensor)
         return torch.cat(parts, made.axis).reshape(made.spec.shape).contiguous()
 
-    def compare(
-        self,
-        model: Exportable,
-        plain: Mapping[str, bytes],
-        graphs: Mapping[str, bytes],
-        payload: Mapping[str, int],
-        dtype: DType,
-        base: Checkpoint,
-    ) -> tuple[Verification, None]:
-        """How the grafted graph compares with torch. Raises as `check_grafted`; arguments as `Keeping.compare`."""
-        return check_grafted(model, graphs, payload, dtype, self.sites, self.tensors), None
+    def compare(self, trial: Trial) -> tuple[Verification, None]:
+        """How the grafted graph compares with torch. Raises as `check_grafted`."""
+        return check_grafted(trial.model, trial.graphs, trial.payload, trial.dtype, self.sites, self.tensors), None
 
 
 def open_grafts(
-    exportable: Exportable, adapters: Sequence[Path], adapters_as: str | None, base: Checkpoint
-) -> Grafted | None:
+    model: BaseModel, kind: ModelKind, adapters: Sequence[AdapterFile], adapters_as: str | None
+) -> PartsInGraph | None:
     """What is to be put into a model's graph besides factors of weights; None for nothing of that kind.
 
     Args:
-        exportable: the model; fold may have left something beside its weights.
-        adapters: their paths.
+        model: the model; fold may have left something beside its weights.
+        kind: how it is used.
+        adapters: opened.
         adapters_as: "branch" or "half-folded", which is the default.
-        base: the model's tensors.
 
     Raises:
         Unsupported: several adapters, another way to leave them, or no position left for the input.
         NotMergeable: an adapter that no node can express, or a second one.
-        CorruptFile: grafts of another model than the one they lie beside.
         ReportedError: the adapter, as fold.
     """
-    model, kind = exportable.where, exportable.kind
-    if not model.is_dir():
+    if not model.path.is_dir():
         return None
-    parts = open_parts(model, adapters[0], base) if adapters else None
-    beside = model / GRAFTS_FILE
+    parts = open_parts(model, adapters[0]) if adapters else None
+    beside = model.path / GRAFTS_FILE
+    where = adapters[0].path if adapters else beside
     if parts is None and (adapters or not beside.exists()):
         if adapters_as == HALF:
             raise Unsupported(
                 "only bottlenecks are half-folded",
-                where=adapters[0] if adapters else model,
+                where=adapters[0].path if adapters else model.path,
                 expected="branch or inputs",
                 found=adapters_as,
             )
         return None
     if len(adapters) > 1:
         raise Unsupported(
-            "a graph has one adapter of bottlenecks, prefixes or prompts", found=", ".join(map(str, adapters))
+            "a graph has one adapter of bottlenecks, prefixes or prompts",
+            found=", ".join(str(adapter.path) for adapter in adapters),
         )
     asked = adapters_as or HALF
     if asked not in WAYS:
         raise Unsupported(
             "the shapes of bottlenecks, prefixes and prompts are the graph's own, so they are no inputs",
-            where=adapters[0] if adapters else beside,
+            where=where,
             expected=" or ".join(WAYS),
             found=asked,
         )
-    turned = frozenset(name for name, kind in layer_kinds(base.specs).items() if kind is LayerKind.TRANSPOSED)
+    turned = frozenset(name for name, of in layer_kinds(model.specs).items() if of is LayerKind.TRANSPOSED)
     if parts is None:
-        found = _left(beside, base, turned, asked)
+        found = _left(beside, model, turned, asked)
     else:
         for part in parts:
             if isinstance(part, Whole) and part.tensors:
@@ -180,17 +189,25 @@ def open_grafts(
                     "the adapter carries weights in full, which a graph of the base does not have",
                     where=part.ref.path,
                     found=", ".join(part.tensors),
-                    then=f"fold it first, and export that: surgery fold {model} {adapters[0]} -o folded",
+                    then=f"fold it first, and export that: surgery fold {model.path} {adapters[0].path} -o folded",
                 )
         record = fingerprint_beside(adapters[0])
-        grafting = plan_grafting(base, model_config(model), parts, record.digest, half=asked == HALF)
-        tensors = {name: tensor for step in grafting.steps for name, tensor in _run(step, base).items()}
-        specs = {spec.name: spec for step in grafting.steps for spec in step.asides}
-        found = Grafted(grafting.sites, specs, tensors, turned, asked, len(record.tensors))
+        grafting = plan_grafting(model, parts, record.digest, half=asked == HALF)
+        steps = grafting.steps
+        found = PartsInGraph(
+            model,
+            grafting.sites,
+            {spec.name: spec for step in steps for spec in step.asides},
+            {spec.name: step.inputs for step in steps for spec in step.asides},
+            lambda: {name: tensor for step in steps for name, tensor in _run(step, model.files).items()},
+            turned,
+            asked,
+            len(record.tensors),
+        )
     if not isinstance(kind, SinglePass):
         raise Unsupported(
             "bottlenecks, prefixes and prompts are put into graphs that see all tokens at once",
-            where=adapters[0] if adapters else beside,
+            where=where,
             found="a graph with a cache, or an encoder and a decoder",
             then="leave out --with-cache",
         )
@@ -198,17 +215,19 @@ def open_grafts(
     if taken >= kind.longest:
         raise Unsupported(
             "the adapter takes all positions that the model has, and leaves none to the input",
-            where=adapters[0] if adapters else beside,
+            where=where,
             expected=f"fewer than {kind.longest} tokens",
             found=taken,
         )
     return found
 
 
-def _left(path: Path, base: Checkpoint, turned: frozenset[str], asked: str) -> Grafted:
+def _left(path: Path, model: BaseModel, turned: frozenset[str], asked: str) -> PartsInGraph:
     """What fold left beside a model."""
-    with open_checkpoint(path) as checkpoint:
-        grafts = read_grafts(checkpoint)
+    checkpoint, base = model.files.checkpoint(path), model.checkpoint
+    grafts = read_grafts(checkpoint)
+
+    def read() -> dict[str, torch.Tensor]:
         digest = content_digest((spec, tensor_hash(base.read(name))) for name, spec in base.specs.items())
         if digest != grafts.model:
             raise CorruptFile(
@@ -218,17 +237,15 @@ def _left(path: Path, base: Checkpoint, turned: frozenset[str], asked: str) -> G
                 found=digest[:16],
                 then="fold the adapter into this model anew, or remove the file if the model stands for itself",
             )
-        tensors = {name: checkpoint.read(name) for name in checkpoint.specs}
-        return Grafted(grafts.sites, dict(checkpoint.specs), tensors, turned, asked, len(tensors))
+        return {name: checkpoint.read(name) for name in checkpoint.specs}
+
+    specs = dict(checkpoint.specs)
+    reads = {name: (checkpoint.tensor(name),) for name in specs}
+    return PartsInGraph(model, grafts.sites, specs, reads, read, turned, asked, len(specs))
 
 
-def _run(step: Step, base: Checkpoint) -> dict[str, torch.Tensor]:
+def _run(step: Step, files: OpenFiles) -> dict[str, torch.Tensor]:
     """The tensors that a step makes aside."""
     assert not isinstance(step.op, TakesOver)  # it makes tensors
-    with ExitStack() as stack:
-        opened = {base.ref: base}
-        for ref in step.inputs:
-            if ref.checkpoint not in opened:
-                opened[ref.checkpoint] = stack.enter_context(open_checkpoint(ref.checkpoint.path))
-        made = step.op(*(opened[ref.checkpoint].read(ref.name) for ref in step.inputs)).asides
+    made = step.op(*map(files.read, step.inputs)).asides
     return {spec.name: tensor for spec, tensor in zip(step.asides, made, strict=True) if tensor is not None}

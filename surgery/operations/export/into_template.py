@@ -18,19 +18,23 @@ import numpy as np
 
 from formats.adapter import NOTHING_TOLD, Told
 from formats.errors import CorruptFile
-from formats.paths import open_checkpoint
+from formats.open_files import OpenFiles
+from formats.spec import TensorSpec
 from formats.staging import Staging, copy_range, disk_errors, write_at
 from surgery.errors import NothingToDo, TemplateMismatch, Unsupported
 from surgery.exact.survival import Surviving
 from surgery.hashes import payload_hash
-from surgery.onnx.files.graph_file import External, external, load_graph, payload
-from surgery.onnx.foreign.fitting import Change, Fitting, Tensors, fit
-from surgery.onnx.foreign.slots import Slot, all_tensors
-from surgery.operations.merge.adapters import AdapterPaths, adapter_paths, open_for_merge
+from surgery.model.base_model import BaseModel
+from surgery.onnx.files.graph_file import External, all_tensors, external, load_graph, payload
+from surgery.onnx.foreign.fitting import Fitting, MergedChange, Tensors, fit
+from surgery.onnx.foreign.slots import Slot, find_slots
+from surgery.operations.merge.adapters import AdapterPaths, adapter_files, adapter_paths, open_for_merge
 from surgery.operations.merge.plan import plan_merge
 from surgery.operations.merge.view import MergedView
-from surgery.pipeline.plan import Fate, no_fates
-from surgery.report import Report, Stopwatch, peak_rss
+from surgery.pipeline.engine import Resources
+from surgery.pipeline.job import Job, header, runs
+from surgery.pipeline.plan import Elsewhere, Fate, Plan, Step, no_fates
+from surgery.report import Report, Stopwatch
 
 if TYPE_CHECKING:
     import onnx
@@ -63,58 +67,99 @@ class ReweighReport(Report):
     surviving: Mapping[str, Surviving] = field(default_factory=dict)
 
 
-def reweigh(
-    template: str | Path, merged: str | Path, out: str | Path, *, base: str | Path, force: bool = False
-) -> ReweighReport:
-    """Writes TEMPLATE with the weights of MERGED.
+def prepare_reweigh(
+    template: str | Path,
+    model: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    adapters: AdapterPaths = (),
+    told: Told = NOTHING_TOLD,
+    force: bool = False,
+) -> Job[ReweighReport]:
+    """Prepares a job that writes TEMPLATE with the weights of MODEL, adapters merged into them.
+
+    No merged checkpoint is written.
 
     Args:
         template: a `.onnx` file, exported from `base` by whatever exporter.
-        merged: a checkpoint with the base's tensors, merged.
+        model: a checkpoint with the base's tensors.
         out: the `.onnx` file to write.
-        base: the checkpoint that the template was exported from.
+        base: the checkpoint that the template was exported from; by default `model`.
+        adapters: paths, or (path, weight), to merge into the model.
+        told: what the caller says of adapters whose files do not, as for `merge`.
         force: replace what stands at the output.
 
     Raises:
         TemplateMismatch: weights that are not the base's, or that nothing tells apart; changes without a place.
         Quantised: a graph with quantised weights.
         UnsafeFile: weights outside of the template's folder.
-        NothingToDo: the merged model gives the template's own weights.
-        FormatError, SurgeryError: see their trees.
+        NothingToDo: the model gives the template's own weights.
+        FormatError, SurgeryError: see their trees; for adapters as `merge`.
     """
-    watch = Stopwatch(loading="torch")
-    with open_checkpoint(base) as before, open_checkpoint(merged) as after:
-        work = _Work(Path(template), Path(out), Path(base), (Path(merged),), force)
-        return _run("export-onnx", work, before, after, watch, (*before.notes, *after.notes))
+    watch, files = Stopwatch(loading="torch"), OpenFiles()
+    origin, named = Path(model if base is None else base), adapter_paths(adapters)
+    work = _Work(Path(template), Path(out), origin, (Path(model), *(path for path, _ in named)), force)
+    if work.out.suffix != ".onnx":
+        raise Unsupported(
+            "the output is one .onnx file",
+            where=work.out,
+            expected="a name that ends in .onnx",
+            then=f"say -o {work.out / 'model.onnx'}",
+        )
+    before, given = files.checkpoint(origin), BaseModel.open(model, files)
+    after, merged, notes = given.checkpoint, None, given.checkpoint.notes
+    reading = [Step(name, (before.tensor(name),), (), Elsewhere("find")) for name in before.specs]
+    reading += [Step(name, (after.tensor(name),), (), Elsewhere("read")) for name in after.specs if after is not before]
+    if named:
+        merging, _ = plan_merge(given, *open_for_merge(given, adapter_files(named, files), told=told))
+        merged, notes = MergedView(merging, files), merging.notes
+        reading += [replace(step, outputs=(), op=Elsewhere("merge")) for step in merging.steps]
+    if after is not before:
+        notes = (*before.notes, *notes)
+    graph = load_graph(work.template, files)
+    places = [external(tensor, work.template) for tensor in all_tensors(graph)]
+    outside = {index: place for index, place in enumerate(places) if place is not None}
+    held_in = {work.template.parent / place.location for place in outside.values()}
+    work = replace(work, inputs=(*work.inputs, *sorted(held_in)))
+    layout = _layout(outside, work)
+    _check_outputs(layout, work)
+    slots = find_slots(graph, work.template)
+    filling = [
+        Step(each.name, (), (TensorSpec(each.name, each.dtype, each.shape),), Elsewhere("fill")) for each in slots
+    ]
+    plan = Plan("export-onnx", (*reading, *filling), notes=tuple(notes))
+
+    def run(resources: Resources) -> ReweighReport:
+        fitting = fit(slots, work.template, before, work.base)
+        change = MergedChange(fitting, before, merged or after, work.template)
+        with _staged(layout, work) as written:
+            changed = _fill(graph, fitting, change, layout, written, work)
+            change.refuse_lost()
+            if not changed:
+                raise NothingToDo("the graph holds these very weights already", where=work.template)
+            content = _graph_bytes(graph, changed, layout, work)
+            with disk_errors(work.out):
+                write_at(written[work.out.name], content, 0)
+        recipes = fitting.recipes
+        return ReweighReport(
+            **{**header(plan, watch, work.out), "ledger": _fates(fitting, change, before)},
+            template=str(work.template),
+            base=str(work.base),
+            recipes={slot.name: str(recipes[slot.index]) for slot in slots if slot.index in recipes},
+            changed=tuple(slot.name for slot in changed),
+            constants=tuple(slot.name for slot in slots if slot.index not in recipes),
+            graph_sha256=hashlib.sha256(content).hexdigest(),
+            same_graph=content == work.template.read_bytes(),
+            surviving=dict(merged.surviving) if merged else {},
+        )
+
+    inputs = (work.template, *dict.fromkeys((origin, Path(model))), *(path for path, _ in named))
+    outputs = (work.out, *(work.out.parent / name for name in layout.sizes))
+    return Job(plan, inputs, outputs, files, run, Resources())
 
 
-def merge_onnx(
-    template: str | Path,
-    adapters: AdapterPaths,
-    out: str | Path,
-    *,
-    base: str | Path,
-    weight: float = 1.0,
-    told: Told = NOTHING_TOLD,
-    force: bool = False,
-) -> ReweighReport:
-    """Writes TEMPLATE with adapters merged into its weights; no merged checkpoint is written.
-
-    Args:
-        template, out, base, force: as for `reweigh`.
-        adapters, weight, told: as for `merge`.
-
-    Raises:
-        ReportedError: as `reweigh` and `merge`.
-    """
-    watch = Stopwatch(loading="torch")
-    with open_checkpoint(base) as before:
-        opened, outline = open_for_merge(base, adapters, before.specs, weight, told)
-        plan, _ = plan_merge(before, opened, outline)
-        inputs = tuple(path for path, _ in adapter_paths(adapters))
-        with MergedView(plan) as after:
-            work = _Work(Path(template), Path(out), Path(base), inputs, force)
-            return _run("merge", work, before, after, watch, plan.notes)
+reweigh = runs(prepare_reweigh)
 
 
 @dataclass(frozen=True)
@@ -126,52 +171,6 @@ class _Work:
     base: Path
     inputs: tuple[Path, ...]
     force: bool
-
-
-def _run(
-    operation: str, work: _Work, base: Tensors, merged: Tensors, watch: Stopwatch, notes: Sequence[str]
-) -> ReweighReport:
-    if work.out.suffix != ".onnx":
-        raise Unsupported(
-            "the output is one .onnx file",
-            where=work.out,
-            expected="a name that ends in .onnx",
-            then=f"say -o {work.out / 'model.onnx'}",
-        )
-    model = load_graph(work.template)
-    places = [external(tensor, work.template) for tensor in all_tensors(model)]
-    outside = {index: place for index, place in enumerate(places) if place is not None}
-    held_in = {work.template.parent / place.location for place in outside.values()}
-    work = replace(work, inputs=(*work.inputs, *sorted(held_in)))
-    layout = _layout(outside, work)
-    _check_outputs(layout, work)
-    fitting = fit(model, work.template, base, work.base)
-    change = Change(fitting, base, merged, work.template)
-    with _staged(layout, work) as files:
-        changed = _fill(model, fitting, change, layout, files, work)
-        change.refuse_lost()
-        if not changed:
-            raise NothingToDo("the graph holds these very weights already", where=work.template)
-        graph = _graph_bytes(model, changed, layout, work)
-        with disk_errors(work.out):
-            write_at(files[work.out.name], graph, 0)
-    recipes = fitting.recipes
-    return ReweighReport(
-        operation=operation,
-        output=str(work.out),
-        seconds=watch.seconds,
-        peak_rss_bytes=peak_rss(),
-        ledger=_fates(fitting, change, base),
-        notes=tuple(notes),
-        template=str(work.template),
-        base=str(work.base),
-        recipes={slot.name: str(recipes[slot.index]) for slot in fitting.slots if slot.index in recipes},
-        changed=tuple(slot.name for slot in changed),
-        constants=tuple(slot.name for slot in fitting.slots if slot.index not in recipes),
-        graph_sha256=hashlib.sha256(graph).hexdigest(),
-        same_graph=graph == work.template.read_bytes(),
-        surviving=dict(merged.surviving) if isinstance(merged, MergedView) else {},
-    )
 
 
 @dataclass(frozen=True)
@@ -209,9 +208,12 @@ def _guarded(work: _Work) -> list[Path]:
 
 
 def _check_outputs(layout: _Layout, work: _Work) -> None:
-    """Refuses what could not be written before long work. Raises OutputExists."""
+    """Refuses what could not be written before long work. Raises OutputExists or WriteFailed."""
+    size, folder = sum(layout.sizes.values()), work.out.parent
     for name in (work.out.name, *layout.sizes):
-        Staging(work.out.parent / name, folder=False, inputs=_guarded(work), force=work.force).discard()
+        Staging(folder / name, folder=False, inputs=_guarded(work), force=work.force).check_room(size)
+    if not folder.exists():
+        Staging(folder, folder=True, inputs=_guarded(work), force=work.force)
 
 
 @contextlib.contextmanager
@@ -240,7 +242,7 @@ def _staged(layout: _Layout, work: _Work) -> Iterator[Mapping[str, int]]:
 def _fill(
     model: onnx.ModelProto,
     fitting: Fitting,
-    change: Change,
+    change: MergedChange,
     layout: _Layout,
     files: Mapping[str, int],
     work: _Work,
@@ -309,7 +311,7 @@ def _graph_bytes(model: onnx.ModelProto, changed: Sequence[Slot], layout: _Layou
     return data
 
 
-def _fates(fitting: Fitting, change: Change, base: Tensors) -> dict[str, int]:
+def _fates(fitting: Fitting, change: MergedChange, base: Tensors) -> dict[str, int]:
     fates = no_fates()
     for name in base.specs:
         held = name in fitting.sources

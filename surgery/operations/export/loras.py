@@ -8,26 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from formats import Checkpoint, DType, open_checkpoint
 from formats.adapter import Adapter, Told
-from formats.dialects import dialect_named
+from formats.dialects import AdapterFile, dialect_named
 from formats.dialects.ort import OrtWriter
 from formats.dialects.writing import Wanted, Written
 from formats.errors import AdapterFormatError
 from formats.layers import LayerKind, layer_kinds
+from formats.open_files import OpenFiles
 from formats.spec import TensorSpec
-from formats.tensors import bytes_from_tensor
+from formats.tensors import Bytes, bytes_from_tensor
 from surgery.errors import Unsupported
-from surgery.onnx.adapters.lora import WAYS, Branch, graft
+from surgery.model.base_model import BaseModel
+from surgery.onnx.adapters.lora import WAYS, LoraBranch, graft
 from surgery.onnx.against_torch.lora import Agreement, Case, check_graft, worst
 from surgery.onnx.against_torch.model import Verification, verify_graphs
-from surgery.onnx.files.payload import Beside, Payloads
-from surgery.onnx.trace.program import Exportable
+from surgery.onnx.files.payload import Beside
 from surgery.onnx.trace.template import Template
 from surgery.operations.convert.convert import Make
+from surgery.operations.export.in_graph import Trial, WithAdapters
 from surgery.operations.merge.adapters import open_adapters
 from surgery.operations.merge.ops import apply_modules
 from surgery.pipeline.plan import Fate
@@ -37,24 +38,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class KeptAdapter:
+class GraphLora:
     """One adapter, and its factors as a graph takes them.
 
     Attributes:
         adapter: resolved against the model's tensors.
         written: what `convert --to ort` makes of it.
         branches: what it is in the graph, a branch for each of its weights.
+        files: where its tensors are read.
     """
 
     adapter: Adapter
     written: Written
-    branches: tuple[Branch, ...]
+    branches: tuple[LoraBranch, ...]
+    files: OpenFiles
 
     @classmethod
-    def of(cls, adapter: Adapter, model: Path, specs: Mapping[str, TensorSpec]) -> KeptAdapter:
+    def of(cls, adapter: Adapter, model: BaseModel, specs: Mapping[str, TensorSpec]) -> GraphLora:
         """Raises Unsupported for a method, a layer or a tensor that no graph can take beside its weights."""
         kinds = layer_kinds(specs) if dialect_named(adapter.dialect).lays_out_by_weight else {}
-        wanted = Wanted(specs, str(model), adapter.component, kinds=kinds)
+        wanted = Wanted(specs, str(model.path), adapter.component, kinds=kinds)
         try:
             written = OrtWriter().write(adapter, {}, wanted)
         except AdapterFormatError as error:
@@ -62,7 +65,7 @@ class KeptAdapter:
                 f"the adapter cannot stay in the graph: {error.what}",
                 where=f"{adapter.ref.path}: {error.details.get('where', '')}",
                 found=error.details.get("found"),
-                then=f"merge it, and export the merged model: surgery merge {model} {adapter.ref.path} -o merged",
+                then=f"merge it, and export the merged model: surgery merge {model.path} {adapter.ref.path} -o merged",
             ) from error
         pieces = {piece.output.name: piece.output for piece in written.pieces}
         branches = []
@@ -70,53 +73,56 @@ class KeptAdapter:
             product = wanted.product(module)
             assert product is not None  # the writer has refused what is none
             a, b = (pieces[f"{module.target.removesuffix('weight')}lora_{side}"] for side in "AB")
-            branches.append(Branch(module.target, a, b, product.module.kind is LayerKind.TRANSPOSED))
-        return cls(adapter, written, tuple(branches))
+            branches.append(LoraBranch(module.target, a, b, product.module.kind is LayerKind.TRANSPOSED))
+        return cls(adapter, written, tuple(branches), model.files)
 
     def factors(self) -> dict[str, torch.Tensor]:
         """A (in, rank) and B (rank, out) by name, in the graph's dtype. Raises NotFinite."""
         made = {}
-        with open_checkpoint(self.adapter.ref.path) as checkpoint:
-            for piece in self.written.pieces:
-                (tensor,) = Make(piece)(*(checkpoint.read(ref.name) for ref in piece.sources)).tensors
-                assert tensor is not None
-                made[piece.output.name] = tensor
+        for piece in self.written.pieces:
+            (tensor,) = Make(piece)(*map(self.files.read, piece.sources)).tensors
+            assert tensor is not None
+            made[piece.output.name] = tensor
         return made
 
-    def merged(self, base: Checkpoint) -> dict[str, torch.Tensor]:
+    def merged(self, model: BaseModel) -> dict[str, torch.Tensor]:
         """The adapted weights as merge would write them."""
         found = {}
-        with open_checkpoint(self.adapter.ref.path) as checkpoint:
-            for module in self.adapter.modules:
-                factors = tuple(checkpoint.read(ref.name) for _, ref in sorted(module.factors.items()))
-                dtype = base.specs[module.target].dtype
-                found[module.target] = apply_modules(base.read(module.target), ((module, 1.0),), factors, dtype)
+        for module in self.adapter.modules:
+            factors = tuple(self.files.read(ref) for _, ref in sorted(module.factors.items()))
+            before, dtype = model.checkpoint.read(module.target), model.specs[module.target].dtype
+            found[module.target] = apply_modules(before, ((module, 1.0),), factors, dtype)
         return found
 
 
 @dataclass(frozen=True)
-class Keeping:
+class LorasInGraph:
     """The adapters of one export, in the order of their digests; without any it is the export of the model alone.
 
     Attributes:
-        model: the folder that is exported.
-        kept: the adapters.
+        model: what is exported.
+        loras: the adapters.
         as_inputs: whether the graph takes their factors as inputs, or has the one's as a branch.
     """
 
-    model: Path
-    kept: tuple[KeptAdapter, ...]
+    model: BaseModel
+    loras: tuple[GraphLora, ...]
     as_inputs: bool
 
     @classmethod
     def of(
-        cls, model: Path, adapters: Sequence[Path], adapters_as: str, specs: Mapping[str, TensorSpec], told: Told
-    ) -> Keeping:
-        """Opens the adapters.
+        cls,
+        model: BaseModel,
+        adapters: Sequence[AdapterFile],
+        adapters_as: str,
+        specs: Mapping[str, TensorSpec],
+        told: Told,
+    ) -> LorasInGraph:
+        """Reads the adapters.
 
         Args:
-            model: the folder that is exported.
-            adapters: their paths.
+            model: what is exported.
+            adapters: opened.
             adapters_as: "branch" or "inputs".
             specs: the model's tensors.
             told: what the adapters' files do not say.
@@ -132,52 +138,61 @@ class Keeping:
         if adapters_as == "branch" and len(adapters) > 1:
             raise Unsupported(
                 "a fixed branch is of one adapter",
-                found=", ".join(map(str, adapters)),
+                found=", ".join(str(adapter.path) for adapter in adapters),
                 then="make one of them first, by surgery combine --how cat, or leave them as inputs",
             )
-        opened = open_adapters(model, [(path, None) for path in adapters], specs, told=told) if adapters else ()
-        kept = tuple(KeptAdapter.of(each.adapter, model, specs) for each in opened)
-        return cls(model, kept, adapters_as == "inputs")
+        opened = open_adapters(model, [(file, None) for file in adapters], specs, told=told) if adapters else ()
+        loras = tuple(GraphLora.of(each.adapter, model, specs) for each in opened)
+        return cls(model, loras, adapters_as == "inputs")
 
     @property
-    def branches(self) -> tuple[Branch, ...]:
+    def branches(self) -> tuple[LoraBranch, ...]:
         """One for each weight that any of the adapters changes."""
-        found = {branch.weight: branch for each in self.kept for branch in each.branches}
+        found = {branch.weight: branch for each in self.loras for branch in each.branches}
         return tuple(found[name] for name in sorted(found))
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the adapters' readers say, and how to give them to the graph."""
-        said = [note for each in self.kept for note in each.adapter.notes]
-        for each in self.kept if self.as_inputs else ():
+        said = [note for each in self.loras for note in each.adapter.notes]
+        for each in self.loras if self.as_inputs else ():
             path = each.adapter.ref.path
-            said.append(f"for this graph: surgery convert {path} --to ort --base {self.model} -o NAME.onnx_adapter")
+            said.append(
+                f"for this graph: surgery convert {path} --to ort --base {self.model.path} -o NAME.onnx_adapter"
+            )
         return tuple(said)
 
     @property
     def fates(self) -> list[Fate]:
         """Of every tensor of the adapters: a graph that takes factors as inputs holds none of them."""
         fate = Fate.UNUSED if self.as_inputs else Fate.CONVERTED
-        used = [fate for each in self.kept for _ in each.adapter.tensors]
-        return used + [Fate.REFUSED for each in self.kept for _ in each.adapter.left]
+        used = [fate for each in self.loras for _ in each.adapter.tensors]
+        return used + [Fate.REFUSED for each in self.loras for _ in each.adapter.left]
 
     @property
     def way(self) -> str:
         """In which form the adapters are in the graph; empty without any."""
-        return ("inputs" if self.as_inputs else "branch") if self.kept else ""
+        return ("inputs" if self.as_inputs else "branch") if self.loras else ""
 
     @property
     def adapted(self) -> tuple[str, ...]:
         """The weights that have an adapter beside them."""
         return tuple(branch.weight for branch in self.branches)
 
-    def put(self, templates: Sequence[Template], base: Checkpoint) -> tuple[tuple[Template, ...], Payloads]:
-        """The templates with the adapters in their graphs, a branch's factors being weights like the others; and the
-        payloads of their weights."""
-        kept = () if self.as_inputs else self.kept
-        factors = {name: bytes_from_tensor(tensor) for each in kept for name, tensor in each.factors().items()}
+    def put(self, templates: Sequence[Template]) -> WithAdapters:
+        """Puts the adapters into the graphs; a branch's factors are weights like the others, made when asked for."""
         made = {spec.name: spec for branch in self.branches for spec in (branch.a, branch.b)}
-        return tuple(map(self._grafted, templates)), Beside(base, made, factors.__getitem__)
+        reads = {piece.output.name: piece.sources for each in self.loras for piece in each.written.pieces}
+
+        def make(name: str) -> Bytes:
+            return bytes_from_tensor(self._factors[name])
+
+        return WithAdapters(tuple(map(self._grafted, templates)), Beside(self.model.checkpoint, made, make), reads)
+
+    @cached_property
+    def _factors(self) -> dict[str, torch.Tensor]:
+        """The factors of all the adapters, by name."""
+        return {name: tensor for each in self.loras for name, tensor in each.factors().items()}
 
     def _grafted(self, template: Template) -> Template:
         here = {spec.name for spec in template.weights}
@@ -188,40 +203,26 @@ class Keeping:
         weights = tuple(sorted((*template.weights, *factors), key=lambda spec: spec.name))
         return replace(template, model=graft(template.model, branches, inputs=self.as_inputs), weights=weights)
 
-    def compare(
-        self,
-        model: Exportable,
-        plain: Mapping[str, bytes],
-        graphs: Mapping[str, bytes],
-        payload: Mapping[str, int],
-        dtype: DType,
-        base: Checkpoint,
-    ) -> tuple[Verification, Agreement | None]:
+    def compare(self, trial: Trial) -> tuple[Verification, Agreement | None]:
         """How the model's graphs compare with torch, and the grafted ones with the model on merged weights; as inputs
         without an adapter, too.
-
-        Args:
-            model: the model and how it is used.
-            plain: the model's graphs by prefix, pointing into the payload.
-            graphs: the same with the adapters in them.
-            payload: descriptors of the weights' files, by the names that the graphs look for.
-            dtype: of the weights.
-            base: the model's tensors.
 
         Raises:
             VerificationFailed, Unsupported: as `verify_graphs` and `check_graft`.
         """
-        verified = verify_graphs(model, plain, payload, dtype)
-        cases = [self._case(each, base) for each in self.kept]
+        verified = verify_graphs(trial.model, trial.plain, trial.payload, trial.dtype)
+        cases = [self._case(each) for each in self.loras]
         if cases and self.as_inputs:
             cases.append(Case("no adapter", {}, {}))
-        found = [check_graft(model, graphs, payload, dtype, base.specs, case) for case in cases]
+        found = [
+            check_graft(trial.model, trial.graphs, trial.payload, trial.dtype, self.model.specs, case) for case in cases
+        ]
         return verified, worst(found) if found else None
 
-    def _case(self, each: KeptAdapter, base: Checkpoint) -> Case:
+    def _case(self, each: GraphLora) -> Case:
         factors = each.factors() if self.as_inputs else {}
         return Case(
             f"adapter {each.adapter.ref.path}",
             {name: tensor.numpy() for name, tensor in factors.items()},
-            each.merged(base),
+            each.merged(self.model),
         )

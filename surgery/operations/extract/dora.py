@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from surgery.linalg.truncated import Delta, Factors, factorise
+from surgery.linalg.truncated import DeltaMatrix, Factors, factorise
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ def add_magnitude(
         scale = (before * after).sum(dim=1) / after.square().sum(dim=1).clamp_min(1e-300)
         turn[rows] = (scale[:, None] * after - before).to(torch.float32)
     candidates = [(lora, *own, True), (lora, *scaled, False)]
-    delta = Delta.of(turn)
+    delta = DeltaMatrix.of(turn)
     if delta.total > 0:
         turned = factorise(delta, lora.rank, lora.lora_A.dtype, seed)
         measured = _measure(base, tuned, turned, free=True)

@@ -6,33 +6,31 @@ no printing.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from formats.checkpoint import Checkpoint
-from formats.destination import Destination, create_checkpoint
-from formats.dialects import CONFIG_KEY
-from formats.dialects.peft_writing import (
-    Extracted,
-    lora_config,
-)
+from formats.destination import Destination
+from formats.dialects.peft_writing import Extracted, lora_config
+from formats.errors import OutputExists
 from formats.layers import LayerKind, ancestors, owner
-from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_checkpoint
+from formats.open_files import OpenFiles
+from formats.paths import ADAPTER_WEIGHTS
 from surgery.errors import NothingToDo
+from surgery.model.base_model import BaseModel
 from surgery.operations.extract.budget import ranks_within
 from surgery.operations.extract.ops import ModuleReport
-from surgery.operations.extract.pairing import Pairing
+from surgery.operations.extract.pairing import Choice, Pairing
 from surgery.operations.extract.plan import Extraction, pair_for, plan_extract
-from surgery.pipeline import engine
+from surgery.operations.extract.results import FactorFigures, energy_and_residual, gathered, put_config
 from surgery.pipeline.engine import Resources
-from surgery.pipeline.plan import Fate, Outcome, ledger
+from surgery.pipeline.job import Done, Header, Job, runs, step_by_step
+from surgery.pipeline.plan import Fate, Outcome, Plan
 from surgery.ranks import FixedRank, RankRule
 from surgery.ranks.budget import Budget
-from surgery.receipts.receipt import TOOL
-from surgery.report import Report, Stopwatch, peak_rss
-from surgery.report_files import picture_file, spectra_forms
+from surgery.ranks.choice import RankChoice
+from surgery.report import Report, Stopwatch
+from surgery.report_files import PictureFile, spectra_forms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +49,7 @@ class ExtractReport(Report):
     residual: float
 
 
-def extract(
+def prepare_extract(
     base: str | Path,
     tuned: str | Path,
     out: str | Path | None = None,
@@ -70,8 +68,10 @@ def extract(
     force: bool = False,
     seed: int = 0,
     resources: Resources | None = None,
-) -> ExtractReport:
-    """Writes tuned − base as a PEFT adapter: LoRA factors for changed matrices, the rest of the change in full.
+) -> Job[ExtractReport]:
+    """Prepares a job that writes tuned − base as a PEFT adapter.
+
+    Changed matrices become LoRA factors; the rest of the change goes in full.
 
     Args:
         base, tuned: a safetensors file or a folder each.
@@ -89,56 +89,59 @@ def extract(
         curve: a picture `.html` or `.svg` of error and size against rank, as far as the ranks went.
         force: replace what stands at `out`, and at `curve`.
         seed: of the random start of the SVD.
-        resources: threads, memory and device.
+        resources: workers, memory and device.
 
     Raises:
         SurgeryError, FormatError: see their trees; everything the headers tell is refused before any payload is read.
     """
+    watch, files = Stopwatch(loading="torch"), OpenFiles()
     how = Extraction(
-        rank=rank, overrides=overrides or {}, include=include, exclude=exclude, kinds=kinds or {}, method=method,
-        bias=bias, dtype=dtype, exact=exact, seed=seed, allow_removed=allow_removed,
-    )  # fmt: skip
-    watch = Stopwatch(loading="torch")
-    target = Path(out) if out is not None else default_output(tuned, how.rank)
-    with (
-        picture_file(curve, spectra_forms(base, tuned), (base, tuned), force=force) as draw,
-        open_checkpoint(base) as before,
-        open_checkpoint(tuned) as after,
-    ):
-        pairing = pair_for(before, after, how)
-        destination = Destination(target, weights=ADAPTER_WEIGHTS, inputs=(Path(base), Path(tuned)), force=force)
-        ranks = None
-        if isinstance(how.rank, Budget):
-            destination.check()
-            ranks = ranks_within(before, after, how, pairing, how.rank, resources)
-        plan = plan_extract(before, after, how, pairing, ranks)
-        metadata = {"format": "pt", "surgery": f"{TOOL} extract"}
-        with create_checkpoint(destination, plan.outputs, metadata, reserve=not plan.shrinks) as writer:
-            outcomes = engine.run(plan, writer, resources)
-            _check_anything(outcomes, base, tuned)
-            config = json.dumps(lora_config(_describe(outcomes, after, str(base), how, pairing)), indent=2)
-            if destination.is_folder:
-                writer.attach(ADAPTER_CONFIG, config.encode() + b"\n")
-            else:
-                writer.seal({**metadata, CONFIG_KEY: config})
-            spectra = [found for outcome in outcomes for found in outcome.figures.get("spectra", ())]
-            if spectra:
-                draw(spectra)
-    modules = tuple(report for outcome in outcomes for report in outcome.figures.get("modules", ()))
-    changed = sum(module.delta_norm**2 for module in modules)
-    left_out = sum((module.delta_norm * module.residual) ** 2 for module in modules)
-    return ExtractReport(
-        operation="extract",
-        output=str(target),
-        seconds=watch.seconds,
-        peak_rss_bytes=peak_rss(),
-        ledger=ledger(outcomes),
-        notes=(*plan.notes, *_afterthoughts(modules, how)),
-        rule=str(how.rank if isinstance(how.rank, Budget) else how.rule),
-        modules=modules,
-        energy=1.0 - left_out / changed if changed else 1.0,
-        residual=(left_out / changed) ** 0.5 if changed else 0.0,
+        ranks=RankChoice(rank, overrides or {}, dtype, seed),
+        choice=Choice(tuple(include), tuple(exclude), kinds or {}, allow_removed),
+        method=method,
+        bias=bias,
+        exact=exact,
     )
+    target = Path(out) if out is not None else default_output(tuned, rank)
+    picture = PictureFile(curve, spectra_forms(base, tuned), (base, tuned), force=force)
+    if curve is not None and Path(curve).resolve() == target.resolve():
+        raise OutputExists("the picture and the adapter have one path", where=curve, then="choose another --curve")
+    pairing = pair_for(BaseModel.open(base, files), BaseModel.open(tuned, files), how)
+    destination = Destination(target, weights=ADAPTER_WEIGHTS, inputs=(Path(base), Path(tuned)), force=force)
+
+    def measured(resources: Resources) -> Plan:
+        return plan_extract(pairing, how, ranks_within(pairing, how, files, resources))
+
+    def finish(done: Done) -> Callable[[Header], ExtractReport]:
+        _check_anything(done.outcomes, base, tuned)
+        found: FactorFigures[ModuleReport] = gathered(done.outcomes)
+        put_config(done, destination, lora_config(_describe(found, str(base), how, pairing)))
+        if found.spectra:
+            picture.draw(found.spectra)
+        energy, residual = energy_and_residual(found.modules)
+        return lambda header: ExtractReport(
+            **{**header, "notes": (*done.plan.notes, *_afterthoughts(found.modules, how))},
+            rule=str(how.ranks),
+            modules=found.modules,
+            energy=energy,
+            residual=residual,
+        )
+
+    return step_by_step(
+        plan_extract(pairing, how),
+        files=files,
+        watch=watch,
+        inputs=(base, tuned),
+        finish=finish,
+        destination=destination,
+        beside=() if curve is None else (curve,),
+        around=picture,
+        replan=None if how.ranks.budget is None else measured,
+        resources=resources,
+    )
+
+
+extract = runs(prepare_extract)
 
 
 def _afterthoughts(modules: tuple[ModuleReport, ...], how: Extraction) -> list[str]:
@@ -172,24 +175,21 @@ def _check_anything(outcomes: tuple[Outcome, ...], base: str | Path, tuned: str 
         )
 
 
-def _describe(
-    outcomes: tuple[Outcome, ...], tuned: Checkpoint, name: str, how: Extraction, pairing: Pairing
-) -> Extracted:
+def _describe(found: FactorFigures[ModuleReport], name: str, how: Extraction, pairing: Pairing) -> Extracted:
     """What the adapter's config must say, from what really changed."""
-    reports = [report for outcome in outcomes for report in outcome.figures.get("modules", ())]
-    ranks = {pairing.known_as(report.name): report.rank for report in reports}
-    parameters = {pairing.known_as(report.name) for report in reports if report.kind is LayerKind.PARAMETER}
-    full = [entry for outcome in outcomes for entry in outcome.figures.get("full", ())]
-    holders = {owner(pairing.known_as(entry)) for entry in tuned.specs}
+    tuned = pairing.tuned.specs
+    ranks = {pairing.known_as(report.name): report.rank for report in found.modules}
+    parameters = {pairing.known_as(report.name) for report in found.modules if report.kind is LayerKind.PARAMETER}
+    holders = {owner(pairing.known_as(entry)) for entry in tuned}
     return Extracted(
         ranks={owner(known): rank for known, rank in ranks.items() if known not in parameters},
         parameters={known: rank for known, rank in ranks.items() if known in parameters},
-        saved=tuple(sorted(o.figures["saved"] for o in outcomes if o.figures.get("saved"))),
-        biases=any(entry.endswith(".bias") and f"{owner(entry)}.weight" in tuned.specs for entry in full),
+        saved=tuple(sorted(found.saved)),
+        biases=any(entry.endswith(".bias") and f"{owner(entry)}.weight" in tuned for entry in found.full),
         lora_bias=how.bias == "lora",
         dora=how.method == "dora",
-        transposed=any(report.kind is LayerKind.TRANSPOSED for report in reports),
+        transposed=any(report.kind is LayerKind.TRANSPOSED for report in found.modules),
         modules=frozenset(holders.union(*map(ancestors, holders))),
-        rank=max((report.rank for report in reports), default=1),
+        rank=max((report.rank for report in found.modules), default=1),
         base=name,
     )

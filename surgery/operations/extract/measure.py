@@ -8,12 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from formats.checkpoint import Checkpoint
 from formats.spec import DType
 from surgery.linalg.truncated import leading_values, workspace
-from surgery.operations.extract.ops import delta_of, has_changed, identical, matrices_of, spectrum_of
+from surgery.operations.extract.ops import (
+    ModuleReport,
+    delta_of,
+    has_changed,
+    identical,
+    in_full,
+    matrices_of,
+    spectrum_of,
+)
 from surgery.operations.extract.pairing import Matrix, Pairing
 from surgery.operations.extract.plan import both, whole_step
+from surgery.operations.extract.results import FactorFigures
 from surgery.pipeline.plan import Fate, Outcome, Plan, Step
 from surgery.ranks.spectra import Spectrum
 
@@ -39,12 +47,12 @@ class Measure:
         for index, other in enumerate(self.matrix.beside):
             changed = has_changed(inputs[2 + 2 * index], inputs[3 + 2 * index], other)
             fates[other] = Fate.FULL if changed else Fate.IDENTICAL
-        full = [other for other, fate in fates.items() if fate is Fate.FULL]
-        return Outcome((), fates, {"spectrum": found, "full": full} if found is not None else {"full": full})
+        spectra = () if found is None else (found,)
+        return Outcome((), fates, FactorFigures[ModuleReport](spectra=spectra, full=in_full(fates)))
 
     def unchanged(self) -> Outcome:
         """Nothing to measure."""
-        return Outcome((), identical((self.matrix.spec.name, *self.matrix.beside)), {"full": []})
+        return Outcome((), identical((self.matrix.spec.name, *self.matrix.beside)))
 
     def _spectrum(self, before: torch.Tensor, after: torch.Tensor) -> Spectrum | None:
         matrix = self.matrix
@@ -57,14 +65,7 @@ class Measure:
 
 
 def plan_measure(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    pairing: Pairing,
-    *,
-    rank: int,
-    dtype: DType | None = None,
-    seed: int = 0,
-    exact: bool = False,
+    pairing: Pairing, rank: int, *, dtype: DType | None = None, seed: int = 0, exact: bool = False
 ) -> Plan:
     """Measures every matrix of a pairing up to a rank, and compares the rest."""
     steps = []
@@ -76,7 +77,7 @@ def plan_measure(
         out, into = matrix.sides
         known = min(rank, out, into)
         op = Measure(matrix, known, dtype or matrix.spec.dtype, seed, exact)
-        inputs = both(base, tuned, (matrix.spec.name, *matrix.beside))
+        inputs = both(pairing, (matrix.spec.name, *matrix.beside))
         steps.append(Step(matrix.spec.name, inputs, (), op, workspace(out, into, min(out, into) if exact else known)))
-    steps += [whole_step(base, tuned, pairing, whole) for whole in pairing.wholes]
+    steps += [whole_step(pairing, whole) for whole in pairing.wholes]
     return Plan("measure", tuple(steps), notes=pairing.notes)

@@ -6,9 +6,9 @@ The ops of extract. Each gets tensors of base and tuned and says what became of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,11 +18,12 @@ from formats.spec import DType
 from formats.tensors import torch_dtype
 from surgery.errors import NotFinite
 from surgery.exact.finite import check_finite
-from surgery.linalg.difference import Delta
+from surgery.linalg.difference import DeltaMatrix
 from surgery.linalg.truncated import factorise
 from surgery.methods.lora import pack_experts
 from surgery.operations.extract.dora import add_magnitude
 from surgery.operations.extract.pairing import Matrix
+from surgery.operations.extract.results import FactorFigures
 from surgery.pipeline.plan import Fate, Outcome
 from surgery.ranks import FixedRank, RankRule
 from surgery.ranks.spectra import Spectrum
@@ -113,11 +114,9 @@ class Factorise:
         name = self.matrix.spec.name
         factored, fate = factor(self.matrix, self.how, inputs[0], inputs[1])
         fates = {name: fate}
-        figures: dict[str, list[Any]] = {"full": [name] if fate is Fate.FULL else []}
         tensors: list[torch.Tensor | None] = [None, None]
         if factored is not None:
             tensors = [factored.lora_A, factored.lora_B]
-            figures |= {"modules": [factored.report], "spectra": [factored.spectrum]}
         if self.how.dora:
             tensors.append(factored.magnitude if factored is not None else None)
         if self.how.may_be_full:
@@ -132,14 +131,13 @@ class Factorise:
                 continue
             fates[other] = Fate.FULL if changed else Fate.IDENTICAL
             kept = after if changed else None
-            figures["full"] += [other] if changed else []
             tensors += [kept, None] if factored is not None else [None, kept]
-        return Outcome(tuple(tensors), fates, figures)
+        return Outcome(tuple(tensors), fates, _figures(fates, () if factored is None else (factored,)))
 
     def unchanged(self) -> Outcome:
         """Nothing to carry."""
         outputs = 2 + self.how.dora + self.how.may_be_full + 2 * len(self.matrix.beside)
-        return Outcome((None,) * outputs, identical((self.matrix.spec.name, *self.matrix.beside)), {"full": []})
+        return Outcome((None,) * outputs, identical((self.matrix.spec.name, *self.matrix.beside)))
 
 
 @dataclass(frozen=True)
@@ -176,19 +174,27 @@ class FactoriseParameters:
             kept: list[torch.Tensor | None] = [None] * (count + 1)
             kept[len(adapted)] = after if fate is Fate.FULL else None
             tensors += kept
-        full = [name for name, fate in fates.items() if fate is Fate.FULL]
-        figures = {
-            "modules": [factored.report for factored in adapted],
-            "spectra": [factored.spectrum for factored in adapted],
-            "full": full,
-        }
-        return Outcome(tuple(tensors), fates, figures)
+        return Outcome(tuple(tensors), fates, _figures(fates, adapted))
 
     def unchanged(self) -> Outcome:
         """Nothing to carry."""
         names = (*(matrix.spec.name for matrix in self.matrices), *self.matrices[0].beside)
         outputs = 2 * len(self.matrices) + (len(self.matrices) + 1) * len(names)
-        return Outcome((None,) * outputs, identical(names), {"full": []})
+        return Outcome((None,) * outputs, identical(names))
+
+
+def _figures(fates: Mapping[str, Fate], factored: Iterable[Factored]) -> FactorFigures[ModuleReport]:
+    factored = tuple(factored)
+    return FactorFigures(
+        modules=tuple(each.report for each in factored),
+        spectra=tuple(each.spectrum for each in factored),
+        full=in_full(fates),
+    )
+
+
+def in_full(fates: Mapping[str, Fate]) -> tuple[str, ...]:
+    """The tensors that are carried in full."""
+    return tuple(name for name, fate in fates.items() if fate is Fate.FULL)
 
 
 def identical(names: Iterable[str]) -> dict[str, Fate]:
@@ -252,12 +258,11 @@ def spectrum_of(
     squared singular values, rank by rank, as far as all are known."""
     known = min(len(values) for values in spectra)
     energies = np.sum([values[:known] ** 2 for values in spectra], axis=0)[:limit]
-    out, into = matrix.sides
     return Spectrum(
         name=matrix.spec.name,
         shape=matrix.spec.shape,
-        size=min(out, into),
-        bytes_per_rank=matrix.matrices * (out + into) * dtype.itemsize,
+        size=min(matrix.sides),
+        bytes_per_rank=matrix.bytes_per_rank(dtype),
         total=total,
         values=tuple(np.sqrt(energies).tolist()),
     )
@@ -314,7 +319,7 @@ class KeepWhole:
             changed = before is None or has_changed(before, after, name)
             fates[name] = Fate.FULL if changed else Fate.IDENTICAL
             tensors.append(after)
-        full = [name for name, fate in fates.items() if fate is Fate.FULL]
+        full = in_full(fates)
         if not full:
             return Outcome((None,) * len(tensors), fates)
         kept = (
@@ -322,7 +327,8 @@ class KeepWhole:
             if self.module
             else [tensor if name in full else None for name, tensor in zip(self.names, tensors, strict=True)]
         )
-        return Outcome(tuple(kept), fates, {"full": full, "saved": self.module})
+        saved = (self.module,) if self.module else ()
+        return Outcome(tuple(kept), fates, FactorFigures[ModuleReport](full=full, saved=saved))
 
     def unchanged(self) -> Outcome | None:
         """Nothing to carry, where base has them all."""
@@ -340,9 +346,9 @@ class LeaveBehind:
         return Outcome((), dict.fromkeys(self.names, Fate.REFUSED))
 
 
-def delta_of(before: torch.Tensor, after: torch.Tensor, name: str) -> Delta | None:
+def delta_of(before: torch.Tensor, after: torch.Tensor, name: str) -> DeltaMatrix | None:
     """tuned − base, None if it is zero everywhere. Raises NotFinite."""
-    delta = Delta.between(before, after)
+    delta = DeltaMatrix.between(before, after)
     if delta is not None and not math.isfinite(delta.total):
         check_finite(before, f"{name} of base")
         check_finite(after, f"{name} of tuned")

@@ -14,8 +14,9 @@ from typing import Any
 from formats.checkpoint import Checkpoint
 from formats.errors import ShapeMismatch
 from formats.layers import LayerKind, ancestors, owner
-from formats.spec import TensorSpec, shape_text
+from formats.spec import DType, TensorSpec, shape_text
 from surgery.errors import NothingToDo, SurgeryError
+from surgery.model.base_model import BaseModel
 from surgery.model.layer_kinds import ASKED, Structure, learn_structure
 from surgery.model.patterns import select
 from surgery.model.stored_dtype import refuse_quantised
@@ -80,9 +81,13 @@ class Matrix:
         out, into = self.sides
         return (out * into - 1) // (out + into)
 
+    def bytes_per_rank(self, dtype: DType) -> int:
+        """Of a column of lora_B and a row of lora_A together, for every matrix it holds."""
+        return self.matrices * sum(self.sides) * dtype.itemsize
+
 
 @dataclass(frozen=True)
-class Whole:
+class FullTensors:
     """Tensors carried in full if they changed; `together`, all of a module's or none."""
 
     label: str
@@ -95,6 +100,7 @@ class Pairing:
     """Every tensor of both files, once.
 
     Attributes:
+        base, tuned: the files.
         matrices, wholes: what is compared.
         left: tensors that stay behind because the user said so.
         removed: tensors of base that tuned lacks.
@@ -102,8 +108,10 @@ class Pairing:
         notes: what the user should know.
     """
 
+    base: Checkpoint
+    tuned: Checkpoint
     matrices: tuple[Matrix, ...]
-    wholes: tuple[Whole, ...]
+    wholes: tuple[FullTensors, ...]
     left: tuple[str, ...]
     removed: tuple[str, ...]
     structure: Structure
@@ -128,15 +136,15 @@ class Pairing:
 
 
 def pair(
-    base: Checkpoint,
-    tuned: Checkpoint,
+    before: BaseModel,
+    after: BaseModel,
     choice: Choice,
     pays: Callable[[Matrix], bool] = lambda matrix: matrix.break_even > 0,
 ) -> Pairing:
     """Pairs the tensors of both files, module by module.
 
     Args:
-        base, tuned: opened; only their specs are used, and a config.json beside tuned or base.
+        before, after: base and tuned; only their specs are used, and a config.json beside tuned or base.
         choice: what the user asked for.
         pays: whether factors of a weight are smaller than the weight; otherwise it goes in full.
 
@@ -146,13 +154,14 @@ def pair(
         NothingToDo: no names in common.
         SurgeryError: a pattern that matches nothing, a weight whose kind nothing tells, removed tensors without leave.
     """
+    base, tuned = before.checkpoint, after.checkpoint
     where = f"{base.ref.path} and {tuned.ref.path}"
     removed = tuple(name for name in base.specs if name not in tuned.specs)
     chosen = set(select([*tuned.specs, *removed], choice.include, choice.exclude))
-    for model in (base, tuned):
+    for model in (before, after):
         refuse_quantised(model, chosen)
     _check_names(base, tuned, where)
-    structure = learn_structure(tuned.specs, (tuned.ref.path, base.ref.path), choice.kinds)
+    structure = learn_structure((after, before), choice.kinds)
     grown = _check_shapes(base, tuned, structure, where)
     _check_removed([name for name in removed if name in chosen], choice.allow_removed, where)
     tied = [
@@ -207,7 +216,8 @@ def pair(
             f"transformers makes {names} a part of another tensor: carried in full if changed, which surgery merges, "
             "but peft silently leaves out"
         )
-    return Pairing(tuple(matrices), wholes, left, tuple(n for n in removed if n in chosen), structure, tuple(notes))
+    gone = tuple(name for name in removed if name in chosen)
+    return Pairing(base, tuned, tuple(matrices), wholes, left, gone, structure, tuple(notes))
 
 
 def _check_names(base: Checkpoint, tuned: Checkpoint, where: str) -> None:
@@ -318,16 +328,16 @@ def _awkward_parameters(matrices: Sequence[Matrix], modules: Iterable[str]) -> s
 
 def _wholes(
     base: Checkpoint, tuned: Checkpoint, modules: Mapping[str, list[str]], carried: set[str], layers: set[str]
-) -> tuple[Whole, ...]:
+) -> tuple[FullTensors, ...]:
     saved = _saved_modules(base, tuned, layers)
     wholes = []
     for module, names in modules.items():
         rest = tuple(name for name in names if name not in carried)
         complete = len(rest) == sum(owner(name) == module for name in tuned.specs)
         if rest and module in saved and complete:
-            wholes.append(Whole(module, rest, together=True))
+            wholes.append(FullTensors(module, rest, together=True))
         else:
-            wholes += [Whole(name, (name,), together=False) for name in rest]
+            wholes += [FullTensors(name, (name,), together=False) for name in rest]
     return tuple(wholes)
 
 

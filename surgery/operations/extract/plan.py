@@ -6,10 +6,9 @@ in which they may be carried. Knows no path and no decomposition.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from formats.checkpoint import Checkpoint
 from formats.dialects.peft_writing import (
     bias_key,
     factor_keys,
@@ -18,82 +17,42 @@ from formats.dialects.peft_writing import (
     magnitude_shape,
     parameter_keys,
 )
-from formats.errors import UnsupportedDType
 from formats.layers import LayerKind, owner
 from formats.spec import DType, TensorRef, TensorSpec
 from surgery.errors import SurgeryError, Unsupported
 from surgery.linalg.truncated import workspace
-from surgery.model.patterns import matching
+from surgery.model.base_model import BaseModel
 from surgery.operations.extract.ops import Decomposition, Factorise, FactoriseParameters, KeepWhole, LeaveBehind
-from surgery.operations.extract.pairing import Choice, Matrix, Pairing, Whole, pair
+from surgery.operations.extract.pairing import Choice, FullTensors, Matrix, Pairing, pair
 from surgery.pipeline.plan import Plan, Step
-from surgery.ranks import Bounded, EnergyRule, FixedRank, QuantileRule, RankRule
-from surgery.ranks.budget import Budget
-
-_DTYPES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
+from surgery.ranks import Bounded, FixedRank, QuantileRule
+from surgery.ranks.choice import RankChoice
+from surgery.receipts.receipt import TOOL
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extraction:
     """How to extract: see `extract`, whose arguments these are."""
 
-    rank: int | RankRule | Budget
-    overrides: Mapping[str, int] = field(default_factory=dict)
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    kinds: Mapping[str, str] = field(default_factory=dict)
+    ranks: RankChoice
+    choice: Choice = field(default_factory=Choice)
     method: str = "lora"
     bias: str = "full"
-    dtype: str | None = None
     exact: bool = False
-    seed: int = 0
-    allow_removed: bool = False
-
-    @property
-    def rule(self) -> RankRule:
-        """Of every weight that no override names; what a budget comes to is known only once all is measured."""
-        if isinstance(self.rank, Budget):
-            return Bounded(EnergyRule(1.0), self.rank.minimum, self.rank.maximum)
-        return FixedRank(self.rank) if isinstance(self.rank, int) else self.rank
-
-    def overridden(self, names: Iterable[str]) -> dict[str, int]:
-        """The ranks that overrides give to tensors. Raises UnknownTensor for a pattern that matches nothing."""
-        known = list(names)
-        ranks: dict[str, int] = {}
-        for pattern, rank in self.overrides.items():
-            ranks |= dict.fromkeys(matching(known, pattern), rank)
-        return ranks
-
-    @property
-    def choice(self) -> Choice:
-        """Which tensors are looked at."""
-        return Choice(tuple(self.include), tuple(self.exclude), dict(self.kinds), self.allow_removed)
-
-    @property
-    def stored(self) -> DType | None:
-        """The factors' dtype; None for each weight's own. Raises UnsupportedDType."""
-        if self.dtype is not None and self.dtype not in _DTYPES:
-            raise UnsupportedDType("factors cannot be stored like that", expected=", ".join(_DTYPES), found=self.dtype)
-        return _DTYPES[self.dtype] if self.dtype else None
-
-    def rule_of(self, matrix: Matrix, ranks: Mapping[str, int]) -> RankRule:
-        """The rule of one weight, given the ranks of those that have one of their own."""
-        name = matrix.spec.name
-        return FixedRank(ranks[name]) if name in ranks else self.rule
 
 
-def pair_for(base: Checkpoint, tuned: Checkpoint, how: Extraction) -> Pairing:
+def pair_for(base: BaseModel, tuned: BaseModel, how: Extraction) -> Pairing:
     """Pairs the tensors of both files as an extraction needs them.
 
     Raises:
         See `pair`; besides, UnsupportedDType for a dtype that factors cannot have, UnknownTensor for an override that
         matches nothing, Unsupported for what peft has no form for.
     """
-    _ = how.stored
-    ranks = how.overridden(tuned.specs)
+    _ = how.ranks.stored
+    rules = how.ranks.rules(tuned.specs)
 
     def pays(matrix: Matrix) -> bool:
-        chosen = how.rule_of(matrix, ranks)
+        chosen = rules[matrix.spec.name]
         least = chosen.most(min(matrix.sides)) if isinstance(chosen, FixedRank) else 1
         return least <= matrix.break_even
 
@@ -102,22 +61,16 @@ def pair_for(base: Checkpoint, tuned: Checkpoint, how: Extraction) -> Pairing:
     return pairing
 
 
-def plan_extract(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    how: Extraction,
-    pairing: Pairing,
-    budgeted: Mapping[str, int] | None = None,
-) -> Plan:
-    """Decides how each tensor of a pairing would be carried; `budgeted` has every changed weight's rank where a budget
+def plan_extract(pairing: Pairing, how: Extraction, measured: Mapping[str, int] | None = None) -> Plan:
+    """Decides how each tensor of a pairing would be carried; `measured` has every changed weight's rank where a budget
     rules."""
-    ranks = how.overridden(tuned.specs) | dict(budgeted or {})
+    rules = how.ranks.rules(pairing.tuned.specs, measured)
     hows = {
         matrix: _capped(
             Decomposition(
-                how.rule_of(matrix, ranks),
-                how.stored or matrix.spec.dtype,
-                how.seed,
+                rules[matrix.spec.name],
+                how.ranks.stored or matrix.spec.dtype,
+                how.ranks.seed,
                 how.exact,
                 how.method == "dora",
                 how.bias == "lora",
@@ -127,16 +80,16 @@ def plan_extract(
         for matrix in pairing.matrices
     }
     steps = [
-        _layer_step(base, tuned, pairing, matrix, hows[matrix])
+        _layer_step(pairing, matrix, hows[matrix])
         for matrix in pairing.matrices
         if matrix.kind is not LayerKind.PARAMETER
     ]
     for matrices in pairing.parameters.values():
-        steps.append(_parameters_step(base, tuned, pairing, matrices, tuple(hows[matrix] for matrix in matrices)))
-    steps += [whole_step(base, tuned, pairing, whole) for whole in pairing.wholes]
+        steps.append(_parameters_step(pairing, matrices, tuple(hows[matrix] for matrix in matrices)))
+    steps += [whole_step(pairing, whole) for whole in pairing.wholes]
     if pairing.left or pairing.removed:
         steps.append(Step("left behind", (), (), LeaveBehind((*pairing.left, *pairing.removed))))
-    return Plan("extract", tuple(steps), notes=pairing.notes)
+    return Plan("extract", tuple(steps), {"format": "pt", "surgery": f"{TOOL} extract"}, pairing.notes)
 
 
 def _check_method(pairing: Pairing, how: Extraction) -> None:
@@ -193,7 +146,7 @@ def _factors(matrix: Matrix, how: Decomposition, keys: tuple[str, str]) -> list[
     ]
 
 
-def _layer_step(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, matrix: Matrix, how: Decomposition) -> Step:
+def _layer_step(pairing: Pairing, matrix: Matrix, how: Decomposition) -> Step:
     name = matrix.spec.name
     module = owner(pairing.known_as(name))
     outputs = _factors(matrix, how, factor_keys(module, matrix.kind))
@@ -202,17 +155,15 @@ def _layer_step(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, matrix: M
     if how.may_be_full:
         outputs.append(_full(matrix.spec, pairing, wrappers=0))
     for other in matrix.beside:
-        spec = tuned.specs[other]
+        spec = pairing.tuned.specs[other]
         wrapped = _full(spec, pairing, wrappers=1)
         outputs.append(TensorSpec(bias_key(module), how.dtype, spec.shape) if how.lora_bias else wrapped)
         outputs.append(_full(spec, pairing, wrappers=0))
-    inputs = both(base, tuned, (name, *matrix.beside))
+    inputs = both(pairing, (name, *matrix.beside))
     return Step(name, inputs, tuple(outputs), Factorise(matrix, how), _workspace((matrix,), (how,)), how.may_be_full)
 
 
-def _parameters_step(
-    base: Checkpoint, tuned: Checkpoint, pairing: Pairing, matrices: tuple[Matrix, ...], hows: tuple[Decomposition, ...]
-) -> Step:
+def _parameters_step(pairing: Pairing, matrices: tuple[Matrix, ...], hows: tuple[Decomposition, ...]) -> Step:
     names = [matrix.spec.name for matrix in matrices]
     module = owner(pairing.known_as(names[0]))
     # The keys tell a parameter's depth among those that turn out to be adapted, not which one it is.
@@ -222,16 +173,16 @@ def _parameters_step(
         outputs += [max(specs, key=lambda spec: spec.nbytes) for specs in zip(*offered, strict=True)]
     inputs = (*names, *matrices[0].beside)
     for name in inputs:
-        outputs += [_full(tuned.specs[name], pairing, wrappers=count) for count in range(len(names) + 1)]
+        outputs += [_full(pairing.tuned.specs[name], pairing, wrappers=count) for count in range(len(names) + 1)]
     op = FactoriseParameters(matrices, hows)
     label = names[0] if len(names) == 1 else f"{module} ({len(names)} parameters)"
     shrinks = len(names) > 1 or any(how.may_be_full for how in hows)
-    return Step(label, both(base, tuned, inputs), tuple(outputs), op, _workspace(matrices, hows), shrinks)
+    return Step(label, both(pairing, inputs), tuple(outputs), op, _workspace(matrices, hows), shrinks)
 
 
-def both(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> tuple[TensorRef, ...]:
+def both(pairing: Pairing, names: Iterable[str]) -> tuple[TensorRef, ...]:
     """Each tensor of base, followed by that of tuned."""
-    return tuple(checkpoint.tensor(name) for name in names for checkpoint in (base, tuned))
+    return tuple(checkpoint.tensor(name) for name in names for checkpoint in (pairing.base, pairing.tuned))
 
 
 def _workspace(matrices: Iterable[Matrix], hows: Iterable[Decomposition]) -> int:
@@ -244,14 +195,15 @@ def _workspace(matrices: Iterable[Matrix], hows: Iterable[Decomposition]) -> int
     return max(needs)
 
 
-def whole_step(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, whole: Whole) -> Step:
+def whole_step(pairing: Pairing, whole: FullTensors) -> Step:
     """The step that compares tensors and keeps them in full."""
+    base, tuned = pairing.base, pairing.tuned
     known = tuple(name in base.specs for name in whole.names)
     inputs: list[TensorRef] = []
     for name, paired in zip(whole.names, known, strict=True):
         inputs += [base.tensor(name)] if paired else []
         inputs += [tuned.tensor(name)]
-    outputs = tuple(_full(tuned.specs[name], pairing, wrappers=0) for name in whole.names)
+    outputs = tuple(_full(pairing.tuned.specs[name], pairing, wrappers=0) for name in whole.names)
     module = owner(pairing.known_as(whole.names[0])) if whole.together else None
     return Step(whole.label, tuple(inputs), outputs, KeepWhole(whole.names, known, module))
 

@@ -6,22 +6,22 @@ printing; the picture is `surgery.pictures.page`'s.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from formats.paths import open_checkpoint
+from formats.open_files import OpenFiles
 from surgery.errors import NothingToDo
+from surgery.model.base_model import BaseModel
 from surgery.operations.extract.measure import plan_measure
-from surgery.operations.extract.pairing import pair
-from surgery.operations.extract.plan import Extraction
-from surgery.pipeline import engine
+from surgery.operations.extract.pairing import Choice, pair
+from surgery.operations.extract.results import gathered
 from surgery.pipeline.engine import Resources
-from surgery.pipeline.plan import ledger
+from surgery.pipeline.job import Done, Header, Job, runs, step_by_step
+from surgery.ranks.choice import RankChoice
 from surgery.ranks.spectra import Point, Spectrum, budgeted, doubling, known_rank, uniform
-from surgery.report import Report, Stopwatch, peak_rss
-from surgery.report_files import picture_file, spectra_forms
+from surgery.report import Report, Stopwatch
+from surgery.report_files import PictureFile, spectra_forms
 
 MAX_RANK = 256
 
@@ -44,7 +44,7 @@ class SpectrumReport(Report):
     budget: tuple[Point, ...]
 
 
-def spectrum(
+def prepare_spectrum(
     base: str | Path,
     tuned: str | Path,
     out: str | Path | None = None,
@@ -58,8 +58,8 @@ def spectrum(
     force: bool = False,
     seed: int = 0,
     resources: Resources | None = None,
-) -> SpectrumReport:
-    """Measures the leading singular values of every weight's change.
+) -> Job[SpectrumReport]:
+    """Prepares a job that measures the leading singular values of every weight's change.
 
     Args:
         base, tuned: a safetensors file or a folder each.
@@ -71,21 +71,21 @@ def spectrum(
         exact: decompose in full instead of in a Krylov space.
         force: replace what stands at `out`.
         seed: of the random start of the SVD.
-        resources: threads and memory.
+        resources: workers, memory and device.
 
     Raises:
         SurgeryError, FormatError: see their trees.
     """
-    watch = Stopwatch(loading="torch")
-    with picture_file(out, spectra_forms(base, tuned), (base, tuned), force=force) as draw:
-        with open_checkpoint(base) as before, open_checkpoint(tuned) as after:
-            how = Extraction(
-                rank=max_rank, include=include, exclude=exclude, kinds=kinds or {}, dtype=dtype, allow_removed=True
-            )
-            pairing = pair(before, after, how.choice)
-            plan = plan_measure(before, after, pairing, rank=max_rank, dtype=how.stored, seed=seed, exact=exact)
-        outcomes = engine.run(plan, None, resources)
-        weights = tuple(outcome.figures["spectrum"] for outcome in outcomes if "spectrum" in outcome.figures)
+    watch, files = Stopwatch(loading="torch"), OpenFiles()
+    before, after = BaseModel.open(base, files), BaseModel.open(tuned, files)
+    ranks = RankChoice(max_rank, dtype=dtype, seed=seed)
+    pairing = pair(before, after, Choice(tuple(include), tuple(exclude), kinds or {}, allow_removed=True))
+    measure = plan_measure(pairing, max_rank, dtype=ranks.stored, seed=seed, exact=exact)
+    plan = replace(measure, operation="spectrum")
+    picture = PictureFile(out, spectra_forms(base, tuned), (base, tuned), force=force)
+
+    def finish(done: Done) -> Callable[[Header], SpectrumReport]:
+        weights = gathered(done.outcomes).spectra
         if not weights:
             raise NothingToDo(
                 "none of the weights has changed",
@@ -93,18 +93,27 @@ def spectrum(
                 then="check that tuned is the model after training",
             )
         points = uniform(weights, doubling(known_rank(weights)))
-        report = SpectrumReport(
-            operation="spectrum",
-            output=None if out is None else str(out),
-            seconds=watch.seconds,
-            peak_rss_bytes=peak_rss(),
-            ledger=ledger(outcomes),
-            notes=plan.notes,
+        sizes = budgeted(weights, [point.nbytes for point in points])
+        picture.draw(weights)
+        return lambda header: SpectrumReport(
+            **{**header, "output": None if out is None else str(out)},
             base=str(base),
             tuned=str(tuned),
             weights=weights,
             uniform=points,
-            budget=budgeted(weights, [point.nbytes for point in points]),
+            budget=sizes,
         )
-        draw(report.weights)
-    return dataclasses.replace(report, seconds=watch.seconds)
+
+    return step_by_step(
+        plan,
+        files=files,
+        watch=watch,
+        inputs=(base, tuned),
+        finish=finish,
+        beside=() if out is None else (out,),
+        around=picture,
+        resources=resources,
+    )
+
+
+spectrum = runs(prepare_spectrum)

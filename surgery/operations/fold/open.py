@@ -8,13 +8,14 @@ from pathlib import Path
 from blake3 import blake3
 
 from formats.checkpoint import Checkpoint
-from formats.dialects import open_adapter_file
+from formats.dialects import AdapterFile, open_adapter_file
 from formats.dialects.adapterhub_beside import Part, lies_beside, read_beside
 from formats.dialects.adapterhub_heads import open_head, read_head
+from formats.open_files import OpenFiles
 from surgery.errors import NotMergeable
 from surgery.exact.finite import check_finite
 from surgery.hashes import content_digest, tensor_hash
-from surgery.model.config import model_config
+from surgery.model.base_model import BaseModel
 from surgery.operations.merge.adapters import refuse_grafted
 from surgery.receipts.receipt import MergedAdapter
 
@@ -25,43 +26,48 @@ _COMPOSED = {
 }
 
 
-def open_parts(model: str | Path, adapter: str | Path, base: Checkpoint) -> tuple[Part, ...] | None:
+def refuse_composed(adapter: Path) -> None:
+    """Raises NotMergeable for a composition of adapters, whose folder may hold nothing that opens."""
+    for name, reason in _COMPOSED.items():
+        if (adapter / name).exists():
+            raise NotMergeable(reason, where=adapter / name, then="fold the adapters it consists of, one by one")
+
+
+def open_single(adapter: Path, files: OpenFiles) -> AdapterFile:
+    """Opens an adapter of any kind, where it is a single one. Raises as `refuse_composed`, `open_adapter_file`."""
+    refuse_composed(adapter)
+    return open_adapter_file(adapter, files)
+
+
+def open_parts(model: BaseModel, adapter: AdapterFile) -> tuple[Part, ...] | None:
     """What an adapter adds beside the base's weights; None for one that is a change of weights.
 
     Raises:
-        NotMergeable: a composition of adapters, or a model that has parts of an earlier adapter in its graph.
+        NotMergeable: a model that has parts of an earlier adapter in its graph.
         FormatError: as `read_beside`.
     """
-    for name, reason in _COMPOSED.items():
-        if (Path(adapter) / name).exists():
-            raise NotMergeable(reason, where=Path(adapter) / name, then="fold the adapters it consists of, one by one")
-    refuse_grafted(model)
-    checkpoint, config = open_adapter_file(adapter)
-    with checkpoint:
-        if config is None or not lies_beside(config):
-            return None
-        parts = read_beside(checkpoint, config, base.specs)
-    head = read_head(Path(adapter), base.specs, model_config(model))
+    refuse_grafted(model.path)
+    if adapter.config is None or not lies_beside(adapter.config):
+        return None
+    parts = read_beside(adapter.checkpoint, adapter.config, model.specs)
+    head = read_head(adapter.path, model.specs, model.config, adapter.files)
     return parts if head is None else (*parts, head)
 
 
-def fingerprint_beside(adapter: str | Path) -> MergedAdapter:
+def fingerprint_beside(adapter: AdapterFile) -> MergedAdapter:
     """The record of an adapter that is no change of weights: its digest covers its config too. Reads its payload.
 
     Raises NotFinite.
     """
-    checkpoint, config = open_adapter_file(adapter)
-    hashes: dict[str, str] = {}
-    with checkpoint:
-        hashes |= {name: _hash(checkpoint, name) for name in checkpoint.specs}
-        content = content_digest((spec, hashes[name]) for name, spec in checkpoint.specs.items())
-    head = open_head(Path(adapter))
+    checkpoint = adapter.checkpoint
+    hashes = {name: _hash(checkpoint, name) for name in checkpoint.specs}
+    content = content_digest((spec, hashes[name]) for name, spec in checkpoint.specs.items())
+    head = open_head(adapter.path, adapter.files)
     if head is not None:
-        with head[0] as tensors:
-            own = {name: _hash(tensors, name) for name in tensors.specs}
-            hashes |= {f"head {name}": each for name, each in own.items()}
-            content += content_digest((spec, own[name]) for name, spec in tensors.specs.items())
-    said = json.dumps([content, config], sort_keys=True)
+        own = {name: _hash(head[0], name) for name in head[0].specs}
+        hashes |= {f"head {name}": each for name, each in own.items()}
+        content += content_digest((spec, own[name]) for name, spec in head[0].specs.items())
+    said = json.dumps([content, adapter.config], sort_keys=True)
     return MergedAdapter(blake3(said.encode()).hexdigest(), 1.0, hashes)
 
 

@@ -20,19 +20,12 @@ from surgery.exact.rounding import blocks, round_once
 from surgery.hashes import tensor_hash
 from surgery.methods.activations import function
 from surgery.methods.bottleneck import Matrices, dense, hypercomplex, keys_and_values
+from surgery.operations.merge.figures import MergeFigures
 from surgery.operations.merge.ops import out_of_range
 from surgery.pipeline.plan import Fate, Outcome
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """What stands for a non-linearity f(z): slope z + offset.  # (rank, rank), (rank) float64"""
-
-    slope: torch.Tensor
-    offset: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -41,12 +34,10 @@ class Source:
 
     Attributes:
         one: the bottleneck.
-        instead: what stands for its non-linearity; None where that stays.
         split: whether it is made of two neurons for each of its own.
     """
 
     one: Bottleneck
-    instead: Affine | None = None
     split: bool = False
 
     @property
@@ -95,8 +86,6 @@ class Source:
         made = Matrices(down, down_bias, up, up_bias).scaled(
             named[scaling.name] if isinstance(scaling, TensorRef) else scaling
         )
-        if self.instead is not None:
-            made = made.affine(self.instead.slope, self.instead.offset)
         return made.split() if self.split else made
 
 
@@ -164,7 +153,7 @@ class NewBias:
         bias = round_once(exact, self.result.dtype)
         name = self.result.name
         _check(bias, name)
-        return Outcome((bias,), {}, {"hashes": {name: tensor_hash(bias)}, "changed": True})
+        return Outcome((bias,), {}, MergeFigures(after={name: tensor_hash(bias)}, changed=True))
 
 
 class Neurons(Enum):
@@ -294,7 +283,7 @@ def changed(name: str, before: torch.Tensor, result: torch.Tensor, fate: Fate) -
     """A tensor of the base that has become another."""
     _check(result, name)
     old, new = tensor_hash(before), tensor_hash(result)
-    return Outcome((result,), {name: fate}, {"base": {name: old}, "hashes": {name: new}, "changed": old != new})
+    return Outcome((result,), {name: fate}, MergeFigures({name: old}, {name: new}, changed=old != new))
 
 
 def _check(result: torch.Tensor, name: str) -> None:

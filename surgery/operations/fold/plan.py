@@ -9,18 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from formats.checkpoint import Checkpoint
 from formats.dialects.adapterhub_beside import Part
 from formats.dialects.bottleneck import Bottleneck, Bottlenecks
 from formats.dialects.prompts import Prefix, Prompt, Whole
 from formats.errors import UnsupportedDType
 from formats.grafts import BranchGraft, Graft, Grafts, PrefixGraft, PromptGraft, Value, tensor_names
 from formats.layers import LayerKind, layer_kinds, owner
-from formats.quantized import foreign, quantization_config, refuse_foreign
+from formats.quantized import foreign, refuse_foreign
 from formats.spec import DType, TensorSpec
 from surgery.methods.activations import activation
+from surgery.model.base_model import BaseModel
 from surgery.operations.fold.ops import (
-    Affine,
     Branch,
     Embedding,
     FoldBias,
@@ -62,34 +61,26 @@ class Folding:
     settings: Mapping[str, Any]
 
 
-def plan_fold(
-    base: Checkpoint,
-    config: Mapping[str, Any],
-    parts: Sequence[Part],
-    adapter: MergedAdapter,
-    instead: Mapping[str, Affine] | None = None,
-) -> Folding:
+def plan_fold(base: BaseModel, parts: Sequence[Part], adapter: MergedAdapter) -> Folding:
     """Says what becomes of every part of an adapter, and plans it.
 
     Args:
         base: the base.
-        config: its config.json; empty where there is none.
         parts: the adapter's, read against the base's tensors.
         adapter: what the receipt says of it.
-        instead: what stands for the non-linearity of bottlenecks, by the weights of the projections before them.
 
     Raises:
         AlreadyMerged: the base's receipt names the adapter.
         NotMergeable: see `judge`.
         Quantised, UnsupportedDType: weights that are no plain floating-point numbers.
     """
-    refuse_merged(base, {adapter.digest: parts[0].ref.path})
-    work = _Work.of(base, Base(base.specs, config), parts, instead or {})
+    refuse_merged(base.checkpoint, {adapter.digest: parts[0].ref.path})
+    work = _Work.of(base, parts)
     changing = work.changing()
     grafting = list(work.grafting())
     work.check_dtypes([*changing, *(step.name for step, _ in grafting)])
     copied = [
-        Step(name, (base.tensor(name),), (spec,), Copy(name))
+        Step(name, (base.checkpoint.tensor(name),), (spec,), Copy(name))
         for name, spec in base.specs.items()
         if name not in changing
     ]
@@ -102,13 +93,13 @@ def plan_fold(
             base_tensors=dict.fromkeys(base.specs, UNKNOWN),
             added=tuple(sorted(set(changing) - set(base.specs))),
             lost=tuple(sorted(set(changing) & set(base.specs))),
-            base_metadata=dict(base.metadata),
+            base_metadata=dict(base.checkpoint.metadata),
         )
     steps = (*changing.values(), *copied, *(step for step, _ in grafting))
-    metadata = base.metadata if receipt is None else receipt.metadata()
+    metadata = base.checkpoint.metadata if receipt is None else receipt.metadata()
     sites = tuple(site for _, found in grafting for site in found)
     return Folding(
-        Plan("fold", steps, metadata, (*base.notes, *work.notes(len(sites)))),
+        Plan("fold", steps, metadata, (*base.checkpoint.notes, *work.notes(len(sites)))),
         tuple(work.judged),
         tuple(work.verdicts()),
         Grafts(UNKNOWN, adapter.digest, sites) if sites else None,
@@ -125,14 +116,11 @@ class Grafting:
     sites: tuple[Graft, ...]
 
 
-def plan_grafting(
-    base: Checkpoint, config: Mapping[str, Any], parts: Sequence[Part], digest: str, *, half: bool
-) -> Grafting:
+def plan_grafting(base: BaseModel, parts: Sequence[Part], digest: str, *, half: bool) -> Grafting:
     """All of an adapter as nodes, whatever of it could go into weights.
 
     Args:
         base: the base.
-        config: its config.json.
         parts: the adapter's, read against the base's tensors.
         digest: the adapter's.
         half: bottlenecks that read h read what the projection before them reads; else they read h.
@@ -140,8 +128,8 @@ def plan_grafting(
     Raises:
         AlreadyMerged, NotMergeable, Quantised, UnsupportedDType: as `plan_fold`.
     """
-    refuse_merged(base, {digest: parts[0].ref.path})
-    judged = _Work.of(base, Base(base.specs, config), parts, {})
+    refuse_merged(base.checkpoint, {digest: parts[0].ref.path})
+    judged = _Work.of(base, parts)
     work = replace(judged, judged=[(part, _as_nodes(part, each, half)) for part, each in judged.judged])
     grafting = list(work.grafting())
     work.check_dtypes([step.name for step, _ in grafting])
@@ -158,20 +146,18 @@ def _as_nodes(adapter: Bottlenecks, each: Judged, half: bool) -> Judged:
 class _Work:
     """What is to be done."""
 
-    base: Checkpoint
+    base: BaseModel
     known: Base
     parts: Sequence[Part]
     judged: Sequence[tuple[Bottlenecks, Judged]]
-    instead: Mapping[str, Affine]
     kinds: Mapping[str, LayerKind]
 
     @classmethod
-    def of(cls, base: Checkpoint, known: Base, parts: Sequence[Part], instead: Mapping[str, Affine]) -> _Work:
+    def of(cls, base: BaseModel, parts: Sequence[Part]) -> _Work:
         """Judges every bottleneck."""
-        judged = [
-            (part, each) for part in parts if isinstance(part, Bottlenecks) for each in judge(part, known, instead)
-        ]
-        return cls(base, known, parts, judged, instead, layer_kinds(base.specs))
+        known = Base(base.specs, base.config)
+        judged = [(part, each) for part in parts if isinstance(part, Bottlenecks) for each in judge(part, known)]
+        return cls(base, known, parts, judged, layer_kinds(base.specs))
 
     def verdicts(self) -> Iterator[Verdict]:
         """On every part, in the adapter's order."""
@@ -181,7 +167,7 @@ class _Work:
 
     def source(self, each: Judged) -> Source:
         """What the bottleneck's matrices are made of."""
-        return Source(each.one, self.instead.get(each.one.behind), each.split and each.verdict.way is Way.WIDENED)
+        return Source(each.one, each.split and each.verdict.way is Way.WIDENED)
 
     def transposed(self, weight: str) -> bool:
         """Whether a weight is stored (in, out)."""
@@ -214,7 +200,7 @@ class _Work:
                 for name, ref in part.tensors.items():
                     spec = self.base.specs[name]
                     op = Merge(name, spec.dtype, (), ((),), False)
-                    steps.append(Step(name, (self.base.tensor(name), ref), (spec,), op, 16 * spec.size))
+                    steps.append(Step(name, (self.base.checkpoint.tensor(name), ref), (spec,), op, 16 * spec.size))
         widened = self.widened
         if widened:
             one = next(iter(widened.values())).one
@@ -263,7 +249,7 @@ class _Work:
     def _step(
         self, spec: TensorSpec, op: Op, source: Source | None, needed: int = 0, result: TensorSpec | None = None
     ) -> Step:
-        inputs = (self.base.tensor(spec.name), *(source.refs if source else ()))
+        inputs = (self.base.checkpoint.tensor(spec.name), *(source.refs if source else ()))
         needed += source.nbytes if source else 0
         return Step(spec.name, inputs, (result or spec,), op, needed)
 
@@ -290,10 +276,10 @@ class _Work:
         biased = f"{module}.bias" in self.base.specs
         if each.verdict.way is Way.HALF:
             site = replace(site, reads=Value.INPUT if joins_rows(one, self.known) else Value.PRODUCT)
-            inputs[:0] = [self.base.tensor(f"{module}.bias")] if biased else []
+            inputs[:0] = [self.base.checkpoint.tensor(f"{module}.bias")] if biased else []
         rows = site.reads is Value.INPUT
         if rows:
-            inputs.insert(0, self.base.tensor(one.behind))
+            inputs.insert(0, self.base.checkpoint.tensor(one.behind))
             wide = inputs[0].spec.size // source.outputs
         rank, out = source.width, source.outputs
         shapes = {"down": (rank, wide), "down_bias": (rank,), "up": (out, rank), "up_bias": (out,)}
@@ -314,8 +300,8 @@ class _Work:
 
     def check_dtypes(self, names: Sequence[str]) -> None:
         """Raises Quantised or UnsupportedDType where one of these is no floating-point weight of ours."""
-        specs, where = self.base.specs, self.base.ref.path
-        refuse_foreign(foreign(specs, quantization_config(where)), [name for name in names if name in specs], where)
+        specs, where = self.base.specs, self.base.checkpoint.ref.path
+        refuse_foreign(foreign(specs, self.base.quantization), [name for name in names if name in specs], where)
         for name in names:
             if name in specs and not specs[name].dtype.is_weight:
                 raise UnsupportedDType(

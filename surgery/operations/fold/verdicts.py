@@ -7,7 +7,7 @@ the model adds to h.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -124,8 +124,8 @@ class Base:
         return {int(found[1]): other for other in self.specs if (found := pattern.fullmatch(other))}
 
 
-def judge(adapter: Bottlenecks, base: Base, linear: Collection[str] = ()) -> tuple[Judged, ...]:
-    """Every bottleneck's verdict; `linear` has the projections of those whose f an affine map stands for.
+def judge(adapter: Bottlenecks, base: Base) -> tuple[Judged, ...]:
+    """Every bottleneck's verdict.
 
     Raises:
         NotMergeable: a non-linearity that nobody knows, or an adapter that changes the model's own nodes.
@@ -139,7 +139,7 @@ def judge(adapter: Bottlenecks, base: Base, linear: Collection[str] = ()) -> tup
             where=adapter.ref.path,
             found="original_ln_after = false",
         )
-    return tuple(_judged(adapter, one, f, base, one.behind in linear) for one in adapter.modules)
+    return tuple(_judged(adapter, one, f, base) for one in adapter.modules)
 
 
 def unknown_non_linearity(name: str, where: str) -> NotMergeable:
@@ -147,12 +147,10 @@ def unknown_non_linearity(name: str, where: str) -> NotMergeable:
     return NotMergeable("an unknown non-linearity", where=where, found=f"non_linearity = {name}")
 
 
-def _judged(adapter: Bottlenecks, one: Bottleneck, f: Activation, base: Base, replaced: bool) -> Judged:
+def _judged(adapter: Bottlenecks, one: Bottleneck, f: Activation, base: Base) -> Judged:
     kind = "compacter" if isinstance(one.down, Hypercomplex) else "bottleneck"
     what = f"{'parallel ' if adapter.parallel else ''}{kind}, {f.name}"
     split = False
-    if replaced:
-        f, what = LINEAR, f"{what} ≈ linear"
     if adapter.parallel:
         split = f is LINEAR is not base.function
         way, reason = _parallel(one, f, base)

@@ -18,16 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from formats.open_files import OpenFiles
+from formats.spec import TensorRef
 from surgery.errors import Unsupported
-from surgery.onnx.files.graph_file import external, load_graph
+from surgery.onnx.files.graph_file import files_of, load_graph
 from surgery.onnx.timing.record import BenchReport, Comparison, Role
-from surgery.report import Stopwatch, peak_rss
-from surgery.report_files import kept_record
+from surgery.pipeline.engine import Resources
+from surgery.pipeline.job import Job, header, runs
+from surgery.pipeline.plan import Elsewhere, Plan, Step
+from surgery.report import Stopwatch
+from surgery.report_files import RecordFile
 from surgery.version import __version__
 
 if TYPE_CHECKING:
-    import onnx
-
     from surgery.onnx.run.feeds import Feeds
     from surgery.onnx.run.session import Setting
     from surgery.onnx.timing.latency import Rehearsal, Taken
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 _QUANTILES = (0.05, 0.25, 0.75, 0.95, 0.99)
 
 
-def bench(
+def prepare_bench(
     reference: str | Path,
     *graphs: str | Path,
     shapes: Sequence[tuple[int, int]] = ((1, 128),),
@@ -50,8 +53,8 @@ def bench(
     record: str | Path | None = None,
     force: bool = False,
     progress: Callable[[str, float], None] | None = None,
-) -> BenchReport:
-    """Compares the latency of graphs with that of a reference which takes the same inputs.
+) -> Job[BenchReport]:
+    """Prepares a job that compares the latency of graphs with that of a reference which takes the same inputs.
 
     Args:
         reference: a `.onnx` file.
@@ -74,82 +77,57 @@ def bench(
         InputsDiffer: a graph takes other inputs than the reference.
         ProviderUnavailable: the provider is not there, or would not run.
         Unsupported: inputs or a shape that we cannot feed, a margin or a time that makes no sense, or too little time
-            for any verdict.
+            for any verdict (the last when it runs).
         OutputExists, WriteFailed: see Staging.
     """
-    watch = Stopwatch()
+    watch, files = Stopwatch(), OpenFiles()
     if not graphs:
         raise Unsupported("bench needs a graph besides the reference", where=reference)
     check_settings(shapes, margin, seconds, threads, seed)
     candidates = tuple(dict.fromkeys(map(Path, graphs)))
     controls = () if positive_control is None else (Path(positive_control),)
     paths = (Path(reference), *controls, *candidates)
-    with kept_record(record, paths, force) as keep:
-        models = {path: load_graph(path) for path in paths}
+    kept = RecordFile.at(record, paths, force)
+    models = {path: load_graph(path, files) for path in paths}
 
-        from surgery.onnx.run import feeds as inputs
-        from surgery.onnx.run.machine import condition, machine
-        from surgery.onnx.run.session import CUDA, Setting, provider_name
+    from surgery.onnx.run import feeds as inputs
+    from surgery.onnx.run.session import CUDA, Setting, provider_name
 
-        setting = Setting(provider_name(provider), threads, cuda_graph)
-        if cuda_graph and setting.provider != CUDA:
-            raise Unsupported(
-                "CUDA graphs are of the CUDA provider alone",
-                expected="--provider cuda",
-                found=provider,
-                then="ask for that provider, or leave --cuda-graph out",
-            )
-        first = inputs.graph_inputs(models[paths[0]])
-        for path in paths[1:]:
-            inputs.require_same_inputs(paths[0], path, first, inputs.graph_inputs(models[path]))
-        laboratory = _Laboratory(
-            reference=paths[0],
-            setting=setting,
-            feeds={shape: inputs.make_feeds(models[paths[0]], paths[0], shape, seed) for shape in shapes},
-            tokens={shape: inputs.tokens_per_run(models[paths[0]], shape) for shape in shapes},
-            margin=margin,
-            seconds=seconds,
-            seed=seed,
-            start=time.perf_counter(),
-            progress=progress,
+    setting = Setting(provider_name(provider), threads, cuda_graph)
+    if cuda_graph and setting.provider != CUDA:
+        raise Unsupported(
+            "CUDA graphs are of the CUDA provider alone",
+            expected="--provider cuda",
+            found=provider,
+            then="ask for that provider, or leave --cuda-graph out",
         )
-        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        hashes = {name: digest for path in paths for name, digest in _hashes(path, models[path]).items()}
-        described = machine() | condition("before")
-        rehearsed = laboratory.rehearse(paths)
-        graphs_by_role: list[tuple[Path, Role]] = [(path, "positive control") for path in controls]
-        graphs_by_role += [(path, "candidate") for path in candidates]
-        comparisons = [
-            laboratory.compare(path, role, shape, rehearsed)
-            for shape in laboratory.feeds
-            for path, role in graphs_by_role
-        ]
-        some = rehearsed[paths[0], shapes[0]]
-        report = BenchReport(
-            operation="bench",
-            output=None if record is None else str(record),
-            seconds=watch.seconds,
-            peak_rss_bytes=peak_rss(),
-            ledger={},
-            reference=str(paths[0]),
-            graphs=tuple(map(str, candidates)),
-            provider=setting.provider,
-            provider_options=some.options,
-            margin=margin,
-            seed=seed,
-            threads=threads,
-            cuda_graph=cuda_graph,
-            sha256=hashes,
-            same_graph={str(path): hashes[str(path)] == hashes[str(paths[0])] for path in paths[1:]},
-            assigned={str(path): rehearsed[path, shapes[0]].nodes for path in paths},
-            session=some.settings,
-            versions=_versions(setting.device),
-            machine=described | condition("after"),
-            started=started,
-            comparisons=tuple(_believed(comparisons)),
-        )
-        keep(report)
-    return report
+    first = inputs.graph_inputs(models[paths[0]])
+    for path in paths[1:]:
+        inputs.require_same_inputs(paths[0], path, first, inputs.graph_inputs(models[path]))
+    laboratory = _Laboratory(
+        reference=paths[0],
+        controls=controls,
+        candidates=candidates,
+        read={path: files_of(model, path) for path, model in models.items()},
+        setting=setting,
+        feeds={shape: inputs.make_feeds(models[paths[0]], paths[0], shape, seed) for shape in shapes},
+        tokens={shape: inputs.tokens_per_run(models[paths[0]], shape) for shape in shapes},
+        margin=margin,
+        seconds=seconds,
+        seed=seed,
+        progress=progress,
+    )
+    plan = Plan("bench", tuple(laboratory.steps()))
+
+    def work(resources: Resources) -> BenchReport:
+        report = laboratory.report(plan, watch, kept.path)
+        kept.write(report)
+        return report
+
+    return Job(plan, paths, kept.outputs, files, work, Resources())
+
+
+bench = runs(prepare_bench)
 
 
 def check_settings(
@@ -185,20 +163,73 @@ def check_time(path: Path, shape: tuple[int, int], a: Rehearsal, b: Rehearsal, s
 class _Laboratory:
     """What all comparisons of a bench share.
 
-    feeds, tokens: by shape; tokens of one run are None where the graphs take none.
-    start: the clock's reading that blocks' times are told from.
-    progress: told of each set of sessions, if anybody is to be.
+    Attributes:
+        reference, controls, candidates: the graphs.
+        read: the files that each of them is in.
+        setting: of the sessions.
+        feeds, tokens: by shape; tokens of one run are None where the graphs take none.
+        margin, seconds, seed: as for bench.
+        progress: told of each set of sessions, if anybody is to be.
     """
 
     reference: Path
+    controls: tuple[Path, ...]
+    candidates: tuple[Path, ...]
+    read: Mapping[Path, tuple[TensorRef, ...]]
     setting: Setting
     feeds: Mapping[tuple[int, int], Feeds]
     tokens: Mapping[tuple[int, int], int | None]
     margin: float
     seconds: float
     seed: int
-    start: float
     progress: Callable[[str, float], None] | None
+
+    @property
+    def judged(self) -> tuple[tuple[Path, Role], ...]:
+        """Every graph that is held against the reference."""
+        controls: list[tuple[Path, Role]] = [(path, "positive control") for path in self.controls]
+        return (*controls, *((path, "candidate") for path in self.candidates))
+
+    def steps(self) -> Iterator[Step]:
+        """The comparisons, to be looked at."""
+        for (batch, sequence), (path, _) in itertools.product(self.feeds, self.judged):
+            inputs = (*self.read[self.reference], *self.read[path])
+            yield Step(f"{path} at {batch}×{sequence}", inputs, (), Elsewhere("time"))
+
+    def report(self, plan: Plan, watch: Stopwatch, record: Path | None) -> BenchReport:
+        """Takes the times, and says what they are worth."""
+        from surgery.onnx.run.machine import condition, machine
+
+        start = time.perf_counter()
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        hashes = {name: digest for files in self.read.values() for name, digest in _hashes(files)}
+        described = machine() | condition("before")
+        others = [path for path, _ in self.judged]
+        rehearsed = self.rehearse((self.reference, *others))
+        comparisons = [
+            self.compare(path, role, shape, rehearsed, start) for shape in self.feeds for path, role in self.judged
+        ]
+        first = next(iter(self.feeds))
+        some = rehearsed[self.reference, first]
+        return BenchReport(
+            **{**header(plan, watch, record), "ledger": {}},
+            reference=str(self.reference),
+            graphs=tuple(map(str, self.candidates)),
+            provider=self.setting.provider,
+            provider_options=some.options,
+            margin=self.margin,
+            seed=self.seed,
+            threads=self.setting.threads,
+            cuda_graph=self.setting.cuda_graph,
+            sha256=hashes,
+            same_graph={str(path): hashes[str(path)] == hashes[str(self.reference)] for path in others},
+            assigned={str(path): rehearsed[path, first].nodes for path in (self.reference, *others)},
+            session=some.settings,
+            versions=_versions(self.setting.device),
+            machine=described | condition("after"),
+            started=started,
+            comparisons=tuple(_believed(comparisons)),
+        )
 
     def rehearse(self, paths: Sequence[Path]) -> dict[tuple[Path, tuple[int, int]], Rehearsal]:
         """Runs every graph at every shape, so that what cannot run, or not in the time given, is known beforehand."""
@@ -221,8 +252,10 @@ class _Laboratory:
         role: Role,
         shape: tuple[int, int],
         rehearsed: Mapping[tuple[Path, tuple[int, int]], Rehearsal],
+        start: float,
     ) -> Comparison:
-        """One graph against the reference at one shape."""
+        """One graph against the reference at one shape; `start`: the clock's reading that blocks' times are told
+        from."""
         import numpy as np
 
         from surgery.onnx.timing.latency import measure
@@ -240,7 +273,7 @@ class _Laboratory:
                 self.setting,
                 seconds=self.seconds,
                 seed=self.seed,
-                start=self.start,
+                start=start,
             ):
                 kept.append(taken)
                 if self.progress is not None:
@@ -304,14 +337,11 @@ def _believed(comparisons: Sequence[Comparison]) -> Iterator[Comparison]:
             yield dataclasses.replace(each, verdict="inconclusive", reason=reason)
 
 
-def _hashes(path: Path, graph: onnx.ModelProto) -> dict[str, str]:
-    """SHA-256 of the graph's file and of every file its weights lie in."""
-    outside = {found.location for tensor in graph.graph.initializer if (found := external(tensor, path)) is not None}
-    hashes = {}
-    for file in (path, *(path.parent / location for location in sorted(outside))):
-        with file.open("rb") as stream:
-            hashes[str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashes
+def _hashes(files: Sequence[TensorRef]) -> Iterator[tuple[str, str]]:
+    """SHA-256 of files, by their paths."""
+    for file in files:
+        with open(file.checkpoint.path, "rb") as stream:
+            yield file.checkpoint.path, hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _ratios(interval: tuple[float, float]) -> tuple[float, float]:

@@ -12,28 +12,36 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from formats.checkpoint import Checkpoint
 from formats.errors import OutputExists
-from formats.paths import open_checkpoint
+from formats.open_files import OpenFiles
+from formats.spec import DType, TensorRef, TensorSpec
+from formats.staging import Staging
 from surgery.errors import Unsupported
+from surgery.model.base_model import BaseModel
 from surgery.onnx.timing.compared import AdapterGraph, ComparedAdapter, CompareReport
-from surgery.operations.export.export_onnx import ExportReport, export_onnx
-from surgery.operations.fold.fold import FoldReport, fold
+from surgery.operations.export.export_onnx import ExportReport, export_job, in_graph
+from surgery.operations.export.plan import ExportPlan, exportable, new_graphs, onto_graphs
+from surgery.operations.fold.fold import fold_job
 from surgery.operations.latency.bench import bench, check_settings, check_time
 from surgery.operations.latency.compare_plan import BASE, NamedAdapter, Planned, concerning, named, plan_adapter
-from surgery.report import Stopwatch, peak_rss
-from surgery.report_files import kept_record
+from surgery.pipeline.engine import Resources
+from surgery.pipeline.job import Job, header, runs
+from surgery.pipeline.plan import Elsewhere, Plan, Step
+from surgery.report import Stopwatch
+from surgery.report_files import RecordFile
 
 if TYPE_CHECKING:
     from surgery.onnx.run.session import Setting
+    from surgery.onnx.trace.program import Exportable
 
 _FILE, _BRANCH = "model.onnx", "branch"
 Progress = Callable[[str, float], None]
 
 
-def compare(
+def prepare_compare(
     model: str | Path,
     adapters: Sequence[NamedAdapter],
     *,
@@ -48,8 +56,8 @@ def compare(
     record: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
-) -> CompareReport:
-    """Makes graphs of a model with each of several adapters, and compares them with the model's own.
+) -> Job[CompareReport]:
+    """Prepares a job that makes graphs of a model with each of several adapters, and compares them with its own.
 
     Args:
         model: a folder that transformers loads, of a model that is run in one pass.
@@ -71,7 +79,7 @@ def compare(
         ReportedError: each adapter, as fold; exports and times, as export-onnx and bench. All but the clock's own
             surprises come before anything is timed.
     """
-    watch = Stopwatch("torch")
+    watch, files = Stopwatch("torch"), OpenFiles()
     paths = named(adapters)
     check_settings(shapes, margin, seconds or 1.0, threads, seed)
     source = Path(model)
@@ -79,21 +87,28 @@ def compare(
     from surgery.onnx.run.session import Setting, provider_name
 
     running = provider_name(provider)
-    with kept_record(record, (source, *paths.values()), force) as keep, open_checkpoint(source) as base:
-        planned = [plan_adapter(source, name, path, base) for name, path in paths.items()]
-        _check_model(source)
-        size = sum(spec.size for spec in base.specs.values() if spec.dtype.is_float)
-        with _workplace(out) as work:
-            making = _Making(source, base, work, running, shapes[0], branches, len(planned), progress)
-            own = making.base_graph()
+    inputs = (source, *paths.values())
+    kept = RecordFile.at(record, inputs, force)
+    folder = None if out is None else Path(out)
+    _check_folder(folder, inputs)
+    base = BaseModel.open(source, files)
+    planned = [plan_adapter(base, name, path) for name, path in paths.items()]
+    traced = _one_graph(base)
+    own_plan = new_graphs(traced, base, None, in_graph(traced, base))
+    making = _Making(base, traced, running, shapes[0], branches, len(planned), progress)
+    steps = (*_exports(base, planned, branches, folder), *_timings(planned, branches, shapes if seconds else ()))
+    plan = Plan("compare", steps, notes=tuple(note for each in planned for note in _notes(each, branches)))
+
+    def work(resources: Resources) -> CompareReport:
+        with _workplace(folder) as place:
+            own = making.base_graph(own_plan, place)
             _check_time(Path(own.path), shapes if seconds else (), Setting(running, threads, False), seconds)
-            compared = making.others(own, planned, size)
-            graphs = [graph.path for each in compared for graph in each.graphs]
+            compared = making.others(own, planned, place)
             timed = None
             if seconds:
                 timed = bench(
                     own.path,
-                    *graphs,
+                    *(graph.path for each in compared for graph in each.graphs),
                     shapes=shapes,
                     provider=provider,
                     margin=margin,
@@ -103,24 +118,57 @@ def compare(
                     progress=progress,
                 )
         report = CompareReport(
-            operation="compare",
-            output=None if out is None else str(out),
-            seconds=watch.seconds,
-            peak_rss_bytes=peak_rss(),
-            ledger={},
-            notes=tuple(note for each in planned for note in _notes(each, branches)),
+            **{**header(plan, watch, folder), "ledger": {}},
             model=str(source),
-            parameters=size,
+            parameters=_parameters(base),
             graph=own.path,
             sha256=own.sha256,
             provider=running,
             nodes=own.nodes,
             adapters=compared,
-            record=None if record is None else str(record),
+            record=None if kept.path is None else str(kept.path),
             bench=timed,
         )
-        keep(report)
-    return report
+        kept.write(report)
+        return report
+
+    outputs = (*(() if folder is None else (folder,)), *kept.outputs)
+    return Job(plan, inputs, outputs, files, work, Resources())
+
+
+compare = runs(prepare_compare)
+
+
+def _parameters(base: BaseModel) -> int:
+    return sum(spec.size for spec in base.specs.values() if spec.dtype.is_float)
+
+
+def _exports(base: BaseModel, planned: Sequence[Planned], branches: bool, folder: Path | None) -> Iterator[Step]:
+    """The graphs that are to be made, each over weights of the base's size."""
+    whole = _whole(base.checkpoint)
+    for name, form, read in ((BASE, BASE, ()), *_graphs(planned, branches)):
+        output = TensorSpec(f"{name}, {form}", DType.U8, whole.spec.shape)
+        yield Step(output.name, (whole, *read), () if folder is None else (output,), Elsewhere("export"))
+
+
+def _timings(planned: Sequence[Planned], branches: bool, shapes: Sequence[tuple[int, int]]) -> Iterator[Step]:
+    """What bench is to time: reads what was written."""
+    for batch, sequence in shapes:
+        for name, form, _ in _graphs(planned, branches):
+            yield Step(f"{name}, {form} at {batch}×{sequence}", (), (), Elsewhere("time"))
+
+
+def _graphs(planned: Sequence[Planned], branches: bool) -> Iterator[tuple[str, str, tuple[TensorRef, ...]]]:
+    """The adapters' graphs: name, form, and what they are made of besides the base."""
+    for each in planned:
+        for form in (each.form, *((_BRANCH,) if branches and each.branches else ())):
+            yield each.name, form, (_whole(each.file.checkpoint),)
+
+
+def _whole(checkpoint: Checkpoint) -> TensorRef:
+    """A checkpoint's payload as one, for a plan."""
+    size = sum(spec.nbytes for spec in checkpoint.specs.values())
+    return TensorRef(checkpoint.ref, TensorSpec(Path(checkpoint.ref.path).name, DType.U8, (size,)))
 
 
 def _notes(adapter: Planned, branches: bool) -> Iterator[str]:
@@ -132,18 +180,18 @@ def _notes(adapter: Planned, branches: bool) -> Iterator[str]:
     yield from adapter.notes if branches else ()
 
 
-def _check_model(source: Path) -> None:
-    """Refuses a model that is not one graph, before any is made."""
-    from surgery.onnx.trace.architecture import read_architecture
-
-    programs = read_architecture(source).kind.programs
+def _one_graph(base: BaseModel) -> Exportable:
+    """The model as it is traced. Raises Unsupported for one that is not one graph."""
+    traced = exportable(base, False, None, ())
+    programs = traced.kind.programs
     if len(programs) > 1:
         raise Unsupported(
             "compare times one graph against another, and this model is several",
-            where=source,
+            where=base.path,
             found=", ".join(f"{program.prefix}{_FILE}" for program in programs),
             then="export them with and without the adapter, and bench each: surgery export-onnx, surgery bench",
         )
+    return traced
 
 
 def _check_time(graph: Path, shapes: Sequence[tuple[int, int]], setting: Setting, seconds: float) -> None:
@@ -157,17 +205,23 @@ def _check_time(graph: Path, shapes: Sequence[tuple[int, int]], setting: Setting
         check_time(graph, shape, seen, seen, seconds)
 
 
-@contextlib.contextmanager
-def _workplace(out: str | Path | None) -> Iterator[Path]:
-    """A folder for the graphs: of the user's, emptied again if anything fails, or a temporary one."""
-    if out is None:
-        with tempfile.TemporaryDirectory(prefix="surgery-compare-") as temporary:
-            yield Path(temporary)
+def _check_folder(folder: Path | None, inputs: Sequence[Path]) -> None:
+    """Refuses a folder that graphs cannot be kept in. Raises OutputExists, PathNotFound or WriteFailed."""
+    if folder is None:
         return
-    folder = Path(out)
     free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not free:
         raise OutputExists("the graphs need a folder of their own", where=folder, then="name a new one with -o")
+    Staging(folder, folder=True, inputs=inputs).check_room(0)
+
+
+@contextlib.contextmanager
+def _workplace(folder: Path | None) -> Iterator[Path]:
+    """A folder for the graphs: of the user's, emptied again if anything fails, or a temporary one."""
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="surgery-compare-") as temporary:
+            yield Path(temporary)
+        return
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -185,40 +239,38 @@ class _Making:
     """Makes the graphs.
 
     Attributes:
-        model: the base's folder.
-        base: its tensors.
-        work: where the graphs go.
+        base: the model.
+        traced: as it is traced.
         provider, shape: what nodes are counted for.
         branches: whether to leave adapters whole in a graph too.
         count: of the adapters.
         progress: told of each adapter, if anybody is to be.
     """
 
-    model: Path
-    base: Checkpoint
-    work: Path
+    base: BaseModel
+    traced: Exportable
     provider: str
     shape: tuple[int, int]
     branches: bool
     count: int
     progress: Progress | None
 
-    def base_graph(self) -> AdapterGraph:
-        """The base's."""
+    def base_graph(self, planned: ExportPlan, place: Path) -> AdapterGraph:
+        """The base's, in the folder at `place`."""
         self._tell(BASE, 0)
-        return self._described(export_onnx(self.model, self.work / BASE / _FILE), BASE, None)
+        return self._described(self._export(planned, self.base, self.traced, place / BASE / _FILE), BASE, None)
 
-    def others(self, own: AdapterGraph, planned: Sequence[Planned], size: int) -> tuple[ComparedAdapter, ...]:
-        """Every adapter with its graphs; `own` is the base's, and `size` its parameters."""
-        compared = []
+    def others(self, own: AdapterGraph, planned: Sequence[Planned], place: Path) -> tuple[ComparedAdapter, ...]:
+        """Every adapter with its graphs; `own` is the base's."""
+        compared, size = [], _parameters(self.base)
         for number, adapter in enumerate(planned):
             self._tell(adapter.name, number + 1)
-            with concerning(adapter.name, adapter.path):
-                graphs = tuple(self._graphs(adapter, own))
+            with concerning(adapter.name, adapter.file.path):
+                graphs = tuple(self._graphs(adapter, own, place / adapter.name))
             compared.append(
                 ComparedAdapter(
                     name=adapter.name,
-                    path=str(adapter.path),
+                    path=str(adapter.file.path),
                     method=adapter.method,
                     placement=adapter.placement,
                     non_linearity=adapter.non_linearity,
@@ -236,28 +288,33 @@ class _Making:
         if self.progress is not None:
             self.progress(f"making graphs: {name}", done / (1 + self.count))
 
-    def _graphs(self, adapter: Planned, own: AdapterGraph) -> Iterator[AdapterGraph]:
+    def _graphs(self, adapter: Planned, own: AdapterGraph, place: Path) -> Iterator[AdapterGraph]:
         """As fold leaves it, and as a branch."""
-        place = self.work / adapter.name
         target = place / adapter.form.replace(" ", "") / _FILE
         if adapter.changes:
-            with tempfile.TemporaryDirectory(prefix="surgery-compare-") as temporary:
+            with tempfile.TemporaryDirectory(prefix="surgery-compare-") as temporary, OpenFiles() as files:
                 folded = Path(temporary) / "model"
-                report = fold(self.model, adapter.path, folded)
-                how: dict[str, Any] = {"graph": own.path, "verify": True} if self._fits(report, folded) else {}
-                yield self._described(export_onnx(folded, target, **how), adapter.form, own)
+                report = fold_job(self.base, adapter.file, folded, watch=Stopwatch()).work(Resources())
+                model = BaseModel.open(folded, files)
+                traced = exportable(model, False, None, ())
+                if report.grafts is None and not report.settings and model.specs == self.base.specs:
+                    planned = onto_graphs(Path(own.path), model, convert=False)
+                else:
+                    planned = new_graphs(traced, model, None, in_graph(traced, model))
+                yield self._described(self._export(planned, model, traced, target), adapter.form, own)
         else:
-            yield self._described(export_onnx(self.model, target, adapters=[adapter.path]), adapter.form, own)
+            yield self._described(self._left(adapter, None, target), adapter.form, own)
         if self.branches and adapter.branches:
-            target = place / _BRANCH / _FILE
-            yield self._described(
-                export_onnx(self.model, target, adapters=[adapter.path], adapters_as=_BRANCH), _BRANCH, own
-            )
+            yield self._described(self._left(adapter, _BRANCH, place / _BRANCH / _FILE), _BRANCH, own)
 
-    def _fits(self, report: FoldReport, folded: Path) -> bool:
-        """Whether a folded model goes under the base's graph."""
-        with open_checkpoint(folded) as checkpoint:
-            return report.grafts is None and not report.settings and checkpoint.specs == self.base.specs
+    def _left(self, adapter: Planned, way: str | None, target: Path) -> ExportReport:
+        """The base's graph with all of an adapter in it."""
+        kept = in_graph(self.traced, self.base, [adapter.file], way)
+        return self._export(new_graphs(self.traced, self.base, None, kept), self.base, self.traced, target)
+
+    def _export(self, planned: ExportPlan, model: BaseModel, traced: Exportable, target: Path) -> ExportReport:
+        job = export_job(planned, model, target, against=traced, watch=Stopwatch())
+        return job.work(Resources())  # the model's files stay open: others are made of it too
 
     def _described(self, report: ExportReport, form: str, own: AdapterGraph | None) -> AdapterGraph:
         """A graph with what the provider makes of it. Raises ProviderUnavailable or Unsupported where it does not."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from formats.adapter import NOTHING_TOLD, Adapter
-from formats.checkpoint import Checkpoint
+from formats.dialects import AdapterFile
 from formats.dialects.adapterhub_beside import Part
 from formats.dialects.bottleneck import Bottleneck, Bottlenecks, Dense, Hypercomplex
 from formats.dialects.prompts import Network, Prefix, Prompt
@@ -21,12 +21,12 @@ from formats.spec import TensorRef
 from surgery.errors import NothingToDo, Unsupported
 from surgery.methods import additive, method_named
 from surgery.methods.activations import LINEAR, activation
-from surgery.model.config import model_config
+from surgery.model.base_model import BaseModel
 from surgery.onnx.adapters.bottleneck import HALF
 from surgery.onnx.timing.compared import Becoming
-from surgery.operations.export.loras import Keeping
+from surgery.operations.export.loras import LorasInGraph
 from surgery.operations.fold.fold import merged_verdicts
-from surgery.operations.fold.open import fingerprint_beside, open_parts
+from surgery.operations.fold.open import fingerprint_beside, open_parts, open_single
 from surgery.operations.fold.plan import plan_fold
 from surgery.operations.fold.verdicts import Verdict, Way
 from surgery.operations.merge.adapters import open_for_merge
@@ -41,7 +41,8 @@ class Planned:
     """An adapter that is to be compared.
 
     Attributes:
-        name, path, method, placement, non_linearity, parameters, tokens: see ComparedAdapter.
+        file: the adapter, opened.
+        name, method, placement, non_linearity, parameters, tokens: see ComparedAdapter.
         becomes: what becomes of its parts.
         form: of its graph, as fold leaves it.
         changes: whether fold changes a weight.
@@ -49,8 +50,8 @@ class Planned:
         notes: what the user should know.
     """
 
+    file: AdapterFile
     name: str
-    path: Path
     method: str
     placement: str
     non_linearity: str
@@ -118,31 +119,31 @@ def concerning(name: str, path: Path) -> Iterator[None]:
         raise
 
 
-def plan_adapter(model: Path, name: str, path: Path, base: Checkpoint) -> Planned:
+def plan_adapter(model: BaseModel, name: str, path: Path) -> Planned:
     """What an adapter is, and which graphs are to be made of it.
 
     Args:
-        model: the base's folder.
+        model: the base.
         name: the adapter's.
         path: of its file or folder.
-        base: the base's tensors.
 
     Raises:
         ReportedError: as fold, and as merge for an adapter that is a change of weights.
     """
     with concerning(name, path):
-        parts = open_parts(model, path, base)
-        return _merging(model, name, path, base) if parts is None else _beside(model, name, path, base, parts)
+        file = open_single(path, model.files)
+        parts = open_parts(model, file)
+        return _merging(model, name, file) if parts is None else _beside(model, name, file, parts)
 
 
-def _beside(model: Path, name: str, path: Path, base: Checkpoint, parts: Sequence[Part]) -> Planned:
+def _beside(model: BaseModel, name: str, file: AdapterFile, parts: Sequence[Part]) -> Planned:
     """An adapter that adds something beside the weights."""
-    folding = plan_fold(base, model_config(model), parts, fingerprint_beside(path))
+    folding = plan_fold(model, parts, fingerprint_beside(file))
     ways = {each.way for each in folding.verdicts}
     refs = {ref for part in parts for ref in _trained(part)}
     return Planned(
+        file=file,
         name=name,
-        path=path,
         method=_joined(map(_method, parts)),
         placement=_joined(map(_placement, parts)),
         non_linearity=_joined(filter(None, map(_non_linearity, parts))) or "none",
@@ -155,27 +156,27 @@ def _beside(model: Path, name: str, path: Path, base: Checkpoint, parts: Sequenc
     )
 
 
-def _merging(model: Path, name: str, path: Path, base: Checkpoint) -> Planned:
+def _merging(model: BaseModel, name: str, file: AdapterFile) -> Planned:
     """An adapter that is a change of weights."""
-    opened, outline = open_for_merge(model, path, base.specs)
-    plan_merge(base, opened, outline)
+    opened, outline = open_for_merge(model, ((file, None),))
+    plan_merge(model, opened, outline)
     adapter = opened[0].adapter
     try:
-        Keeping.of(model, [path], "branch", base.specs, NOTHING_TOLD)
+        LorasInGraph.of(model, [file], "branch", model.specs, NOTHING_TOLD)
         notes = []
     except Unsupported as error:
         notes = [f"{name} has no graph as a branch: {error.what}"]
     methods = [method_named(module.method).title for module in adapter.modules]
     whole = ["in full"] if adapter.replacements else []
     return Planned(
+        file=file,
         name=name,
-        path=path,
         method=_joined([*methods, *whole]),
         placement=_joined(_placements(adapter)),
         non_linearity="none",
         parameters=sum(size for _, size in {(ref.name, ref.spec.size) for ref in _factors(adapter)}),
         tokens=0,
-        becomes=_becomes(merged_verdicts(model, path, base, NOTHING_TOLD)),
+        becomes=_becomes(merged_verdicts(model, file, opened)),
         form="merged",
         changes=True,
         branches=not notes,

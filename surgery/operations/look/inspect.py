@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from formats.dialects import open_adapter_file, recognised
+from formats.open_files import OpenFiles
 from formats.paths import container_of
 from formats.spec import TensorSpec
+from surgery.pipeline.job import header
+from surgery.pipeline.plan import Plan
 from surgery.receipts.receipt import RECEIPT, Receipt
-from surgery.report import Report, Stopwatch, peak_rss
+from surgery.report import Report, Stopwatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,29 +53,26 @@ def inspect(path: str | Path) -> InspectReport:
         PathNotFound, NotACheckpoint, CorruptFile: see formats.errors.
     """
     watch = Stopwatch()
-    checkpoint, config = open_adapter_file(path)
-    with checkpoint:
+    with OpenFiles() as files:
+        file = open_adapter_file(path, files)
+        checkpoint = file.checkpoint
         specs = tuple(checkpoint.specs.values())
         dtypes: dict[str, int] = {}
         for spec in specs:
             dtypes[spec.dtype.label] = dtypes.get(spec.dtype.label, 0) + spec.size
-        dialect, errors = recognised(checkpoint, config)
+        dialect, errors = recognised(checkpoint, file.config)
+        broken = tuple(f"{error.what}: {error.details.get('found')}" for error in errors)
         receipt = Receipt.read(checkpoint.metadata, path)
         return InspectReport(
-            operation="inspect",
-            output=None,
-            seconds=watch.seconds,
-            peak_rss_bytes=peak_rss(),
-            ledger={},
+            **{**header(Plan("inspect", (), notes=(*checkpoint.notes, *broken)), watch, None), "ledger": {}},
             path=str(path),
             kind="adapter" if dialect else "model",
             container=container_of(checkpoint),
-            notes=(*checkpoint.notes, *(f"{error.what}: {error.details.get('found')}" for error in errors)),
             parameters=sum(spec.size for spec in specs),
             nbytes=sum(spec.nbytes for spec in specs),
             dtypes=dtypes,
             metadata={key: text for key, text in checkpoint.metadata.items() if key != RECEIPT and len(text) < 200},
-            adapter={"dialect": dialect.name, **dialect.described(config)} if dialect else None,
+            adapter={"dialect": dialect.name, **dialect.described(file.config)} if dialect else None,
             merged=tuple(digest for past in receipt.chain(path) for digest in past.digests) if receipt else (),
             tensors=specs,
         )

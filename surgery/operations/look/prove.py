@@ -10,15 +10,18 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from formats.open_files import OpenFiles
 from surgery.errors import Unsupported
-from surgery.onnx.files.graph_file import count_nodes, external, load_graph
-from surgery.onnx.foreign.slots import all_tensors
+from surgery.onnx.files.graph_file import count_nodes, files_of, load_graph
 from surgery.onnx.run.runtime import assignment_difference, optimise
 from surgery.onnx.run.session import provider_name
 from surgery.onnx.same_program.canonical import canonical
 from surgery.onnx.same_program.cost import Cost, cost
-from surgery.onnx.same_program.difference import Difference, first_difference
-from surgery.report import Report, Stopwatch, peak_rss
+from surgery.onnx.same_program.difference import ProgramDifference, first_difference
+from surgery.pipeline.engine import Resources
+from surgery.pipeline.job import Job, header, runs
+from surgery.pipeline.plan import Elsewhere, Plan, Step
+from surgery.report import Report, Stopwatch
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Check:
 
     name: str
     same: bool
-    difference: Difference | None = None
+    difference: ProgramDifference | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +68,10 @@ class ProveReport(Report):
         return next((check for check in self.checks[1:] if not check.same), None)
 
 
-def prove(a: str | Path, b: str | Path, *, provider: str = "cpu", shape: tuple[int, int] = (1, 128)) -> ProveReport:
-    """Compares two graphs as programs.
+def prepare_prove(
+    a: str | Path, b: str | Path, *, provider: str = "cpu", shape: tuple[int, int] = (1, 128)
+) -> Job[ProveReport]:
+    """Prepares a job that compares two graphs as programs.
 
     Args:
         a: the base's graph.
@@ -80,65 +85,71 @@ def prove(a: str | Path, b: str | Path, *, provider: str = "cpu", shape: tuple[i
         ProviderUnavailable: the provider is not there, or would not run.
         Unsupported: a graph that ONNX Runtime does not load, or a shape that makes no sense.
     """
-    watch = Stopwatch()
+    watch, files = Stopwatch(), OpenFiles()
     paths = (Path(a), Path(b))
     if min(shape) < 1:
         raise Unsupported("a shape is a positive batch and sequence", found=f"{shape[0]}x{shape[1]}")
     name = provider_name(provider)
-    models = (load_graph(paths[0]), load_graph(paths[1]))
-    for model, path in zip(models, paths, strict=True):
-        for tensor in all_tensors(model):
-            external(tensor, path)  # what lies elsewhere, or is not there, is told before anything else
-    digests = (_sha256(paths[0]), _sha256(paths[1]))
-    checks = [Check("bytes", digests[0] == digests[1])]
-    checks.append(_check("graph", first_difference(*(canonical(*pair) for pair in zip(models, paths, strict=True)))))
-    ready = (optimise(paths[0], name, shape), optimise(paths[1], name, shape))
-    checks.append(_check("optimised graph", first_difference(ready[0].program, ready[1].program)))
-    checks.append(_check("assignment", assignment_difference(*ready)))
-    costs = (cost(ready[0].executed), cost(ready[1].executed))
-    checks.append(_check("cost", _cost_difference(*costs)))
-    same = all(check.same for check in checks[1:])
-    return ProveReport(
-        operation="prove",
-        output=None,
-        seconds=watch.seconds,
-        peak_rss_bytes=peak_rss(),
-        ledger={},
-        notes=tuple(
+    models = (load_graph(paths[0], files), load_graph(paths[1], files))
+    read = tuple(files_of(model, path) for model, path in zip(models, paths, strict=True))
+    steps = (Step(f"{a} and {b}", (*read[0], *read[1]), (), Elsewhere("compare")),)
+    plan = Plan("prove", steps)
+
+    def work(resources: Resources) -> ProveReport:
+        digests = (_sha256(paths[0]), _sha256(paths[1]))
+        checks = [Check("bytes", digests[0] == digests[1])]
+        programs = [canonical(model, path) for model, path in zip(models, paths, strict=True)]
+        checks.append(_check("graph", first_difference(*programs)))
+        ready = (optimise(paths[0], name, shape), optimise(paths[1], name, shape))
+        checks.append(_check("optimised graph", first_difference(ready[0].program, ready[1].program)))
+        checks.append(_check("assignment", assignment_difference(*ready)))
+        costs = (cost(ready[0].executed), cost(ready[1].executed))
+        checks.append(_check("cost", _cost_difference(*costs)))
+        same = all(check.same for check in checks[1:])
+        notes = tuple(
             f"{path} does not run at this shape, so its cost is not counted: {each.refusal}"
             for path, each in zip(paths, ready, strict=True)
             if each.refusal
-        ),
-        a=str(a),
-        b=str(b),
-        same=same,
-        level="" if not same else "bytes" if checks[0].same else "graph",
-        checks=tuple(checks),
-        provider=name,
-        nodes_a=(count_nodes(models[0]), ready[0].nodes),
-        nodes_b=(count_nodes(models[1]), ready[1].nodes),
-        cost_a=costs[0],
-        cost_b=costs[1],
-        shape=shape,
-        sha256=digests,
-    )
+        )
+        return ProveReport(
+            **{**header(plan, watch, None), "ledger": {}, "notes": notes},
+            a=str(a),
+            b=str(b),
+            same=same,
+            level="" if not same else "bytes" if checks[0].same else "graph",
+            checks=tuple(checks),
+            provider=name,
+            nodes_a=(count_nodes(models[0]), ready[0].nodes),
+            nodes_b=(count_nodes(models[1]), ready[1].nodes),
+            cost_a=costs[0],
+            cost_b=costs[1],
+            shape=shape,
+            sha256=digests,
+        )
+
+    return Job(plan, paths, (), files, work, Resources())
 
 
-def _check(name: str, difference: Difference | None) -> Check:
+prove = runs(prepare_prove)
+
+
+def _check(name: str, difference: ProgramDifference | None) -> Check:
     return Check(name, difference is None, difference)
 
 
-def _cost_difference(a: Cost, b: Cost) -> Difference | None:
+def _cost_difference(a: Cost, b: Cost) -> ProgramDifference | None:
     """The first op, by name, that takes other operations or bytes in the two."""
     if a.uncounted != b.uncounted:
-        return Difference("the ops that are not counted", *(", ".join(each.uncounted) or "none" for each in (a, b)))
+        return ProgramDifference(
+            "the ops that are not counted", *(", ".join(each.uncounted) or "none" for each in (a, b))
+        )
     for op in sorted({*a.by_op, *b.by_op}):
         if a.by_op.get(op) != b.by_op.get(op):
             texts = (
                 f"{tally.nodes} nodes, {tally.flops:,} operations, {tally.nbytes:,} bytes" if tally else "no node"
                 for tally in (a.by_op.get(op), b.by_op.get(op))
             )
-            return Difference(f"the cost of {op}", *texts)
+            return ProgramDifference(f"the cost of {op}", *texts)
     return None
 
 

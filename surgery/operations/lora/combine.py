@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from formats.open_files import OpenFiles
 from formats.spec import DType
 from surgery.errors import NothingToDo, NotMergeable, SurgeryError, Unsupported
 from surgery.linalg.mixing import DENSE, check_density
+from surgery.model.base_model import BaseModel
 from surgery.model.stored_dtype import dtype_named
-from surgery.operations.extract.plan import Extraction
 from surgery.operations.lora.open import open_loras
-from surgery.operations.lora.ops import WAYS, Mix, RecastModule, Slot
-from surgery.operations.lora.plan import Casting, plan_recast, ranks_within, widest_of
-from surgery.operations.lora.write import destination, write_recast
-from surgery.operations.merge.adapters import AdapterPaths, adapter_paths
+from surgery.operations.lora.ops import WAYS, AdaptedWeight, Mix, RecastModule
+from surgery.operations.lora.plan import Casting, widest_of
+from surgery.operations.lora.write import Fields, destination, recast_job
+from surgery.operations.merge.adapters import AdapterPaths, WeighedAdapter, adapter_files, adapter_paths
 from surgery.pipeline.engine import Resources
-from surgery.pipeline.plan import Plan
+from surgery.pipeline.job import Header, Job, runs
 from surgery.ranks import RankRule
 from surgery.ranks.budget import Budget
-from surgery.report import Report, Stopwatch, peak_rss
+from surgery.ranks.choice import RankChoice
+from surgery.report import Report, Stopwatch
 
 DENSITY = 0.5  # of the deltas that are pruned
 
@@ -88,25 +90,23 @@ class Combination:
         return Mix(self.how, DENSITY if self.density is None else self.density, self.seed)
 
     @property
-    def ranks(self) -> Extraction | None:
+    def ranks(self) -> RankChoice | None:
         """How ranks are chosen; None where all are kept."""
-        if self.rank is None:
-            return None
-        return Extraction(rank=self.rank, overrides=self.overrides or {}, dtype=self.dtype, seed=self.seed)
+        return None if self.rank is None else RankChoice(self.rank, self.overrides or {}, self.dtype, self.seed)
 
     def dtypes(self, casting: Casting) -> dict[str, DType]:
         """Of every weight's factors."""
         stored = dtype_named(self.dtype)
         return {slot.name: stored or self._own(slot) for slot in casting.slots}
 
-    def _own(self, slot: Slot) -> DType:
+    def _own(self, slot: AdaptedWeight) -> DType:
         """That of the factors; a concatenation that it would round is float32 instead."""
         own = widest_of(ref.spec.dtype for source in slot.sources for ref in source.factors)
         exact = all(_holds(own, source.scale) for source in slot.sources)
         return own if self.how != "cat" or exact else widest_of((own, DType.F32))
 
 
-def combine(
+def prepare_combine(
     adapters: AdapterPaths,
     out: str | Path,
     *,
@@ -119,8 +119,8 @@ def combine(
     dtype: str | None = None,
     force: bool = False,
     resources: Resources | None = None,
-) -> CombineReport:
-    """Writes several LoRA adapters as one. Their order does not show in the result.
+) -> Job[CombineReport]:
+    """Prepares a job that writes several LoRA adapters as one. Their order does not show in the result.
 
     Args:
         adapters: LoRA in peft's names, paths or (path, weight), at least two.
@@ -137,41 +137,45 @@ def combine(
         dtype: of the factors, "float32", "float16" or "bfloat16"; by default the adapters' own, of cat float32 where
             theirs would round.
         force: replace what stands at `out`.
-        resources: threads, memory and device.
+        resources: workers, memory and device.
 
     Raises:
         SurgeryError, FormatError: see their trees; everything the headers tell is refused before any work.
     """
-    watch = Stopwatch(loading="torch")
+    watch, files = Stopwatch(loading="torch"), OpenFiles()
     asked = Combination(how=how, rank=rank, overrides=overrides, density=density, seed=seed, dtype=dtype)
-    casting = open_combine(adapters, asked, base)
-    target = destination(out, [path for path, _ in adapter_paths(adapters)], force=force)
-    target.check()
-    ranks, chosen = None, asked.ranks
-    if chosen is not None and isinstance(rank, Budget):
-        dtypes = asked.dtypes(casting)
-        ranks = ranks_within(
-            casting, asked.mix, chosen, dtypes, rank, as_file=not target.is_folder, resources=resources
-        )
-    plan = plan_combine(casting, asked, ranks)
-    written = write_recast(plan, casting, target, resources)
-    return CombineReport(
-        operation="combine",
-        output=str(out),
-        seconds=watch.seconds,
-        peak_rss_bytes=peak_rss(),
-        notes=plan.notes,
-        how=how,
-        rule=None if chosen is None else str(rank if isinstance(rank, Budget) else chosen.rule),
-        adapters=tuple(each.digest for each in casting.adapters),
-        **vars(written),
+    asked.check()
+    paths = adapter_paths(adapters)
+    _check_number(paths)
+    model = None if base is None else BaseModel.open(base, files)
+    casting = _opened(open_loras(adapter_files(adapters, files), model), files)
+    target = destination(out, [path for path, _ in paths], base, force=force, files=files)
+    ranks = asked.ranks
+
+    def report(header: Header, made: Fields) -> CombineReport:
+        digests = tuple(each.digest for each in casting.adapters)
+        return CombineReport(**header, **made, how=how, rule=None if ranks is None else str(ranks), adapters=digests)
+
+    return recast_job(
+        "combine",
+        casting,
+        target,
+        report,
+        mix=asked.mix,
+        ranks=ranks,
+        dtypes=asked.dtypes(casting),
+        notes=_notes(casting),
+        files=files,
+        watch=watch,
+        resources=resources,
     )
 
 
-def open_combine(adapters: AdapterPaths, asked: Combination, base: str | Path | None) -> Casting:
-    """The adapters' weights. Raises as `combine`."""
-    asked.check()
-    paths = adapter_paths(adapters)
+combine = runs(prepare_combine)
+
+
+def _check_number(paths: Sequence[tuple[Path, float | None]]) -> None:
+    """Raises NothingToDo for what is no combination."""
     for path, weight in paths:
         if weight == 0:
             raise NothingToDo("an adapter with weight 0 adds nothing", where=path, then="leave it out")
@@ -182,30 +186,26 @@ def open_combine(adapters: AdapterPaths, asked: Combination, base: str | Path | 
             expected="at least two adapters",
             then="surgery resize gives one another rank",
         )
-    opened = open_loras(adapters, base)
-    for each in opened:
+
+
+def _opened(adapters: tuple[WeighedAdapter, ...], files: OpenFiles) -> Casting:
+    """The adapters' weights. Raises NotMergeable, or Unsupported, for what cannot be put together."""
+    for each in adapters:
         if any(module.method == "dora" for module in each.adapter.modules):
             raise NotMergeable(
                 "a DoRA sets each output's length, so it has no delta that could be added to another's",
                 where=each.adapter.ref.path,
                 then="merge it into the base first, and extract the others' sum from there",
             )
-        if sum(bool(other.adapter.config.get("trainable_token_indices")) for other in opened) > 1:
+        if sum(bool(other.adapter.config.get("trainable_token_indices")) for other in adapters) > 1:
             raise Unsupported("more than one of the adapters replaces tokens", where=each.adapter.ref.path)
-    casting = Casting.of(opened)
-    if asked.ranks is not None:
-        asked.ranks.overridden(slot.name for slot in casting.slots)
-    return casting
+    return Casting.of(adapters, files)
 
 
-def plan_combine(casting: Casting, asked: Combination, budgeted: Mapping[str, int] | None = None) -> Plan:
-    """The plan; `budgeted` has every weight's rank where a budget rules."""
-    notes = []
-    if casting.copied:
-        notes.append(
-            f"{len(casting.copied)} tensors that one adapter carries in full are taken over whatever its weight"
-        )
-    return plan_recast("combine", casting, asked.mix, asked.ranks, asked.dtypes(casting), budgeted, tuple(notes))
+def _notes(casting: Casting) -> tuple[str, ...]:
+    count = len(casting.copied)
+    note = f"{count} tensors that one adapter carries in full are taken over whatever its weight"
+    return (note,) if count else ()
 
 
 def _holds(dtype: DType, scale: float) -> bool:

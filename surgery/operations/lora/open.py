@@ -9,18 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from formats.adapter import NOTHING_TOLD
-from formats.dialects import dialect_of, open_adapter_file
+from formats.dialects import AdapterFile
 from formats.dialects.peft_recast import module_of
 from formats.errors import ShapeMismatch, UnsupportedDType
-from formats.paths import open_checkpoint
 from formats.spec import TensorSpec, shape_text
 from surgery.errors import Unsupported
-from surgery.operations.merge.adapters import AdapterPaths, WeighedAdapter, adapter_paths, open_adapters, open_for_merge
+from surgery.model.base_model import BaseModel
+from surgery.operations.merge.adapters import WeighedAdapter, open_adapters, open_for_merge
 
 _METHODS = ("lora", "lora_bias", "dora")
 
 
-def open_loras(adapters: AdapterPaths, base: str | Path | None) -> tuple[WeighedAdapter, ...]:
+def open_loras(
+    adapters: Sequence[tuple[AdapterFile, float | None]], model: BaseModel | None
+) -> tuple[WeighedAdapter, ...]:
     """Opens LoRA adapters in peft's names, against a base or else against what their own factors tell of it.
 
     Raises:
@@ -28,43 +30,39 @@ def open_loras(adapters: AdapterPaths, base: str | Path | None) -> tuple[Weighed
         Unsupported: other methods, or a form whose factors cannot be made anew one by one.
         ReportedError: as `open_adapters`.
     """
-    paths = [path for path, _ in adapter_paths(adapters)]
-    for path in paths:
-        _check_dialect(path)
-    if base is not None:
-        with open_checkpoint(base) as w0:
-            opened = open_for_merge(base, adapters, w0.specs, with_heads=False)[0]
+    files = [file for file, _ in adapters]
+    for file in files:
+        _check_dialect(file)
+    if model is not None:
+        opened = open_for_merge(model, adapters, with_heads=False)[0]
     else:
-        opened = open_adapters(paths[0], adapters, _implied(paths), with_heads=False)
+        opened = open_adapters(None, adapters, _implied(files), with_heads=False)
     for each in opened:
         _check(each)
     return opened
 
 
-def _check_dialect(path: Path) -> None:
+def _check_dialect(file: AdapterFile) -> None:
     """Raises Unsupported for an adapter in other names than peft's, and as `dialect_of`."""
-    checkpoint, config = open_adapter_file(path)
-    with checkpoint:
-        dialect = dialect_of(checkpoint, config, path)
-    if not dialect.in_peft_names:
+    if not file.dialect.in_peft_names:
         raise Unsupported(
             "only adapters in peft's names are resized and combined",
-            where=path,
-            found=dialect.name,
-            then=f"surgery convert {path} --to peft --base BASE; or --to lora --rank N, which truncates as it converts",
+            where=file.path,
+            found=file.dialect.name,
+            then=f"surgery convert {file.path} --to peft --base BASE; or --to lora --rank N, which truncates as it "
+            "converts",
         )
 
 
-def _implied(paths: Sequence[Path]) -> dict[str, TensorSpec]:
+def _implied(files: Sequence[AdapterFile]) -> dict[str, TensorSpec]:
     """What the factors of all adapters tell of their base. Raises ShapeMismatch where they contradict each other."""
     known: dict[str, TensorSpec] = {}
     tellers: dict[str, Path] = {}
     bases: dict[str, Path] = {}
-    for path in paths:
-        checkpoint, config = open_adapter_file(path)
-        with checkpoint:
-            found = dialect_of(checkpoint, config, path).implied_base(checkpoint, config, NOTHING_TOLD)
-        name = (config or {}).get("base_model_name_or_path")
+    for file in files:
+        path = file.path
+        found = file.dialect.implied_base(file.checkpoint, file.config, NOTHING_TOLD)
+        name = (file.config or {}).get("base_model_name_or_path")
         if name:
             bases.setdefault(str(name), path)
         if len(bases) > 1:

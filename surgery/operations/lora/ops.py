@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -16,16 +16,16 @@ from formats.adapter import AdapterModule
 from formats.spec import DType, TensorRef
 from formats.tensors import torch_dtype
 from surgery.exact.finite import check_finite
-from surgery.linalg.difference import Delta
+from surgery.linalg.difference import DeltaMatrix
 from surgery.linalg.mixing import DENSE, Product, mixed
 from surgery.linalg.thin_product import as_they_are, refactor, thin_svd
 from surgery.linalg.truncated import Factors, factorise, leading_values
 from surgery.methods.lora import unpack_experts
 from surgery.operations.extract.ops import as_stored, spectrum_of
 from surgery.operations.extract.pairing import Matrix
+from surgery.operations.extract.results import FactorFigures
 from surgery.pipeline.plan import Fate, Outcome
 from surgery.ranks import RankRule
-from surgery.ranks.spectra import Spectrum
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ WAYS = ("cat", "svd", *DENSE)
 
 
 @dataclass(frozen=True)
-class Source:
+class AdapterFactors:
     """One adapter's factors of a weight.
 
     Attributes:
@@ -59,7 +59,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Slot:
+class AdaptedWeight:
     """One adapted weight of the result.
 
     Attributes:
@@ -72,7 +72,7 @@ class Slot:
     matrix: Matrix
     module: str
     keys: tuple[str, str]
-    sources: tuple[Source, ...]
+    sources: tuple[AdapterFactors, ...]
 
     @property
     def name(self) -> str:
@@ -110,15 +110,15 @@ class Mix:
         """Whether the deltas themselves are formed."""
         return self.how in DENSE
 
-    def size(self, slot: Slot) -> int:
+    def size(self, slot: AdaptedWeight) -> int:
         """The number of singular values of the result that can be other than zero."""
         return min(slot.matrix.sides) if self.is_dense else min(slot.rank, *slot.matrix.sides)
 
-    def delta(self, products: Sequence[Product], slot: Slot, number: int) -> Delta:
+    def delta(self, products: Sequence[Product], slot: AdaptedWeight, number: int) -> DeltaMatrix:
         """The mixed delta of matrix `number` of a slot."""
         texts = [f"{self.seed}:{source.digest}:{slot.name}:{number}" for source in slot.sources]
         seeds = [int.from_bytes(blake3(text.encode()).digest(7)) for text in texts]
-        return Delta.of(mixed(self.how, products, self.density, seeds))
+        return DeltaMatrix.of(mixed(self.how, products, self.density, seeds))
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Recast:
     Inputs: lora_A and lora_B of every source. Outputs: lora_A, lora_B. Without a rule all ranks are kept.
     """
 
-    slot: Slot
+    slot: AdaptedWeight
     mix: Mix
     rule: RankRule | None
     dtype: DType
@@ -182,7 +182,7 @@ class Recast:
             residual=math.sqrt(left_out / total) if total else 0.0,
             delta_norm=math.sqrt(total),
         )
-        return Outcome((a, b), factor_fates(slot), {"module": report})
+        return Outcome((a, b), factor_fates(slot), FactorFigures(modules=(report,)))
 
     def _factored(self, products: Sequence[Product], number: int, dtype: torch.dtype) -> tuple[Factors, float]:
         """The factors of one matrix, and ‖ΔW‖²."""
@@ -199,7 +199,7 @@ class Recast:
 class Weigh:
     """The spectrum of one weight's delta, as far as `rank`. Inputs as Recast's; no outputs."""
 
-    slot: Slot
+    slot: AdaptedWeight
     mix: Mix
     rank: int
     dtype: DType
@@ -216,8 +216,8 @@ class Weigh:
                 found = thin_svd(*concatenated(products), 1).spectrum
                 total += float((found**2).sum())
             spectra.append(found)
-        spectrum: Spectrum = spectrum_of(self.slot.matrix, self.dtype, total, spectra)
-        return Outcome((), factor_fates(self.slot), {"spectrum": spectrum})
+        spectrum = replace(spectrum_of(self.slot.matrix, self.dtype, total, spectra), size=self.mix.size(self.slot))
+        return Outcome((), factor_fates(self.slot), FactorFigures[RecastModule](spectra=(spectrum,)))
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class AddBias:
     """
 
     key: str
-    sources: tuple[Source, ...]
+    sources: tuple[AdapterFactors, ...]
     dtype: DType
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
@@ -251,7 +251,7 @@ def concatenated(products: Sequence[Product]) -> tuple[torch.Tensor, torch.Tenso
     return torch.cat([weight * b for b, _, weight in products], dim=1), torch.cat([a for _, a, _ in products])
 
 
-def factor_fates(slot: Slot) -> dict[str, Fate]:
+def factor_fates(slot: AdaptedWeight) -> dict[str, Fate]:
     """The ledger's entries: tensors of several adapters may have the same name."""
     return {f"{source.digest}:{ref.name}": Fate.LOW_RANK for source in slot.sources for ref in source.factors}
 

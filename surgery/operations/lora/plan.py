@@ -6,7 +6,7 @@ Reads headers, and the adapters' payload for their digests. Knows no decompositi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,27 +14,23 @@ from formats.adapter import AdapterModule
 from formats.dialects import CONFIG_KEY
 from formats.dialects.peft_recast import module_of, recast_config
 from formats.layers import LayerKind, owner
-from formats.layout import layout
-from formats.paths import open_checkpoint
+from formats.open_files import OpenFiles
 from formats.spec import DType, TensorRef, TensorSpec
 from surgery.errors import Unsupported
 from surgery.linalg.truncated import workspace
 from surgery.operations.extract.pairing import Matrix
-from surgery.operations.extract.plan import Extraction
-from surgery.operations.lora.ops import AddBias, Mix, Recast, Slot, Source, Weigh
-from surgery.operations.merge.adapters import (
-    WeighedAdapter,
-    replacements,
-)
+from surgery.operations.extract.results import gathered
+from surgery.operations.lora.ops import AdaptedWeight, AdapterFactors, AddBias, Mix, Recast, Weigh
+from surgery.operations.merge.adapters import WeighedAdapter, replacements
 from surgery.pipeline import engine
 from surgery.pipeline.engine import Resources
 from surgery.pipeline.ops import Copy
 from surgery.pipeline.plan import Plan, Step
 from surgery.ranks import FixedRank, RankRule
-from surgery.ranks.budget import Budget, Claim, allocate
+from surgery.ranks.choice import RankChoice
 from surgery.ranks.spectra import Spectrum
-
-_LEAST_KNOWN = 16  # values to measure of every weight at first, where deltas are formed
+from surgery.ranks.spend import header_bytes, spend
+from surgery.receipts.receipt import TOOL
 
 
 @dataclass(frozen=True)
@@ -49,21 +45,21 @@ class Casting:
     """
 
     adapters: tuple[WeighedAdapter, ...]
-    slots: tuple[Slot, ...]
-    biases: Mapping[str, tuple[Source, ...]]
+    slots: tuple[AdaptedWeight, ...]
+    biases: Mapping[str, tuple[AdapterFactors, ...]]
     copied: tuple[TensorRef, ...]
 
     @classmethod
-    def of(cls, adapters: tuple[WeighedAdapter, ...]) -> Casting:
+    def of(cls, adapters: tuple[WeighedAdapter, ...], files: OpenFiles) -> Casting:
         """Raises Unsupported for adapters that name the same weight differently, or differ in what peft has for a whole
         adapter; NotMergeable for a tensor that two of them carry in full."""
-        found: dict[str, dict[str, Source]] = {}  # by weight, by adapter
-        biases: dict[str, tuple[Source, ...]] = {}
+        found: dict[str, dict[str, AdapterFactors]] = {}  # by weight, by adapter
+        biases: dict[str, tuple[AdapterFactors, ...]] = {}
         copied: dict[str, TensorRef] = {}
         for each in adapters:
             seen: set[str] = set()
             for module in each.adapter.modules:
-                source = Source(module, each.strength, each.digest)
+                source = AdapterFactors(module, each.strength, each.digest)
                 if module.method == "lora_bias":
                     key = module.factors["lora_B.bias"].name
                     biases[key] = (*biases.get(key, ()), source)
@@ -78,7 +74,7 @@ class Casting:
         for parts in replacements(adapters).values():
             copied |= {full.source.name: full.source for full in parts}
         for each in adapters:
-            copied |= _second_copies(each)
+            copied |= _second_copies(each, files)
         targeted = {entry for each in adapters for entry in each.adapter.config.get("target_parameters") or ()}
         slots = tuple(_slot(name, tuple(sources.values()), targeted) for name, sources in sorted(found.items()))
         for setting in ("lora_bias", "layer_replication"):
@@ -104,18 +100,18 @@ class Casting:
         )
 
 
-def _second_copies(each: WeighedAdapter) -> dict[str, TensorRef]:
+def _second_copies(each: WeighedAdapter, files: OpenFiles) -> dict[str, TensorRef]:
     """Tensors of the file that take no part, since others say the same: peft writes some twice, and finds both."""
     taking_part = {ref.name for ref in each.adapter.tensors}
-    with open_checkpoint(each.adapter.ref.path) as checkpoint:
-        return {key: checkpoint.tensor(key) for key in checkpoint.specs if key not in taking_part}
+    checkpoint = files.of(each.adapter.ref)
+    return {key: checkpoint.tensor(key) for key in checkpoint.specs if key not in taking_part}
 
 
 def _target(module: AdapterModule) -> str:
     return module.part.stack if module.part is not None else module.target
 
 
-def _slot(name: str, sources: tuple[Source, ...], targeted: Collection[str]) -> Slot:
+def _slot(name: str, sources: tuple[AdapterFactors, ...], targeted: Collection[str]) -> AdaptedWeight:
     keys = {tuple(ref.name for ref in source.factors) for source in sources}
     if len(keys) > 1:
         raise Unsupported(
@@ -141,7 +137,7 @@ def _slot(name: str, sources: tuple[Source, ...], targeted: Collection[str]) -> 
                 where=name,
                 found=", ".join(sorted(targeted)),
             )
-    return Slot(
+    return AdaptedWeight(
         Matrix(owner(name), TensorSpec(name, a.dtype, shape), first.kind, False), module, (a.name, b.name), sources
     )
 
@@ -150,9 +146,9 @@ def plan_recast(
     operation: str,
     casting: Casting,
     mix: Mix,
-    how: Extraction | None,
+    ranks: RankChoice | None,
     dtypes: Mapping[str, DType],
-    budgeted: Mapping[str, int] | None = None,
+    measured: Mapping[str, int] | None = None,
     notes: tuple[str, ...] = (),
 ) -> Plan:
     """The plan that writes the new adapter.
@@ -161,16 +157,18 @@ def plan_recast(
         operation: its name.
         casting: what is made of which factors.
         mix: how deltas are put together.
-        how: the ranks' rule; None to keep all.
+        ranks: how they are chosen; None to keep all.
         dtypes: of every weight's factors.
-        budgeted: every weight's rank, where a budget rules.
+        measured: every weight's rank, where a budget rules.
         notes: for the user.
+
+    Raises:
+        UnknownTensor: an override that matches nothing.
     """
-    names = [slot.name for slot in casting.slots]
-    ranks = ({} if how is None else how.overridden(names)) | dict(budgeted or {})
+    rules = {} if ranks is None else ranks.rules((slot.name for slot in casting.slots), measured)
     steps = []
     for slot in casting.slots:
-        rule = None if how is None else how.rule_of(slot.matrix, ranks)
+        rule = rules.get(slot.name)
         outputs = _outputs(slot, slot.rank if rule is None else rule.most(mix.size(slot)), dtypes[slot.name])
         op = Recast(slot, mix, rule, dtypes[slot.name])
         steps.append(Step(slot.name, _inputs(slot), outputs, op, _workspace(slot, mix, rule), rule is not None))
@@ -179,7 +177,7 @@ def plan_recast(
         refs = tuple(source.module.factors["lora_B.bias"] for source in sources)
         steps.append(Step(key, refs, (TensorSpec(key, widest, refs[0].spec.shape),), AddBias(key, sources, widest)))
     steps += [Step(ref.name, (ref,), (ref.spec,), Copy(ref.name)) for ref in casting.copied]
-    return Plan(operation, tuple(steps), notes=notes)
+    return Plan(operation, tuple(steps), {"format": "pt", "surgery": f"{TOOL} {operation}"}, notes)
 
 
 def widest_of(dtypes: Iterable[DType]) -> DType:
@@ -190,11 +188,11 @@ def widest_of(dtypes: Iterable[DType]) -> DType:
     return DType.F64 if DType.F64 in found else DType.F32
 
 
-def _inputs(slot: Slot) -> tuple[TensorRef, ...]:
+def _inputs(slot: AdaptedWeight) -> tuple[TensorRef, ...]:
     return tuple(ref for source in slot.sources for ref in source.factors)
 
 
-def _outputs(slot: Slot, rank: int, dtype: DType) -> tuple[TensorSpec, TensorSpec]:
+def _outputs(slot: AdaptedWeight, rank: int, dtype: DType) -> tuple[TensorSpec, TensorSpec]:
     a, b = (ref.spec for ref in slot.sources[0].factors)
     width = slot.matrix.matrices * rank
     return (
@@ -203,7 +201,7 @@ def _outputs(slot: Slot, rank: int, dtype: DType) -> tuple[TensorSpec, TensorSpe
     )
 
 
-def _workspace(slot: Slot, mix: Mix, rule: RankRule | None) -> int:
+def _workspace(slot: AdaptedWeight, mix: Mix, rule: RankRule | None) -> int:
     """Copies of the factors in float64, some for each matrix of the decomposition; of formed deltas what extract needs
     and two more copies."""
     out, into = slot.matrix.sides
@@ -217,14 +215,14 @@ def _workspace(slot: Slot, mix: Mix, rule: RankRule | None) -> int:
 def ranks_within(
     casting: Casting,
     mix: Mix,
-    how: Extraction,
+    ranks: RankChoice,
     dtypes: Mapping[str, DType],
-    budget: Budget,
     *,
     as_file: bool,
-    resources: Resources | None,
+    files: OpenFiles,
+    resources: Resources,
 ) -> dict[str, int]:
-    """The rank of every weight with which an adapter of at most that many bytes holds the most energy.
+    """The rank of every weight with which an adapter of the budget's size holds the most energy.
 
     Thin products show all their singular values at once; of formed deltas more are measured where a weight takes all
     that are known.
@@ -233,55 +231,22 @@ def ranks_within(
         SurgeryError: a budget smaller than the least ranks.
     """
     slots = {slot.name: slot for slot in casting.slots}
-    given = how.overridden(slots)
 
-    def measure(names: Iterable[str], known: int) -> Iterable[Spectrum]:
+    def measure(names: Collection[str] | None, known: int) -> Iterable[Spectrum]:
         steps = []
-        for name in names:
+        for name in names or slots:
             slot, rank = slots[name], min(known, mix.size(slots[name]))
             op = Weigh(slot, mix, rank, dtypes[name])
             steps.append(Step(name, _inputs(slot), (), op, _workspace(slot, mix, FixedRank(rank))))
-        outcomes = engine.run(Plan("measure", tuple(steps)), None, resources)
-        return [outcome.figures["spectrum"] for outcome in outcomes]
+        return gathered(engine.run(Plan("measure", tuple(steps)), None, files, resources)).spectra
 
-    def claim(spectrum: Spectrum) -> Claim:
-        name = spectrum.name
-        least, most = (given[name],) * 2 if name in given else (budget.minimum, budget.maximum)
-        return Claim(name, spectrum.energies, mix.size(slots[name]), spectrum.bytes_per_rank, least, most)
-
-    per_rank = sum(_outputs(slot, 1, dtypes[name])[part].nbytes for name, slot in slots.items() for part in (0, 1))
-    return spent_on(slots, measure, claim, budget, per_rank, _fixed_bytes(casting, dtypes, as_file))
-
-
-def spent_on(
-    names: Iterable[str],
-    measure: Callable[[Iterable[str], int], Iterable[Spectrum]],
-    claim: Callable[[Spectrum], Claim],
-    budget: Budget,
-    per_rank: int,
-    fixed: int,
-) -> dict[str, int]:
-    """The rank of every weight within a budget, their spectra measured as far as it takes.
-
-    Args:
-        names: of the weights.
-        measure: gives the spectra of weights, to so many values or all.
-        claim: what a weight may get.
-        budget: for all.
-        per_rank: bytes of one rank of all weights.
-        fixed: bytes that no rank changes.
-
-    Raises:
-        SurgeryError: a budget smaller than the least ranks.
-    """
-    known, wanted = max(_LEAST_KNOWN, 2 * budget.nbytes // per_rank), tuple(names)
-    spectra: dict[str, Spectrum] = {}
-    while True:
-        spectra |= {spectrum.name: spectrum for spectrum in measure(wanted, known)}
-        allocation = allocate([claim(spectrum) for spectrum in spectra.values()], budget.nbytes, fixed)
-        if not allocation.saturated:
-            return allocation.ranks
-        known, wanted = 2 * known, allocation.saturated
+    return spend(
+        ranks,
+        slots,
+        measure,
+        per_rank=sum(slot.matrix.bytes_per_rank(dtypes[name]) for name, slot in slots.items()),
+        fixed=lambda _: _fixed_bytes(casting, dtypes, as_file),
+    )
 
 
 def _fixed_bytes(casting: Casting, dtypes: Mapping[str, DType], as_file: bool) -> int:
@@ -292,8 +257,10 @@ def _fixed_bytes(casting: Casting, dtypes: Mapping[str, DType], as_file: bool) -
     for slot in casting.slots:
         largest = (slot.matrix.spec.size,) * 4  # as a shape, it has more digits than any factor's
         specs += [TensorSpec(key, dtypes[slot.name], largest) for key in slot.keys]
-    metadata = {"format": "pt", "surgery": 40 * "x"}
-    if as_file:
-        ranks = {slot.name: 10**6 + number for number, slot in enumerate(casting.slots)}
-        metadata[CONFIG_KEY] = json.dumps(casting.config(ranks), indent=2)
-    return nbytes + len(layout(specs, metadata).header)
+    config = casting.config(longest_ranks(dtypes)) if as_file else None
+    return nbytes + header_bytes(specs, {} if config is None else {CONFIG_KEY: json.dumps(config, indent=2)})
+
+
+def longest_ranks(names: Iterable[str]) -> dict[str, int]:
+    """Ranks that make an adapter's config as long as any can."""
+    return {name: 10**6 + number for number, name in enumerate(names)}

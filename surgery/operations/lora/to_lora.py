@@ -5,27 +5,26 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from formats.adapter import NOTHING_TOLD, Told
-from formats.destination import create_checkpoint
-from formats.dialects import CONFIG_KEY
-from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from formats.dialects import open_adapter_file
+from formats.open_files import OpenFiles
 from surgery.errors import NothingToDo
-from surgery.operations.extract.plan import Extraction
+from surgery.model.base_model import BaseModel
+from surgery.operations.extract.results import FactorFigures, changed, gathered, put_config
 from surgery.operations.lora.to_lora_ops import ToLoraModule
 from surgery.operations.lora.to_lora_plan import open_lowering, plan_lowering, ranks_within
-from surgery.operations.lora.write import destination
-from surgery.pipeline import engine
+from surgery.operations.lora.write import destination, new_factors
 from surgery.pipeline.engine import Resources
+from surgery.pipeline.job import Done, Header, Job, runs, step_by_step
 from surgery.pipeline.plan import Outcome, Plan, ledger
 from surgery.ranks import RankRule
 from surgery.ranks.budget import Budget
-from surgery.report import Report, Stopwatch, peak_rss
+from surgery.ranks.choice import RankChoice
+from surgery.report import Report, Stopwatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,7 @@ class ToLoraReport(Report):
     nbytes: int
 
 
-def to_lora(
+def prepare_to_lora(
     adapter: str | Path,
     out: str | Path,
     *,
@@ -63,8 +62,10 @@ def to_lora(
     dtype: str | None = None,
     force: bool = False,
     resources: Resources | None = None,
-) -> ToLoraReport:
-    """Writes an adapter of any method as a plain LoRA in peft's names: of all of a rank the nearest, weight by weight.
+) -> Job[ToLoraReport]:
+    """Prepares a job that writes an adapter of any method as a plain LoRA in peft's names.
+
+    Of all LoRAs of that rank it is the nearest, weight by weight.
 
     ΔW is what the method adds to a weight, or makes of it less the weight itself. Where it is a product of thin
     matrices, or of two such products element by element (LoHa), or a Kronecker product (LoKr), it is decomposed by
@@ -82,58 +83,45 @@ def to_lora(
         drop: "bias", "full": what to leave behind instead of carrying it in full.
         dtype: of the factors, "float32", "float16" or "bfloat16"; by default that of the adapter's own.
         force: replace what stands at `out`.
-        resources: threads, memory and device.
+        resources: workers, memory and device.
 
     Raises:
         SurgeryError, FormatError: see their trees; everything the headers tell is refused before any work.
     """
-    watch = Stopwatch(loading="torch")
-    how = Extraction(rank=rank, overrides=overrides or {}, dtype=dtype)
-    lowering = open_lowering(adapter, base, told, drop, how)
-    target = destination(out, [Path(adapter)], force=force)
-    if base is not None:
-        target = replace(target, inputs=(*target.inputs, Path(base)))
-    target.check()
-    ranks = None
-    if isinstance(rank, Budget):
-        ranks = ranks_within(lowering, how, rank, as_file=not target.is_folder, resources=resources)
-    plan = plan_lowering(lowering, how, ranks)
-    with create_checkpoint(target, plan.outputs, plan.metadata, reserve=False) as writer:
-        outcomes = engine.run(plan, writer, resources)
-        modules = tuple(outcome.figures["module"] for outcome in outcomes if "module" in outcome.figures)
-        total = sum(module.delta_norm**2 for module in modules)
-        if not total:
+    watch, files = Stopwatch(loading="torch"), OpenFiles()
+    ranks = RankChoice(rank, overrides or {}, dtype)
+    model = None if base is None else BaseModel.open(base, files)
+    lowering = open_lowering(open_adapter_file(adapter, files), model, told, drop)
+    target = destination(out, [Path(adapter)], base, force=force, files=files)
+
+    def measured(resources: Resources) -> Plan:
+        as_file = not target.is_folder
+        found = ranks_within(lowering, ranks, as_file=as_file, files=files, resources=resources)
+        return plan_lowering(lowering, ranks, found)
+
+    def finish(done: Done) -> Callable[[Header], ToLoraReport]:
+        found: FactorFigures[ToLoraModule] = gathered(done.outcomes)
+        if not changed(found.modules):
             raise NothingToDo("the adapter changes no weight: all of its ΔW is zero", where=adapter)
-        config = json.dumps(lowering.config({module.name: module.rank for module in modules}), indent=2)
-        if target.is_folder:
-            writer.attach(ADAPTER_CONFIG, config.encode() + b"\n")
-        else:
-            writer.seal({**plan.metadata, CONFIG_KEY: config})
-    left_out = sum((module.delta_norm * module.residual) ** 2 for module in modules)
-    return ToLoraReport(
-        operation="convert",
-        output=str(out),
-        seconds=watch.seconds,
-        peak_rss_bytes=peak_rss(),
-        ledger=ledger((*outcomes, Outcome((), lowering.beside))),
-        notes=plan.notes,
-        source=lowering.adapter.dialect,
-        rule=str(rank if isinstance(rank, Budget) else how.rule),
-        modules=modules,
-        exact=sum(module.exact for module in modules),
-        energy=1.0 - left_out / total,
-        residual=math.sqrt(left_out / total),
-        nbytes_before=Path(lowering.adapter.ref.path).stat().st_size,
-        nbytes=(target.path / ADAPTER_WEIGHTS if target.is_folder else target.path).stat().st_size,
+        put_config(done, target, lowering.config({module.name: module.rank for module in found.modules}))
+        return lambda header: ToLoraReport(
+            **{**header, "ledger": ledger((*done.outcomes, Outcome((), lowering.beside)))},
+            **new_factors(found.modules, [lowering.adapter.ref.path], target),
+            source=lowering.adapter.dialect,
+            rule=str(ranks),
+            exact=sum(module.exact for module in found.modules),
+        )
+
+    return step_by_step(
+        plan_lowering(lowering, ranks),
+        files=files,
+        watch=watch,
+        inputs=target.inputs,
+        finish=finish,
+        destination=target,
+        replan=None if ranks.budget is None else measured,
+        resources=resources,
     )
 
 
-def planned(
-    adapter: str | Path,
-    how: Extraction,
-    base: str | Path | None = None,
-    told: Told = NOTHING_TOLD,
-    drop: Iterable[str] = (),
-) -> Plan:
-    """The plan of to_lora, whose arguments these are; where a budget rules, with room for any ranks."""
-    return plan_lowering(open_lowering(adapter, base, told, drop, how), how)
+to_lora = runs(prepare_to_lora)

@@ -16,9 +16,10 @@ from formats.tensors import torch_dtype
 from surgery.errors import NotFinite
 from surgery.exact.finite import check_finite
 from surgery.linalg.by_structure import Form, factored, form_of, nothing, spectrum
-from surgery.linalg.difference import Delta
+from surgery.linalg.difference import DeltaMatrix
 from surgery.operations.extract.ops import Decomposition, as_stored, delta_of, matrices_of, spectrum_of
 from surgery.operations.extract.pairing import Matrix
+from surgery.operations.extract.results import FactorFigures
 from surgery.operations.merge.ops import apply_modules, deltas_of
 from surgery.pipeline.plan import Fate, Outcome
 
@@ -54,7 +55,7 @@ class ToLoraModule:
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightChange:
     """What one module does to one weight.
 
     Attributes:
@@ -84,7 +85,7 @@ class Change:
         assert deltas is not None  # a method without a delta reads the weight
         turned = self.matrix.kind in (LayerKind.TRANSPOSED, LayerKind.EMBEDDING)
         form = form_of(deltas[0], self.matrix.spec.shape[0], device, turned=turned)
-        if isinstance(form, Delta) and not math.isfinite(form.total):
+        if isinstance(form, DeltaMatrix) and not math.isfinite(form.total):
             raise NotFinite("ΔW overflows float32", where=name)
         return form
 
@@ -98,7 +99,7 @@ class Change:
 class Lower:
     """ΔW becomes factors. Inputs: the weight if the change reads it, then its factors. Outputs: lora_A and lora_B."""
 
-    change: Change
+    change: WeightChange
     how: Decomposition
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
@@ -119,14 +120,14 @@ class Lower:
             residual=factors.residual,
             delta_norm=math.sqrt(total),
         )
-        return Outcome((lora_a, lora_b), self.change.fates, {"module": report})
+        return Outcome((lora_a, lora_b), self.change.fates, FactorFigures(modules=(report,)))
 
 
 @dataclass(frozen=True)
 class WeighChange:
     """The spectrum of ΔW, as far as `rank`. Inputs as Lower's; no outputs."""
 
-    change: Change
+    change: WeightChange
     rank: int
     how: Decomposition
 
@@ -136,7 +137,7 @@ class WeighChange:
         found = spectrum_of(self.change.matrix, self.how.dtype, total, [values])
         if complete:
             found = replace(found, size=len(values))
-        return Outcome((), self.change.fates, {"spectrum": found})
+        return Outcome((), self.change.fates, FactorFigures[ToLoraModule](spectra=(found,)))
 
 
 @dataclass(frozen=True)

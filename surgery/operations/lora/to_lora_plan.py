@@ -6,42 +6,42 @@ Reads headers only. Knows no decomposition.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from formats.adapter import Adapter, AdapterModule, Told
 from formats.checkpoint import Checkpoint
-from formats.dialects import CONFIG_KEY, dialect_named, dialect_of, open_adapter_file
+from formats.dialects import CONFIG_KEY, AdapterFile, dialect_named
 from formats.dialects.peft_recast import adapted_module
 from formats.dialects.peft_writing import Extracted, commonest, factor_keys, full_key, lora_config
 from formats.dialects.writing import DROPS, kept_metadata
 from formats.errors import AdapterFormatError
 from formats.layers import LayerKind, ancestors, owner
-from formats.layout import layout
-from formats.paths import open_checkpoint
+from formats.open_files import OpenFiles
 from formats.spec import DType, TensorRef, TensorSpec
 from surgery.errors import Unsupported
 from surgery.linalg.by_structure import most_inner
 from surgery.linalg.truncated import workspace
 from surgery.methods import check_modules, transforming
 from surgery.methods import workspace as method_workspace
+from surgery.model.base_model import BaseModel
 from surgery.model.layer_kinds import Structure, learn_structure
-from surgery.model.names import open_adapter_of
+from surgery.model.names import read_adapter
 from surgery.model.stored_dtype import as_numbers
 from surgery.operations.convert.convert import base_specs
 from surgery.operations.extract.ops import Decomposition
 from surgery.operations.extract.pairing import Matrix
-from surgery.operations.extract.plan import Extraction
-from surgery.operations.lora.plan import spent_on, widest_of
-from surgery.operations.lora.to_lora_ops import Change, Lower, Settle, WeighChange
+from surgery.operations.extract.results import gathered
+from surgery.operations.lora.plan import longest_ranks, widest_of
+from surgery.operations.lora.to_lora_ops import Lower, Settle, WeighChange, WeightChange
 from surgery.pipeline import engine
 from surgery.pipeline.engine import Resources
 from surgery.pipeline.ops import Copy
 from surgery.pipeline.plan import Fate, Plan, Step
-from surgery.ranks.budget import Budget, Claim
+from surgery.ranks.choice import RankChoice
 from surgery.ranks.spectra import Spectrum
+from surgery.ranks.spend import header_bytes, spend
 from surgery.receipts.receipt import TOOL
 
 _EXPERTS = "surgery resize gives LoRA another rank, whatever it adapts"
@@ -65,7 +65,7 @@ class Lowering:
     """
 
     adapter: Adapter
-    changes: Mapping[str, Change]
+    changes: Mapping[str, WeightChange]
     modules: Mapping[str, str]
     settled: tuple[Settle, ...]
     tensors: Mapping[str, TensorRef]
@@ -75,10 +75,9 @@ class Lowering:
     base_name: str
     notes: tuple[str, ...]
 
-    def dtype_of(self, name: str, how: Extraction) -> DType:
-        """Of a weight's factors."""
-        own = [ref.spec.dtype for ref in self.changes[name].module.factors.values() if ref.spec.dtype.is_weight]
-        return how.stored or (widest_of(own) if own else DType.F32)
+    def dtypes(self, ranks: RankChoice) -> dict[str, DType]:
+        """Of every weight's factors."""
+        return {name: ranks.stored or _own_dtype(change) for name, change in self.changes.items()}
 
     def full_key_of(self, name: str) -> str:
         """The key of a bias or a norm carried in full."""
@@ -108,32 +107,28 @@ class Lowering:
         return [*(step.name for step in self.settled), *(full.target for full in self.adapter.replacements)]
 
 
-def open_lowering(
-    path: str | Path, base: str | Path | None, told: Told, drop: Iterable[str], how: Extraction
-) -> Lowering:
-    """Opens an adapter and pairs every tensor of it with what becomes of it.
+def _own_dtype(change: WeightChange) -> DType:
+    own = [ref.spec.dtype for ref in change.module.factors.values() if ref.spec.dtype.is_weight]
+    return widest_of(own) if own else DType.F32
+
+
+def open_lowering(file: AdapterFile, base: BaseModel | None, told: Told, drop: Iterable[str]) -> Lowering:
+    """Pairs every tensor of an adapter with what becomes of it.
 
     Raises:
         AdapterFormatError: nothing to factor; or a base is needed that nobody named.
         Unsupported: weights for which peft has no plain factors.
-        ReportedError: as `open_adapter_of`, `check_modules` and `Extraction`.
+        ReportedError: as `read_adapter` and `check_modules`.
     """
-    _ = how.stored
-    checkpoint, config = open_adapter_file(path)
-    with checkpoint:
-        source = dialect_of(checkpoint, config, path)
-        specs = base_specs(checkpoint, config, source, base, told)
-        read = open_adapter_of(base if base is not None else path, path, specs, told)
-        tensors: Mapping[str, TensorRef] = {}
-        structure = Structure({})
-        if base is not None:
-            with open_checkpoint(base) as opened:
-                tensors = {name: opened.tensor(name) for name in opened.specs}
-                structure = learn_structure(opened.specs, (opened.ref.path,), {})
-        work = _Reading(read, checkpoint, specs, tensors, structure, frozenset(drop))
-        lowering = work.lowering("" if base is None else str(base))
-    how.overridden(lowering.changes)
-    return lowering
+    specs = base_specs(file, base, told)
+    if base is None:
+        read, tensors, structure = file.read(specs, told=told), {}, Structure({})
+    else:
+        read = read_adapter(base, file, specs, told)
+        tensors = {name: base.checkpoint.tensor(name) for name in specs}
+        structure = learn_structure((base,), {})
+    work = _Reading(read, file.checkpoint, specs, tensors, structure, frozenset(drop))
+    return work.lowering("" if base is None else str(base.path))
 
 
 @dataclass(frozen=True)
@@ -155,7 +150,7 @@ class _Reading:
                 "nothing to drop by that name", expected=", ".join(DROPS), found=", ".join(unknown)
             )
         where, seen = self.adapter.ref.path, set[str]()
-        changes: dict[str, Change] = {}
+        changes: dict[str, WeightChange] = {}
         settled: list[Settle] = []
         modules: dict[str, str] = {}
         beside: dict[str, Fate] = {}
@@ -184,7 +179,7 @@ class _Reading:
                 continue
             if module.target in changes:
                 raise Unsupported("two changes of one weight", where=f"{where}: {module.target}")
-            changes[module.target] = Change(self._matrix(module, spec), module, reads, names)
+            changes[module.target] = WeightChange(self._matrix(module, spec), module, reads, names)
         if not changes:
             raise AdapterFormatError(
                 "no weight is changed by this adapter that could become factors",
@@ -234,7 +229,7 @@ class _Reading:
         return Matrix(owner(spec.name), spec, kind, False)
 
     def _notes(
-        self, changes: Mapping[str, Change], settled: Sequence[Settle], beside: Mapping[str, Fate]
+        self, changes: Mapping[str, WeightChange], settled: Sequence[Settle], beside: Mapping[str, Fate]
     ) -> Iterable[str]:
         yield from self.checkpoint.notes
         if settled:
@@ -250,14 +245,14 @@ class _Reading:
             yield f"{dropped} tensors are left behind, as asked"
 
 
-def plan_lowering(lowering: Lowering, how: Extraction, budgeted: Mapping[str, int] | None = None) -> Plan:
-    """The plan; `budgeted` has every weight's rank where a budget rules."""
-    ranks = how.overridden(lowering.changes) | dict(budgeted or {})
+def plan_lowering(lowering: Lowering, ranks: RankChoice, measured: Mapping[str, int] | None = None) -> Plan:
+    """The plan; `measured` has every weight's rank where a budget rules."""
+    rules, dtypes = ranks.rules(lowering.changes, measured), lowering.dtypes(ranks)
     steps = []
     for name, change in lowering.changes.items():
-        rule, dtype = how.rule_of(change.matrix, ranks), lowering.dtype_of(name, how)
+        rule, dtype = rules[name], dtypes[name]
         most = rule.most(min(change.matrix.sides))
-        op = Lower(change, Decomposition(rule, dtype, how.seed))
+        op = Lower(change, Decomposition(rule, dtype, ranks.seed))
         outputs = _outputs(lowering, name, most, dtype)
         steps.append(Step(name, _inputs(lowering, name), outputs, op, _workspace(change, most), shrinks=True))
     for settle in lowering.settled:
@@ -272,38 +267,33 @@ def plan_lowering(lowering: Lowering, how: Extraction, budgeted: Mapping[str, in
 
 
 def ranks_within(
-    lowering: Lowering, how: Extraction, budget: Budget, *, as_file: bool, resources: Resources | None
+    lowering: Lowering, ranks: RankChoice, *, as_file: bool, files: OpenFiles, resources: Resources
 ) -> dict[str, int]:
-    """The rank of every weight with which an adapter of at most that many bytes holds the most energy.
+    """The rank of every weight with which an adapter of the budget's size holds the most energy.
 
     Raises:
         SurgeryError: a budget smaller than the least ranks.
     """
-    given = how.overridden(lowering.changes)
+    changes, dtypes = lowering.changes, lowering.dtypes(ranks)
 
-    def measure(names: Iterable[str], known: int) -> Iterable[Spectrum]:
+    def measure(names: Collection[str] | None, known: int) -> Iterable[Spectrum]:
         steps = []
-        for name in names:
-            change = lowering.changes[name]
-            count = min(known, *change.matrix.sides)
-            op = WeighChange(change, count, Decomposition(how.rule, lowering.dtype_of(name, how), how.seed))
-            steps.append(Step(name, _inputs(lowering, name), (), op, _workspace(change, count)))
-        outcomes = engine.run(Plan("measure", tuple(steps)), None, resources)
-        return [outcome.figures["spectrum"] for outcome in outcomes]
+        for name in names or changes:
+            count = min(known, *changes[name].matrix.sides)
+            op = WeighChange(changes[name], count, Decomposition(ranks.rule, dtypes[name], ranks.seed))
+            steps.append(Step(name, _inputs(lowering, name), (), op, _workspace(changes[name], count)))
+        return gathered(engine.run(Plan("measure", tuple(steps)), None, files, resources)).spectra
 
-    def claim(found: Spectrum) -> Claim:
-        rank = given.get(found.name)
-        least, most = (budget.minimum, budget.maximum) if rank is None else (rank, rank)
-        return Claim(found.name, found.energies, found.size, found.bytes_per_rank, least, most)
-
-    per_rank = sum(
-        sum(spec.nbytes for spec in _outputs(lowering, name, 1, lowering.dtype_of(name, how)))
-        for name in lowering.changes
+    return spend(
+        ranks,
+        changes,
+        measure,
+        per_rank=sum(change.matrix.bytes_per_rank(dtypes[name]) for name, change in changes.items()),
+        fixed=lambda _: _fixed_bytes(lowering, dtypes, as_file=as_file),
     )
-    return spent_on(lowering.changes, measure, claim, budget, per_rank, _fixed_bytes(lowering, how, as_file=as_file))
 
 
-def _fixed_bytes(lowering: Lowering, how: Extraction, *, as_file: bool) -> int:
+def _fixed_bytes(lowering: Lowering, dtypes: Mapping[str, DType], *, as_file: bool) -> int:
     """Bytes that no rank changes: what goes along in full, and a header that is long enough for any ranks."""
     specs = [full.source.spec for full in lowering.adapter.replacements]
     specs += [replace(lowering.tensors[s.name].spec, name=lowering.full_key_of(s.name)) for s in lowering.settled]
@@ -311,12 +301,11 @@ def _fixed_bytes(lowering: Lowering, how: Extraction, *, as_file: bool) -> int:
     for name, change in lowering.changes.items():
         largest = (change.matrix.spec.size,) * 4  # as a shape, it has more digits than any factor's
         keys = factor_keys(lowering.modules[name], change.matrix.kind)
-        specs += [TensorSpec(key, lowering.dtype_of(name, how), largest) for key in keys]
-    metadata = {"format": "pt", **lowering.metadata, "surgery": 40 * "x"}
+        specs += [TensorSpec(key, dtypes[name], largest) for key in keys]
+    metadata = dict(lowering.metadata)
     if as_file:
-        ranks = {name: 10**6 + number for number, name in enumerate(lowering.changes)}
-        metadata[CONFIG_KEY] = json.dumps(lowering.config(ranks), indent=2)
-    return nbytes + len(layout(specs, metadata).header)
+        metadata[CONFIG_KEY] = json.dumps(lowering.config(longest_ranks(lowering.changes)), indent=2)
+    return nbytes + header_bytes(specs, metadata)
 
 
 def _inputs(lowering: Lowering, name: str) -> tuple[TensorRef, ...]:
@@ -334,7 +323,7 @@ def _outputs(lowering: Lowering, name: str, rank: int, dtype: DType) -> tuple[Te
     return TensorSpec(a, dtype, (rank, *inner)), TensorSpec(b, dtype, (out, rank, *(1,) * (len(inner) - 1)))
 
 
-def _workspace(change: Change, rank: int) -> int:
+def _workspace(change: WeightChange, rank: int) -> int:
     """What the method takes, and its ΔW formed and decomposed, or its factors and their QR."""
     out, into = change.matrix.sides
     formed = (8 if change.reads else 4) * change.matrix.spec.size + workspace(out, into, rank)

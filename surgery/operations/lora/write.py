@@ -1,77 +1,103 @@
-"""Runs a plan of new factors and writes them as a peft adapter, a folder or a single file, with its config."""
+"""Where new factors are written, and what the reports of resize, combine and to_lora say alike."""
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-from formats.destination import Destination, create_checkpoint, destination_like
-from formats.dialects import CONFIG_KEY
-from formats.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from formats.destination import Destination, destination_like
+from formats.open_files import OpenFiles
+from formats.paths import ADAPTER_WEIGHTS
+from formats.spec import DType
 from surgery.errors import NothingToDo
-from surgery.operations.lora.ops import RecastModule
-from surgery.operations.lora.plan import Casting
-from surgery.pipeline import engine
+from surgery.operations.extract.results import Lossy, changed, energy_and_residual, gathered, put_config
+from surgery.operations.lora.ops import Mix
+from surgery.operations.lora.plan import Casting, plan_recast, ranks_within
 from surgery.pipeline.engine import Resources
-from surgery.pipeline.plan import Plan, ledger
-from surgery.receipts.receipt import TOOL
+from surgery.pipeline.job import Done, Header, Job, step_by_step
+from surgery.pipeline.plan import Plan
+from surgery.ranks.choice import RankChoice
+from surgery.report import Report, Stopwatch
+
+R = TypeVar("R", bound=Report)
+Fields = dict[str, Any]  # of a report, by name
 
 
-@dataclass(frozen=True)
-class Written:
-    """What was written.
-
-    Attributes:
-        ledger: how many tensors met each fate.
-        modules: every weight's new factors.
-        energy, residual: over all of them: the share of Σ‖ΔW‖² they hold, and the relative error.
-        nbytes_before, nbytes: of the weights' files, read and written.
-    """
-
-    ledger: dict[str, int]
-    modules: tuple[RecastModule, ...]
-    energy: float
-    residual: float
-    nbytes_before: int
-    nbytes: int
-
-
-def destination(out: str | Path, paths: list[Path], *, force: bool) -> Destination:
+def destination(
+    out: str | Path, adapters: Sequence[Path], base: str | Path | None, *, force: bool, files: OpenFiles
+) -> Destination:
     """Where to write. What lies beside a single adapter's weights comes along: a tokenizer, a model card."""
-    if len(paths) == 1 and paths[0].is_dir():
-        return replace(destination_like(paths[0], out, (), inputs=paths, force=force), weights=ADAPTER_WEIGHTS)
-    return Destination(Path(out), weights=ADAPTER_WEIGHTS, inputs=tuple(paths), force=force)
+    inputs = (*adapters, *(() if base is None else (Path(base),)))
+    if len(adapters) == 1 and adapters[0].is_dir():
+        like = destination_like(adapters[0], out, (), inputs=inputs, force=force, files=files)
+        return replace(like, weights=ADAPTER_WEIGHTS)
+    return Destination(Path(out), weights=ADAPTER_WEIGHTS, inputs=inputs, force=force)
 
 
-def write_recast(plan: Plan, casting: Casting, target: Destination, resources: Resources | None) -> Written:
-    """Runs the plan.
+def recast_job(
+    operation: str,
+    casting: Casting,
+    target: Destination,
+    report: Callable[[Header, Fields], R],
+    *,
+    mix: Mix,
+    ranks: RankChoice | None,
+    dtypes: Mapping[str, DType],
+    notes: tuple[str, ...],
+    files: OpenFiles,
+    watch: Stopwatch,
+    resources: Resources | None,
+) -> Job[R]:
+    """The job that writes new factors of adapters.
 
-    Raises:
-        NothingToDo: all that comes out is zero.
-        OutputExists, WriteFailed: as `create_checkpoint`.
+    Args:
+        operation, casting, mix, ranks, dtypes, notes: as for `plan_recast`.
+        target: the output; its inputs are what is read.
+        report: makes the report of the header and of `new_factors`.
+        files, watch, resources: as for `step_by_step`.
     """
-    metadata = {"format": "pt", "surgery": f"{TOOL} {plan.operation}"}
-    with create_checkpoint(target, plan.outputs, metadata, reserve=not plan.shrinks) as writer:
-        outcomes = engine.run(plan, writer, resources)
-        modules = tuple(outcome.figures["module"] for outcome in outcomes if "module" in outcome.figures)
-        total = sum(module.delta_norm**2 for module in modules)
-        if not total and not casting.copied:
-            raise NothingToDo(
-                "all of the new adapter is zero", where=", ".join(each.adapter.ref.path for each in casting.adapters)
-            )
-        config = json.dumps(casting.config({module.name: module.rank for module in modules}), indent=2)
-        if target.is_folder:
-            writer.attach(ADAPTER_CONFIG, config.encode() + b"\n")
-        else:
-            writer.seal({**metadata, CONFIG_KEY: config})
-    left_out = sum((module.delta_norm * module.residual) ** 2 for module in modules)
-    return Written(
-        ledger=ledger(outcomes),
-        modules=modules,
-        energy=1.0 - left_out / total if total else 1.0,
-        residual=math.sqrt(left_out / total) if total else 0.0,
-        nbytes_before=sum(Path(each.adapter.ref.path).stat().st_size for each in casting.adapters),
-        nbytes=(target.path / ADAPTER_WEIGHTS if target.is_folder else target.path).stat().st_size,
+    read = [each.adapter.ref.path for each in casting.adapters]
+
+    def measured(resources: Resources) -> Plan:
+        assert ranks is not None
+        as_file = not target.is_folder
+        found = ranks_within(casting, mix, ranks, dtypes, as_file=as_file, files=files, resources=resources)
+        return plan_recast(operation, casting, mix, ranks, dtypes, found, notes)
+
+    def finish(done: Done) -> Callable[[Header], R]:
+        modules = gathered(done.outcomes).modules
+        if not changed(modules) and not casting.copied:
+            raise NothingToDo("all of the new adapter is zero", where=", ".join(read))
+        put_config(done, target, casting.config({module.name: module.rank for module in modules}))
+        return lambda header: report(header, new_factors(modules, read, target))
+
+    return step_by_step(
+        plan_recast(operation, casting, mix, ranks, dtypes, notes=notes),
+        files=files,
+        watch=watch,
+        inputs=target.inputs,
+        finish=finish,
+        destination=target,
+        replan=None if ranks is None or ranks.budget is None else measured,
+        resources=resources,
     )
+
+
+def new_factors(modules: tuple[Lossy, ...], read: Iterable[str | Path], target: Destination) -> Fields:
+    """What a report says of new factors, once they are written.
+
+    Args:
+        modules: every weight's.
+        read: the adapters' files of weights.
+        target: the output.
+    """
+    energy, residual = energy_and_residual(modules)
+    return {
+        "modules": modules,
+        "energy": energy,
+        "residual": residual,
+        "nbytes_before": sum(Path(path).stat().st_size for path in read),
+        "nbytes": (target.path / ADAPTER_WEIGHTS if target.is_folder else target.path).stat().st_size,
+    }

@@ -11,15 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from formats.adapter import NOTHING_TOLD, Adapter, AdapterModule, Replacement, Told
-from formats.dialects import dialect_named, refuse_unasked
+from formats.dialects import AdapterFile, open_adapter_file, refuse_unasked
 from formats.dialects.prompts import Whole
 from formats.errors import UnmatchedKeys
 from formats.grafts import GRAFTS_FILE
-from formats.model_config import model_config
+from formats.open_files import OpenFiles
 from formats.spec import TensorRef, TensorSpec
 from surgery.errors import NotFinite, NothingToDo, NotMergeable, NotMerged
-from surgery.model.names import open_adapter_of
-from surgery.model.outline import Outline, head_is_tied, outline_of, tied_head
+from surgery.model.base_model import BaseModel
+from surgery.model.names import read_adapter
+from surgery.model.outline import Outline, head_is_tied, outline_of
 from surgery.receipts.receipt import MergedAdapter, Receipt, fingerprint
 
 AdapterPath = str | Path | tuple[str | Path, float | None]  # with its weight; None where the caller does not say
@@ -62,9 +63,14 @@ def adapter_paths(adapters: AdapterPaths) -> tuple[tuple[Path, float | None], ..
     return tuple(pair for each in adapters for pair in adapter_paths(each))  # type: ignore[arg-type]
 
 
+def adapter_files(adapters: AdapterPaths, files: OpenFiles) -> tuple[tuple[AdapterFile, float | None], ...]:
+    """Every adapter, opened, with its weight. Raises as `open_adapter_file`."""
+    return tuple((open_adapter_file(path, files), weight) for path, weight in adapter_paths(adapters))
+
+
 def open_adapters(
-    model: str | Path,
-    adapters: AdapterPaths,
+    model: BaseModel | None,
+    adapters: Sequence[tuple[AdapterFile, float | None]],
     specs: Mapping[str, TensorSpec],
     weight: float | None = None,
     told: Told = NOTHING_TOLD,
@@ -74,8 +80,8 @@ def open_adapters(
     """Opens adapters against a model's tensors, in the order of their digests.
 
     Args:
-        model: its path; its folder tells names that the file does not have.
-        adapters: paths, with weights or without.
+        model: the base, which knows names that its file does not have; None where only its specs are known.
+        adapters: opened, with weights or without.
         specs: the model's tensors.
         weight: a factor of all of them; None where nobody said.
         told: what the caller says of those whose dialect has no config.
@@ -89,17 +95,17 @@ def open_adapters(
         FormatError: as `open_adapter`.
     """
     found: dict[str, WeighedAdapter] = {}
-    for path, own in adapter_paths(adapters):
+    for file, own in adapters:
+        path = file.path
         factor = _product(own, weight)
         if factor is not None and not math.isfinite(factor):
             raise NotFinite("a weight that is no number", where=path, found=f"weight {factor}")
-        adapter = open_adapter_of(model, path, specs, told)
-        dialect = dialect_named(adapter.dialect)
-        if with_heads and dialect.has_head(path):
-            adapter = _with_head(adapter, dialect.head(path, specs, model_config(model)))
+        adapter = file.read(specs, told=told) if model is None else read_adapter(model, file, specs, told)
+        if with_heads and model is not None and file.dialect.has_head(path):
+            adapter = _with_head(adapter, file.dialect.head(path, specs, model.config, file.files))
         if not adapter.tensors or factor == 0:
             raise NothingToDo("the merge would change nothing", where=path, found=f"weight {factor}")
-        digest, tensors = fingerprint(adapter)
+        digest, tensors = fingerprint(adapter, file.files)
         if digest in found:
             raise NotMergeable(
                 "the same adapter twice",
@@ -109,9 +115,9 @@ def open_adapters(
             )
         found[digest] = WeighedAdapter(adapter, factor, digest, tensors)
     if not found:
-        raise NothingToDo("no adapter was named", where=model)
-    dialects = [dialect_named(each.adapter.dialect) for each in found.values()]
-    refuse_unasked(told, dialects, ", ".join(each.adapter.ref.path for each in found.values()))
+        raise NothingToDo("no adapter was named", where=None if model is None else model.path, then="name one")
+    where = ", ".join(each.adapter.ref.path for each in found.values())
+    refuse_unasked(told, [file.dialect for file, _ in adapters], where)
     return tuple(found[digest] for digest in sorted(found))
 
 
@@ -125,9 +131,9 @@ def _with_head(adapter: Adapter, head: Whole | None) -> Adapter:
     return replace(adapter, replacements=(*adapter.replacements, *carried))
 
 
-def refuse_grafted(model: str | Path) -> None:
+def refuse_grafted(model: Path) -> None:
     """Raises NotMergeable for a folded model that has parts of its adapter in the graph: only they make it whole."""
-    beside = Path(model) / GRAFTS_FILE
+    beside = model / GRAFTS_FILE
     if beside.exists():
         raise NotMergeable(
             "an earlier fold left parts of an adapter beside this model, which another one would lose",
@@ -137,9 +143,8 @@ def refuse_grafted(model: str | Path) -> None:
 
 
 def open_for_merge(
-    model: str | Path,
-    adapters: AdapterPaths,
-    base: Mapping[str, TensorSpec],
+    model: BaseModel,
+    adapters: Sequence[tuple[AdapterFile, float | None]],
     weight: float | None = None,
     told: Told = NOTHING_TOLD,
     *,
@@ -149,7 +154,7 @@ def open_for_merge(
     """Opens adapters against what a base is to become, and says what that is.
 
     Args:
-        model, adapters, base, weight, told: as for `open_adapters`, base the base's tensors.
+        model, adapters, weight, told: as for `open_adapters`.
         untie: whether a head tied to its embedding becomes a tensor of its own.
         with_heads: as for `open_adapters`.
 
@@ -157,21 +162,21 @@ def open_for_merge(
         NotMergeable: an adapter changes a tied head, which may not be untied; or as `outline_of`, `refuse_grafted`.
         ReportedError: as `open_adapters`.
     """
-    refuse_grafted(model)
-    paths = [path for path, _ in adapter_paths(adapters)]
-    outline = outline_of(model, paths, base, untie=untie)
+    refuse_grafted(model.path)
+    opened_files = [file for file, _ in adapters]
+    outline = outline_of(model, opened_files, untie=untie)
     try:
         opened = open_adapters(model, adapters, outline.specs, weight, told, with_heads=with_heads)
     except UnmatchedKeys:
-        heads = {} if untie else tied_head(model, outline.specs)
+        heads = {} if untie else model.tied_head(outline.specs)
         if not heads:
             raise
-        open_adapters(model, adapters, outline_of(model, paths, base, untie=True).specs, weight, told)
-        raise head_is_tied(*next(iter(heads.items())), model) from None
+        open_adapters(model, adapters, outline_of(model, opened_files, untie=True).specs, weight, told)
+        raise head_is_tied(*next(iter(heads.items())), model.path) from None
     added = {full.target for each in opened for full in each.adapter.replacements if full.added}
-    for head, embedding in tied_head(model, outline.specs).items() if added and not untie else ():
+    for head, embedding in model.tied_head(outline.specs).items() if added and not untie else ():
         if head in added:
-            raise head_is_tied(head, embedding, model)
+            raise head_is_tied(head, embedding, model.path)
     return opened, outline
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,7 +23,9 @@ from surgery.exact.scaled import Dequantised, Rows, requantised
 from surgery.exact.survival import Watch
 from surgery.hashes import tensor_hash
 from surgery.methods import additive
+from surgery.operations.merge.figures import MergeFigures, UnmergeFigures
 from surgery.operations.merge.ops import apply_modules, as_aside, deltas_of, negated, out_of_range
+from surgery.pipeline.ops import Hashed
 from surgery.pipeline.plan import Fate, Outcome, Step
 from surgery.receipts.undo_file import changed_since, correction_spec, leads_elsewhere
 
@@ -160,10 +162,12 @@ class MergeScaled:
         after = {name: tensor_hash(tensor) for name, tensor in zip(names, tensors, strict=False)}
         fates = {name: Fate.MERGED if after.get(name) != before[name] else Fate.COPIED for name in names}
         fates[names[0]] = Fate.MERGED if self.modules else Fate.CONVERTED
-        figures: dict[str, Any] = {"base": before, "hashes": after}
-        if self.modules:
-            figures["surviving"] = {names[0]: watch.surviving}
-            figures["changed"] = before != after if self.stored is None else watch.asks
+        figures = MergeFigures(
+            before=before,
+            after=after,
+            surviving={names[0]: watch.surviving} if self.modules else {},
+            changed=bool(self.modules) and (before != after if self.stored is None else watch.asks),
+        )
         if self.stored is not None:
             fates[names[1]] = Fate.REMOVED
         if not self.undo:
@@ -221,7 +225,7 @@ class SubtractScaled:
         tensors = _stored(self.scaled, base, values, Watch())
         hashes = {name: tensor_hash(tensor) for name, tensor in zip(names, tensors, strict=True)}
         uncertain = {name: tensor.numel() for name, tensor in zip(names, tensors, strict=True)}
-        figures = {"hashes": hashes, "uncertain": uncertain}
+        figures = UnmergeFigures(after=hashes, uncertain=uncertain)
         return Outcome(tensors, dict.fromkeys(names, Fate.UNMERGED), figures)
 
 
@@ -262,7 +266,7 @@ class CorrectScaled:
         for name, expected in zip(names, self.base, strict=True):
             if hashes[name] != expected:
                 raise leads_elsewhere(f"{self.where}: {name}", expected, hashes[name])
-        return Outcome(result, dict.fromkeys(names, Fate.UNMERGED), {"hashes": hashes})
+        return Outcome(result, dict.fromkeys(names, Fate.UNMERGED), Hashed(after=hashes))
 
     def _corrected(self, spec: TensorSpec, guess: Bytes, stored: torch.Tensor | None) -> torch.Tensor:
         """One tensor out of its prediction, or out of nothing."""

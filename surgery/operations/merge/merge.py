@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from formats.adapter import NOTHING_TOLD, Told
-from formats.destination import Destination, destination_like
-from formats.paths import open_checkpoint
+from formats.model_config import CONFIG
+from formats.open_files import OpenFiles
 from formats.spec import DType
 from surgery.errors import NothingToDo
 from surgery.exact.survival import Surviving, check_surviving
 from surgery.hashes import content_digest
-from surgery.model.config import (
-    CONFIG,
-    companion,
-    growth,
-    resized_config,
-    with_settings,
-    without_companion,
-)
+from surgery.model.base_model import BaseModel, with_config
+from surgery.model.config import growth, resized, with_settings
 from surgery.model.outline import Outline
-from surgery.model.stored_dtype import dtype_named, restated_config
-from surgery.operations.merge.adapters import AdapterPaths, adapter_paths, open_for_merge
+from surgery.model.stored_dtype import dtype_named, restated
+from surgery.operations.merge.adapters import AdapterPaths, WeighedAdapter, adapter_files, adapter_paths, open_for_merge
+from surgery.operations.merge.figures import MergeFigures
 from surgery.operations.merge.plan import plan_merge
-from surgery.pipeline import engine
 from surgery.pipeline.engine import Resources
-from surgery.pipeline.plan import Outcome, Plan, ledger
-from surgery.receipts.receipt import Original, Receipt
+from surgery.pipeline.job import Done, Header, Job, runs, step_by_step
+from surgery.pipeline.ops import hashes_after, hashes_before, output_digest
+from surgery.pipeline.plan import Outcome, Plan
+from surgery.receipts.receipt import Receipt
 from surgery.receipts.undo_file import Change, UndoRecord, create_with_undo, undo_destination
-from surgery.report import Report, Stopwatch, peak_rss
+from surgery.report import Report, Stopwatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +58,7 @@ class UndoFigures:
     share: float
 
 
-def merge(
+def prepare_merge(
     base: str | Path,
     adapters: AdapterPaths,
     out: str | Path,
@@ -75,8 +72,8 @@ def merge(
     max_shard_size: int | None = None,
     force: bool = False,
     resources: Resources | None = None,
-) -> MergeReport:
-    """Writes base with one or several adapters added into its weights.
+) -> Job[MergeReport]:
+    """Prepares a job that writes base with one or several adapters added into its weights.
 
     Args:
         base: a safetensors file or a folder; the output has its shape: a file, or a folder with the same shards,
@@ -93,99 +90,113 @@ def merge(
         untie: give a head that the base ties to its embedding a tensor of its own.
         max_shard_size: bytes of each shard of an output folder, instead of the base's shards.
         force: replace what stands at `out` and at `undo`.
-        resources: threads and memory.
+        resources: workers, memory and device.
 
     Raises:
-        VerificationFailed: less than `min_surviving` of a delta survives rounding.
+        VerificationFailed: less than `min_surviving` of a delta survives rounding (when it runs).
         SurgeryError, FormatError: see their trees; whatever the headers and the adapter tell is refused before any
             of the base's payload is read.
     """
-    watch = Stopwatch(loading="torch")
+    watch, files = Stopwatch(loading="torch"), OpenFiles()
     stored = dtype_named(dtype)
-    with open_checkpoint(base) as w0:
-        opened, outline = open_for_merge(base, adapters, w0.specs, weight, told, untie=untie)
-        plan, receipt = plan_merge(w0, opened, outline, undo=undo is not None, stored=stored)
-        inputs = (base, *(path for path, _ in adapter_paths(adapters)))
-        destination = destination_like(base, out, plan.outputs, inputs=inputs, force=force, max_shard=max_shard_size)
-        config, original = _config(destination, plan, outline, stored)
-        if original is not None:
-            receipt = replace(receipt, config=original)
-            plan = replace(plan, metadata=receipt.metadata())
-        if config is not None:
-            destination = without_companion(destination, CONFIG)
-        beside = undo_destination(undo, out, inputs, force) if undo is not None else None
-        with create_with_undo(destination, plan, beside) as (writer, corrections):
-            if config is not None:
-                writer.attach(CONFIG, config)
-            outcomes = engine.run(plan, writer, resources, corrections)
-            if not any(outcome.figures.get("changed") for outcome in outcomes):
-                raise NothingToDo("the merge changes nothing: every delta rounds to zero", where=base)
-            surviving = _surviving(outcomes)
-            if min_surviving is not None:
-                check_surviving(surviving, min_surviving)
-            receipt = _completed(receipt, outline, outcomes)
-            writer.seal(receipt.metadata())
-            digest = output_digest(plan, outcomes)
-            base_digest = content_digest((spec, receipt.base_tensors[name]) for name, spec in w0.specs.items())
-            if corrections is not None:
-                changes = _changes(plan, outline, outcomes)
-                corrections.seal(UndoRecord(receipt, base_digest, digest, changes).metadata())
-    return MergeReport(
-        operation="merge",
-        output=str(out),
-        seconds=watch.seconds,
-        peak_rss_bytes=peak_rss(),
-        ledger=ledger(outcomes),
-        notes=plan.notes,
-        digest=digest,
-        base_digest=base_digest,
-        adapters=receipt.digests,
-        surviving=surviving,
-        undo=_undo_figures(undo, plan) if undo is not None else None,
+    model = BaseModel.open(base, files)
+    opened, outline = open_for_merge(model, adapter_files(adapters, files), weight, told, untie=untie)
+    return merge_job(
+        model,
+        opened,
+        outline,
+        out,
+        inputs=(base, *(path for path, _ in adapter_paths(adapters))),
+        watch=watch,
+        stored=stored,
+        min_surviving=min_surviving,
+        undo=undo,
+        max_shard_size=max_shard_size,
+        force=force,
+        resources=resources,
     )
 
 
-def _config(
-    destination: Destination, plan: Plan, outline: Outline, stored: DType | None
-) -> tuple[bytes | None, str | None]:
-    """The output's config.json where it is not the base's, and the base's where that must be kept to come back."""
-    config = resized_config(destination, growth(outline.specs.values(), plan.outputs))
-    source = companion(destination, CONFIG)
-    if source is None or not (outline.config or stored):
-        return config, None
-    original = source.read_bytes()
+merge = runs(prepare_merge)
+
+
+def merge_job(
+    model: BaseModel,
+    opened: Sequence[WeighedAdapter],
+    outline: Outline,
+    out: str | Path,
+    *,
+    inputs: Sequence[str | Path],
+    watch: Stopwatch,
+    stored: DType | None = None,
+    min_surviving: float | None = None,
+    undo: str | Path | None = None,
+    max_shard_size: int | None = None,
+    force: bool = False,
+    resources: Resources | None = None,
+) -> Job[MergeReport]:
+    """A merge of what `open_for_merge` opened; the other arguments and the errors are those of `prepare_merge`."""
+    plan, receipt = plan_merge(model, opened, outline, undo=undo is not None, stored=stored)
+    destination = model.destination(out, plan.outputs, inputs=inputs, force=force, max_shard=max_shard_size)
+    if CONFIG in destination.attachments:
+        config, restated_too = _config(model, plan, outline, stored), bool(outline.config or stored)
+        if restated_too or config != model.config:
+            destination = with_config(destination, config)
+        if restated_too and model.config_content is not None:
+            receipt = replace(receipt, config=model.config_content.decode())
+            plan = replace(plan, metadata=receipt.metadata())
+    undo_file = undo_destination(undo, out, inputs, force) if undo is not None else None
+
+    def finish(done: Done) -> Callable[[Header], MergeReport]:
+        assert done.writer is not None
+        figures = [each.figures for each in done.outcomes if isinstance(each.figures, MergeFigures)]
+        if not any(each.changed for each in figures):
+            raise NothingToDo("the merge changes nothing: every delta rounds to zero", where=model.path)
+        surviving = {name: found for each in figures for name, found in each.surviving.items()}
+        if min_surviving is not None:
+            check_surviving(surviving, min_surviving)
+        completed = _completed(receipt, outline, done.outcomes)
+        done.writer.seal(completed.metadata())
+        digest = output_digest(done.plan.outputs, done.outcomes)
+        base_digest = content_digest((spec, completed.base_tensors[name]) for name, spec in model.specs.items())
+        if done.aside is not None:
+            changes = _changes(done.plan, outline, done.outcomes)
+            done.aside.seal(UndoRecord(completed, base_digest, digest, changes).metadata())
+        return lambda header: MergeReport(
+            **header,
+            digest=digest,
+            base_digest=base_digest,
+            adapters=completed.digests,
+            surviving=surviving,
+            undo=_undo_figures(undo, done.plan) if undo is not None else None,
+        )
+
+    return step_by_step(
+        plan,
+        files=model.files,
+        watch=watch,
+        inputs=inputs,
+        finish=finish,
+        destination=destination,
+        writers=lambda plan: create_with_undo(destination, plan, undo_file),
+        beside=() if undo is None else (undo,),
+        resources=resources,
+    )
+
+
+def _config(model: BaseModel, plan: Plan, outline: Outline, stored: DType | None) -> Mapping[str, Any]:
+    """The output's config.json: the base's own where nothing in it changes."""
+    config = model.config
+    if sizes := growth(outline.specs.values(), plan.outputs):
+        config = resized(config, sizes)
     if outline.config:
-        config = with_settings(config or original, outline.config, source)
-    if stored is not None:
-        config = restated_config(config or original, stored, source)
-    return config, original.decode()
-
-
-def _surviving(outcomes: tuple[Outcome, ...]) -> dict[str, Surviving]:
-    """What of every tensor's delta is stored."""
-    found: dict[str, Surviving] = {}
-    for outcome in outcomes:
-        found |= outcome.figures.get("surviving", {})
-    return found
-
-
-def output_hashes(outcomes: tuple[Outcome, ...]) -> dict[str, str]:
-    """BLAKE3 of every tensor that was written, as its step took it."""
-    hashes: dict[str, str] = {}
-    for outcome in outcomes:
-        hashes |= outcome.figures.get("hashes", {})
-    return hashes
-
-
-def output_digest(plan: Plan, outcomes: tuple[Outcome, ...]) -> str:
-    """The content address of what a plan wrote."""
-    hashes = output_hashes(outcomes)
-    return content_digest((spec, hashes[spec.name]) for spec in plan.outputs)
+        config = with_settings(config, outline.config)
+    return config if stored is None else restated(config, stored)
 
 
 def _changes(plan: Plan, outline: Outline, outcomes: tuple[Outcome, ...]) -> dict[str, Change]:
     """What the undo file records of every tensor that has a correction, or could have had one, by the base's names."""
-    hashes, origins = output_hashes(outcomes), outline.origins
+    hashes, origins = hashes_after(outcomes), outline.origins
     now = {spec.name: spec for spec in plan.outputs}
     changes = {}
     for step in plan.steps:
@@ -210,13 +221,10 @@ def _undo_figures(path: str | Path, plan: Plan) -> UndoFigures:
 
 def _completed(receipt: Receipt, outline: Outline, outcomes: tuple[Outcome, ...]) -> Receipt:
     """The receipt with what the run found out."""
-    hashes: dict[str, str] = {}
-    originals: dict[str, Original] = {}
-    lost: list[str] = []
-    for outcome in outcomes:
-        hashes |= outcome.figures.get("base", {})
-        originals |= outcome.figures.get("original", {})
-        lost += outcome.figures.get("lost", ())
+    hashes, figures = hashes_before(outcomes), [each.figures for each in outcomes]
+    merged = [each for each in figures if isinstance(each, MergeFigures)]
+    originals = {name: original for each in merged for name, original in each.originals.items()}
+    lost = [name for each in merged for name in each.lost]
     origins, names, surplus = outline.origins, outline.renamed, outline.surplus
     return replace(
         receipt,

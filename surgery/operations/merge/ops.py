@@ -7,7 +7,7 @@ mathematics.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from formats.adapter import AdapterModule
 from formats.quantized import FLOAT8
@@ -21,6 +21,8 @@ from surgery.exact.rounding import Delta, round_once
 from surgery.exact.survival import Watch
 from surgery.hashes import tensor_hash
 from surgery.methods import additive, transforming
+from surgery.operations.merge.figures import MergeFigures
+from surgery.pipeline.ops import Hashed
 from surgery.pipeline.plan import Fate, Outcome
 from surgery.receipts.receipt import Original
 
@@ -41,7 +43,7 @@ class Add:
         """Hashes and passes on."""
         result = _as_stored(inputs[0], self.dtype)
         _check_result(result, inputs[0], self.name)
-        figures = {"hashes": {self.name: tensor_hash(result)}, "changed": True}
+        figures = MergeFigures(after={self.name: tensor_hash(result)}, changed=True)
         return Outcome((result,), {self.name: Fate.FULL}, figures)
 
 
@@ -56,7 +58,7 @@ class Shed:
         """Leaves it out."""
         payload = bytes_from_tensor(inputs[0])
         aside = as_aside(correct_from(payload, payload[:0], inputs[0].element_size())) if self.undo else None
-        figures = {"base": {self.name: tensor_hash(inputs[0])}}
+        figures = Hashed({self.name: tensor_hash(inputs[0])})
         return Outcome((), {self.name: Fate.REMOVED}, figures, (aside,) if self.undo else ())
 
 
@@ -93,17 +95,16 @@ class Merge:
         if not (self.modules and watch.is_finite):
             _check_result(result, start, self.name)
         before, after = tensor_hash(base), tensor_hash(result)
-        figures: dict[str, Any] = {"base": {self.name: before}, "hashes": {self.name: after}}
-        if self.modules:
-            figures["surviving"] = {self.name: watch.surviving}
-        if spec.dtype is self.dtype:
-            figures["changed"] = before != after
-        else:
-            figures["changed"] = watch.asks or bool(self.replaced)
-        if self.keep:
-            figures["original"] = {self.name: Original.of(base, spec)}
-        elif self.replaced and (not self.modules or tensor_hash(_as_stored(start, spec.dtype)) != before):
-            figures["lost"] = [self.name]
+        replaced = bool(self.replaced)
+        lost = replaced and (not self.modules or tensor_hash(_as_stored(start, spec.dtype)) != before)
+        figures = MergeFigures(
+            before={self.name: before},
+            after={self.name: after},
+            changed=before != after if spec.dtype is self.dtype else watch.asks or replaced,
+            surviving={self.name: watch.surviving} if self.modules else {},
+            originals={self.name: Original.of(base, spec)} if self.keep else {},
+            lost=(self.name,) if lost and not self.keep else (),
+        )
         fate = Fate.MERGED if self.modules else Fate.FULL if self.replaced else Fate.CONVERTED
         if not self.undo:
             return Outcome((result,), {self.name: fate}, figures)

@@ -18,6 +18,7 @@ from formats.spec import DType, TensorSpec
 from surgery.errors import AlreadyMerged, NotMergeable, Unsupported
 from surgery.exact.correction import correction_workspace
 from surgery.methods import additive, check_modules, workspace
+from surgery.model.base_model import BaseModel
 from surgery.model.config import growth
 from surgery.model.outline import Outline
 from surgery.model.stored_dtype import Storage, as_numbers
@@ -34,7 +35,7 @@ Modules = tuple[tuple[AdapterModule, float], ...]
 
 
 def plan_merge(
-    base: Checkpoint,
+    base: BaseModel,
     adapters: Sequence[WeighedAdapter],
     outline: Outline | None = None,
     *,
@@ -60,8 +61,9 @@ def plan_merge(
             a tensor.
         Unsupported: layers to be repeated that are float8 with scales.
     """
-    refuse_merged(base, {each.digest: each.adapter.ref.path for each in adapters})
-    work = _Work.of(base, adapters, outline or Outline.plain(base.specs), Storage.of(base, stored), undo)
+    refuse_merged(base.checkpoint, {each.digest: each.adapter.ref.path for each in adapters})
+    storage = Storage.of(base.checkpoint, base.quantization, stored)
+    work = _Work.of(base.checkpoint, adapters, outline or Outline.plain(base.specs), storage, undo)
     receipt = work.receipt(adapters)
     return Plan("merge", tuple(work.steps()), receipt.metadata(), tuple(work.notes(adapters))), receipt
 

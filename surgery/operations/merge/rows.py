@@ -1,14 +1,14 @@
 """Merging row by row: a weight is read, added to, hashed, written and corrected in pieces of a megabyte.
 
 For weights to which deltas are added and nothing else happens, which are nearly all. The bytes are those of
-`merge_ops.Merge`.
+`ops.Merge`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from formats.adapter import AdapterModule
 from formats.spec import DType, TensorSpec
@@ -18,6 +18,7 @@ from surgery.exact.finite import check_finite, is_finite
 from surgery.exact.rounded_sum import BLOCK_ELEMENTS, RoundedSum, segments
 from surgery.exact.survival import Watch
 from surgery.hashes import new_hash
+from surgery.operations.merge.figures import MergeFigures
 from surgery.operations.merge.ops import FRACTION_BITS, as_aside, deltas_of, negated, out_of_range
 from surgery.pipeline.plan import Fate, Outcome, Sink, Source
 
@@ -82,12 +83,12 @@ class MergeRows:
             else:
                 back.round(merged, begin[1], guess)
             corrections.add(here, bytes_from_tensor(guess), told)
-        figures: dict[str, Any] = {
-            "base": {self.base.name: before.hexdigest()},
-            "hashes": {self.base.name: after.hexdigest()},
-            "surviving": {self.base.name: watch.surviving},
-            "changed": watch.asks if self._fraction is None else before.digest() != after.digest(),
-        }
+        figures = MergeFigures(
+            before={self.base.name: before.hexdigest()},
+            after={self.base.name: after.hexdigest()},
+            surviving={self.base.name: watch.surviving},
+            changed=watch.asks if self._fraction is None else before.digest() != after.digest(),
+        )
         asides = () if corrections is None else (as_aside(corrections.finished()),)
         return Outcome((), {self.base.name: Fate.MERGED}, figures, asides)
 

@@ -6,42 +6,44 @@ undo file what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from formats.adapter import NOTHING_TOLD, AdapterModule, Told
 from formats.checkpoint import Checkpoint
-from formats.destination import create_checkpoint, destination_like
-from formats.paths import open_checkpoint
+from formats.model_config import CONFIG
+from formats.open_files import OpenFiles
 from formats.quantized import refuse_foreign
 from formats.spec import DType, TensorRef, TensorSpec
 from surgery.errors import NotMerged
 from surgery.exact.finite import check_finite
 from surgery.hashes import tensor_hash
 from surgery.methods import check_modules, transforming, workspace
-from surgery.model.config import CONFIG, companion, growth, resized_config, without_companion
+from surgery.model.base_model import BaseModel, with_config
+from surgery.model.config import growth, resized
 from surgery.model.stored_dtype import Storage, as_numbers
 from surgery.operations.merge.adapters import (
     AdapterPaths,
     WeighedAdapter,
+    adapter_files,
     adapter_paths,
     check_receipt,
     open_adapters,
     weighed_modules,
 )
+from surgery.operations.merge.figures import UnmergeFigures
 from surgery.operations.merge.float8 import subtract_step
-from surgery.operations.merge.merge import output_digest, output_hashes
 from surgery.operations.merge.ops import subtract, uncertain_elements
 from surgery.operations.merge.unmerge_exactly import plan_restore
-from surgery.pipeline import engine
 from surgery.pipeline.engine import Resources
-from surgery.pipeline.ops import Copy, Drop
-from surgery.pipeline.plan import Fate, Outcome, Plan, Step, ledger
+from surgery.pipeline.job import Done, Header, Job, runs, step_by_step
+from surgery.pipeline.ops import Copy, Drop, Hashed, hashes_after, output_digest
+from surgery.pipeline.plan import Fate, Outcome, Plan, Step
 from surgery.receipts.receipt import Original, Receipt
 from surgery.receipts.undo_file import UndoFile, changed_since, open_undo
-from surgery.report import Report, Stopwatch, peak_rss
+from surgery.report import Report, Stopwatch
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +68,7 @@ class UnmergeReport(Report):
     changed: tuple[str, ...]
 
 
-def unmerge(
+def prepare_unmerge(
     merged: str | Path,
     adapters: AdapterPaths,
     out: str | Path,
@@ -76,8 +78,8 @@ def unmerge(
     told: Told = NOTHING_TOLD,
     force: bool = False,
     resources: Resources | None = None,
-) -> UnmergeReport:
-    """Writes a merged model with the adapters of its last merge taken off again.
+) -> Job[UnmergeReport]:
+    """Prepares a job that writes a merged model with the adapters of its last merge taken off again.
 
     Args:
         merged: a safetensors file or a folder; the output has its shape.
@@ -88,50 +90,54 @@ def unmerge(
         undo: the undo file that merge wrote with this output: the base comes back bit for bit.
         told: as for merge.
         force: replace what stands at `out`.
-        resources: threads and memory.
+        resources: workers, memory and device.
 
     Raises:
         NotMerged: the receipt names other adapters, or one of them replaced tensors that nothing can restore.
         UndoMismatch: the undo file, the merged file and the adapters are not of one merge.
         SurgeryError, FormatError: see their trees.
     """
-    watch = Stopwatch(loading="torch")
-    with open_checkpoint(merged) as w, open_undo(undo) as corrections:
-        receipt = Receipt.read(w.metadata, merged)
-        plan = plan_unmerge(w, open_adapters(merged, adapters, w.specs, weight, told), receipt, corrections)
-        inputs = (merged, *(path for path, _ in adapter_paths(adapters)), *((undo,) if undo is not None else ()))
-        destination = destination_like(merged, out, plan.outputs, inputs=inputs, force=force)
-        receipt = corrections.record.receipt if corrections else receipt
-        sizes = growth(_kept(w, plan, receipt.renamed if receipt else {}), plan.outputs)
-        config = resized_config(destination, sizes)
-        if receipt and receipt.config and companion(destination, CONFIG) is not None:
-            config = receipt.config.encode()
-        if config is not None:
-            destination = without_companion(destination, CONFIG)
-        expected = receipt.base_tensors if receipt else {}
-        with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
-            if config is not None:
-                writer.attach(CONFIG, config)
-            outcomes = engine.run(plan, writer, resources)
-            hashes, digest = output_hashes(outcomes), output_digest(plan, outcomes)
-            if corrections and digest != corrections.record.base_digest:
-                # Corrected tensors have been checked one by one: it is one that was only copied.
-                wrong = (name for name, known in expected.items() if hashes.get(name) != known)
-                raise changed_since(next(wrong, str(merged)))  # the file itself where only a dtype or shape is another
-    equal, differing, changed = _compared(expected, outcomes)
-    return UnmergeReport(
-        operation="unmerge",
-        output=str(out),
-        seconds=watch.seconds,
-        peak_rss_bytes=peak_rss(),
-        ledger=ledger(outcomes),
-        notes=plan.notes,
-        digest=digest,
-        bit_exact=not (differing or changed) if receipt else None,
-        equal=equal,
-        differing=differing,
-        changed=changed,
+    watch, files = Stopwatch(loading="torch"), OpenFiles()
+    model = BaseModel.open(merged, files)
+    corrections = None if undo is None else open_undo(undo, files)
+    receipt = Receipt.read(model.checkpoint.metadata, merged)
+    opened = open_adapters(model, adapter_files(adapters, files), model.specs, weight, told)
+    plan = plan_unmerge(model, opened, receipt, corrections)
+    inputs = (merged, *(path for path, _ in adapter_paths(adapters)), *((undo,) if undo is not None else ()))
+    destination = model.destination(out, plan.outputs, inputs=inputs, force=force)
+    receipt = corrections.record.receipt if corrections else receipt
+    if CONFIG in destination.attachments:
+        sizes = growth(_kept(model.checkpoint, plan, receipt.renamed if receipt else {}), plan.outputs)
+        if receipt and receipt.config:
+            destination = replace(destination, attachments={CONFIG: receipt.config.encode()})
+        elif (config := resized(model.config, sizes)) != model.config:
+            destination = with_config(destination, config)
+    expected = receipt.base_tensors if receipt else {}
+
+    def finish(done: Done) -> Callable[[Header], UnmergeReport]:
+        hashes, digest = hashes_after(done.outcomes), output_digest(done.plan.outputs, done.outcomes)
+        if corrections and digest != corrections.record.base_digest:
+            # Corrected tensors have been checked one by one: it is one that was only copied.
+            wrong = (name for name, known in expected.items() if hashes.get(name) != known)
+            raise changed_since(next(wrong, str(merged)))  # the file itself where only a dtype or shape is another
+        equal, differing, changed = _compared(expected, done.outcomes)
+        exact = not (differing or changed) if receipt else None
+        return lambda header: UnmergeReport(
+            **header, digest=digest, bit_exact=exact, equal=equal, differing=differing, changed=changed
+        )
+
+    return step_by_step(
+        plan,
+        files=files,
+        watch=watch,
+        inputs=inputs,
+        finish=finish,
+        destination=destination,
+        resources=resources,
     )
+
+
+unmerge = runs(prepare_unmerge)
 
 
 def _kept(merged: Checkpoint, plan: Plan, renamed: Mapping[str, str]) -> list[TensorSpec]:
@@ -145,11 +151,11 @@ def _compared(
 ) -> tuple[tuple[str, ...], dict[str, int], tuple[str, ...]]:
     """Of the tensors whose hash in the base is known: the unmerged ones that have it, those that have not with the
     elements that can differ, and all others that have not."""
-    hashes = output_hashes(outcomes)
+    hashes = hashes_after(outcomes)
     unmerged = {name for each in outcomes for name, fate in each.fates.items() if fate is Fate.UNMERGED}
     counts: dict[str, int] = {}
     for outcome in outcomes:
-        counts |= outcome.figures.get("uncertain", {})
+        counts |= outcome.figures.uncertain if isinstance(outcome.figures, UnmergeFigures) else {}
     right = {name for name, known in expected.items() if hashes.get(name) == known}
     wrong = [name for name in expected if name not in right]
     differing = {name: counts[name] for name in wrong if name in unmerged}
@@ -158,7 +164,7 @@ def _compared(
 
 
 def plan_unmerge(
-    merged: Checkpoint, adapters: Sequence[WeighedAdapter], receipt: Receipt | None, undo: UndoFile | None = None
+    model: BaseModel, adapters: Sequence[WeighedAdapter], receipt: Receipt | None, undo: UndoFile | None = None
 ) -> Plan:
     """Pairs every tensor with what is taken off it, and with its correction if there is an undo file.
 
@@ -166,6 +172,7 @@ def plan_unmerge(
         UndoMismatch: the undo file is of another merge.
         NotMerged: the receipt names other adapters or weights, or what was there is not kept.
     """
+    merged = model.checkpoint
     if undo is not None:
         return plan_restore(merged, adapters, receipt, undo)
     if receipt is not None:
@@ -179,7 +186,7 @@ def plan_unmerge(
     added = set(receipt.added) if receipt else set()
     every = weighed_modules(adapters, merged.tensor)
     by_target = {target: modules for target, modules in every.items() if target not in added}
-    storage = Storage.of(merged, None)
+    storage = Storage.of(merged, model.quantization, None)
     refuse_foreign(storage.foreign, by_target, merged.ref.path)
     for target, modules in by_target.items():
         for module, _ in modules:
@@ -261,9 +268,10 @@ class Subtract:
         result = subtract(inputs[0], self.modules, inputs[1:], self.dtype)
         check_finite(result, self.name)
         digest = tensor_hash(result)
-        figures: dict[str, Any] = {"hashes": {self.name: digest}}
+        uncertain = {}
         if self.base and digest != self.base:
-            figures["uncertain"] = {self.name: uncertain_elements(inputs[0], result, self.modules, self.dtype)}
+            uncertain = {self.name: uncertain_elements(inputs[0], result, self.modules, self.dtype)}
+        figures = UnmergeFigures(after={self.name: digest}, uncertain=uncertain)
         return Outcome((result,), {self.name: Fate.UNMERGED if self.modules else Fate.CONVERTED}, figures)
 
 
@@ -277,4 +285,4 @@ class Restore:
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
         """Decodes and hashes; there is nothing to read."""
         tensor = self.original.tensor(self.name)
-        return Outcome((tensor,), {self.name: Fate.FULL}, {"hashes": {self.name: tensor_hash(tensor)}})
+        return Outcome((tensor,), {self.name: Fate.FULL}, Hashed(after={self.name: tensor_hash(tensor)}))

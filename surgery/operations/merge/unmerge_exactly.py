@@ -25,7 +25,7 @@ from surgery.methods import workspace
 from surgery.operations.merge.adapters import WeighedAdapter, check_receipt, weighed_modules
 from surgery.operations.merge.float8 import restore_step
 from surgery.operations.merge.ops import coarsened, prediction
-from surgery.pipeline.ops import Copy, Drop
+from surgery.pipeline.ops import Copy, Drop, Hashed
 from surgery.pipeline.plan import Fate, Outcome, Plan, Step
 from surgery.receipts.receipt import Receipt
 from surgery.receipts.undo_file import Change, UndoFile, UndoRecord, changed_since, leads_elsewhere
@@ -146,7 +146,7 @@ class Recover:
         result = tensor_from_bytes(payload, self.spec)
         if tensor_hash(result) != self.base:
             raise leads_elsewhere(self.where, self.base, tensor_hash(result))
-        return Outcome((result,), {self.spec.name: Fate.FULL}, {"hashes": {self.spec.name: self.base}})
+        return Outcome((result,), {self.spec.name: Fate.FULL}, Hashed(after={self.spec.name: self.base}))
 
 
 def _correct_step(
@@ -198,4 +198,4 @@ class Correct:
         if digest != self.base:
             raise leads_elsewhere(self.where, self.base, digest or f"{guess.nbytes} bytes")
         fate = Fate.UNMERGED if self.modules else Fate.CONVERTED if self.change.stored else Fate.FULL
-        return Outcome((result,), {name: fate}, {"hashes": {name: digest}})
+        return Outcome((result,), {name: fate}, Hashed(after={name: digest}))

@@ -7,27 +7,29 @@ merge rounds once. For a file without a receipt of ours that much is tolerated, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from formats.adapter import NOTHING_TOLD, Told
 from formats.checkpoint import Checkpoint
-from formats.paths import open_checkpoint
+from formats.open_files import OpenFiles
 from formats.spec import DType, TensorSpec
 from surgery.hashes import tensor_hash
 from surgery.methods import transforming
-from surgery.model.outline import tied_head
+from surgery.model.base_model import BaseModel
 from surgery.model.stored_dtype import dtype_in
-from surgery.operations.merge.adapters import AdapterPaths, open_for_merge
+from surgery.operations.merge.adapters import AdapterPaths, adapter_files, adapter_paths, open_for_merge
+from surgery.operations.merge.figures import Compared
 from surgery.operations.merge.ops import Merge
 from surgery.operations.merge.plan import plan_merge
 from surgery.operations.merge.rows import MergeRows
-from surgery.pipeline import engine
 from surgery.pipeline.engine import Resources
+from surgery.pipeline.job import Done, Header, Job, runs, step_by_step
 from surgery.pipeline.plan import Op, Outcome, Plan, Step, TakesOver
 from surgery.receipts.receipt import RECEIPT, Receipt
-from surgery.report import Report, Stopwatch, peak_rss
+from surgery.report import Report, Stopwatch
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +63,7 @@ class VerifyReport(Report):
         return self.verdict != DIFFERS
 
 
-def verify(
+def prepare_verify(
     merged: str | Path,
     base: str | Path,
     adapters: AdapterPaths,
@@ -69,8 +71,8 @@ def verify(
     weight: float = 1.0,
     told: Told = NOTHING_TOLD,
     resources: Resources | None = None,
-) -> VerifyReport:
-    """Replays a merge and compares.
+) -> Job[VerifyReport]:
+    """Prepares a job that replays a merge and compares.
 
     Args:
         merged: the file or folder in question.
@@ -78,39 +80,42 @@ def verify(
         adapters: as for merge.
         weight: a factor of every delta.
         told: as for merge.
-        resources: threads and memory.
+        resources: workers, memory and device.
 
     Raises:
         SurgeryError, FormatError: what merge would raise; a file that is another merge is no error but a verdict.
     """
-    watch = Stopwatch(loading="torch")
-    with open_checkpoint(base) as w0, open_checkpoint(merged) as w:
-        more = w.specs.keys() - w0.specs.keys()
-        untie = bool(more) and not more.isdisjoint(tied_head(base, w0.specs))
-        receipt = Receipt.read(w.metadata, merged)
-        stored = dtype_in(w, w0) if receipt is None else DType[receipt.dtype] if receipt.dtype else None
-        opened = open_for_merge(base, adapters, w0.specs, weight, told, untie=untie)
-        plan, _ = plan_merge(w0, *opened, stored=stored)
-        replay, odd = plan_verify(plan, w)
-    outcomes = engine.run(replay, None, resources) if replay.steps else ()
-    verdicts: dict[str, str] = dict.fromkeys(odd, DIFFERS)
-    for outcome in outcomes:
-        verdicts |= outcome.figures["verdict"]
-    names = [spec.name for spec in plan.outputs]
-    names += sorted(set(odd) - set(names))
-    found = {kind: tuple(name for name in names if verdicts[name] == kind) for kind in (EXACT, ROUNDING, DIFFERS)}
-    return VerifyReport(
-        operation="verify",
-        output=None,
-        seconds=watch.seconds,
-        peak_rss_bytes=peak_rss(),
-        ledger={kind: len(tensors) for kind, tensors in found.items()},
-        notes=plan.notes,
-        merged=str(merged),
-        verdict=next(kind for kind in (DIFFERS, ROUNDING, EXACT) if found[kind] or kind == EXACT),
-        rounded=found[ROUNDING],
-        differing=found[DIFFERS],
+    watch, files = Stopwatch(loading="torch"), OpenFiles()
+    w0, w = BaseModel.open(base, files), files.checkpoint(merged)
+    more = w.specs.keys() - w0.specs.keys()
+    untie = bool(more) and not more.isdisjoint(w0.tied_head())
+    receipt = Receipt.read(w.metadata, merged)
+    stored = dtype_in(w, w0.checkpoint) if receipt is None else DType[receipt.dtype] if receipt.dtype else None
+    plan, _ = plan_merge(
+        w0, *open_for_merge(w0, adapter_files(adapters, files), weight, told, untie=untie), stored=stored
     )
+    replay, odd = plan_verify(plan, w)
+
+    def finish(done: Done) -> Callable[[Header], VerifyReport]:
+        verdicts: dict[str, str] = dict.fromkeys(odd, DIFFERS)
+        for outcome in done.outcomes:
+            verdicts |= outcome.figures.verdicts
+        names = [spec.name for spec in plan.outputs]
+        names += sorted(set(odd) - set(names))
+        found = {kind: tuple(name for name in names if verdicts[name] == kind) for kind in (EXACT, ROUNDING, DIFFERS)}
+        return lambda header: VerifyReport(
+            **{**header, "ledger": {kind: len(tensors) for kind, tensors in found.items()}},
+            merged=str(merged),
+            verdict=next(kind for kind in (DIFFERS, ROUNDING, EXACT) if found[kind] or kind == EXACT),
+            rounded=found[ROUNDING],
+            differing=found[DIFFERS],
+        )
+
+    inputs = (merged, base, *(path for path, _ in adapter_paths(adapters)))
+    return step_by_step(replay, files=files, watch=watch, inputs=inputs, finish=finish, resources=resources)
+
+
+verify = runs(prepare_verify)
 
 
 def plan_verify(plan: Plan, merged: Checkpoint) -> tuple[Plan, tuple[str, ...]]:
@@ -142,11 +147,11 @@ class Same:
 
     def unchanged(self) -> Outcome:
         """For equal bytes."""
-        return Outcome((), {}, {"verdict": {self.name: EXACT}})
+        return Outcome((), {}, Compared({self.name: EXACT}))
 
     def __call__(self, *_: torch.Tensor) -> Outcome:
         """For others."""
-        return Outcome((), {}, {"verdict": {self.name: DIFFERS}})
+        return Outcome((), {}, Compared({self.name: DIFFERS}))
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ class Replay:
                 units = _DORA_UNITS if any(transforming(module) for module, _ in self.op.modules) else 1.0
                 verdict = ROUNDING if is_within_rounding(theirs, ours, own[0], units) else DIFFERS
             verdicts[spec.name] = verdict
-        return Outcome((), {}, {"verdict": verdicts})
+        return Outcome((), {}, Compared(verdicts))
 
 
 def is_within_rounding(found: torch.Tensor, ours: torch.Tensor, base: torch.Tensor, units: float = 1.0) -> bool:

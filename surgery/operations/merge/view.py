@@ -7,12 +7,12 @@ are read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING
 
+from formats.open_files import OpenFiles
 from formats.spec import TensorSpec
 from surgery.exact.survival import Surviving
-from surgery.pipeline.engine import Readers
+from surgery.operations.merge.figures import MergeFigures
 from surgery.pipeline.plan import Plan, TakesOver
 
 if TYPE_CHECKING:
@@ -27,28 +27,21 @@ class MergedView:
         surviving: of every tensor read so far that a delta was added to, how much of the delta is stored.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, files: OpenFiles) -> None:
         self.specs: Mapping[str, TensorSpec] = {spec.name: spec for spec in plan.outputs}
         self.surviving: dict[str, Surviving] = {}
         self._steps = {spec.name: (step, index) for step in plan.steps for index, spec in enumerate(step.outputs)}
-        self._readers = Readers()
+        self._files = files
 
     def read(self, name: str) -> torch.Tensor:
         """The merged tensor, on the CPU; the bits are those that merge would write."""
         step, index = self._steps[name]
-        inputs = [self._readers.read(ref) for ref in step.inputs]
+        inputs = [self._files.read(ref) for ref in step.inputs]
         if isinstance(step.op, TakesOver):
             return inputs[0]
         outcome = step.op(*inputs)
-        self.surviving |= outcome.figures.get("surviving", {})
+        if isinstance(outcome.figures, MergeFigures):
+            self.surviving |= outcome.figures.surviving
         tensor = outcome.tensors[index]
         assert tensor is not None  # merging leaves out no tensor that it declares
         return tensor
-
-    def __enter__(self) -> MergedView:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._readers.__exit__(kind, error, trace)

@@ -23,11 +23,13 @@ from formats import open_checkpoint
 from formats.errors import OutputExists, ReportedError, ShapeMismatch, UnmatchedKeys
 from formats.spec import DType, TensorSpec
 from surgery.errors import Unsupported, VerificationFailed
-from surgery.onnx.adapters.lora import Branch, graft
+from surgery.onnx.adapters.lora import LoraBranch, graft
 from surgery.onnx.files.payload import PAYLOAD
 from surgery.onnx.trace.template import Template
 from surgery.operations.export import export_onnx as operation
 from surgery.operations.export import loras as export_adapters
+
+pytestmark = pytest.mark.processor
 
 KINDS = ("bert", "llama", "gpt2")
 TOKENS = np.random.default_rng(5).integers(0, 100, (3, 9))
@@ -180,7 +182,7 @@ def test_ranks_do_not_show_in_the_inputs_graph(bert: Any) -> None:
     model = onnx.load(bert.onnx, load_external_data=False)
     weights = [f"encoder.layer.{n}.attention.self.query.weight" for n in range(2)]
 
-    def branches(rank: int) -> list[Branch]:
+    def branches(rank: int) -> list[LoraBranch]:
         return [branch_of(weight, rank) for weight in weights]
 
     one = graft(model, branches(2), inputs=True).SerializeToString(deterministic=True)
@@ -190,11 +192,11 @@ def test_ranks_do_not_show_in_the_inputs_graph(bert: Any) -> None:
     assert model.SerializeToString() == onnx.load(bert.onnx, load_external_data=False).SerializeToString()
 
 
-def branch_of(weight: str, rank: int = 2, turned: bool = False) -> Branch:
+def branch_of(weight: str, rank: int = 2, turned: bool = False) -> LoraBranch:
     """A branch beside a weight of 32 × 32."""
     module = weight.removesuffix(".weight")
     a, b = TensorSpec(f"{module}.lora_A", DType.F32, (32, rank)), TensorSpec(f"{module}.lora_B", DType.F32, (rank, 32))
-    return Branch(weight, a, b, turned)
+    return LoraBranch(weight, a, b, turned)
 
 
 def test_a_weight_that_serves_twice_has_two_branches() -> None:
@@ -284,9 +286,9 @@ def test_a_wrong_branch_is_found_out(
 ) -> None:
     """Half the scaling, and nothing is written: exit code 3."""
     adapter = adapter_of(bert.model, tmp_path / "a", ["query"])
-    right = export_adapters.KeptAdapter.factors
+    right = export_adapters.GraphLora.factors
     monkeypatch.setattr(
-        export_adapters.KeptAdapter,
+        export_adapters.GraphLora,
         "factors",
         lambda self: {name: tensor / 2 if name.endswith("B") else tensor for name, tensor in right(self).items()},
     )

@@ -33,6 +33,8 @@ from surgery.onnx.trace.template import Template
 from surgery.operations.export import export_onnx as operation
 from surgery.operations.export import grafts as export_grafts
 
+pytestmark = pytest.mark.processor
+
 HALVES = ("compacter", "compacter_linear", "double_seq_bn", "double_seq_bn_linear")
 TRACED = ("bert", "gpt2", "llama", "vit")  # DistilBERT's and RoBERTa's layers are BERT's
 CASES = [case for case in ALL_CASES if case[0] in TRACED]
@@ -320,9 +322,9 @@ def test_a_wrong_graph_is_found_out(
     tmp_path: Path, export: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bias that is missing, and nothing is written: exit code 3."""
-    right = export_grafts.Grafted._build
-    wrong = lambda self, made, base: right(self, made, base) * (not made.spec.name.endswith("half_folded.bias"))  # noqa: E731
-    monkeypatch.setattr(export_grafts.Grafted, "_build", wrong)
+    right = export_grafts.PartsInGraph._build
+    wrong = lambda self, made: right(self, made) * (not made.spec.name.endswith("half_folded.bias"))  # noqa: E731
+    monkeypatch.setattr(export_grafts.PartsInGraph, "_build", wrong)
     with pytest.raises(VerificationFailed, match="with its adapter") as caught:
         export("bert", tmp_path / "out", adapters=[GOLDEN / "bert" / "double_seq_bn"])
     assert caught.value.exit_code == 3

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from opened import opened_architecture
 
 from formats import DType
 from surgery.onnx.against_torch.model import distance, relative, tolerance
-from surgery.onnx.trace.architecture import read_architecture
 from surgery.onnx.trace.single_pass import SinglePass
+
+pytestmark = pytest.mark.processor
 
 
 def test_differences_are_relative_to_the_largest_value() -> None:
@@ -51,7 +53,7 @@ def test_tolerance_follows_dtype_and_depth() -> None:
 def test_inputs_hold_padding_and_fit_the_model(tmp_path: Path, make_model: Callable[..., Path]) -> None:
     """Several shapes; first rows are full, others end in padding; no sequence is longer than the model takes."""
     folder = make_model(tmp_path / "m", "bert", max_position_embeddings=20, pad_token_id=3)
-    kind = read_architecture(folder).kind
+    kind = opened_architecture(folder).kind
     assert isinstance(kind, SinglePass)
     feeds = kind.feeds(seed=0)
     assert len({feed["input_ids"].shape for feed in feeds}) == len(feeds) == 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from formats.errors import OutputExists
 from surgery.errors import TemplateMismatch
-from surgery.operations.export.into_template import merge_onnx, reweigh
+from surgery.operations.export.into_template import reweigh
 from surgery.operations.look.prove import prove
 from surgery.operations.merge.merge import merge
 
@@ -171,7 +173,7 @@ def test_other_exporters_graphs(
     assert report.ledger["unused"] == 0
     if exporter is _by_transformers and kind != "gpt2":
         assert any(recipe.count(";") == 2 for recipe in report.recipes.values())  # query, key and value
-    again = merge_onnx(template, case.adapter, tmp_path / "b" / "model.onnx", base=case.base)
+    again = reweigh(template, case.base, tmp_path / "b" / "model.onnx", adapters=case.adapter)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
     assert again.surviving.keys()
@@ -202,29 +204,65 @@ def test_torchs_old_exporter(tmp_path: Path, cases: Callable[[str], Case]) -> No
     assert prove(template, tmp_path / "merged" / "model.onnx", shape=(2, 8)).level == "graph"
 
 
+def _bytes(folder: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted(folder.iterdir())]
+
+
 def test_the_command_line(tmp_path: Path, cases: Callable[[str], Case], bert: Path, cli: Callable[..., Result]) -> None:
-    """export-onnx --template and merge BASE.onnx give the same files; options that mean nothing there are refused."""
+    """A merged checkpoint and adapters give the same files; options that mean nothing there are refused."""
     case = cases("bert")
-    one, two = tmp_path / "one" / "m.onnx", tmp_path / "two" / "m.onnx"
+    one, two, three, out = (tmp_path / name / "m.onnx" for name in ("one", "two", "three", "x"))
     done = cli("export-onnx", case.merged, "--template", bert, "--base", case.base, "-o", one)
     assert done.exit_code == 0, done.output
     assert "the template's, byte for byte" in done.output
-    done = cli("merge", bert, case.adapter, "--base", case.base, "-o", two)
+    done = cli("export-onnx", case.base, "--template", bert, "--adapter", case.adapter, "-o", two)
     assert done.exit_code == 0, done.output
-    assert [file.read_bytes() for file in sorted(one.parent.iterdir())] == [
-        file.read_bytes() for file in sorted(two.parent.iterdir())
-    ]
-    weighed = cli("merge", bert, case.adapter, "--weight", 0.5, "--base", case.base, "-o", tmp_path / "w.onnx")
-    assert weighed.exit_code == 0, weighed.output
+    assert "survives rounding" in done.output
+    both = ("--base", case.base, "--adapter", case.adapter)
+    assert cli("export-onnx", case.base, "--template", bert, *both, "-o", three).exit_code == 0
+    assert _bytes(one.parent) == _bytes(two.parent) == _bytes(three.parent)
     for arguments in (
-        ("export-onnx", case.merged, "--template", bert, "-o", tmp_path / "x.onnx"),
-        ("export-onnx", case.merged, "--template", bert, "--base", case.base, "--no-verify", "-o", tmp_path / "x.onnx"),
-        ("merge", bert, case.adapter, "-o", tmp_path / "x.onnx"),
-        ("merge", case.base, case.adapter, "--base", case.base, "-o", tmp_path / "x"),
-        ("merge", bert, case.adapter, "--base", case.base, "--untie", "-o", tmp_path / "x.onnx"),
-        ("merge", bert, case.adapter, "--base", case.base, "--undo", tmp_path / "u.st", "-o", tmp_path / "x.onnx"),
+        (case.merged, "--template", bert),
+        (case.merged, "--base", case.base),
+        (case.merged, "--template", bert, "--base", case.base, "--no-verify"),
+        (case.base, "--template", bert, "--adapter", case.adapter, "--as", "branch"),
+        (case.base, "--adapter", f"{case.adapter}:0.5"),
     ):
-        assert cli(*arguments).exit_code == 2
+        assert cli("export-onnx", *arguments, "-o", out).exit_code == 2
+    assert not out.parent.exists()
+
+
+def test_adapters_into_another_model_than_the_graphs(tmp_path: Path, cases: Callable[[str], Case], bert: Path) -> None:
+    """The graph gets what merging them into that model gives."""
+    case = cases("bert")
+    weights = load_file(case.base / "model.safetensors")
+    shutil.copytree(case.base, tmp_path / "tuned")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, tmp_path / "tuned" / "model.safetensors")
+    merge(tmp_path / "tuned", case.adapter, tmp_path / "merged")
+    reweigh(bert, tmp_path / "merged", tmp_path / "a" / "m.onnx", base=case.base)
+    reweigh(bert, tmp_path / "tuned", tmp_path / "b" / "m.onnx", base=case.base, adapters=case.adapter)
+    assert _bytes(tmp_path / "a") == _bytes(tmp_path / "b")
+
+
+def test_merge_of_a_graph_says_where_to_go(
+    tmp_path: Path, cases: Callable[[str], Case], bert: Path, cli: Callable[..., Result]
+) -> None:
+    """The command that it names does it, with the weights that the user gave."""
+    case, out = cases("bert"), tmp_path / "to here" / "m.onnx"
+    done = cli("merge", bert, f"{case.adapter}:3", "--weight", 0.5, "--base", case.base, "-o", out)
+    assert done.exit_code == 2
+    assert not out.parent.exists()
+    command = shlex.split(done.stderr.split("`")[1])
+    assert command[:2] == ["surgery", "export-onnx"]
+    done = cli(*command[1:])
+    assert done.exit_code == 0, done.output
+    reweigh(bert, case.base, tmp_path / "b" / "m.onnx", adapters=(case.adapter, 1.5))
+    assert _bytes(out.parent) == _bytes(tmp_path / "b")
+    asked = cli("merge", bert, case.adapter, "--alpha", 8, "--enable-lora", "1,0,1", "--fan-in-fan-out", "-o", out)
+    assert asked.exit_code == 2
+    assert "export-onnx BASE --template" in asked.stderr
+    assert "--alpha 8.0 --enable-lora 1,0,1 --fan-in-fan-out -o" in asked.stderr
+    assert cli("merge", case.base, case.adapter, "--base", case.base, "-o", tmp_path / "x").exit_code == 2
 
 
 def test_every_method_that_merge_knows(tmp_path: Path, cases: Callable[[str], Case], bert: Path) -> None:
@@ -243,7 +281,7 @@ def test_every_method_that_merge_knows(tmp_path: Path, cases: Callable[[str], Ca
     adapters = [(case.adapter, 0.5), tmp_path / "dora"]
     merge(case.base, adapters, tmp_path / "merged")
     reweigh(bert, tmp_path / "merged", tmp_path / "a" / "m.onnx", base=case.base)
-    report = merge_onnx(bert, adapters, tmp_path / "b" / "m.onnx", base=case.base)
+    report = reweigh(bert, case.base, tmp_path / "b" / "m.onnx", adapters=adapters)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
     assert {"classifier.weight", "classifier.bias"} <= set(report.changed)

@@ -22,6 +22,8 @@ from surgery.operations.extract.extract import extract
 from surgery.operations.look.prove import prove
 from surgery.operations.merge.merge import merge
 
+pytestmark = pytest.mark.processor
+
 DOCS = ROOT / "docs"
 
 

@@ -16,6 +16,8 @@ from surgery.errors import NotFinite, Unsupported
 from surgery.onnx.files.payload import PAYLOAD
 from surgery.operations.export.export_onnx import export_onnx
 
+pytestmark = pytest.mark.processor
+
 Make = Callable[..., Path]
 
 

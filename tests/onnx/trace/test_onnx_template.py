@@ -12,11 +12,14 @@ from typing import Any
 
 import onnx
 import pytest
+from opened import opened_architecture
 
 from formats import DType, open_checkpoint
 from formats.errors import UnsupportedDType
-from surgery.onnx.trace.architecture import build_module, read_architecture
+from surgery.onnx.trace.architecture import build_module
 from surgery.onnx.trace.template import build_template, order_nodes
+
+pytestmark = pytest.mark.processor
 
 Make = Callable[..., Path]
 
@@ -96,7 +99,7 @@ def test_as_lean_as_the_exporters_own(bert: Any, tmp_path: Path) -> None:
     import onnxruntime
     import torch
 
-    architecture = read_architecture(bert.model)
+    architecture = opened_architecture(bert.model)
     ids = torch.ones(2, 8, dtype=torch.int64)
     names = [each.name for each in architecture.kind.programs[0].inputs]
     module = build_module(architecture, DType.F32)
@@ -134,7 +137,7 @@ def test_dtypes_that_onnxruntime_does_not_run(
             for index, (name, spec) in enumerate(checkpoint.specs.items())
         }
     with pytest.raises(UnsupportedDType) as caught:
-        build_template(read_architecture(folder), specs)
+        build_template(opened_architecture(folder), specs)
     assert found in caught.value.details["found"]
     assert "--dtype float32" in caught.value.details["next"]
 

@@ -273,7 +273,7 @@ def test_a_plan_writes_nothing_and_a_dialect_is_named(kohya: Path, tmp_path: Pat
     out = tmp_path / "c.safetensors"
     result = cli("convert", kohya, "--to", "comfyui", "--base", tmp_path / "base.st", "-o", out, "--dry-run")
     assert result.exit_code == 0
-    assert "9 steps, nothing written" in result.stdout
+    assert "9 steps, 960 bytes to read" in result.stdout
     assert not out.exists()
     assert "kohya" in cli("inspect", kohya).stdout
     assert "modules_to_save" not in cli("inspect", kohya).stdout

@@ -15,7 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import surgery
+from formats.open_files import OpenFiles
 from surgery.errors import NotFinite, NothingToDo, ReportedError
+
+pytestmark = pytest.mark.processor
 
 
 def save(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
@@ -309,3 +312,33 @@ def test_without_factors_there_is_an_adapter_and_no_curve(pair: tuple[Path, Path
     assert any("no curve to draw" in note for note in report.notes)
     assert (tmp_path / "a" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "c.svg").exists()
+
+
+@pytest.mark.parametrize("curve", ["there.svg", "c.png", "base.st", "adapter", "file/c.svg"])
+def test_a_picture_that_cannot_be_is_refused_with_the_plan(
+    pair: tuple[Path, Path], tmp_path: Path, cli: Callable[..., Result], curve: str
+) -> None:
+    """It stands already, is of no known kind, an input, the adapter itself, below a file; a dry run says the same."""
+    for name in ("there.svg", "file"):
+        (tmp_path / name).write_text("precious")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    words = ("extract", "--rank", 4, *pair, "-o", tmp_path / "adapter", "--curve", tmp_path / curve)
+    real, dry = cli(*words), cli(*words, "--dry-run")
+    assert (real.exit_code, dry.exit_code) == (1, 1)
+    assert real.stderr == dry.stderr != ""
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_budget_is_spent_when_the_job_runs(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Preparing reads headers only; the plan has room for whatever the budget comes to."""
+    with monkeypatch.context() as patched:
+        patched.setattr(OpenFiles, "read", lambda *_: pytest.fail("a weight was read"))
+        patched.setattr(OpenFiles, "of", lambda *_: pytest.fail("a weight was read"))
+        job = surgery.prepare_extract(*pair, tmp_path / "a", rank=surgery.Budget(9000))
+        planned = job.summary
+    assert planned.outputs == (str(tmp_path / "a"),)
+    report = job.run()
+    assert (tmp_path / "a" / "adapter_model.safetensors").stat().st_size <= min(9000, planned.bytes_written)
+    assert report.rule == "the best ranks for 9,000 bytes"

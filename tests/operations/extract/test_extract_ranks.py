@@ -19,6 +19,8 @@ from surgery.errors import ReportedError
 from surgery.ranks import Bounded, EnergyRule, QuantileRule, RankRule, RatioRule, ResidualRule, ThresholdRule
 from surgery.ranks.budget import Budget
 
+pytestmark = pytest.mark.processor
+
 DECAY = (0.5, 0.8, 0.95)  # of the singular values of each weight: one is steep, one is slow
 
 

@@ -13,6 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import surgery
 
+pytestmark = pytest.mark.processor
+
 STEPS = 6
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 import surgery
 from formats.errors import OutputExists, UnknownTensor
 from surgery.errors import NothingToDo, SurgeryError
+
+pytestmark = pytest.mark.processor
 
 
 def test_the_residuals_are_those_of_the_extraction(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -104,3 +107,18 @@ def test_json_holds_spectra_and_curves(pair: tuple[Path, Path], cli_json: Callab
     assert {"name", "shape", "size", "bytes_per_rank", "total", "values"} == report["weights"][0].keys()
     assert report["uniform"][0].keys() == {"rank", "nbytes", "energy", "residual", "limited"}
     assert len(report["budget"]) == len(report["uniform"])
+
+
+def test_a_dry_run_shows_what_would_be_measured(
+    pair: tuple[Path, Path], tmp_path: Path, cli: Callable[..., Result]
+) -> None:
+    """As a table and as one document; a picture that cannot be is refused as the run refuses it."""
+    words = ("spectrum", *pair, "--report", tmp_path / "r.html", "--dry-run")
+    assert "measure" in cli(*words).stdout
+    plan = json.loads(cli(*words, "--json").stdout)
+    assert plan["operation"] == "spectrum"
+    assert plan["outputs"] == [str(tmp_path / "r.html")]
+    assert not (tmp_path / "r.html").exists()
+    (tmp_path / "r.html").write_text("precious")
+    real, dry = cli(*words[:-1]), cli(*words)
+    assert (real.exit_code, real.stderr) == (dry.exit_code, dry.stderr) != (0, "")

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.cli import main
-from surgery.operations.fold.fold import verdicts
 
 BASE = GOLDEN / "bert" / "base.st"
 LAYER = "encoder.layer.0.output.adapters.style"
@@ -108,7 +107,7 @@ def test_another_model_s_adapter_is_refused(tmp_path: Path) -> None:
 def test_no_family_takes_another_s_adapter(tmp_path: Path, model: str, other: str, name: str) -> None:
     """Though the projections of some have the same names, or their prefixes the same keys."""
     if (model, other) in (("bert", "roberta"), ("roberta", "bert")):  # the same layers, and both say so
-        assert verdicts(GOLDEN / model / "base.st", GOLDEN / other / name)
+        assert surgery.prepare_fold(GOLDEN / model / "base.st", GOLDEN / other / name, tmp_path / "out").verdicts
         return
     with pytest.raises(surgery.ReportedError, match=r"match nothing|its norms elsewhere|another type of model"):
         surgery.fold(GOLDEN / model / "base.st", GOLDEN / other / name, tmp_path / "out")
@@ -141,7 +140,8 @@ def test_an_early_file_calls_gelu_otherwise(tmp_path: Path) -> None:
     for name, meant in (("gelu", "gelu_new"), ("gelu_orig", "gelu"), ("relu", "relu")):
         config["config"]["non_linearity"] = name
         (adapter / "adapter_config.json").write_text(json.dumps(config))
-        assert {each.what for each in verdicts(BASE, adapter)} == {f"parallel bottleneck, {meant}"}
+        found = surgery.prepare_fold(BASE, adapter, tmp_path / "out").verdicts
+        assert {each.what for each in found} == {f"parallel bottleneck, {meant}"}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_what_no_fold_can_express_is_refused(tmp_path: Path, name: str, message:
     with pytest.raises(surgery.ReportedError, match=message):
         surgery.fold(base, adapter, tmp_path / "out")
     with pytest.raises(surgery.ReportedError, match=message):
-        verdicts(base, adapter)
+        surgery.prepare_fold(base, adapter, tmp_path / "out")
     with pytest.raises(surgery.ReportedError, match=message):
         surgery.export_onnx(base, tmp_path / "out.onnx", adapters=[adapter])
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
@@ -244,7 +244,7 @@ def test_a_llama_gets_the_biases_that_a_fold_needs(tmp_path: Path, name: str) ->
     assert len(biases) == 2 * 7
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
-    found = verdicts(base, adapter)
+    found = surgery.prepare_fold(base, adapter, tmp_path / "other").verdicts
     assert {(each.way, each.reason) for each in found} == {
         ("half-folded", "linear, but the projection has no bias to take s(U b_D + b_U)")
     }
@@ -310,9 +310,9 @@ def test_the_command_says_what_becomes_of_what(tmp_path: Path) -> None:
     assert "grafts.safetensors" in done.output
     document = json.loads(CliRunner().invoke(main, [*arguments, "--force", "--json"]).output)
     assert [each["way"] for each in document["verdicts"]] == ["graph", "graph"]
-    assert [each.reason for each in verdicts(GOLDEN / "gpt2" / "base.st", adapter)] == [
-        each["reason"] for each in document["verdicts"]
-    ]
+    plan = json.loads(CliRunner().invoke(main, [*arguments, "--force", "--json", "--dry-run"]).output)
+    assert plan["verdicts"] == document["verdicts"]
+    assert plan["bytes_written"] > 0
 
 
 def test_the_command_refuses_with_exit_code_1(tmp_path: Path) -> None:
@@ -321,3 +321,37 @@ def test_the_command_refuses_with_exit_code_1(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["fold", str(BASE), str(adapter), "-o", str(tmp_path / "out")])
     assert done.exit_code == 1
     assert "depends on the input" in done.stderr
+
+
+@pytest.mark.parametrize("option", [["--approximate"], ["--calibration", "rows.st"], ["--max-error", "0.1"]])
+def test_an_option_that_was_taken_away_says_where_to_go(tmp_path: Path, option: list[str]) -> None:
+    """A usage error in one sentence; nothing is written."""
+    arguments = ["fold", str(BASE), str(GOLDEN / "bert" / "par_bn"), "-o", str(tmp_path / "out"), *option]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 2
+    assert "were taken away: fold without them" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["bert/par_bn", "heads/bert_static_lora"])
+def test_a_prepared_fold_is_what_fold_does(tmp_path: Path, name: str) -> None:
+    """Of bottlenecks, and of what is merged: nothing is written until it runs, and then the same bytes."""
+    base, adapter = saved("bert", tmp_path / "base"), GOLDEN / name
+    job = surgery.prepare_fold(base, adapter, tmp_path / "a")
+    plan = job.summary
+    assert (plan.operation, plan.inputs, plan.outputs) == ("fold", (str(base), str(adapter)), (str(tmp_path / "a"),))
+    assert plan.verdicts == job.verdicts
+    assert not (tmp_path / "a").exists()
+    report, again = job.run(), surgery.fold(base, adapter, tmp_path / "b")
+    assert (report.operation, report.verdicts, report.digest) == ("fold", plan.verdicts, again.digest)
+    written = [{file.name: file.read_bytes() for file in (tmp_path / out).iterdir()} for out in "ab"]
+    assert written[0] == written[1]
+
+
+def test_the_plan_refuses_a_file_that_has_no_room_for_grafts(tmp_path: Path) -> None:
+    """As the run does, in the same words."""
+    words = ["fold", str(BASE), str(GOLDEN / "bert" / "seq_bn"), "-o", str(tmp_path / "out.st")]
+    run, dry = CliRunner().invoke(main, words), CliRunner().invoke(main, [*words, "--dry-run"])
+    assert run.exit_code == dry.exit_code == 1
+    assert run.stderr == dry.stderr
+    assert "must stay in the graph" in dry.stderr

@@ -197,8 +197,8 @@ def test_bad_input_is_refused_in_a_sentence(root: Path, tmp_path: Path, monkeypa
     """No adapter, one that is not there, two of one name, another model's, settings that make no sense."""
     out, lora = tmp_path / "out", root / "lora"
     monkeypatch.setattr(
-        "surgery.operations.latency.compare.export_onnx", None
-    )  # nothing is exported before these are found
+        "surgery.operations.latency.compare.new_graphs", None
+    )  # nothing is traced before these are found
     assert isinstance(refused(root, out), NothingToDo)
     assert isinstance(refused(root, out, root / "nowhere"), PathNotFound)
     twice = refused(root, out, lora, ("lora", BERT / "seq_bn"))

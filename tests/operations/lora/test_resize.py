@@ -256,3 +256,16 @@ def test_command(tmp_path: Path, cli: Callable[..., Result], cli_json: Callable[
     assert "linear.weight" in shown.stdout
     assert "bytes before" in shown.stdout
     assert cli("resize", before, "-o", tmp_path / "d").exit_code == 2
+
+
+def test_the_base_is_never_replaced(tmp_path: Path, cli: Callable[..., Result]) -> None:
+    """Only its headers are read, and yet it is an input; of resize and of combine."""
+    before, other = adapter(tmp_path, "a"), adapter(tmp_path, "b", seed=2)
+    precious = (tmp_path / "base.st").read_bytes()
+    common = ("--base", tmp_path / "base.st", "-o", tmp_path / "base.st", "--force")
+    for words in (("resize", before, "--rank", 2), ("combine", before, other, "--how", "cat")):
+        for more in ((), ("--dry-run",)):
+            refused = cli(*words, *common, *more)
+            assert refused.exit_code == 1
+            assert "overwrite an input" in refused.stderr
+    assert (tmp_path / "base.st").read_bytes() == precious

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from float8_models import E4M3, E5M2, FINE, LAYOUTS, NAME, Base, Tensors, half_a_step, quantise, spread
+from lora_by_hand import lora
 from safetensors.torch import load_file, save_file
-from test_merge import lora
 
 import surgery
 from formats import open_checkpoint

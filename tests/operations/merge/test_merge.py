@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from lora_by_hand import lora, up
 from miniature import perturbed, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -28,26 +29,6 @@ def adapter(pair: tuple[Path, Path], tmp_path: Path) -> Path:
     """A rank-4 adapter of the pair."""
     surgery.extract(*pair, tmp_path / "adapter", rank=4)
     return tmp_path / "adapter"
-
-
-def lora(folder: Path, tensors: dict[str, torch.Tensor], **settings: Any) -> Path:
-    """An adapter written by hand."""
-    folder.mkdir()
-    save_file(
-        {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors"
-    )
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **settings}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def up(rank: int = 2, out: int = 48, into: int = 16) -> dict[str, torch.Tensor]:
-    """Factors for the miniature's first linear layer."""
-    generator = torch.Generator().manual_seed(5)
-    return {
-        "layers.0.up.lora_A.weight": torch.randn(rank, into, generator=generator),
-        "layers.0.up.lora_B.weight": torch.randn(out, rank, generator=generator),
-    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

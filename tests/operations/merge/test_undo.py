@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from lora_by_hand import lora, up
 from miniature import weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_merge import lora, up
 
 import surgery
 from formats.errors import CorruptFile, OutputExists
@@ -286,8 +286,8 @@ def test_both_are_on_disk_before_either_has_a_name(
 def test_a_plan_with_undo_can_be_shown(base: Path, adapter: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
     """--dry-run of both verbs; nothing is written."""
     surgery.merge(base, adapter, tmp_path / "m.st", undo=tmp_path / "u.st")
-    for verb, first in (("merge", base), ("unmerge", tmp_path / "m.st")):
-        result = cli(verb, first, adapter, "-o", tmp_path / "x.st", "--undo", tmp_path / "u.st", "--dry-run")
+    for verb, first, undo in (("merge", base, "new.st"), ("unmerge", tmp_path / "m.st", "u.st")):
+        result = cli(verb, first, adapter, "-o", tmp_path / "x.st", "--undo", tmp_path / undo, "--dry-run")
         assert result.exit_code == 0, result.output
         assert "nothing written" in result.stdout
     assert not (tmp_path / "x.st").exists()

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from lora_by_hand import lora, up
 from miniature import weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_merge import lora, up
 
 import surgery
 from surgery.errors import AlreadyMerged

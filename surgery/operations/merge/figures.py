@@ -1,0 +1,42 @@
+"""What the steps of merge, unmerge and verify measure on their way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from surgery.exact.survival import Surviving
+from surgery.pipeline.ops import Hashed
+from surgery.receipts.receipt import Original
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeFigures(Hashed):
+    """The figures of a step of merge: the base's tensors before, the output's after.
+
+    Attributes:
+        changed: whether merging changed anything but the dtype.
+        surviving: how much of the delta is stored, by name.
+        originals: tensors that the receipt keeps, by name.
+        lost: names of tensors that were replaced and are not kept.
+    """
+
+    changed: bool = False
+    surviving: Mapping[str, Surviving] = field(default_factory=dict)
+    originals: Mapping[str, Original] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnmergeFigures(Hashed):
+    """The figures of a step of unmerge. `uncertain`: of tensors that may differ from the base's, how many elements of
+    each rounding can have changed."""
+
+    uncertain: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The figures of a step of verify: the verdict on each tensor, by name."""
+
+    verdicts: Mapping[str, str]
