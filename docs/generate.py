@@ -1,8 +1,10 @@
-"""Writes docs/cli.md from the commands' own help, docs/methods.md from the tables of methods and docs/dialects.md from
-the dialects' writers. A test fails where a file and its source differ: `make docs` mends it."""
+"""Writes docs/cli.md from the commands' own help, docs/methods.md from the tables of methods, docs/dialects.md from the
+dialects' writers, and the examples into docs/extending.md. A test fails where a file and its source differ: `make
+docs` mends it."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -15,6 +17,7 @@ from surgery.methods import ADDITIVE, TRANSFORMING
 TARGET = Path(__file__).parent / "cli.md"
 DIALECTS = Path(__file__).parent / "dialects.md"
 METHODS = Path(__file__).parent / "methods.md"
+EXTENDING = Path(__file__).parent / "extending.md"
 
 
 def reference() -> str:
@@ -51,6 +54,17 @@ def methods() -> str:
     return "\n".join([_METHODS.replace("COUNT", count), *merged, _REFUSED, *refused, ""])
 
 
+def extending() -> str:
+    """The guide for methods and dialects from outside, with its examples as they are."""
+
+    def shown(match: re.Match[str]) -> str:
+        code = (EXTENDING.parents[1] / match["file"]).read_text(encoding="utf-8")
+        return f"<!-- {match['file']} -->\n```python\n{code}```\n"
+
+    pattern = r"<!-- (?P<file>\S+) -->\n```python\n.*?```\n"
+    return re.sub(pattern, shown, EXTENDING.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
 _METHODS = """# The methods of PEFT
 
 Generated from the tables in formats/dialects/peft_methods.py and surgery/methods by `make docs`; do not edit.
@@ -80,3 +94,4 @@ if __name__ == "__main__":
     TARGET.write_text(reference(), encoding="utf-8")
     DIALECTS.write_text(dialects(), encoding="utf-8")
     METHODS.write_text(methods(), encoding="utf-8")
+    EXTENDING.write_text(extending(), encoding="utf-8")

@@ -43,7 +43,7 @@ class Plugin:
         """
         try:
             found: Any = self.entry.load()
-        except Exception as error:  # whatever a stranger's module raises: it is reported, with whose it is
+        except (Exception, SystemExit) as error:  # whatever a stranger's module raises is reported, with whose it is
             raise self.error("cannot be imported", found=f"{type(error).__name__}: {error}") from error
         if isinstance(found, type) or not isinstance(found, kinds):
             expected = " or ".join(f"{kind.__module__}.{kind.__name__}" for kind in kinds)

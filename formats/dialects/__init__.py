@@ -180,7 +180,14 @@ def recognised(
         if dialect.recognises(checkpoint, config):
             return dialect, ()
     found, errors = _plugins()
-    return next((dialect for dialect in found if dialect.recognises(checkpoint, config)), None), errors
+    for dialect in found:
+        try:
+            if dialect.recognises(checkpoint, config):
+                return dialect, ()
+        except Exception as error:  # a stranger's, of a file that need not be theirs
+            what = f"the dialect {dialect.name} of the module {type(dialect).__module__} fails to recognise"
+            errors = (*errors, PluginError(what, found=f"{type(error).__name__}: {error}"))
+    return None, errors
 
 
 def dialect_named(name: str) -> Dialect:

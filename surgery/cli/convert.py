@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from formats.dialects import WRITERS
+from formats.dialects import WRITERS, writer_named
 from formats.dialects.parts import PARTS
 from formats.dialects.writing import DROPS
+from formats.errors import AdapterFormatError, PluginError
 from surgery.cli import options, printing, running
 
 if TYPE_CHECKING:
@@ -20,6 +21,21 @@ CONTAINERS = ("safetensors", "torch")
 LORA = "lora"  # of --to: no dialect but a method
 
 
+class _Target(click.Choice[str]):
+    """One of these, or a dialect that another distribution registers, which loads when it is named."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name. Fails as a choice does; for a plugin that cannot be loaded, with the reason."""
+        try:
+            if value not in self.choices:
+                return writer_named(value).name
+        except PluginError as error:
+            self.fail(str(error), param, ctx)
+        except AdapterFormatError:
+            pass  # nobody's: said as for any choice
+        return super().convert(value, param, ctx)
+
+
 @running.verb(
     "convert",
     epilog="Examples: surgery convert style.safetensors --to diffusers --base unet/ -o style/; "
@@ -29,7 +45,7 @@ LORA = "lora"  # of --to: no dialect but a method
 @click.argument("source", type=options.PATH, metavar="INPUT")
 @click.option(
     "--to",
-    type=click.Choice([*(writer.name for writer in WRITERS), LORA]),
+    type=_Target([*(writer.name for writer in WRITERS), LORA]),
     help="Dialect to write the adapter in; or lora: a plain LoRA in PEFT's names, of any method, at a given rank.",
 )
 @options.rank_options

@@ -101,8 +101,8 @@ TRANSFORMING: tuple[TransformingMethod, ...] = (
 
 
 GROUP = "surgery.methods"  # of other distributions' entry points
-_EVERY: tuple[Method, ...] = (*ADDITIVE, *TRANSFORMING)
-_OURS = {method.name: method for method in _EVERY}
+METHODS: tuple[Method, ...] = (*ADDITIVE, *TRANSFORMING)
+_OURS = {method.name: method for method in METHODS}
 _KINDS = (AdditiveMethod, TransformingMethod)
 
 

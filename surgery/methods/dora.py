@@ -20,7 +20,7 @@ from surgery.errors import NotFinite
 from surgery.exact.finite import is_finite
 from surgery.exact.rounding import exact_product, lengthen
 from surgery.methods.base import AdditiveMethod, Spacious, TransformingMethod
-from surgery.methods.lora import check_weight, delta_shape, outward
+from surgery.methods.lora import check_pair, check_weight, delta_shape, outward
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,7 @@ class Dora(TransformingMethod):
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """As LoRA's; ShapeMismatch too for magnitudes that are not one for each output."""
+        check_pair(module)
         check_weight(weight, delta_shape(module, len(weight.shape)))
         _check_magnitudes(module, weight, module.factors["lora_B"].spec.shape[0])
 

@@ -33,7 +33,9 @@ class Lora(AdditiveMethod):
     paper = "LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape, or for
+        factors without a common rank."""
+        check_pair(module)
         check_weight(weight, delta_shape(module, len(weight.shape)))
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
@@ -110,6 +112,20 @@ def delta_shape(module: AdapterModule, dims: int) -> tuple[int, ...]:
     if module.kind is LayerKind.PARAMETER and dims == 3:
         return (a[0] // module.rank, *((into, out) if module.transposed else (out, into)))
     return (out, into) if module.kind in (LayerKind.LINEAR, LayerKind.PARAMETER) else (into, out)
+
+
+def check_pair(module: AdapterModule) -> None:
+    """Refuses lora_A and lora_B without a common rank, or with other dimensions than their layer's. Raises
+    ShapeMismatch."""
+    a, b = (module.factors[role].spec.shape for role in ("lora_A", "lora_B"))
+    matrices = len(a) == len(b) == 2
+    if min(len(a), len(b)) < 2 or not (matrices or module.kind is LayerKind.CONV) or a[0] != b[1]:
+        raise ShapeMismatch(
+            "the two factors do not fit each other",
+            where=module.target,
+            expected="lora_A (rank, in) and lora_B (out, rank)",
+            found=f"lora_A {shape_text(a)}, lora_B {shape_text(b)}",
+        )
 
 
 def check_weight(weight: TensorSpec, delta: tuple[int, ...]) -> None:
