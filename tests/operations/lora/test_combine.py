@@ -227,7 +227,7 @@ def test_refused(tmp_path: Path) -> None:
         surgery.combine([one], out, how="cat")
     with pytest.raises(NothingToDo, match="weight 0"):
         surgery.combine([one, (other, 0.0)], out, how="cat")
-    with pytest.raises(NotMergeable, match="the same adapter twice"):
+    with pytest.raises(NotMergeable, match="the same adapter is given twice"):
         surgery.combine([one, one], out, how="cat")
     with pytest.raises(NotMergeable, match="DoRA"):
         surgery.combine([one, adapter(tmp_path, "d", use_dora=True)], out, how="cat")

@@ -115,7 +115,7 @@ def test_two_that_replace_one_tensor_are_refused(base: Path, tmp_path: Path) -> 
 def test_the_same_adapter_twice_is_refused(base: Path, three: list[Path], tmp_path: Path) -> None:
     """Under another name too; both are named."""
     copy = lora(tmp_path / "copy", factors(0))
-    with pytest.raises(NotMergeable, match="same adapter twice") as caught:
+    with pytest.raises(NotMergeable, match="same adapter is given twice") as caught:
         surgery.merge(base, [three[0], (copy, 0.5)], tmp_path / "m.st")
     assert str(copy) in str(caught.value)
     assert str(three[0]) in str(caught.value)
