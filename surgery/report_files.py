@@ -56,7 +56,12 @@ class PictureFile(Generic[Subject]):
         if out is None:
             return
         if Path(out).suffix not in forms:
-            raise SurgeryError("a picture of that kind is not made", expected=" or ".join(forms), found=out)
+            raise SurgeryError(
+                "pictures cannot have this suffix",
+                expected=" or ".join(forms),
+                found=out,
+                then=f"name a file with the suffix {next(iter(forms))}",
+            )
         self._form = forms[Path(out).suffix]
         self._staging = Staging(Path(out), folder=False, inputs=[Path(path).absolute() for path in inputs], force=force)
         self._staging.check_room(0)

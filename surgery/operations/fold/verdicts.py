@@ -138,13 +138,19 @@ def judge(adapter: Bottlenecks, base: Base) -> tuple[Judged, ...]:
             "the adapter removes the model's own residual and norm after it, which no weight and no new node can do",
             where=adapter.ref.path,
             found="original_ln_after = false",
+            then="run it with the library that trained it",
         )
     return tuple(_judged(adapter, one, f, base) for one in adapter.modules)
 
 
 def unknown_non_linearity(name: str, where: str) -> NotMergeable:
     """The error for a non-linearity that is not known."""
-    return NotMergeable("an unknown non-linearity", where=where, found=f"non_linearity = {name}")
+    return NotMergeable(
+        "the adapter has an unknown non-linearity",
+        where=where,
+        found=f"non_linearity = {name}",
+        then="run the adapter with the library that trained it",
+    )
 
 
 def _judged(adapter: Bottlenecks, one: Bottleneck, f: Activation, base: Base) -> Judged:

@@ -192,6 +192,7 @@ class _Reading:
                 "this adapter changes no weight that can have factors",
                 where=where,
                 found=", ".join(sorted({module.method for module in self.adapter.modules})) or "tensors in full",
+                then="merge it into the base instead",
             )
         adapter = self.adapter
         if adapter.replacements and "full" in self.drop:
