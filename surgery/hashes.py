@@ -1,4 +1,4 @@
-"""BLAKE3 of payloads and tensors, and content digests over them."""
+"""BLAKE3 hashes of payloads and tensors, and content digests over them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     import torch
 
 
-HASH = "blake3"  # of everything that a receipt names
+HASH = "blake3"  # the hash function of everything that a receipt names
 
 
 def new_hash() -> blake3:
-    """A hash to be updated with a payload: BLAKE3 (O'Connor et al., 2020), at several times the speed of SHA-256."""
+    """Returns a new BLAKE3 hasher (O'Connor et al., 2020), which is several times as fast as SHA-256."""
     return blake3()
 
 
@@ -34,6 +34,6 @@ def tensor_hash(tensor: torch.Tensor) -> str:
 
 
 def content_digest(tensors: Iterable[tuple[TensorSpec, str]]) -> str:
-    """A content address over (spec, payload hash) of all tensors: the same however they are sharded or ordered."""
+    """Hashes (spec, payload hash) of all tensors; the digest does not depend on their sharding or order."""
     lines = sorted(json.dumps([spec.name, spec.dtype.label, list(spec.shape), payload]) for spec, payload in tensors)
     return blake3("\n".join(lines).encode()).hexdigest()

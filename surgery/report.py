@@ -1,4 +1,4 @@
-"""What an operation tells when it is done: plain frozen data, for people and for `--json` alike."""
+"""The report that an operation returns: plain frozen data, shown to people and printed by `--json`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What every operation that writes something reports.
+    """The fields that every operation reports.
 
     Attributes:
         operation: its name on the command line.
         output: the path that was written.
-        seconds: wall time of the operation, imports of this process not counted.
-        peak_rss_bytes: the largest resident set so far, of the process or of one that worked for it.
+        seconds: wall time of the operation, without the imports of this process.
+        peak_rss_bytes: the largest resident set so far, of this process or of one of its workers; in bytes.
         ledger: how many tensors met each fate; every tensor of every input has exactly one.
-        notes: what the user should know besides.
+        notes: further remarks for the user.
     """
 
     operation: str
@@ -34,13 +34,13 @@ class Report:
 
 
 def peak_rss() -> int:
-    """The largest resident set so far, in bytes: of this process, or of one that it has waited for."""
+    """The largest resident set so far, in bytes, of this process or of a child that it has waited for."""
     peak = max(resource.getrusage(whose).ru_maxrss for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Stopwatch:
-    """Wall time since it was made; `loading` names a module whose import is to be over by then."""
+    """Measures wall time from its creation; it imports the module `loading` first, so that this is not counted."""
 
     def __init__(self, loading: str | None = None) -> None:
         if loading is not None:
@@ -49,18 +49,18 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Seconds since."""
+        """Seconds since creation."""
         return time.perf_counter() - self._start
 
 
 def _load(name: str) -> None:
-    with uncollected():  # large modules make no garbage while they are imported
+    with uncollected():  # importing a large module makes no garbage
         importlib.import_module(name)
 
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Does not look for garbage inside."""
+    """Disables the cyclic garbage collector inside."""
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,6 @@
-"""A picture as a file: refused before anything is computed, and there only if all goes well."""
+"""Files for pictures and records: a bad path is refused before anything is computed, and a file appears only if all
+goes well.
+"""
 
 from __future__ import annotations
 
@@ -18,30 +20,30 @@ from surgery.ranks.spectra import Spectrum
 from surgery.report import Report
 
 Subject = TypeVar("Subject")
-Forms = Mapping[str, Callable[[Subject], str]]  # suffix → what draws the subject
+Forms = Mapping[str, Callable[[Subject], str]]  # suffix → function that draws the subject
 
 LATENCY_FORMS: Forms[BenchReport] = {".html": latency_page, ".svg": latency_poster}
 COMPARISON_FORMS: Forms[CompareReport] = {".html": compare_page, ".svg": compare_poster}
 
 
 def spectra_forms(base: str | Path, tuned: str | Path) -> Forms[Sequence[Spectrum]]:
-    """A pair's spectra as a page or a poster, titled with the pair's names."""
+    """Draws the spectra of a pair as a page or a poster, titled with the names of both."""
     before, after = (Path(path).absolute().name for path in (base, tuned))
     title = f"{after} − {before}"
     return {".html": lambda spectra: page(title, spectra), ".svg": lambda spectra: poster(title, spectra)}
 
 
 class PictureFile(Generic[Subject]):
-    """A picture that is written when its context is left normally, if it was drawn by then.
+    """A picture that is written on a normal exit from its context, if it was drawn by then.
 
     Args:
-        out: a file with one of the forms' suffixes; without it nothing is drawn.
-        forms: what can be drawn.
+        out: a file whose suffix is one of the forms'; None draws nothing.
+        forms: the kinds of picture that can be drawn, by suffix.
         inputs: paths that must not be replaced.
-        force: replace what stands at `out`.
+        force: overwrite `out` if it exists.
 
     Raises:
-        SurgeryError: another suffix.
+        SurgeryError: `out` has another suffix.
         OutputExists, WriteFailed: see Staging.
     """
 
@@ -53,13 +55,18 @@ class PictureFile(Generic[Subject]):
         if out is None:
             return
         if Path(out).suffix not in forms:
-            raise SurgeryError("a picture of that kind is not made", expected=" or ".join(forms), found=out)
+            raise SurgeryError(
+                "pictures cannot have this suffix",
+                expected=" or ".join(forms),
+                found=out,
+                then=f"name a file with the suffix {next(iter(forms))}",
+            )
         self._form = forms[Path(out).suffix]
         self._staging = Staging(Path(out), folder=False, inputs=[Path(path).absolute() for path in inputs], force=force)
         self._staging.check_room(0)
 
     def draw(self, subject: Subject) -> None:
-        """Draws it. Raises WriteFailed."""
+        """Draws the subject. Raises WriteFailed."""
         if self._staging is None:
             return
         text = self._form(subject).encode()
@@ -82,12 +89,12 @@ class PictureFile(Generic[Subject]):
 
 @dataclass(frozen=True)
 class RecordFile:
-    """A JSON file that a report is to be written to; none, if there is no path.
+    """The JSON file to which a report is written; without a path, nothing is written.
 
     Attributes:
         path: the file.
         inputs: paths that must not be replaced.
-        force: whether what stands at the path may be replaced.
+        force: whether to overwrite a file at the path.
     """
 
     path: Path | None
@@ -96,7 +103,7 @@ class RecordFile:
 
     @classmethod
     def at(cls, path: str | Path | None, inputs: Iterable[Path], force: bool) -> RecordFile:
-        """The file at a path. Raises OutputExists or PathNotFound, see Staging."""
+        """Checks the path. Raises OutputExists or PathNotFound, see Staging."""
         made = cls(None if path is None else Path(path), tuple(inputs), force)
         if made.path is not None:
             made._staging(made.path).check_room(0)

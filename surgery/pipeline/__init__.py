@@ -1,1 +1,1 @@
-"""open → plan → run → commit: plans, the jobs that carry them out, and the engine that runs their steps."""
+"""open → plan → run → commit: plans, the jobs that run them, and the engine that runs their steps."""

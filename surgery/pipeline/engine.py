@@ -1,7 +1,7 @@
 """Runs a Plan on threads, or on copies of this process, within a byte budget.
 
-Order of completion never shows: outcomes come back in the plan's order, and the writer's bytes do not depend on it.
-Knows nothing of what a step computes.
+The order of completion has no effect: outcomes come back in the plan's order, and so do the writer's bytes. Knows
+nothing of the computation in a step.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from surgery.pipeline.workers import Work, can_fork, forked
 if TYPE_CHECKING:
     import torch
 
-_COPIED = 1 << 18  # bytes that are copied at once: still in the cache when they are hashed and written
-_CHUNK = 1 << 19  # bytes of each of two tensors that are compared: both stay in the cache
+_COPIED = 1 << 18  # bytes copied at once; they stay in the cache while they are hashed and written
+_CHUNK = 1 << 19  # bytes compared at once of each of two tensors; both stay in the cache
 Packed = tuple[tuple[Bytes, TensorSpec] | None, ...]
-Writers = tuple[CheckpointWriter | None, TensorWriter | None]  # of outputs, and of what steps declare aside
-_WORTH_COPIES = 64 << 20  # bytes that a plan moves; below, making copies of the process takes longer than they save
+Writers = tuple[CheckpointWriter | None, TensorWriter | None]  # for outputs, and for the steps' asides
+_WORTH_COPIES = 64 << 20  # bytes that a plan moves; for fewer, forking costs more time than it saves
 DEFAULT_MEMORY = 512 << 20  # bytes that steps may hold at once; a larger step runs alone
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run may use.
+    """The resources that a run may use.
 
     Attributes:
-        jobs: workers; 0 means one for each core this process may run on.
-        memory: bytes that running steps may hold together.
-        device: where steps compute: tensors are read on the CPU, moved there, and come back to be written.
-        progress: called after each step with its number, the total and the step's name.
-        processes: whether workers may be copies of this process, which do not wait for each other as threads do. For a
-            process that is surgery's own and has loaded no more than we do.
+        jobs: number of workers; 0 means one for each core that this process may use.
+        memory: memory budget of all running steps together, in bytes.
+        device: the device on which steps compute; tensors are read and written on the CPU.
+        progress: called after each step with the number of finished steps, the total and the step's name.
+        processes: whether workers may be forks of this process, which do not wait for each other as threads do. Use
+            this only in a process that runs nothing but surgery.
     """
 
     jobs: int = 0
@@ -62,18 +62,18 @@ class Resources:
         return self.jobs or cores()
 
     def torch_device(self) -> torch.device:
-        """The device as torch knows it. Raises Unsupported where this machine, or this torch, has none such."""
+        """The torch device. Raises Unsupported if this machine or this torch does not have it."""
         import torch
 
         try:
             device = torch.device(self.device)
             torch.empty(1, device=device)
-        except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises for each depends on its build
+        except (RuntimeError, AssertionError, ImportError) as error:  # which one torch raises depends on its build
             raise Unsupported(
                 "torch cannot compute on this device",
-                expected="cpu, cuda or cuda:1, say",
+                expected="for example cpu, cuda or cuda:1",
                 found=f"{self.device}: {error}",
-                then="leave --device out, or install a torch that is built for it",
+                then="leave --device out, or install a torch that supports the device",
             ) from error
         return device
 
@@ -85,19 +85,19 @@ def run(
     resources: Resources | None = None,
     aside: TensorWriter | None = None,
 ) -> tuple[Outcome, ...]:
-    """Runs every step; the outcomes come in the plan's order, without their tensors.
+    """Runs every step and returns the outcomes in the plan's order, without their tensors.
 
     Args:
         plan: the steps.
-        writer: takes their outputs; None where nothing is written.
-        files: where their inputs are open, or are opened.
+        writer: writes their outputs; None if nothing is written.
+        files: the open input files; opens others on demand.
         resources: workers, memory and device.
-        aside: takes what steps declare for a second output.
+        aside: writes the steps' asides to a second output.
 
-    The first error stops the run and is raised once the steps under way have ended.
+    The first error stops the run; it is raised after the running steps have ended.
 
     Raises:
-        ReportedError: whatever a step reports; other exceptions carry the step's name as a note.
+        ReportedError: any error that a step reports; other exceptions carry the step's name as a note.
     """
     import torch
 
@@ -110,7 +110,7 @@ def run(
         running = _Running(plan, files, (writer, aside), _Budget(resources.memory), device, stop)
         if (writer is None or writer.shared) and _pays(plan, resources, workers, device):
             running = replace(running, elsewhere=copies.enter_context(forked(workers, running.packed)))
-        # Largest first: the last step to finish is then a small one.
+        # Largest first, so that a small step finishes last and no worker waits long.
         order = sorted(range(len(plan.steps)), key=lambda index: -plan.steps[index].volume)
         pool = ThreadPoolExecutor(workers, "surgery", initializer=torch.set_num_threads, initargs=(intra_op,))
         futures: dict[int, Future[Outcome]] = {}
@@ -125,14 +125,14 @@ def run(
 
 
 def _pays(plan: Plan, resources: Resources, workers: int, device: torch.device) -> bool:
-    """Whether copies of this process may do the work, and would do it sooner than threads."""
+    """Whether copies of this process may do the work and would be faster than threads."""
     allowed = resources.processes and can_fork() and device.type == "cpu"
     return allowed and workers > 1 and sum(step.volume for step in plan.steps) >= _WORTH_COPIES
 
 
 @dataclass(frozen=True)
 class _Running:
-    """A plan under way. `elsewhere` has a copy of this process compute a step; None: the calling thread does."""
+    """A running plan. `elsewhere` computes a step in a copy of this process; if None, the calling thread does."""
 
     plan: Plan
     files: OpenFiles
@@ -143,7 +143,7 @@ class _Running:
     elsewhere: Work | None = None
 
     def run(self, index: int) -> Outcome:
-        """One step, from its inputs to what is written."""
+        """Runs one step: reads its inputs, computes, and writes its outputs."""
         step = self.plan.steps[index]
         try:
             if self.stop.is_set():
@@ -165,7 +165,7 @@ class _Running:
         return Outcome((), outcome.fates, outcome.figures)
 
     def _computed(self, index: int) -> Outcome:
-        """The step's outcome, with the tensors that are still to be written."""
+        """The step's outcome, with the tensors that have not been written yet."""
         step, writer = self.plan.steps[index], self.writers[0]
         if self.elsewhere is None:
             return self._compute(step)
@@ -184,7 +184,7 @@ class _Running:
         return step.op(*(self.files.read(ref).to(self.device) for ref in step.inputs))
 
     def packed(self, index: int) -> tuple[Outcome, Packed, Packed]:
-        """A step's outcome, in a form that goes to another process."""
+        """A step's outcome in a form that can be sent to another process."""
         import torch
 
         torch.set_num_threads(1)  # a copy made by fork has none of its parent's threads
@@ -193,7 +193,7 @@ class _Running:
 
 
 def _packed(tensors: tuple[torch.Tensor | None, ...]) -> Packed:
-    """Tensors as what they consist of: torch itself would pass on a name in shared memory."""
+    """Tensors as bytes and specs: torch itself would send only a name in shared memory."""
     return tuple(None if each is None else (bytes_from_tensor(each), spec_of("", each)) for each in tensors)
 
 
@@ -218,7 +218,7 @@ def _take_over(step: Step, op: TakesOver, files: OpenFiles, writer: CheckpointWr
 def _stream(
     step: Step, op: Streams, files: OpenFiles, writer: CheckpointWriter | None, device: torch.device
 ) -> Outcome:
-    """Reads the step's first input, and writes its output, as the op asks for it."""
+    """Reads the step's first input and writes its output piece by piece, as the op requests."""
     ref, (spec,) = step.inputs[0], step.outputs
     checkpoint, dtype = files.of(ref.checkpoint), ref.spec.dtype
     buffer = np.empty(0, np.uint8)
@@ -259,7 +259,7 @@ def _write(
 
 
 def _unchanged(step: Step, files: OpenFiles) -> Outcome | None:
-    """What a comparing op says of pairs that are equal bit for bit; None if one is not, or the op does not compare."""
+    """A comparing op's outcome if all pairs are equal bit for bit; None if one differs or the op does not compare."""
     outcome = step.op.unchanged() if isinstance(step.op, Compares) else None
     if outcome is None:
         return None
@@ -268,7 +268,7 @@ def _unchanged(step: Step, files: OpenFiles) -> Outcome | None:
 
 
 def _follow(plan: Plan, futures: dict[int, Future[Outcome]], resources: Resources) -> None:
-    """Waits for all steps, reporting each; raises the first error."""
+    """Waits for all steps and reports progress; raises the first error."""
     names = {future: plan.steps[index].name for index, future in futures.items()}
     pending = set(futures.values())
     while pending:
@@ -282,7 +282,7 @@ def _follow(plan: Plan, futures: dict[int, Future[Outcome]], resources: Resource
 
 
 class _Budget:
-    """Bytes that steps share. A step larger than all of it waits until it is alone."""
+    """A memory budget that steps share. A step larger than the whole budget waits until it can run alone."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -303,7 +303,7 @@ class _Budget:
 
 
 def _equal(files: OpenFiles, before: TensorRef, after: TensorRef) -> bool:
-    """Whether two tensors are equal bit for bit, chunk by chunk up to the first difference."""
+    """Whether two tensors are equal bit for bit; compares chunks up to the first difference."""
     nbytes = after.spec.nbytes
     if (before.spec.dtype, before.spec.nbytes) != (after.spec.dtype, nbytes):
         return False
@@ -318,5 +318,5 @@ def _equal(files: OpenFiles, before: TensorRef, after: TensorRef) -> bool:
 
 
 def _words(payload: Bytes) -> np.ndarray[Any, Any]:
-    """The same memory in the longest words it divides into; they compare faster."""
+    """The same memory as 64-bit words if its size allows, which compare faster."""
     return payload.view(np.uint64) if payload.nbytes % 8 == 0 else payload

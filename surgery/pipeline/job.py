@@ -1,8 +1,8 @@
-"""A verb, prepared: its plan, where it writes, and the work. Nothing has been written yet, and no weight been read.
+"""A prepared verb: its plan, its outputs and its work. It has written nothing and read no weights yet.
 
-`prepare_X(…) -> Job` opens the inputs, plans, and refuses whatever headers and paths tell; `job.run(resources)` carries
-it out. So whatever a run would refuse before it reads the weights, looking at the plan refuses too: it is the same
-code. Knows no verb.
+`prepare_X(…) -> Job` opens the inputs, plans, and raises every error that headers and paths reveal;
+`job.run(resources)` does the work. A dry run uses the same code, so it raises the same errors as a run would before
+reading weights. Knows no verb.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from surgery.report import Report, Stopwatch, peak_rss
 P = ParamSpec("P")
 R = TypeVar("R", bound=Report)
 Header = Mapping[str, Any]  # the fields of `Report`, by name
-_PREPARES = "Prepares a job that "  # how the docstrings of `prepare_X` begin; those of X go on from there
+_PREPARES = "Prepares a job that "  # how docstrings of `prepare_X` begin; docstrings of X continue after it
 Writers = AbstractContextManager[tuple[CheckpointWriter | None, TensorWriter | None]]
 
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One step of a plan, for people: what it does, what it is about, its inputs and outputs as "dtype shape"."""
+    """One step of a plan for display: its op, its tensor or module, and its inputs and outputs as "dtype shape"."""
 
     op: str
     name: str
@@ -44,16 +44,16 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """What a job is going to do.
+    """What a job will do.
 
     Attributes:
         operation: its name on the command line.
         inputs: paths that are read.
         outputs: paths that are written.
-        bytes_read: payload of all input tensors, each counted once.
-        bytes_written: payload of all outputs; an upper bound where ranks are chosen by what is measured.
-        steps: the work, one a tensor or a layer.
-        notes: what the user should know.
+        bytes_read: payload bytes of all input tensors, each counted once.
+        bytes_written: payload bytes of all outputs; an upper bound if ranks are chosen from measurements.
+        steps: the work, one step for each tensor or layer.
+        notes: remarks for the user.
     """
 
     operation: str
@@ -67,13 +67,13 @@ class JobPlan:
 
 @dataclass(frozen=True)
 class Job(Generic[R]):
-    """A verb, ready to run. Run it once, or close it: `with surgery.prepare_merge(…) as job: print(job.summary)`.
+    """A prepared verb. Run it once, or close it: `with surgery.prepare_merge(…) as job: print(job.summary)`.
 
     Attributes:
         plan: its steps, with every input, output, shape and dtype.
-        inputs, outputs: paths.
-        files: what is open.
-        work: does everything, and reports.
+        inputs, outputs: paths that are read and written.
+        files: the open files.
+        work: does the work and returns the report.
         resources: workers, memory and device.
     """
 
@@ -85,26 +85,26 @@ class Job(Generic[R]):
     resources: Resources
 
     def run(self, resources: Resources | None = None) -> R:
-        """Carries the job out, and closes its files.
+        """Runs the job and closes its files.
 
         Args:
-            resources: workers, memory and device, instead of those that the job was prepared with.
+            resources: workers, memory and device; by default those given to `prepare_X`.
 
         Raises:
-            ReportedError: what only the weights tell; or what has changed on disk since the job was prepared.
+            ReportedError: the weights reveal an error, or files have changed on disk since the job was prepared.
         """
         if self.files.closed:
             raise SurgeryError(
-                "this job has been run or closed already",
+                "this job has already been run or closed",
                 where=self.plan.operation,
-                then="prepare another one, with the same arguments",
+                then="prepare another job with the same arguments",
             )
         with self:
             return self.work(resources or self.resources)
 
     @property
     def summary(self) -> JobPlan:
-        """What the job is going to do, as plain data."""
+        """What the job will do, as plain data."""
         reads = {(ref.checkpoint, ref.name): ref.spec.nbytes for step in self.plan.steps for ref in step.inputs}
         return JobPlan(
             operation=self.plan.operation,
@@ -117,7 +117,7 @@ class Job(Generic[R]):
         )
 
     def close(self) -> None:
-        """Closes the files of a job that is not to be run."""
+        """Closes the files of a job that will not be run."""
         self.files.close()
 
     def __enter__(self) -> Job[R]:
@@ -129,13 +129,12 @@ class Job(Generic[R]):
 
 @dataclass(frozen=True)
 class Done:
-    """What a run made of a plan, before its output appears under its name.
+    """The results of a run, before its output appears under its final name.
 
     Attributes:
-        plan: what was run.
+        plan: the plan that was run.
         outcomes: one for each step, in the plan's order.
-        writer: the output, to which files can still be attached, and whose metadata can still change; None where
-            nothing is written.
+        writer: the output; files can still be attached and metadata can still change. None if nothing is written.
         aside: the second output, if there is one.
     """
 
@@ -165,22 +164,22 @@ def step_by_step(
     """A job that runs a plan's steps on the engine.
 
     Args:
-        plan: the steps; with `replan`, those with room for whatever it may come to.
-        files: where the inputs are open.
-        watch: runs since the verb was called.
+        plan: the steps; with `replan`, a plan whose outputs have their largest possible size.
+        files: the open input files.
+        watch: started when the verb was called.
         inputs: paths that are read.
-        finish: called once all steps have run, before the output appears: completes its metadata and config, refuses
-            what only the weights tell, and returns what makes the report, which is called when the output is there.
-        destination: the output; None where nothing is written.
-        writers: opens the output, and what takes the steps' asides, where that is more than the destination.
+        finish: called after all steps, before the output appears. It completes metadata and config, raises errors that
+            only the weights reveal, and returns a function that makes the report once the output exists.
+        destination: the output; None if nothing is written.
+        writers: opens the output and the file for the steps' asides; by default only the destination is opened.
         beside: other paths that are written.
-        around: what writes these: entered before the output is opened, left once that is there.
-        replan: makes the plan from what it measures first, such as the ranks that a budget buys.
+        around: the context that writes these; entered before the output is opened, left after the output exists.
+        replan: makes the final plan from measurements, such as the ranks that fit a budget.
         resources: workers, memory and device; by default all cores, 512 MiB and the CPU.
 
     Raises:
-        Unsupported: a device that this machine does not have.
-        OutputExists, FormatError, WriteFailed: the destination, as `Destination.check`.
+        Unsupported: this machine does not have the device.
+        OutputExists, FormatError, WriteFailed: as for `Destination.check`.
     """
     output = None if destination is None else destination.path
     chosen = resources or Resources()
@@ -208,7 +207,7 @@ def step_by_step(
 
 
 def runs(prepare: Callable[P, Job[R]]) -> Callable[P, R]:
-    """A verb out of the function that prepares it: the same arguments and errors, and the job is run at once."""
+    """Makes a verb from the function that prepares it: same arguments and errors, but the job runs at once."""
 
     @functools.wraps(prepare)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -221,7 +220,7 @@ def runs(prepare: Callable[P, Job[R]]) -> Callable[P, R]:
 
 
 def header(plan: Plan, watch: Stopwatch, output: Path | None, outcomes: tuple[Outcome, ...] = ()) -> dict[str, Any]:
-    """What every report says first: the fields of `Report`."""
+    """The fields of `Report`, which every report has."""
     return {
         "operation": plan.operation,
         "output": None if output is None else str(output),

@@ -1,4 +1,4 @@
-"""What steps of every verb share: a tensor copied byte for byte, one that is left out, and the hashes of tensors."""
+"""Ops that all verbs share: copying a tensor byte for byte, dropping one, and hashing tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hashed:
-    """The figures of a step that hashes what it reads and what it writes: BLAKE3 of payloads, by tensor name."""
+    """The figures of a step that hashes its inputs and outputs: BLAKE3 of payloads, by tensor name."""
 
     before: Mapping[str, str] = field(default_factory=dict)
     after: Mapping[str, str] = field(default_factory=dict)
@@ -37,14 +37,14 @@ def _gathered(found: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 
 def output_digest(specs: Iterable[TensorSpec], outcomes: Iterable[Outcome]) -> str:
-    """The content address of what steps wrote: over these specs, in whatever order."""
+    """The content digest of the steps' outputs with these specs, in any order."""
     hashes = hashes_after(outcomes)
     return content_digest((spec, hashes[spec.name]) for spec in specs)
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A tensor copied byte for byte."""
+    """Copies a tensor byte for byte."""
 
     name: str
 
@@ -55,7 +55,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Drop:
-    """A tensor that the adapter had added, and that the output does not have."""
+    """Drops a tensor that the adapter had added."""
 
     name: str
 

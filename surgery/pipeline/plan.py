@@ -1,7 +1,7 @@
-"""What will be done, before anything is done: every input, output, dtype, shape and refusal.
+"""The plan of an operation, made before any work: every input, output, dtype and shape.
 
-Frozen and picklable, so that another engine can run it elsewhere. Knows no path but through references, no thread,
-no method's mathematics.
+Plans are frozen and picklable, so that another engine can run them elsewhere. A plan knows paths only through
+references, and no thread or method's mathematics.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
 
 
 class Fate(StrEnum):
-    """What became of a tensor. Every tensor of every input has exactly one, in the ledger."""
+    """What became of a tensor. Every input tensor has exactly one fate in the ledger."""
 
     LOW_RANK = "low_rank"  # its change became factors
     MERGED = "merged"  # a delta was added to it
-    UNMERGED = "unmerged"  # a delta was taken off it
-    WIDENED = "widened"  # got more neurons, or what these need
-    GRAFTED = "grafted"  # an adapter's, that no weight can hold: goes along for the graph
+    UNMERGED = "unmerged"  # a delta was subtracted from it
+    WIDENED = "widened"  # it got more neurons, or the biases for them
+    GRAFTED = "grafted"  # an adapter's tensor that no weight can hold; stored next to the model, for the graph
     FULL = "full"  # carried, replaced or restored whole
-    CONVERTED = "converted"  # taken over in another dtype or form
-    COPIED = "copied"  # taken over byte for byte
-    IDENTICAL = "identical"  # the same in both inputs: nothing to carry
-    REMOVED = "removed"  # belonged to the adapter, or to a dtype that the result no longer has
+    CONVERTED = "converted"  # copied in another dtype or form
+    COPIED = "copied"  # copied byte for byte
+    IDENTICAL = "identical"  # equal in both inputs, so not needed in the adapter
+    REMOVED = "removed"  # belonged to the adapter, or to a dtype that the result does not use
     UNUSED = "unused"  # in the file, but the graph does not need it
-    REFUSED = "refused"  # left behind, because the user said so
+    REFUSED = "refused"  # left out because the user asked for it
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an operation made of its inputs.
+    """The result of one step.
 
     Attributes:
         tensors: one for each declared output of the step, in order; None leaves that output out.
         fates: the ledger's entries, by tensor name.
-        figures: what was measured on the way: a frozen dataclass of the family of ops; None for nothing.
-        asides: one for each tensor that the step declares aside, likewise.
+        figures: measurements, as a frozen dataclass that the ops of a verb share; None if there are none.
+        asides: one for each aside that the step declares; None leaves it out.
     """
 
     tensors: tuple[torch.Tensor | None, ...]
@@ -51,8 +51,10 @@ class Outcome:
     asides: tuple[torch.Tensor | None, ...] = ()
 
 
-Source = Callable[[int, int], "torch.Tensor"]  # first element, how many → these, flat, until the next call
-Sink = Callable[[int, "torch.Tensor"], None]  # first element, elements in C order
+Source = Callable[
+    [int, int], "torch.Tensor"
+]  # (first element, count) → these elements, flat, valid until the next call
+Sink = Callable[[int, "torch.Tensor"], None]  # (first element, elements in C order)
 
 
 class Op(Protocol):
@@ -64,10 +66,10 @@ class Op(Protocol):
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """Work that a job does without the engine: it stands in the plan to be looked at.
+    """Work that a job does without the engine; it is in the plan only for display.
 
     Attributes:
-        does: what is done, in a word.
+        does: the work, as one verb.
     """
 
     does: str
@@ -79,23 +81,23 @@ class Elsewhere:
 
 @runtime_checkable
 class TakesOver(Protocol):
-    """The work of a step that passes its only input on as it is: its bytes are copied and no tensor is made."""
+    """The work of a step that copies its only input: bytes are copied and no tensor is made."""
 
     def taken(self, digest: str) -> Outcome:
-        """The outcome, without tensors, for a payload of this hash."""
+        """The outcome, without tensors, for a payload with this hash."""
 
 
 @runtime_checkable
 class Streams(Protocol):
-    """An Op that also takes its first input, and gives its only output, in pieces: neither is in memory as a whole."""
+    """An Op that can also read its first input and write its only output in pieces; neither is in memory as a whole."""
 
     def streamed(self, source: Source, rest: tuple[torch.Tensor, ...], sink: Sink) -> Outcome:
-        """The outcome, without tensors but for asides. `rest`: the other inputs, whole."""
+        """The outcome, without tensors except asides. `rest`: the other inputs, whole."""
 
 
 @runtime_checkable
 class Compares(Protocol):
-    """An Op whose inputs come in pairs, and that has little to say where each pair is equal: they are not loaded."""
+    """An Op whose inputs come in pairs. If all pairs are equal, its outcome is known without loading them."""
 
     def unchanged(self) -> Outcome | None:
         """The outcome for equal pairs; None if the inputs do not all come in pairs."""
@@ -106,12 +108,12 @@ class Step:
     """One unit of work.
 
     Attributes:
-        name: what it is about: a tensor or a module.
+        name: the tensor or module that it handles.
         inputs: tensors to read, in the order the op takes them.
         outputs: tensors it may write, in the order the op returns them.
         op: the work.
-        workspace: bytes needed beside inputs and outputs.
-        shrinks: whether outputs may come out smaller than declared, their bytes at most as many.
+        workspace: bytes needed in addition to inputs and outputs.
+        shrinks: whether outputs may be smaller than declared.
         asides: tensors it may write to a second output, always upper bounds; their memory counts as workspace.
     """
 
@@ -138,7 +140,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole operation: its steps, the metadata its output will carry, and what the user should be told."""
+    """A whole operation: its steps, the metadata of its output, and notes for the user."""
 
     operation: str
     steps: tuple[Step, ...]
@@ -157,11 +159,11 @@ class Plan:
 
     @property
     def shrinks(self) -> bool:
-        """Whether anything may come out smaller than declared."""
+        """Whether any output may be smaller than declared."""
         return any(step.shrinks for step in self.steps)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """The plan for people: op, step, inputs and outputs, a row a step."""
+        """The plan for display: op, step, inputs and outputs, one row for each step."""
         return [
             (
                 step.op.does if isinstance(step.op, Elsewhere) else type(step.op).__name__.lower(),
@@ -174,7 +176,7 @@ class Plan:
 
 
 def no_fates() -> dict[str, int]:
-    """A ledger without an entry; every fate is listed."""
+    """An empty ledger, with every fate at 0."""
     return {fate.value: 0 for fate in Fate}
 
 

@@ -1,4 +1,4 @@
-"""Cores and torch's threads. Whoever changes the number of torch's threads by way of this module gives it back."""
+"""CPU cores and torch threads. The number of torch threads is always restored after a change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 def cores() -> int:
-    """Cores this process may run on."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -16,8 +16,7 @@ def cores() -> int:
 def torch_threads(count: int | None = None) -> Iterator[None]:
     """Sets the caller's number of torch threads, if one is given, and restores it afterwards.
 
-    Small work on many threads costs more than it gives: the others spin for a while and take the cores from whoever
-    comes next.
+    Many threads slow small work down: idle threads spin for a while and keep the cores from later work.
     """
     import torch
 

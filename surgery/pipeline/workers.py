@@ -1,8 +1,8 @@
-"""Copies of this process that run work by number, each on a core of its own.
+"""Copies of this process that do numbered work, each on its own core.
 
-Threads wait for each other's Python: between two calls into a library, one of them holds the interpreter. Copies made
-by fork have an interpreter each, and everything that was loaded and opened before, at no cost. Linux only, and only
-where this process is ours alone: a caller's threads would not be there in the copies, but their locks would. Knows
+Threads of one process share the interpreter lock and wait for it between library calls. A fork has its own
+interpreter, and everything that was loaded and opened before, at no cost. Forks are used on Linux only, and only in a
+process that runs nothing but surgery: a fork would keep the locks of a caller's threads but not the threads. Knows
 nothing of the work.
 """
 
@@ -24,24 +24,24 @@ from surgery.errors import WorkerLost
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
 
-Work = Callable[[int], Any]  # a number to what comes of it, which must be picklable
+Work = Callable[[int], Any]  # maps a number to its result, which must be picklable
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG
 
 
 def can_fork() -> bool:
-    """Whether this system has copies of a process that are safe to work in."""
+    """Whether forks are safe to work in on this system."""
     return sys.platform == "linux"
 
 
 @contextlib.contextmanager
 def forked(count: int, work: Work) -> Iterator[Work]:
-    """Makes `count` copies of this process, which end with the context, or with this process.
+    """Makes `count` copies of this process, which end with the context or with this process.
 
-    Yields a function that has a copy do the work of a number, and returns, or raises, what came of it. Any thread may
-    call it; as many calls run at once as there are copies.
+    Yields a function that lets a copy do the work of a number, and returns its result or raises its error. Any thread
+    may call it; as many calls run at once as there are copies.
 
     Raises:
-        WorkerLost: from that function, where a copy ended in the midst of its work.
+        WorkerLost: raised by that function if a copy ended during its work.
     """
     import multiprocessing
 
@@ -76,7 +76,7 @@ def forked(count: int, work: Work) -> Iterator[Work]:
 
 
 class _Copy:
-    """One copy, as its parent sees it."""
+    """One copy, as seen by its parent."""
 
     def __init__(self, process: ForkProcess, connection: Connection) -> None:
         self.process = process
@@ -89,9 +89,9 @@ class _Copy:
         except (EOFError, OSError) as error:
             self.process.join()
             raise WorkerLost(
-                "a worker process ended in the midst of its work",
+                "a worker process ended during its work",
                 found=f"exit code {self.process.exitcode}",
-                then="if memory ran out, allow fewer of them: --jobs 1",
+                then="if memory ran out, allow fewer workers: --jobs 1",
             ) from error
         if not sound:
             raise result
@@ -99,14 +99,14 @@ class _Copy:
 
 
 def _serve(connection: Connection, others: list[Connection], work: Work, parent: int) -> None:
-    """What a copy does: the work of each number that it is sent, until it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
+    """Runs in a copy: does the work of each number that it receives, until it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
-    if os.getppid() != parent:  # it went before it could be asked for
+    if os.getppid() != parent:  # the parent died before the call above
         return
     for other in others:
         other.close()
-    with contextlib.suppress(EOFError, OSError):  # the parent is gone, and the signal on its way
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone, and the kill signal follows
         while True:
             number = connection.recv()
             try:

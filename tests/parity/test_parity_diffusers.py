@@ -27,7 +27,7 @@ def test_each_part_merges_as_diffusers_fuses_it(tmp_path: Path, part: str) -> No
     """Today's names and the older ones, with the ranks and alphas of the metadata."""
     base = WRITTEN / f"{part}.st"
     report = surgery.merge(base, ADAPTER, tmp_path / "m.st", told=surgery.Told(component=part))
-    assert any("of other parts of the pipeline" in note for note in report.notes)
+    assert any("belong to other parts of the pipeline" in note for note in report.notes)
     expected, merged, before = load_file(WRITTEN / f"{part}-fused.st"), load_file(tmp_path / "m.st"), load_file(base)
     assert {name for name in before if not torch.equal(before[name], merged[name])} == set(expected)
     for name, tensor in expected.items():

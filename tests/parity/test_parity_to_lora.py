@@ -18,10 +18,10 @@ from surgery.errors import NothingToDo
 pytestmark = pytest.mark.filterwarnings("ignore")
 # They change biases, or replace tensors.
 NO_FACTORS: dict[str, tuple[type[ReportedError], str]] = {
-    "beft": (AdapterFormatError, "no weight is changed"),
+    "beft": (AdapterFormatError, "changes no weight"),
     "glora by bias": (NothingToDo, "changes no weight"),
-    "ln_tuning": (AdapterFormatError, "no weight is changed"),
-    "trainable_tokens": (AdapterFormatError, "no weight is changed"),
+    "ln_tuning": (AdapterFormatError, "changes no weight"),
+    "trainable_tokens": (AdapterFormatError, "changes no weight"),
 }
 METHODS = [name for name in CASES if name not in NO_FACTORS]
 # Those whose ΔW has a rank of its own below 8, or is a product of Kronecker's: no more is made up.

@@ -83,7 +83,7 @@ def test_replaced_rows_come_back_and_a_grown_vocabulary_does_not(tmp_path: Path)
         base, adapter, merged = (tmp_path / name / part for part in ("base", "adapter", "merged"))
         surgery.merge(base, adapter, merged)
         if name == "grown":
-            with pytest.raises(NotMerged, match="were replaced"):
+            with pytest.raises(NotMerged, match=r"replaced \d+ tensors"):
                 surgery.unmerge(merged, adapter, tmp_path / "back")
         else:
             back = tmp_path / name / "back"

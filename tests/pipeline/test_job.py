@@ -40,7 +40,7 @@ def test_a_job_runs_once(scene: Path, tmp_path: Path) -> None:
     with surgery.prepare_merge(scene / "base", scene / "adapter", tmp_path / "other") as closed:
         pass
     for used in (job, closed):
-        with pytest.raises(SurgeryError, match="run or closed already"):
+        with pytest.raises(SurgeryError, match="already been run or closed"):
             used.run()
     assert not (tmp_path / "other").exists()
 

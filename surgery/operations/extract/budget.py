@@ -1,6 +1,6 @@
-"""A budget of bytes becomes a rank for every weight, by the spectra of what changed.
+"""Turns a budget in bytes into a rank for every weight, from the spectra of the changes.
 
-Measures first; extract runs afterwards with the ranks that came out, since no rank is known before all spectra are.
+Measures first, because no rank is known before all spectra are; extract then runs with these ranks.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from surgery.ranks.spend import header_bytes, spend
 
 
 def ranks_within(pairing: Pairing, how: Extraction, files: OpenFiles, resources: Resources) -> dict[str, int]:
-    """The rank of every changed weight with which an adapter of the budget's size holds the most energy.
+    """The ranks of all changed weights that hold the most energy within the budget.
 
     Raises:
-        SurgeryError: a budget smaller than the full tensors and the least rank of every weight.
+        SurgeryError: the budget is smaller than the full tensors and the least rank of every weight.
     """
     ranks, tuned = how.ranks, pairing.tuned.specs
     matrices = {matrix.spec.name: matrix for matrix in pairing.matrices}
@@ -42,7 +42,7 @@ def ranks_within(pairing: Pairing, how: Extraction, files: OpenFiles, resources:
         return found.spectra
 
     def fixed(changed: Collection[str]) -> int:
-        """The full tensors, the magnitudes, and a header that is long enough for any ranks."""
+        """Bytes of the full tensors, the magnitudes, and a header that is long enough for any ranks."""
         specs = [TensorSpec(full_key(spec.name, wrappers=1), spec.dtype, spec.shape) for spec in full]
         for name in changed:
             largest = (matrices[name].spec.size,) * 2  # as a shape, it has more digits than any factor's

@@ -1,7 +1,8 @@
-"""A change as magnitude and direction: W′ = m ∘ (W0 + BA) / ‖W0 + BA‖, row by row (DoRA, arXiv 2402.09353, equation 5).
+"""Splits a change into magnitude and direction: W′ = m ∘ (W0 + BA) / ‖W0 + BA‖, by rows (DoRA, arXiv 2402.09353,
+equation 5).
 
-LoRA spends rank on rows that merely grew or shrank; here the magnitude takes that, and the factors only the turn. Gets
-matrices, never a file.
+LoRA spends rank on rows that only grew or shrank. Here the magnitude expresses this, and the factors only the change of
+direction. Works on matrices, never on files.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from surgery.linalg.truncated import DeltaMatrix, Factors, factorise
 if TYPE_CHECKING:
     import torch
 
-_BLOCK_ELEMENTS = 1 << 17  # float64 elements of one block: 1 MiB, so that it stays in cache
+_BLOCK_ELEMENTS = 1 << 17  # float64 elements of one block, 1 MiB, which fits into the cache
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class DoraFactors:
     """Factors with their magnitude.
 
     Attributes:
-        factors: lora_A and lora_B; energy and residual are those of the whole, magnitude included.
-        magnitude: (out,) float32: in a narrower type its rounding would weigh more than the change itself.
-        kept_lora: whether nothing was better than LoRA's own product, whose norms the magnitude then repeats.
+        factors: lora_A and lora_B; energy and residual include the magnitude.
+        magnitude: (out,) float32; in a narrower dtype its rounding error would exceed the change itself.
+        kept_lora: whether LoRA's own product was best; the magnitude then holds its norms.
     """
 
     factors: Factors
@@ -37,20 +38,20 @@ class DoraFactors:
 def add_magnitude(
     base: torch.Tensor, tuned: torch.Tensor, lora: Factors, total: float, seed: int
 ) -> DoraFactors | None:
-    """The best of three at LoRA's rank: LoRA's product as it is, with the best magnitude, and with factors of the turn.
+    """The best of three at LoRA's rank: its product, its product with the best magnitude, and factors of the turn.
 
     For a given direction V = W0 + BA the best magnitude of a row is its projection ⟨w, v⟩/‖v‖, which leaves
-    ‖w‖² − ⟨w, v⟩²/‖v‖²; as LoRA's own magnitude ‖v‖ is one of those it is chosen from, it is never worse than LoRA. The
-    turn is what is left of tuned, each row scaled to come as near as it can to base's, after base is taken off.
+    ‖w‖² − ⟨w, v⟩²/‖v‖² as error. LoRA's own magnitude ‖v‖ is also a candidate, so the result is never worse than LoRA.
+    For the turn, each row of tuned is scaled to be as close as possible to base's row; the turn is the difference.
 
     Args:
         base, tuned: (out, in) as stored, any floating dtype.
-        lora: of tuned − base.
+        lora: the LoRA factors of tuned − base.
         total: ‖tuned − base‖².
-        seed: of the random start of the decomposition.
+        seed: seed for the randomised SVD.
 
     Returns:
-        None where a row of W0 + BA is zero: it has no direction.
+        None if a row of W0 + BA is zero, since it has no direction.
     """
     import torch
 
@@ -77,9 +78,9 @@ def add_magnitude(
 def _measure(
     base: torch.Tensor, tuned: torch.Tensor, factors: Factors, *, free: bool
 ) -> tuple[torch.Tensor, float] | None:
-    """The magnitude and ‖tuned − W′‖² with it, in float64: the best magnitude if `free`, else the product's own norms.
+    """The magnitude and its ‖tuned − W′‖², in float64: the best magnitude if `free`, else the norms of the product.
 
-    None where a row of W0 + BA is zero.
+    None if a row of W0 + BA is zero.
     """
     import torch
 
@@ -99,7 +100,7 @@ def _measure(
 
 
 def _blocks(base: torch.Tensor, tuned: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Rows of both in float64, few enough to stay in the cache."""
+    """Yields blocks of rows of both in float64, small enough to stay in the cache."""
     import torch
 
     step = max(1, _BLOCK_ELEMENTS // base.shape[1])

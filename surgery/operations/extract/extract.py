@@ -1,7 +1,7 @@
-"""extract: tuned − base, as low-rank factors where that is possible and in full where it is not.
+"""extract: writes tuned − base as an adapter, with low-rank factors where possible and full tensors elsewhere.
 
-Runs the plan and then writes the config, since what changed is known only once both are read. Knows no file's bytes and
-no printing.
+Runs the plan first and writes the config afterwards, because changes are known only after both files are read. Knows
+no file's bytes and no printing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ExtractReport(Report):
     Attributes:
         rule: how ranks were chosen, in words.
         modules: every weight that became factors.
-        energy, residual: over all factored weights: the share of Σ‖ΔW‖² they hold, and the relative error.
+        energy, residual: share of Σ‖ΔW‖² that all factors hold, and their relative error.
     """
 
     rule: str
@@ -71,28 +71,29 @@ def prepare_extract(
 ) -> Job[ExtractReport]:
     """Prepares a job that writes tuned − base as a PEFT adapter.
 
-    Changed matrices become LoRA factors; the rest of the change goes in full.
+    Changed matrices become LoRA factors; other changed tensors are stored in full.
 
     Args:
-        base, tuned: a safetensors file or a folder each.
+        base, tuned: each a safetensors file or a folder.
         out: a folder, or a `.safetensors`/`.st` file; by default a folder named after tuned.
-        rank: of the factors, a rule of `surgery.ranks`, or a `Budget` for all. A weight that is smaller than its
-            factors goes in full.
-        overrides: pattern → rank, for the weights it matches; the last that matches wins.
-        include, exclude: patterns over tensor names; what is not chosen is left behind.
-        kinds: pattern → kind of weight where the evidence leaves a doubt (see `surgery.model.layer_kinds.ASKED`).
-        method: "lora", or "dora" for factors with a magnitude, never worse than without.
-        bias: of adapted layers, "full" or "lora": in full, or its change with the factors (peft's `lora_bias`).
-        dtype: of the factors, "float32", "float16" or "bfloat16"; by default each tuned weight's own.
-        exact: decompose in full instead of in a Krylov space.
-        allow_removed: accept that tensors of base which tuned lacks cannot be taken away by an adapter.
-        curve: a picture `.html` or `.svg` of error and size against rank, as far as the ranks went.
-        force: replace what stands at `out`, and at `curve`.
-        seed: of the random start of the SVD.
+        rank: rank of the factors, a rule of `surgery.ranks`, or a `Budget` for all weights. A weight that is smaller
+            than its factors is stored in full.
+        overrides: pattern → rank, for matching weights; the last match wins.
+        include, exclude: patterns over tensor names; tensors that are not chosen are left out.
+        kinds: pattern → kind of weight, where it is ambiguous (see `surgery.model.layer_kinds.ASKED`).
+        method: "lora", or "dora" for factors with a magnitude, whose error is never larger.
+        bias: biases of adapted layers: "full" stores them in full, "lora" stores their change with the factors
+            (peft's `lora_bias`).
+        dtype: dtype of the factors, "float32", "float16" or "bfloat16"; by default each tuned weight's own.
+        exact: compute a full SVD instead of one in a Krylov space.
+        allow_removed: extract even if tuned lacks tensors of base, which an adapter cannot remove.
+        curve: path of a picture, `.html` or `.svg`, of error and size against rank, up to the computed ranks.
+        force: overwrite `out` and `curve` if they exist.
+        seed: seed for the randomised SVD.
         resources: workers, memory and device.
 
     Raises:
-        SurgeryError, FormatError: see their trees; everything the headers tell is refused before any payload is read.
+        SurgeryError, FormatError: see their trees; errors that headers reveal are raised before any payload is read.
     """
     watch, files = Stopwatch(loading="torch"), OpenFiles()
     how = Extraction(
@@ -105,7 +106,7 @@ def prepare_extract(
     target = Path(out) if out is not None else default_output(tuned, rank)
     picture = PictureFile(curve, spectra_forms(base, tuned), (base, tuned), force=force)
     if curve is not None and Path(curve).resolve() == target.resolve():
-        raise OutputExists("the picture and the adapter have one path", where=curve, then="choose another --curve")
+        raise OutputExists("the picture and the adapter have the same path", where=curve, then="choose another --curve")
     pairing = pair_for(BaseModel.open(base, files), BaseModel.open(tuned, files), how)
     destination = Destination(target, weights=ADAPTER_WEIGHTS, inputs=(Path(base), Path(tuned)), force=force)
 
@@ -145,21 +146,21 @@ extract = runs(prepare_extract)
 
 
 def _afterthoughts(modules: tuple[ModuleReport, ...], how: Extraction) -> list[str]:
-    """What the user should know that no plan could tell."""
+    """Remarks for the user that depend on the run."""
     notes = []
     if not modules:
         notes.append(
-            "no weight became factors: surgery merges this adapter, but peft loads none without any, and there is no "
-            "curve to draw"
+            "no weight became factors: surgery merges this adapter, but peft loads no adapter without factors, and "
+            "there is no curve to draw"
         )
     kept = sum(module.method == "lora" for module in modules) if how.method == "dora" else 0
     if kept:
-        notes.append(f"{kept} weights keep LoRA's own product, which no magnitude improves")
+        notes.append(f"{kept} weights keep the LoRA product, because no magnitude improves it")
     return notes
 
 
 def default_output(tuned: str | Path, rank: int | RankRule | Budget) -> Path:
-    """Where extract writes if it is not told: a folder named after tuned, in the working directory."""
+    """The default output of extract: a folder in the working directory, named after tuned."""
     path = Path(tuned).absolute()
     fixed = rank.rank if isinstance(rank, FixedRank) else rank
     suffix = f"-r{fixed}" if isinstance(fixed, int) else ""
@@ -176,7 +177,7 @@ def _check_anything(outcomes: tuple[Outcome, ...], base: str | Path, tuned: str 
 
 
 def _describe(found: FactorFigures[ModuleReport], name: str, how: Extraction, pairing: Pairing) -> Extracted:
-    """What the adapter's config must say, from what really changed."""
+    """The contents of the adapter's config, from the changes that were found."""
     tuned = pairing.tuned.specs
     ranks = {pairing.known_as(report.name): report.rank for report in found.modules}
     parameters = {pairing.known_as(report.name) for report in found.modules if report.kind is LayerKind.PARAMETER}

@@ -1,6 +1,6 @@
-"""The spectra of a pair's changes, and which other tensors changed: what the choice of a rank needs to know.
+"""Measures the spectra of a pair's changes and which other tensors changed, for the choice of a rank.
 
-Nothing is factored and nothing written. What spectrum shows, and what extract spends a budget by.
+Makes no factors and writes nothing. spectrum shows the result; extract spends a budget by it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measure:
-    """Measures the change of a weight. Inputs: base and tuned of the weight, then of what is beside it. No outputs."""
+    """Measures the change of a weight. Inputs: base and tuned of the weight, then of other tensors. No outputs."""
 
     matrix: Matrix
     rank: int
@@ -40,7 +40,7 @@ class Measure:
     exact: bool = False
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """The spectrum in the figures, if there is a change, and the names of what else changed."""
+        """The figures hold the spectrum, if the weight changed, and the names of other changed tensors."""
         name = self.matrix.spec.name
         found = self._spectrum(inputs[0], inputs[1])
         fates = {name: Fate.IDENTICAL if found is None else Fate.LOW_RANK}
@@ -71,7 +71,7 @@ def plan_measure(
     steps = []
     seen: set[str] = set()
     for matrix in pairing.matrices:
-        if seen.intersection(matrix.beside):  # parameters of one module share what is beside them
+        if seen.intersection(matrix.beside):  # parameters of one module share its other tensors
             matrix = matrix.alone()
         seen.update(matrix.beside)
         out, into = matrix.sides

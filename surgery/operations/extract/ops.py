@@ -1,6 +1,6 @@
-"""How a tensor that changed is carried in an adapter: as factors, in full, or not at all.
+"""The ops of extract: store a changed tensor as factors or in full, or leave it out.
 
-The ops of extract. Each gets tensors of base and tuned and says what became of them; none knows a file.
+Each takes tensors of base and tuned and returns an Outcome; none knows a file.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class ModuleReport:
     """One weight that became factors.
 
     Attributes:
-        name: the tensor.
-        shape: as stored.
+        name: name of the tensor.
+        shape: its shape in the file.
         kind: how its layer stores it.
         method: "lora" or "dora".
-        rank: of the factors.
-        energy: share of ‖ΔW‖² they hold.
+        rank: rank of the factors.
+        energy: share of ‖ΔW‖² that the factors hold.
         residual: ‖ΔW − BA‖ / ‖ΔW‖, or with a magnitude ‖tuned − W′‖ / ‖ΔW‖; rounding included.
         delta_norm: ‖ΔW‖.
     """
@@ -64,12 +64,12 @@ class Decomposition:
     """How a change is decomposed.
 
     Attributes:
-        rule: of the rank.
-        dtype: of the factors.
-        seed: of the random start.
-        exact: by a full decomposition instead of a Krylov space.
-        dora: with a magnitude for every row.
-        lora_bias: the change of the layer's bias goes with the factors instead of the bias in full.
+        rule: the rule for the rank.
+        dtype: dtype of the factors.
+        seed: seed for the randomised SVD.
+        exact: whether to compute a full SVD instead of one in a Krylov space.
+        dora: whether to add a magnitude for every row.
+        lora_bias: whether to store the change of the layer's bias with the factors instead of the full bias.
     """
 
     rule: RankRule
@@ -81,14 +81,14 @@ class Decomposition:
 
     @property
     def may_be_full(self) -> bool:
-        """Whether the weight may turn out to be better carried in full: a rule may want more rank than pays, and a row
+        """Whether the weight may be stored in full after all: a rule may choose a rank beyond the break-even, and a row
         without a direction has no magnitude."""
         return self.dora or not isinstance(self.rule, FixedRank)
 
 
 @dataclass(frozen=True)
 class Factored:
-    """A changed weight's factors as peft stores them, and what they hold."""
+    """A changed weight's factors as peft stores them, with their report and spectrum."""
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
@@ -99,18 +99,18 @@ class Factored:
 
 @dataclass(frozen=True)
 class Factorise:
-    """A layer's changed weight becomes lora_A and lora_B; whatever else it holds goes along in full if it changed.
+    """Factors a layer's changed weight into lora_A and lora_B; the layer's other tensors are stored in full if changed.
 
-    Inputs: base and tuned weight, then base and tuned of each tensor beside it.
-    Outputs: lora_A, lora_B, the magnitude if `dora`, the weight itself if it `may_be_full`, then of each tensor beside
-    it the change if it is a bias and `lora_bias`, else the tensor under its key with the weight adapted and without.
+    Inputs: base and tuned weight, then base and tuned of each other tensor.
+    Outputs: lora_A, lora_B, the magnitude if `dora`, the weight itself if it `may_be_full`. Then two for each other
+    tensor: its change if `lora_bias`, else the tensor under its key in an adapted layer; and under its plain key.
     """
 
     matrix: Matrix
     how: Decomposition
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Factors the difference; identical weights give nothing."""
+        """Factors the difference; identical weights have no outputs."""
         name = self.matrix.spec.name
         factored, fate = factor(self.matrix, self.how, inputs[0], inputs[1])
         fates = {name: fate}
@@ -125,7 +125,7 @@ class Factorise:
             before, after = inputs[2 + 2 * index : 4 + 2 * index]
             changed = has_changed(before, after, other)
             if self.how.lora_bias and factored is not None:
-                # peft expects it of every adapted layer, changed or not.
+                # peft expects a bias in every adapted layer, changed or not.
                 tensors += [(after.double() - before.double()).to(torch_dtype(self.how.dtype)), None]
                 fates[other] = Fate.LOW_RANK if changed else Fate.IDENTICAL
                 continue
@@ -142,21 +142,21 @@ class Factorise:
 
 @dataclass(frozen=True)
 class FactoriseParameters:
-    """The changed matrices among a module's parameters become factors.
+    """Factors the changed matrices among a module's parameters.
 
-    peft wraps the module once for each adapted parameter, the first innermost, so a parameter's keys depend on how many
-    of those after it turn out to have changed: one step for all of them.
+    peft wraps the module once for each adapted parameter, the first innermost. A parameter's keys therefore depend on
+    how many later parameters changed, so one step handles all of them.
 
-    Inputs: base and tuned of each parameter, in the order in which the module registers them; then of what is beside.
+    Inputs: base and tuned of each parameter, in the order in which the module registers them; then of other tensors.
     Outputs: lora_A and lora_B of the innermost wrapper, of the next, and so on; then each parameter itself and each
-    tensor beside them, under its key with no wrapper around it, with one, and so on up to all.
+    other tensor, under its key with no wrapper around it, with one, and so on up to all.
     """
 
     matrices: tuple[Matrix, ...]
     hows: tuple[Decomposition, ...]
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Factors the differences; identical parameters give nothing."""
+        """Factors the differences; identical parameters have no outputs."""
         pairs = list(zip(inputs[::2], inputs[1::2], strict=True))
         count = len(self.matrices)
         found = [
@@ -164,7 +164,7 @@ class FactoriseParameters:
             for matrix, how, pair in zip(self.matrices, self.hows, pairs[:count], strict=True)
         ]
         adapted = [factored for factored, _ in found if factored is not None]
-        tensors: list[torch.Tensor | None] = [None] * (2 * (count - len(adapted)))  # wrappers there are not
+        tensors: list[torch.Tensor | None] = [None] * (2 * (count - len(adapted)))  # for wrappers that do not exist
         for factored in adapted:
             tensors += [factored.lora_A, factored.lora_B]
         fates = {matrix.spec.name: fate for matrix, (_, fate) in zip(self.matrices, found, strict=True)}
@@ -193,7 +193,7 @@ def _figures(fates: Mapping[str, Fate], factored: Iterable[Factored]) -> FactorF
 
 
 def in_full(fates: Mapping[str, Fate]) -> tuple[str, ...]:
-    """The tensors that are carried in full."""
+    """The tensors that are stored in full."""
     return tuple(name for name, fate in fates.items() if fate is Fate.FULL)
 
 
@@ -205,10 +205,10 @@ def identical(names: Iterable[str]) -> dict[str, Fate]:
 def factor(
     matrix: Matrix, how: Decomposition, before: torch.Tensor, after: torch.Tensor
 ) -> tuple[Factored | None, Fate]:
-    """The factors of a weight's change; none where nothing changed, or where they would be larger than the weight.
+    """The factors of a weight's change; None if nothing changed or the factors would be larger than the weight.
 
     Raises:
-        NotFinite: NaN or Inf in a weight, or factors beyond their dtype.
+        NotFinite: a weight holds NaN or Inf, or factors exceed their dtype.
     """
     name, dtype = matrix.spec.name, torch_dtype(how.dtype)
     pairs = list(zip(matrices_of(before, matrix), matrices_of(after, matrix), strict=True))
@@ -254,8 +254,8 @@ def factor(
 def spectrum_of(
     matrix: Matrix, dtype: DType, total: float, spectra: Sequence[np.ndarray], limit: int | None = None
 ) -> Spectrum:
-    """What is known of a weight's change. Of a stack of experts, which share a rank: the root of the sum of their
-    squared singular values, rank by rank, as far as all are known."""
+    """The spectrum of a weight's change. Experts of a stack share a rank, so theirs are combined: the root of the sum
+    of squared singular values, rank by rank, up to the rank known for all."""
     known = min(len(values) for values in spectra)
     energies = np.sum([values[:known] ** 2 for values in spectra], axis=0)[:limit]
     return Spectrum(
@@ -269,7 +269,7 @@ def spectrum_of(
 
 
 def matrices_of(weight: torch.Tensor, matrix: Matrix) -> list[torch.Tensor]:
-    """The weight as the (out, in) matrices it holds."""
+    """The weight as a list of (out, in) matrices."""
     if matrix.kind is LayerKind.CONV:
         return [weight.flatten(1)]
     stack = list(weight) if weight.dim() == 3 else [weight]
@@ -280,7 +280,7 @@ def matrices_of(weight: torch.Tensor, matrix: Matrix) -> list[torch.Tensor]:
 def as_stored(
     found: Sequence[Factors | None], matrix: Matrix, rank: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors as peft stores them; those of a stack of experts filled up to their common rank."""
+    """The factors as peft stores them; factors of a stack of experts are zero-padded to their common rank."""
     import torch
 
     out, into = matrix.sides
@@ -298,10 +298,10 @@ def as_stored(
 
 @dataclass(frozen=True)
 class KeepWhole:
-    """Tensors that are carried in full if they changed, or if base lacks them.
+    """Stores tensors in full if they changed or if base lacks them.
 
     Inputs: tuned's tensors in order, each preceded by base's where `known`.
-    Outputs: the tensors under their keys. A `module` (peft's `modules_to_save`) is carried whole or not at all.
+    Outputs: the tensors under their keys. A `module` (peft's `modules_to_save`) is stored whole or not at all.
     """
 
     names: tuple[str, ...]
@@ -337,12 +337,12 @@ class KeepWhole:
 
 @dataclass(frozen=True)
 class LeaveBehind:
-    """Tensors of base that tuned lacks, left as they are because the user said so."""
+    """Records the tensors that are left out: not chosen, or removed in tuned with the user's consent."""
 
     names: tuple[str, ...]
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Accounts for them; there is nothing to read."""
+        """Adds them to the ledger; reads no input."""
         return Outcome((), dict.fromkeys(self.names, Fate.REFUSED))
 
 
@@ -352,12 +352,14 @@ def delta_of(before: torch.Tensor, after: torch.Tensor, name: str) -> DeltaMatri
     if delta is not None and not math.isfinite(delta.total):
         check_finite(before, f"{name} of base")
         check_finite(after, f"{name} of tuned")
-        raise NotFinite("the difference overflows float32", where=name)
+        raise NotFinite(
+            "the difference overflows float32", where=name, then=f"check both files, or leave it out: --exclude {name}"
+        )
     return delta
 
 
 def has_changed(before: torch.Tensor, after: torch.Tensor, name: str) -> bool:
-    """Whether a tensor that is carried in full differs from base's. Raises NotFinite."""
+    """Whether a tensor that is stored in full differs from base's. Raises NotFinite."""
     import torch
 
     if after.is_floating_point():

@@ -1,7 +1,7 @@
-"""Base and tuned, tensor by tensor: which change is worth factors, which goes along in full, which stays behind.
+"""Pairs base and tuned, tensor by tensor: which changes become factors, which are stored in full, which are left out.
 
-What extract and spectrum share. Headers only: whatever names and shapes alone show to be wrong is refused here, all of
-it at once. Knows no linear algebra and no output.
+Shared by extract and spectrum. Reads headers only; errors that names and shapes reveal are raised here, all together.
+Knows no linear algebra and no output.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from surgery.model.stored_dtype import refuse_quantised
 
 @dataclass(frozen=True)
 class Choice:
-    """What of a pair is to be looked at.
+    """The tensors of a pair to consider.
 
     Attributes:
-        include, exclude: patterns over tensor names; nothing included means everything.
-        kinds: pattern → kind of weight, where the evidence does not tell (see `surgery.model.layer_kinds`).
-        allow_removed: accept that tensors of base which tuned lacks cannot be taken away by an adapter.
+        include, exclude: patterns over tensor names; an empty `include` means all.
+        kinds: pattern → kind of weight, where it is ambiguous (see `surgery.model.layer_kinds`).
+        allow_removed: extract even if tuned lacks tensors of base, which an adapter cannot remove.
     """
 
     include: tuple[str, ...] = ()
@@ -44,10 +44,10 @@ class Matrix:
 
     Attributes:
         module: the layer that holds it.
-        spec: as stored.
+        spec: its spec in the file.
         kind: how the layer stores it.
-        swapped: a stack of experts stored (experts, in, out).
-        beside: what else the layer holds and no factors carry, in the order of the file.
+        swapped: whether it is a stack of experts stored as (experts, in, out).
+        beside: the layer's other tensors, which have no factors, in the order of the file.
     """
 
     module: str
@@ -57,12 +57,12 @@ class Matrix:
     beside: tuple[str, ...] = ()
 
     def alone(self) -> Matrix:
-        """The weight without what is beside it."""
+        """The weight without the layer's other tensors."""
         return replace(self, beside=())
 
     @property
     def matrices(self) -> int:
-        """How many matrices the weight holds: more than one for a stack of experts."""
+        """The number of matrices in the weight; more than one for a stack of experts."""
         return self.spec.shape[0] if self.kind is LayerKind.PARAMETER and len(self.spec.shape) == 3 else 1
 
     @property
@@ -82,13 +82,13 @@ class Matrix:
         return (out * into - 1) // (out + into)
 
     def bytes_per_rank(self, dtype: DType) -> int:
-        """Of a column of lora_B and a row of lora_A together, for every matrix it holds."""
+        """Bytes of one column of lora_B and one row of lora_A, for all matrices in the weight."""
         return self.matrices * sum(self.sides) * dtype.itemsize
 
 
 @dataclass(frozen=True)
 class FullTensors:
-    """Tensors carried in full if they changed; `together`, all of a module's or none."""
+    """Tensors that are stored in full if they changed; with `together`, all of a module's tensors or none."""
 
     label: str
     names: tuple[str, ...]
@@ -101,11 +101,11 @@ class Pairing:
 
     Attributes:
         base, tuned: the files.
-        matrices, wholes: what is compared.
-        left: tensors that stay behind because the user said so.
+        matrices, wholes: the weights and other tensors to compare.
+        left: tensors that are left out because the user asked for it.
         removed: tensors of base that tuned lacks.
-        structure: what the weights are.
-        notes: what the user should know.
+        structure: the kinds of the weights.
+        notes: remarks for the user.
     """
 
     base: Checkpoint
@@ -118,12 +118,12 @@ class Pairing:
     notes: tuple[str, ...]
 
     def known_as(self, name: str) -> str:
-        """What the model itself calls a tensor of the file: transformers renames some on loading."""
+        """The model's own name for a tensor of the file; transformers renames some while loading."""
         return self.structure.names.get(name, name)
 
     @property
     def parameters(self) -> dict[str, tuple[Matrix, ...]]:
-        """The matrices that no layer holds, by module, in the order in which the module registers them."""
+        """The matrices outside of layers, by module, in the order in which the module registers them."""
         found: dict[str, list[Matrix]] = {}
         for matrix in self.matrices:
             if matrix.kind is LayerKind.PARAMETER:
@@ -144,15 +144,16 @@ def pair(
     """Pairs the tensors of both files, module by module.
 
     Args:
-        before, after: base and tuned; only their specs are used, and a config.json beside tuned or base.
-        choice: what the user asked for.
-        pays: whether factors of a weight are smaller than the weight; otherwise it goes in full.
+        before, after: base and tuned; only their specs and the config.json of either are used.
+        choice: the user's choice.
+        pays: whether a weight's factors are smaller than the weight; otherwise it is stored in full.
 
     Raises:
-        Quantised: weights of base or tuned that are no plain floats.
-        ShapeMismatch: tensors of one name and different shapes, all of them listed.
-        NothingToDo: no names in common.
-        SurgeryError: a pattern that matches nothing, a weight whose kind nothing tells, removed tensors without leave.
+        Quantised: weights of base or tuned are not plain floats.
+        ShapeMismatch: tensors of the same name differ in shape; all of them are listed.
+        NothingToDo: there are no names in common.
+        SurgeryError: a pattern matches nothing, a weight's kind is ambiguous, or tensors were removed without
+            `allow_removed`.
     """
     base, tuned = before.checkpoint, after.checkpoint
     where = f"{base.ref.path} and {tuned.ref.path}"
@@ -184,7 +185,7 @@ def pair(
     matrices = _with_rest([matrix for matrix in matrices if matrix.spec.name not in awkward], modules)
     _check_doubts(matrices, structure, where)
     carried = {name for matrix in matrices for name in (matrix.spec.name, *matrix.beside)}
-    # A layer that could have factors is carried under its own name: saved as a module, it would no longer be tied.
+    # A layer that could have factors is stored under its own name: as a saved module it would no longer be tied.
     layers = {owner(name) for name in structure.kinds if name in base.specs}
     wholes = _wholes(base, tuned, modules, carried, layers)
     left = tuple(name for name in (*tuned.specs, *removed) if name not in chosen)
@@ -192,17 +193,15 @@ def pair(
     small = len(found) - len(matrices) - len(awkward)
     if small:
         weights = "1 weight is" if small == 1 else f"{small} weights are"
-        notes.append(f"{weights} smaller than the factors would be: carried in full if changed")
+        notes.append(f"{weights} smaller than the factors would be: stored in full if changed")
     convolutions = sum(matrix.kind is LayerKind.CONV for matrix in matrices)
     if convolutions and not structure.names:
         notes.append(
-            f"{convolutions} convolutions are taken to be without groups and dilation, which no file tells; peft "
+            f"{convolutions} convolutions are assumed to have no groups or dilation, which files do not record; peft "
             "cannot adapt others: --kind 'PATTERN=full'"
         )
     if awkward:
-        notes.append(
-            f"{', '.join(sorted(awkward))}: peft cannot adapt these parameters, carried in full if they changed"
-        )
+        notes.append(f"{', '.join(sorted(awkward))}: peft cannot adapt these parameters: stored in full if changed")
     experts = sum(matrix.spec.name in structure.fused for matrix in matrices)
     if experts:
         notes.append(
@@ -213,8 +212,8 @@ def pair(
     if unfound:
         names = ", ".join(unfound[:3]) + (" …" if len(unfound) > 3 else "")
         notes.append(
-            f"transformers makes {names} a part of another tensor: carried in full if changed, which surgery merges, "
-            "but peft silently leaves out"
+            f"transformers makes {names} a part of another tensor: stored in full if changed; surgery merges it, but "
+            "peft silently ignores it"
         )
     gone = tuple(name for name in removed if name in chosen)
     return Pairing(base, tuned, tuple(matrices), wholes, left, gone, structure, tuple(notes))
@@ -233,7 +232,7 @@ def _check_names(base: Checkpoint, tuned: Checkpoint, where: str) -> None:
     orphans = [name for name in tuned.specs if name not in base.specs and owner(name) in homes]
     if orphans:
         raise SurgeryError(
-            "tuned has tensors in modules of base that base itself lacks; no adapter can add them",
+            "tuned has tensors that base lacks in modules that base has; no adapter can add them",
             where=where,
             found=", ".join(orphans[:5]),
             then="save both from the same model class, or start from a base that has them",
@@ -241,7 +240,7 @@ def _check_names(base: Checkpoint, tuned: Checkpoint, where: str) -> None:
 
 
 def _check_shapes(base: Checkpoint, tuned: Checkpoint, structure: Structure, where: str) -> tuple[str, ...]:
-    """Tensors that grew with the vocabulary; any other difference of shapes is refused, all of them at once."""
+    """The tensors that grew with the vocabulary. Raises ShapeMismatch for all other differences in shape together."""
     differing = [
         name for name in tuned.specs if name in base.specs and base.specs[name].shape != tuned.specs[name].shape
     ]
@@ -264,8 +263,8 @@ def _check_shapes(base: Checkpoint, tuned: Checkpoint, structure: Structure, whe
             f"{name}: base {shape_text(base.specs[name].shape)}, tuned {shape_text(tuned.specs[name].shape)}"
             for name in differing
         ),
-        expected="equal shapes, or a vocabulary that grew by as many rows in the embedding as in the head",
-        then="base must be the very model that was tuned",
+        expected="equal shapes, or a vocabulary that grew by the same number of rows in embedding and head",
+        then="pass as base the model from which tuned was trained",
     )
 
 
@@ -275,7 +274,7 @@ def _check_removed(removed: Sequence[str], allowed: bool, where: str) -> None:
             f"{len(removed)} tensors of base are not in tuned, and no adapter can remove them",
             where=where,
             found=", ".join(removed[:5]),
-            then="--allow-removed extracts the rest and leaves them as they are in base",
+            then="--allow-removed extracts the rest; the merged model keeps these tensors of base",
         )
 
 
@@ -283,11 +282,11 @@ def _check_doubts(matrices: Sequence[Matrix], structure: Structure, where: str) 
     doubts = [m.spec.name for m in matrices if m.spec.name in structure.doubtful]
     if doubts:
         raise SurgeryError(
-            f"{len(doubts)} weights could be of more than one kind",
+            f"the kind of {len(doubts)} weights is ambiguous",
             where=where,
             found="\n            ".join(f"{name}: {structure.doubtful[name]}" for name in doubts[:8]),
-            then=f"--kind '{doubts[0]}=KIND' with KIND one of {', '.join(ASKED)}; or install transformers, which knows "
-            "most models",
+            then=f"--kind '{doubts[0]}=KIND' where KIND is one of {', '.join(ASKED)}; or install transformers, which "
+            "knows most models",
         )
 
 
@@ -305,7 +304,7 @@ def _matrices(
 
 
 def _with_rest(matrices: Sequence[Matrix], modules: Mapping[str, list[str]]) -> list[Matrix]:
-    """The matrices with what else their modules hold: peft moves it along when it wraps the module."""
+    """Adds the other tensors of their modules to the matrices: peft renames these when it wraps the module."""
     factored = {matrix.spec.name for matrix in matrices}
     return [
         replace(matrix, beside=tuple(name for name in modules[matrix.module] if name not in factored))
@@ -314,8 +313,8 @@ def _with_rest(matrices: Sequence[Matrix], modules: Mapping[str, list[str]]) -> 
 
 
 def _awkward_parameters(matrices: Sequence[Matrix], modules: Iterable[str]) -> set[str]:
-    """Parameters that peft's wrapper cannot adapt: of the model itself, of an adapted layer, and beside layers that
-    store (in, out); or of a module with modules inside, the keys of all of which would change with it."""
+    """Parameters that peft's wrapper cannot adapt. They belong to the model itself, to an adapted layer, or to a module
+    with submodules, whose keys would all change; or the adapter also has layers that store (in, out)."""
     transposed = any(matrix.kind is LayerKind.TRANSPOSED for matrix in matrices)
     above = {prefix for module in modules for prefix in ancestors(module)}
     above |= {matrix.module for matrix in matrices if matrix.kind is not LayerKind.PARAMETER}
@@ -342,12 +341,12 @@ def _wholes(
 
 
 def _saved_modules(base: Checkpoint, tuned: Checkpoint, layers: set[str]) -> frozenset[str]:
-    """Modules that peft's `modules_to_save` can carry: leaves, none of `layers`, whose name it cannot mistake for
-    another's tail."""
+    """Modules that peft's `modules_to_save` can store: leaves that are not in `layers` and whose name is not the end of
+    another name."""
     holders = {owner(name) for name in (*tuned.specs, *base.specs)}
     parents = {prefix for module in holders for prefix in ancestors(module)}
     plain = {module for module in holders if module and module not in parents} - layers
-    # peft compares ends of names without regard to dots: `norm` would take `input_layernorm` too.
+    # peft compares ends of names and ignores dots: `norm` would also match `input_layernorm`.
     return frozenset(
         module for module in plain if not any(other != module and other.endswith(module) for other in holders | parents)
     )
@@ -373,18 +372,18 @@ def _notes(
 ) -> list[str]:
     notes = list(dict.fromkeys((*base.notes, *tuned.notes)))
     notes += [
-        f"{owner(name)} is also the head: carried in full if it changed, since peft, which merges the factors of tied "
-        "weights twice, could not both load and merge them"
+        f"{owner(name)} is also the head: stored in full if changed, because peft merges the factors of tied weights "
+        "twice"
         for name in tied
     ]
     if grown:
         before, after = (checkpoint.specs[grown[0]].shape[0] for checkpoint in (base, tuned))
         notes.append(
-            f"the vocabulary grew from {before} to {after}: {', '.join(grown)} carried in full; peft loads the adapter "
-            f"once the base is resized (resize_token_embeddings({after})), surgery merges it as it is"
+            f"the vocabulary grew from {before} to {after}: {', '.join(grown)} stored in full; peft loads the adapter "
+            f"after resize_token_embeddings({after}) on the base, surgery merges it directly"
         )
     if removed:
-        notes.append(f"{len(removed)} tensors of base are not in tuned; an adapter cannot remove them")
+        notes.append(f"{len(removed)} tensors of base are not in tuned; no adapter can remove them")
     if left:
-        notes.append(f"{len(left)} tensors left behind, as asked")
+        notes.append(f"{len(left)} tensors are left out, as requested")
     return notes

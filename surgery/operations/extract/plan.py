@@ -1,7 +1,7 @@
-"""How every tensor of a pair would be carried: the plan of extract, made from headers alone.
+"""The plan of extract, made from headers alone: how the adapter may store each tensor of a pair.
 
-What changed is known only when both are read, so outputs are declared as large as they can become, and for every way
-in which they may be carried. Knows no path and no decomposition.
+Changes are known only after both files are read. So the plan declares outputs at their largest possible size, and for
+every form in which they may be stored. Knows no path and no decomposition.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from surgery.receipts.receipt import TOOL
 
 @dataclass(frozen=True, kw_only=True)
 class Extraction:
-    """How to extract: see `extract`, whose arguments these are."""
+    """How to extract; the fields are arguments of `extract`."""
 
     ranks: RankChoice
     choice: Choice = field(default_factory=Choice)
@@ -42,11 +42,11 @@ class Extraction:
 
 
 def pair_for(base: BaseModel, tuned: BaseModel, how: Extraction) -> Pairing:
-    """Pairs the tensors of both files as an extraction needs them.
+    """Pairs the tensors of both files for an extraction.
 
     Raises:
-        See `pair`; besides, UnsupportedDType for a dtype that factors cannot have, UnknownTensor for an override that
-        matches nothing, Unsupported for what peft has no form for.
+        See `pair`; also UnsupportedDType for a dtype that factors cannot have, UnknownTensor for an override that
+        matches nothing, Unsupported if peft has no form for the adapter.
     """
     _ = how.ranks.stored
     rules = how.ranks.rules(tuned.specs)
@@ -62,8 +62,8 @@ def pair_for(base: BaseModel, tuned: BaseModel, how: Extraction) -> Pairing:
 
 
 def plan_extract(pairing: Pairing, how: Extraction, measured: Mapping[str, int] | None = None) -> Plan:
-    """Decides how each tensor of a pairing would be carried; `measured` has every changed weight's rank where a budget
-    rules."""
+    """Plans how to store each tensor of a pairing; `measured` has the rank of every changed weight if there is a
+    budget."""
     rules = how.ranks.rules(pairing.tuned.specs, measured)
     hows = {
         matrix: _capped(
@@ -93,10 +93,12 @@ def plan_extract(pairing: Pairing, how: Extraction, measured: Mapping[str, int] 
 
 
 def _check_method(pairing: Pairing, how: Extraction) -> None:
-    """Refuses what peft has no form for."""
+    """Raises Unsupported if peft has no form for the adapter."""
     for option, given, known in (("method", how.method, ("lora", "dora")), ("bias", how.bias, ("full", "lora"))):
         if given not in known:
-            raise SurgeryError(f"no such {option}", expected=" or ".join(known), found=given)
+            raise SurgeryError(
+                f"unknown {option}", expected=" or ".join(known), found=given, then=f"--{option} {known[0]}"
+            )
     parameters = [
         matrix.spec.name
         for matrix in pairing.matrices
@@ -105,10 +107,10 @@ def _check_method(pairing: Pairing, how: Extraction) -> None:
     unusual = "DoRA" if how.method == "dora" else "lora_bias" if how.bias == "lora" else ""
     if unusual and parameters:
         raise Unsupported(
-            f"peft has no {unusual} for parameters outside of layers, and none for single layers of an adapter",
+            f"peft has no {unusual} for parameters outside of layers, and none for only some layers of an adapter",
             where=parameters[0],
             found=f"{len(parameters)} such parameters",
-            then=f"--kind '{parameters[0]}=full' carries one in full, --exclude leaves it behind",
+            then=f"--kind '{parameters[0]}=full' stores one in full, --exclude leaves it out",
         )
     if how.bias == "lora":
         without = [
@@ -120,14 +122,14 @@ def _check_method(pairing: Pairing, how: Extraction) -> None:
             raise Unsupported(
                 "lora_bias needs a bias in every adapted layer",
                 where=without[0],
-                found=f"{len(without)} layers without",
-                then="--bias full carries those biases in full that changed",
+                found=f"{len(without)} layers without one",
+                then="--bias full stores changed biases in full",
             )
 
 
 def _capped(how: Decomposition, matrix: Matrix) -> Decomposition:
-    """The rule held to what pays: one rank more than that tells that the weight is better carried in full. A quantile,
-    which depends on all the values, must see as many as it needs."""
+    """Caps the rule one rank above the break-even; at that rank the weight is better stored in full. A quantile rule is
+    not capped, because it depends on all the singular values."""
     own = how.rule.rule if isinstance(how.rule, Bounded) else how.rule
     if how.rule.most(min(matrix.sides)) <= matrix.break_even or isinstance(own, QuantileRule):
         return how
@@ -166,7 +168,7 @@ def _layer_step(pairing: Pairing, matrix: Matrix, how: Decomposition) -> Step:
 def _parameters_step(pairing: Pairing, matrices: tuple[Matrix, ...], hows: tuple[Decomposition, ...]) -> Step:
     names = [matrix.spec.name for matrix in matrices]
     module = owner(pairing.known_as(names[0]))
-    # The keys tell a parameter's depth among those that turn out to be adapted, not which one it is.
+    # A key gives a parameter's depth among the adapted parameters, not which one it is.
     outputs: list[TensorSpec] = []
     for keys in parameter_keys(module, names).values():
         offered = [_factors(matrix, how, keys) for matrix, how in zip(matrices, hows, strict=True)]
@@ -181,12 +183,12 @@ def _parameters_step(pairing: Pairing, matrices: tuple[Matrix, ...], hows: tuple
 
 
 def both(pairing: Pairing, names: Iterable[str]) -> tuple[TensorRef, ...]:
-    """Each tensor of base, followed by that of tuned."""
+    """Each tensor of base, followed by the same tensor of tuned."""
     return tuple(checkpoint.tensor(name) for name in names for checkpoint in (pairing.base, pairing.tuned))
 
 
 def _workspace(matrices: Iterable[Matrix], hows: Iterable[Decomposition]) -> int:
-    """One matrix is decomposed at a time."""
+    """The largest need of one matrix, since they are decomposed one at a time."""
     needs = []
     for matrix, how in zip(matrices, hows, strict=True):
         out, into = matrix.sides
@@ -196,7 +198,7 @@ def _workspace(matrices: Iterable[Matrix], hows: Iterable[Decomposition]) -> int
 
 
 def whole_step(pairing: Pairing, whole: FullTensors) -> Step:
-    """The step that compares tensors and keeps them in full."""
+    """The step that compares tensors and stores them in full."""
     base, tuned = pairing.base, pairing.tuned
     known = tuple(name in base.specs for name in whole.names)
     inputs: list[TensorRef] = []
@@ -209,5 +211,5 @@ def whole_step(pairing: Pairing, whole: FullTensors) -> Step:
 
 
 def _full(spec: TensorSpec, pairing: Pairing, *, wrappers: int) -> TensorSpec:
-    """A tensor under the key that peft finds it by."""
+    """A tensor under the key where peft finds it."""
     return TensorSpec(full_key(pairing.known_as(spec.name), wrappers=wrappers), spec.dtype, spec.shape)

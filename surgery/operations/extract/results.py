@@ -1,4 +1,4 @@
-"""What all verbs that make factors have at their end: what was measured of every weight, and the adapter's config."""
+"""The results that all verbs with factors share: measurements of every weight, and the adapter's config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Lossy(Protocol):
-    """What is told of one weight's factors."""
+    """The measurements of one weight's factors."""
 
     @property
     def residual(self) -> float:
@@ -35,13 +35,13 @@ L = TypeVar("L", bound=Lossy, covariant=True)
 
 @dataclass(frozen=True, kw_only=True)
 class FactorFigures(Generic[L]):
-    """What a step that makes factors measured, or many of them.
+    """The measurements of one or more steps that make factors.
 
     Attributes:
         modules: every weight that became factors.
-        spectra: what is known of every changed weight.
-        full: tensors that are carried in full.
-        saved: modules that are carried whole (peft's `modules_to_save`).
+        spectra: the known singular values of every changed weight.
+        full: tensors that are stored in full.
+        saved: modules that are stored whole (peft's `modules_to_save`).
     """
 
     modules: tuple[L, ...] = ()
@@ -67,14 +67,14 @@ def changed(modules: Iterable[Lossy]) -> float:
 
 
 def energy_and_residual(modules: Iterable[Lossy]) -> tuple[float, float]:
-    """Of all weights together: the share of Σ‖ΔW‖² that their factors hold, and the relative error."""
+    """The share of Σ‖ΔW‖² that the factors of all weights hold, and their relative error."""
     modules = tuple(modules)
     total, left_out = changed(modules), sum((module.delta_norm * module.residual) ** 2 for module in modules)
     return (1.0 - left_out / total, math.sqrt(left_out / total)) if total else (1.0, 0.0)
 
 
 def put_config(done: Done, destination: Destination, config: Mapping[str, Any]) -> None:
-    """Writes an adapter's config: a file of the output's folder, or in the metadata of a single file."""
+    """Writes an adapter's config: into the output folder, or into the metadata of a single file."""
     assert done.writer is not None
     text = json.dumps(config, indent=2)
     if destination.is_folder:

@@ -1,7 +1,7 @@
-"""spectrum: how much error and size each rank would mean, before one is chosen.
+"""spectrum: measures the error and size of each rank, before a rank is chosen.
 
-Pairs the tensors as extract does, and reads both files once; nothing is factored and no adapter written. Knows no
-printing; the picture is `surgery.pictures.page`'s.
+Pairs the tensors as extract does, and reads both files once; it makes no factors and writes no adapter. Knows no
+printing; `surgery.pictures.page` draws the picture.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ MAX_RANK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class SpectrumReport(Report):
-    """What extract would lose at which rank. The ledger says what extract would make of each tensor.
+    """What extract would lose at each rank. The ledger gives the fate of each tensor in extract.
 
     Attributes:
         base, tuned: the paths.
-        weights: what is known of every changed weight's spectrum.
-        uniform: all of them together at ranks 1, 2, 4, … as far as they are known.
-        budget: for each of those, the best ranks for factors of at most the same size.
+        weights: the known singular values of every changed weight.
+        uniform: results for all weights at the same rank 1, 2, 4, …, up to the known rank.
+        budget: for each of these, the result with the best ranks at the same size or less.
     """
 
     base: str
@@ -62,15 +62,15 @@ def prepare_spectrum(
     """Prepares a job that measures the leading singular values of every weight's change.
 
     Args:
-        base, tuned: a safetensors file or a folder each.
-        out: a picture of the result, `.html` or `.svg`.
-        max_rank: how many singular values; clamped to a matrix's smaller side.
-        include, exclude: patterns of names (see `surgery.model.patterns`) of the tensors to look at.
-        kinds: pattern → kind of weight, where the evidence leaves a doubt.
-        dtype: that factors would be stored in; by default each tuned weight's own.
-        exact: decompose in full instead of in a Krylov space.
-        force: replace what stands at `out`.
-        seed: of the random start of the SVD.
+        base, tuned: each a safetensors file or a folder.
+        out: path of a picture of the result, `.html` or `.svg`.
+        max_rank: number of singular values, at most a matrix's smaller side.
+        include, exclude: patterns of names (see `surgery.model.patterns`) of the tensors to measure.
+        kinds: pattern → kind of weight, where it is ambiguous.
+        dtype: dtype in which factors would be stored; by default each tuned weight's own.
+        exact: compute a full SVD instead of one in a Krylov space.
+        force: overwrite `out` if it exists.
+        seed: seed for the randomised SVD.
         resources: workers, memory and device.
 
     Raises:
@@ -88,7 +88,7 @@ def prepare_spectrum(
         weights = gathered(done.outcomes).spectra
         if not weights:
             raise NothingToDo(
-                "none of the weights has changed",
+                "no weight has changed between base and tuned",
                 where=f"{base} and {tuned}",
                 then="check that tuned is the model after training",
             )

@@ -1,1 +1,1 @@
-"""fold: adapters into weights as far as that is exact."""
+"""fold: merges adapters into weights as far as this is exact."""

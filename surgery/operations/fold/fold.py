@@ -1,6 +1,6 @@
-"""fold: an adapter into a model's weights as far as that is exact; what must stay in the graph goes along, described.
+"""fold: merges an adapter into a model's weights as far as this is exact, and describes the parts that must stay nodes.
 
-An adapter that is a change of weights (LoRA, (IA)³, VeRA …) is merged, by merge. `fold_plan` plans the others.
+An adapter that is a change of weights (LoRA, (IA)³, VeRA …) is handled by merge. `plan` plans the others.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class FoldReport(Report):
 
     Attributes:
         verdicts: what became of every part of the adapter, and why.
-        digest: content address of the output's tensors, grafts apart.
-        base_digest: the same of the model.
+        digest: content digest of the output's tensors, without grafts.
+        base_digest: content digest of the model's tensors.
         adapter: content digest of the adapter.
-        grafts: the file that describes what must stay in the graph; None where nothing must.
-        settings: what config.json says anew.
+        grafts: the file that describes the parts that must stay in the graph; None if there are none.
+        settings: changed entries of config.json.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -61,20 +61,20 @@ class FoldReport(Report):
 
 @dataclass(frozen=True)
 class FoldPlan(JobPlan):
-    """What a fold is going to do. `verdicts`: what becomes of every part of the adapter, and why."""
+    """What a fold will do. `verdicts`: what becomes of every part of the adapter, and why."""
 
     verdicts: tuple[Verdict, ...]
 
 
 @dataclass(frozen=True)
 class FoldJob(Job[FoldReport]):
-    """A fold, ready to run: a job that knows its verdicts."""
+    """A prepared fold: a job that also has verdicts."""
 
     verdicts: tuple[Verdict, ...]
 
     @property
     def summary(self) -> FoldPlan:
-        """What the job is going to do, as plain data."""
+        """What the job will do, as plain data."""
         return FoldPlan(**vars(super().summary), verdicts=self.verdicts)
 
 
@@ -87,20 +87,20 @@ def prepare_fold(
     force: bool = False,
     resources: Resources | None = None,
 ) -> FoldJob:
-    """Prepares a job that writes a model with an adapter folded into its weights, exactly; beside it, what cannot be.
+    """Prepares a job that folds an adapter into a model's weights as far as this is exact; other parts lie next to it.
 
     Args:
         model: a safetensors file or a folder.
         adapter: AdapterHub's bottlenecks, compacters, prefixes, prompts, or a union of these; peft's prompts and
-            prefixes; or whatever merge takes.
-        out: a folder, or a `.safetensors`/`.st` file where nothing must stay in the graph.
+            prefixes; or any adapter that merge takes.
+        out: a folder, or a `.safetensors`/`.st` file if no part must stay in the graph.
         told: as for merge.
-        force: replace what stands at `out`.
+        force: overwrite `out` if it exists.
         resources: threads and memory.
 
     Raises:
-        NotMergeable: what no weight and no added node can express, with the reason.
-        SurgeryError, FormatError: see their trees; whatever the headers tell is refused before any work.
+        NotMergeable: no weight and no added node can express the adapter; the message gives the reason.
+        SurgeryError, FormatError: see their trees; errors that headers reveal are raised before any work.
     """
     watch, files = Stopwatch(loading="torch"), OpenFiles()
     base = BaseModel.open(model, files)
@@ -121,7 +121,7 @@ def fold_job(
     force: bool = False,
     resources: Resources | None = None,
 ) -> FoldJob:
-    """The job of `prepare_fold` on what is open already; `watch` runs since the verb was called."""
+    """The job of `prepare_fold` for files that are already open; `watch` was started when the verb was called."""
     files = base.files
     inputs, parts = (base.path, opened.path), open_parts(base, opened)
     if parts is None:
@@ -137,7 +137,11 @@ def fold_job(
         before, digest = hashes_before(done.outcomes), output_digest(done.plan.outputs, done.outcomes)
         figures = [each.figures for each in done.outcomes if isinstance(each.figures, MergeFigures)]
         if folding.grafts is None and not any(each.changed for each in figures):
-            raise NothingToDo("the fold changes nothing: all of the adapter rounds to zero", where=opened.path)
+            raise NothingToDo(
+                "the fold changes nothing: all of the adapter rounds to zero",
+                where=opened.path,
+                then="check that the adapter is trained",
+            )
         if folding.receipt is not None:
             done.writer.seal(replace(folding.receipt, base_tensors=before).metadata())
         if folding.grafts is not None and done.aside is not None:
@@ -167,10 +171,10 @@ def fold_job(
 
 
 def merged_verdicts(model: BaseModel, adapter: AdapterFile, merged: Iterable[WeighedAdapter]) -> tuple[Verdict, ...]:
-    """Those on an adapter that is a change of weights.
+    """The verdicts on an adapter that is a change of weights.
 
     Args:
-        model, adapter: opened.
+        model, adapter: the opened files.
         merged: the adapter, as `open_for_merge` opened it against the model.
     """
     found = []
@@ -186,7 +190,7 @@ def merged_verdicts(model: BaseModel, adapter: AdapterFile, merged: Iterable[Wei
 
 
 def _as_fold(job: Job[MergeReport], verdicts: tuple[Verdict, ...]) -> FoldJob:
-    """A merge as the fold that it is."""
+    """Presents a merge as a fold."""
     plan = replace(job.plan, operation="fold")
 
     def work(resources: Resources) -> FoldReport:
@@ -206,14 +210,14 @@ def _as_fold(job: Job[MergeReport], verdicts: tuple[Verdict, ...]) -> FoldJob:
 def _destination(
     base: BaseModel, folding: Folding, inputs: tuple[Path, ...], out: str | Path, force: bool
 ) -> Destination:
-    """Where the output goes, its config.json as it must be."""
+    """The output, with the config.json that it needs."""
     destination = base.destination(out, folding.plan.outputs, inputs=inputs, force=force)
     if folding.grafts is not None and not destination.is_folder:
         raise FormatError(
-            "parts of the adapter must stay in the graph, and a single file has no room for them beside it",
+            "parts of the adapter must stay in the graph, and a single file cannot hold them",
             where=out,
             expected="a folder",
-            then="name a folder with -o; its --dry-run says which parts, and why",
+            then="name a folder with -o; --dry-run lists these parts with reasons",
         )
     if folding.settings and CONFIG in destination.attachments:
         return with_config(destination, with_settings(base.config, folding.settings))
@@ -224,6 +228,6 @@ def _destination(
 def _writers(
     destination: Destination, plan: Plan, grafts: Grafts | None
 ) -> Iterator[tuple[CheckpointWriter, TensorWriter | None]]:
-    """The output, and what lies beside its weights."""
+    """Opens the output, and the file of grafts next to its weights."""
     with create_checkpoint(destination, plan.outputs, plan.metadata) as writer:
         yield writer, None if grafts is None else writer.beside(GRAFTS_FILE, plan.asides, grafts.metadata())

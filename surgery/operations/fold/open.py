@@ -1,4 +1,4 @@
-"""What fold opens: the parts of an adapter that is more than a change of weights, and their fingerprint."""
+"""Opens the adapters that fold takes, if they are more than a change of weights, and computes their fingerprint."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from surgery.model.base_model import BaseModel
 from surgery.operations.merge.adapters import refuse_grafted
 from surgery.receipts.receipt import MergedAdapter
 
-# Files beside, or in place of, a single adapter: compositions, whose result depends on how the input weighs them.
+# Files of compositions of adapters; the input decides how they are weighed.
 _COMPOSED = {
-    "adapter_fusion_config.json": "AdapterFusion attends over its adapters: their weights depend on the input",
-    "adapter_setup.json": "a composition (stack, fuse, parallel …) of adapters is no single one",
+    "adapter_fusion_config.json": "AdapterFusion attends over its adapters, so their weights depend on the input",
+    "adapter_setup.json": "this is a composition (stack, fuse, parallel …) of adapters, not a single adapter",
 }
 
 
 def refuse_composed(adapter: Path) -> None:
-    """Raises NotMergeable for a composition of adapters, whose folder may hold nothing that opens."""
+    """Raises NotMergeable for a composition of adapters, whose folder may hold no file that can be opened."""
     for name, reason in _COMPOSED.items():
         if (adapter / name).exists():
-            raise NotMergeable(reason, where=adapter / name, then="fold the adapters it consists of, one by one")
+            raise NotMergeable(reason, where=adapter / name, then="fold its adapters one by one")
 
 
 def open_single(adapter: Path, files: OpenFiles) -> AdapterFile:
-    """Opens an adapter of any kind, where it is a single one. Raises as `refuse_composed`, `open_adapter_file`."""
+    """Opens a single adapter of any kind. Raises as `refuse_composed`, `open_adapter_file`."""
     refuse_composed(adapter)
     return open_adapter_file(adapter, files)
 
 
 def open_parts(model: BaseModel, adapter: AdapterFile) -> tuple[Part, ...] | None:
-    """What an adapter adds beside the base's weights; None for one that is a change of weights.
+    """The parts that an adapter adds besides changes of weights; None if it only changes weights.
 
     Raises:
-        NotMergeable: a model that has parts of an earlier adapter in its graph.
+        NotMergeable: the model has parts of an earlier adapter in its graph.
         FormatError: as `read_beside`.
     """
     refuse_grafted(model.path)
@@ -55,7 +55,7 @@ def open_parts(model: BaseModel, adapter: AdapterFile) -> tuple[Part, ...] | Non
 
 
 def fingerprint_beside(adapter: AdapterFile) -> MergedAdapter:
-    """The record of an adapter that is no change of weights: its digest covers its config too. Reads its payload.
+    """The record of an adapter that is not a change of weights. Its digest covers its config too. Reads its payload.
 
     Raises NotFinite.
     """

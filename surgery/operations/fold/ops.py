@@ -1,6 +1,6 @@
-"""What fold does to tensors: those that a bottleneck goes into, those that get its neurons, and what it leaves aside.
+"""The ops of fold: change weights and biases, add neurons, and write tensors for the graph.
 
-Ops only: tensors in, an Outcome out. Each reads a bottleneck's own tensors behind those that it changes. Rounds once.
+Each op takes tensors and returns an Outcome; a bottleneck's own tensors come after those to change. Rounds once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Source:
 
     Attributes:
         one: the bottleneck.
-        split: whether it is made of two neurons for each of its own.
+        split: whether each of its neurons becomes two.
     """
 
     one: Bottleneck
@@ -48,7 +48,7 @@ class Source:
 
     @property
     def width(self) -> int:
-        """The bottleneck's own width, as it comes out of `matrices`."""
+        """The width of the bottleneck that `matrices` returns."""
         down = self.one.down
         if isinstance(down, Dense):
             own = down.weight.spec.shape[0]
@@ -58,21 +58,21 @@ class Source:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the matrices, and of what making them takes."""
+        """Bytes of the matrices and of the memory needed to make them."""
         sizes = [ref.spec.size for ref in self.refs]
         both = 2 * self.width * self.outputs if isinstance(self.one.down, Hypercomplex) else sum(sizes)
         return 8 * 6 * (both + sum(sizes))
 
     @property
     def outputs(self) -> int:
-        """How many outputs the bottleneck has."""
+        """The number of the bottleneck's outputs."""
         up = self.one.up
         if isinstance(up, Dense):
             return up.weight.spec.shape[0]
         return up.right.spec.shape[0] * up.right.spec.shape[2]
 
     def matrices(self, tensors: Sequence[torch.Tensor]) -> Matrices:
-        """The bottleneck, its scaling multiplied in."""
+        """The bottleneck's matrices, with its scaling multiplied in."""
         named = dict(zip([ref.name for ref in self.refs], tensors, strict=True))
         projections = []
         for each in (self.one.down, self.one.up):
@@ -98,7 +98,7 @@ def _projection_refs(projection: Dense | Hypercomplex) -> tuple[TensorRef, ...]:
 
 @dataclass(frozen=True)
 class FoldWeight:
-    """(I + sUD) W. `transposed`: it is stored (in, out). Inputs: W, then the bottleneck's tensors."""
+    """Computes (I + sUD) W. `transposed`: W is stored (in, out). Inputs: W, then the bottleneck's tensors."""
 
     name: str
     dtype: DType
@@ -106,7 +106,7 @@ class FoldWeight:
     transposed: bool
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """By columns of W, so that little is in memory in float64."""
+        """Works by blocks of columns of W, to keep little in memory in float64."""
         import torch
 
         made = self.source.matrices(inputs[1:])
@@ -121,7 +121,7 @@ class FoldWeight:
 
 @dataclass(frozen=True)
 class FoldBias:
-    """(I + sUD) b + s(U·b_D + b_U). Inputs: b, then the bottleneck's tensors."""
+    """Computes (I + sUD) b + s(U·b_D + b_U). Inputs: b, then the bottleneck's tensors."""
 
     name: str
     dtype: DType
@@ -135,7 +135,7 @@ class FoldBias:
 
 @dataclass(frozen=True)
 class NewBias:
-    """s(U b_D + b_U) as the bias of a projection that had none; zeros where no bottleneck is behind it.
+    """Makes s(U b_D + b_U) the bias of a projection that had none; zeros if no bottleneck follows it.
 
     Inputs: the bottleneck's tensors, if there is one.
     """
@@ -162,12 +162,12 @@ class Neurons(Enum):
     FIRST = "W1 (neurons, in)"
     FIRST_BIAS = "b1 (neurons)"
     SECOND = "W2 (out, neurons)"
-    SECOND_BIAS = "b2 (out)"  # which gets no more elements, but s·b_U
+    SECOND_BIAS = "b2 (out)"  # gets no new elements, only + s·b_U
 
 
 @dataclass(frozen=True)
 class Widen:
-    """An MLP's tensor with a bottleneck's neurons behind its own, filled up with zeros, which add nothing.
+    """Appends a bottleneck's neurons to an MLP's tensor, padded with zeros, which add nothing.
 
     Inputs: the tensor, then the bottleneck's tensors, if the layer has one.
     """
@@ -179,7 +179,7 @@ class Widen:
     neurons: int
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Appends."""
+        """Appends the neurons."""
         import torch
 
         before = inputs[0].cpu()
@@ -200,11 +200,11 @@ class Widen:
 
 @dataclass(frozen=True)
 class Branch:
-    """A bottleneck's down, down_bias, up and up_bias, aside.
+    """Writes a bottleneck's down, down_bias, up and up_bias as asides.
 
-    Inputs: the bottleneck's tensors. Before them, W and, where `biased`, b, where it `reads` the projection's input:
-    down and down_bias are then DW and D b + b_D; or b, where it reads W x: D and D b + b_D. `transposed`: W is stored
-    (in, out).
+    Inputs: the bottleneck's tensors, and others before them. If it `reads` the projection's input, these are W and, if
+    `biased`, b; down and down_bias are then DW and D b + b_D. If it reads W x, it is b; they are then D and D b + b_D.
+    `transposed`: W is stored (in, out).
     """
 
     dtype: DType
@@ -230,21 +230,21 @@ class Branch:
 
 @dataclass(frozen=True)
 class KeysAndValues:
-    """A prefix's keys and values, a pair for each layer, aside. Inputs: the flat values, or the network's tensors."""
+    """Writes a prefix's keys and values as asides, a pair per layer. Inputs: flat values or a network's tensors."""
 
     dtype: DType
     prefix: Prefix
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
-        """The tensors that it takes."""
+        """The input tensors."""
         values = self.prefix.values
         if isinstance(values, TensorRef):
             return (values,)
         return values.embedding, *_projection_refs(values.first), *_projection_refs(values.second)
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Computes, where there is a network, and takes apart."""
+        """Runs the network, if there is one, and splits the result by layers."""
         import torch
 
         values = self.prefix.values
@@ -259,20 +259,20 @@ class KeysAndValues:
 
 @dataclass(frozen=True)
 class Embedding:
-    """A prompt's embedding, aside."""
+    """Writes a prompt's embedding as an aside."""
 
     dtype: DType
     ref: TensorRef
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Stored as the model's."""
+        """Casts it to the model's dtype."""
         import torch
 
         return aside([inputs[0].to("cpu", torch.float64)], self.dtype, (self.ref,))
 
 
 def aside(exact: Sequence[torch.Tensor], dtype: DType, refs: Sequence[TensorRef]) -> Outcome:
-    """Float64 tensors rounded once, for the second output; `refs` of the adapter made them."""
+    """Rounds float64 tensors once, for the second output; `refs` are the adapter's tensors behind them."""
     results = tuple(round_once(tensor.contiguous(), dtype) for tensor in exact)
     for result in results:
         _check(result, refs[0].name)
@@ -280,7 +280,7 @@ def aside(exact: Sequence[torch.Tensor], dtype: DType, refs: Sequence[TensorRef]
 
 
 def changed(name: str, before: torch.Tensor, result: torch.Tensor, fate: Fate) -> Outcome:
-    """A tensor of the base that has become another."""
+    """The outcome for a changed tensor of the base."""
     _check(result, name)
     old, new = tensor_hash(before), tensor_hash(result)
     return Outcome((result,), {name: fate}, MergeFigures({name: old}, {name: new}, changed=old != new))

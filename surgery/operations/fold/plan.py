@@ -1,6 +1,6 @@
-"""The plan of a fold: every tensor of the base copied, changed or widened, and aside what must stay in the graph.
+"""The plan of a fold: every tensor of the base is copied, changed or widened; parts that stay in the graph are grafts.
 
-Reads headers only, and knows the length of everything that receipt and grafts will say.
+Reads headers only, and knows the final length of receipt and grafts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from surgery.pipeline.ops import Copy
 from surgery.pipeline.plan import Op, Plan, Step
 from surgery.receipts.receipt import TOOL, UNKNOWN, MergedAdapter, Receipt
 
-_BLOCK = 16 * (1 << 20)  # what a block of columns takes on its way
+_BLOCK = 16 * (1 << 20)  # bytes that a block of columns needs
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Folding:
 
     Attributes:
         plan: the steps.
-        judged: the adapter's bottlenecks, each with what it is of and its verdict.
-        verdicts: on every part of the adapter.
-        grafts: what stays in the graph, with a placeholder for the model's digest; None where nothing does.
-        receipt: with placeholders for what only the run can know; None where no weight changes.
-        settings: what config.json must say.
+        judged: the bottlenecks, each with its adapter and its verdict.
+        verdicts: the decisions on every part of the adapter.
+        grafts: the parts that stay in the graph, with a placeholder for the model's digest; None if there are none.
+        receipt: the receipt, with placeholders for values that only the run can know; None if no weight changes.
+        settings: entries that config.json must have.
     """
 
     plan: Plan
@@ -62,17 +62,17 @@ class Folding:
 
 
 def plan_fold(base: BaseModel, parts: Sequence[Part], adapter: MergedAdapter) -> Folding:
-    """Says what becomes of every part of an adapter, and plans it.
+    """Decides what becomes of every part of an adapter, and plans it.
 
     Args:
         base: the base.
-        parts: the adapter's, read against the base's tensors.
-        adapter: what the receipt says of it.
+        parts: the adapter's parts, read against the base's tensors.
+        adapter: its entry in the receipt.
 
     Raises:
         AlreadyMerged: the base's receipt names the adapter.
         NotMergeable: see `judge`.
-        Quantised, UnsupportedDType: weights that are no plain floating-point numbers.
+        Quantised, UnsupportedDType: weights are not plain floating-point numbers.
     """
     refuse_merged(base.checkpoint, {adapter.digest: parts[0].ref.path})
     work = _Work.of(base, parts)
@@ -110,20 +110,20 @@ def plan_fold(base: BaseModel, parts: Sequence[Part], adapter: MergedAdapter) ->
 
 @dataclass(frozen=True)
 class Grafting:
-    """A whole adapter as what is put into a graph: the steps that make its tensors, aside, and the sites."""
+    """A whole adapter as nodes of a graph: the steps that make its tensors as asides, and the places for the nodes."""
 
     steps: tuple[Step, ...]
     sites: tuple[Graft, ...]
 
 
 def plan_grafting(base: BaseModel, parts: Sequence[Part], digest: str, *, half: bool) -> Grafting:
-    """All of an adapter as nodes, whatever of it could go into weights.
+    """Plans all of an adapter as nodes, including parts that could be folded into weights.
 
     Args:
         base: the base.
-        parts: the adapter's, read against the base's tensors.
-        digest: the adapter's.
-        half: bottlenecks that read h read what the projection before them reads; else they read h.
+        parts: the adapter's parts, read against the base's tensors.
+        digest: the adapter's digest.
+        half: whether bottlenecks that read h read the input of the projection before them instead.
 
     Raises:
         AlreadyMerged, NotMergeable, Quantised, UnsupportedDType: as `plan_fold`.
@@ -144,7 +144,7 @@ def _as_nodes(adapter: Bottlenecks, each: Judged, half: bool) -> Judged:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be done."""
+    """The work of a fold."""
 
     base: BaseModel
     known: Base
@@ -154,19 +154,19 @@ class _Work:
 
     @classmethod
     def of(cls, base: BaseModel, parts: Sequence[Part]) -> _Work:
-        """Judges every bottleneck."""
+        """Decides on every bottleneck."""
         known = Base(base.specs, base.config)
         judged = [(part, each) for part in parts if isinstance(part, Bottlenecks) for each in judge(part, known)]
         return cls(base, known, parts, judged, layer_kinds(base.specs))
 
     def verdicts(self) -> Iterator[Verdict]:
-        """On every part, in the adapter's order."""
+        """The verdicts on every part, in the adapter's order."""
         for part in self.parts:
             yield from (each.verdict for adapter, each in self.judged if adapter is part)
             yield from verdicts_beside(part)
 
     def source(self, each: Judged) -> Source:
-        """What the bottleneck's matrices are made of."""
+        """The source of the bottleneck's matrices."""
         return Source(each.one, each.split and each.verdict.way is Way.WIDENED)
 
     def transposed(self, weight: str) -> bool:
@@ -175,12 +175,12 @@ class _Work:
 
     @property
     def widened(self) -> dict[int, Judged]:
-        """The bottlenecks that become neurons, by their layers."""
+        """The bottlenecks that become neurons, by layer."""
         return {each.one.layer: each for _, each in self.judged if each.verdict.way is Way.WIDENED}
 
     @property
     def neurons(self) -> int:
-        """How many each layer gets: as many as the widest needs."""
+        """The number of neurons that each layer gets, which is the need of the widest bottleneck."""
         return max((self.source(each).width for each in self.widened.values()), default=0)
 
     def changing(self) -> dict[str, Step]:
@@ -204,7 +204,7 @@ class _Work:
         widened = self.widened
         if widened:
             one = next(iter(widened.values())).one
-            assert one.first is not None  # or it would not be widened
+            assert one.first is not None  # ensured by the verdict
             for neurons, name in (
                 (Neurons.FIRST, one.first),
                 (Neurons.FIRST_BIAS, f"{owner(one.first)}.bias"),
@@ -217,7 +217,7 @@ class _Work:
         return {step.name: step for step in steps}
 
     def _biases(self) -> Iterator[Step]:
-        """Those that the base has no room for yet, in all layers: what is folded, and zeros."""
+        """The steps of biases that the base lacks, in all layers: folded values, and zeros elsewhere."""
         folded = {owner(each.one.behind): self.source(each) for each in self.roomy}
         for name, spec in self.base.specs.items():
             if name.endswith(".weight") and any(owner(name).endswith(room.projections) for room in self.rooms):
@@ -228,13 +228,13 @@ class _Work:
 
     @property
     def roomy(self) -> list[Judged]:
-        """The bottlenecks that are folded, but for the bias that there is no room for yet."""
+        """The folded bottlenecks whose projection lacks a bias."""
         folded = [each for _, each in self.judged if each.verdict.way is Way.FOLDED]
         return [each for each in folded if f"{owner(each.one.behind)}.bias" not in self.base.specs]
 
     @property
     def rooms(self) -> list[Room]:
-        """What makes room for biases."""
+        """The settings that add biases."""
         rooms = {room.setting: room for each in self.roomy if (room := self.known.room(each.one.place))}
         return list(rooms.values())
 
@@ -254,7 +254,7 @@ class _Work:
         return Step(spec.name, inputs, (result or spec,), op, needed)
 
     def grafting(self) -> Iterator[tuple[Step, tuple[Graft, ...]]]:
-        """The steps that write aside, each with the sites that it is for."""
+        """The steps that write grafts, each with its places in the graph."""
         for part in self.parts:
             if isinstance(part, Bottlenecks):
                 for adapter, each in self.judged:
@@ -299,7 +299,7 @@ class _Work:
         return Step(prefix.attentions[0], op.refs, (), op, needed, asides=tuple(specs)), tuple(sites)
 
     def check_dtypes(self, names: Sequence[str]) -> None:
-        """Raises Quantised or UnsupportedDType where one of these is no floating-point weight of ours."""
+        """Raises Quantised or UnsupportedDType if one of these is not a plain floating-point weight."""
         specs, where = self.base.specs, self.base.checkpoint.ref.path
         refuse_foreign(foreign(specs, self.base.quantization), [name for name in names if name in specs], where)
         for name in names:
@@ -313,32 +313,32 @@ class _Work:
                 )
 
     def settings(self) -> dict[str, Any]:
-        """What config.json must say."""
+        """The entries that config.json must have."""
         settings: dict[str, Any] = {room.setting: True for room in self.rooms}
         if self.widened:
             settings[self.known.width] = self.known.config[self.known.width] + self.neurons
         return settings
 
     def notes(self, sites: int) -> Iterator[str]:
-        """What the user should be told."""
+        """Yields remarks for the user."""
         if self.widened:
             layers = self.known.alike(next(iter(self.widened.values())).one.behind)
             filled = sum(layer not in self.widened for layer in layers)
-            zeros = f"; {filled} layers have no adapter: theirs are zeros" if filled else ""
+            zeros = f"; {filled} layers have no adapter, so theirs are zeros" if filled else ""
             width = self.known.width
-            yield f"every MLP gets {self.neurons} neurons more: {width} = {self.settings()[width]}{zeros}"
+            yield f"every MLP gets {self.neurons} more neurons: {width} = {self.settings()[width]}{zeros}"
         for room in self.rooms:
             names = ", ".join(each.rpartition(".")[2] for each in room.projections)
             yield f"{names} get biases in every layer: {room.setting} = true"
         for part in self.parts:
             if isinstance(part, Whole) and part.left:
-                yield f"the head ({part.kind}) is left: {part.left}"
+                yield f"the head ({part.kind}) is left out: {part.left}"
         if sites:
             yield f"{sites} parts stay as nodes: the output alone is not the adapted model"
 
 
 def branch_site(adapter: Bottlenecks, one: Bottleneck) -> BranchGraft:
-    """A bottleneck, of which the non-linearity is known, as nodes of the graph."""
+    """A bottleneck with a known non-linearity, as nodes of the graph."""
     module, f = owner(one.behind), activation(adapter.non_linearity)
     assert f is not None  # judged
     reads = adds_to = Value.OUTPUT

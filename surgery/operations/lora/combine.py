@@ -1,4 +1,4 @@
-"""combine: several LoRA adapters into one, exactly or at a rank of choice, without a base."""
+"""combine: turns several LoRA adapters into one, exactly or at a chosen rank, without a base."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from surgery.ranks.budget import Budget
 from surgery.ranks.choice import RankChoice
 from surgery.report import Report, Stopwatch
 
-DENSITY = 0.5  # of the deltas that are pruned
+DENSITY = 0.5  # default share of elements that pruned deltas keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +33,12 @@ class CombineReport(Report):
     """What combine did.
 
     Attributes:
-        how: the deltas were put together.
-        rule: how ranks were chosen, in words; None where all were kept.
-        adapters: content digest of every adapter, its scalings included, in the order of their addition.
+        how: the method of combination.
+        rule: how ranks were chosen, in words; None if all were kept.
+        adapters: content digest of every adapter, scalings included, in the order in which they were added.
         modules: every weight's new factors.
-        energy, residual: over all of them: the share of Σ‖ΔW‖² they hold, and the relative error. ΔW is what the
-            deltas come to once they are put together.
-        nbytes_before, nbytes: of the weights' files, before and after.
+        energy, residual: share of Σ‖ΔW‖² that all factors hold, and their relative error; ΔW is the combined delta.
+        nbytes_before, nbytes: size of the weights' files before and after, in bytes.
     """
 
     how: str
@@ -54,7 +53,7 @@ class CombineReport(Report):
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """How to combine: see `combine`, whose arguments these are."""
+    """How to combine; the fields are arguments of `combine`."""
 
     how: str
     rank: int | RankRule | Budget | None = None
@@ -64,43 +63,46 @@ class Combination:
     dtype: str | None = None
 
     def check(self) -> None:
-        """Raises SurgeryError for arguments that do not go together."""
+        """Raises SurgeryError for arguments that contradict each other."""
         if self.how not in WAYS:
             raise SurgeryError("no such way to combine", expected=", ".join(WAYS), found=self.how, then="--how svd")
         if self.density is not None:
             if self.how not in DENSE:
                 raise SurgeryError(
-                    f"{self.how} keeps every element", found="--density", then="--density goes with " + ", ".join(DENSE)
+                    f"{self.how} keeps every element",
+                    found="--density",
+                    then="leave it out; it needs --how " + " or ".join(DENSE),
                 )
             check_density(self.density)
         if self.how == "cat" and (self.rank is not None or self.overrides):
             raise SurgeryError(
-                "cat keeps all ranks: they add up", found="a rule for the rank", then="--how svd for another rank"
+                "cat keeps all ranks: they add up", found="a rule for the rank", then="--how svd gives another rank"
             )
         if self.how != "cat" and self.rank is None:
             raise SurgeryError(
                 f"{self.how} needs a rank",
                 expected="one of --rank, --energy, --residual, --sv-ratio, --sv-threshold, --sv-quantile, --budget",
+                then="give one of them, such as --rank 16",
             )
         _ = dtype_named(self.dtype)
 
     @property
     def mix(self) -> Mix:
-        """How deltas are put together."""
+        """The method of combination."""
         return Mix(self.how, DENSITY if self.density is None else self.density, self.seed)
 
     @property
     def ranks(self) -> RankChoice | None:
-        """How ranks are chosen; None where all are kept."""
+        """How ranks are chosen; None if all are kept."""
         return None if self.rank is None else RankChoice(self.rank, self.overrides or {}, self.dtype, self.seed)
 
     def dtypes(self, casting: Casting) -> dict[str, DType]:
-        """Of every weight's factors."""
+        """The dtype of every weight's factors."""
         stored = dtype_named(self.dtype)
         return {slot.name: stored or self._own(slot) for slot in casting.slots}
 
     def _own(self, slot: AdaptedWeight) -> DType:
-        """That of the factors; a concatenation that it would round is float32 instead."""
+        """The widest dtype of the factors; float32 if it would round a concatenation."""
         own = widest_of(ref.spec.dtype for source in slot.sources for ref in source.factors)
         exact = all(_holds(own, source.scale) for source in slot.sources)
         return own if self.how != "cat" or exact else widest_of((own, DType.F32))
@@ -120,27 +122,28 @@ def prepare_combine(
     force: bool = False,
     resources: Resources | None = None,
 ) -> Job[CombineReport]:
-    """Prepares a job that writes several LoRA adapters as one. Their order does not show in the result.
+    """Prepares a job that writes several LoRA adapters as one. Their order does not affect the result.
 
     Args:
-        adapters: LoRA in peft's names, paths or (path, weight), at least two.
+        adapters: at least two LoRA adapters in peft's names, as paths or (path, weight).
         out: a folder, or a `.safetensors`/`.st` file.
-        how: "cat" concatenates the factors: exact, and the ranks add up. "svd" is the same sum at another rank.
+        how: "cat" concatenates the factors; this is exact, and the ranks add up. "svd" is the same sum at another rank.
             "ties" (arXiv 2306.01708) trims each delta to its largest elements and averages those that agree with the
             elected sign; "dare" (arXiv 2311.03099) drops elements at random and rescales the others;
-            "magnitude-prune" sums the trimmed deltas: each weight by weight, at the given rank.
-        rank: of the factors, a rule of `surgery.ranks`, or a `Budget` for all; needed but for "cat", which has none.
-        overrides: pattern → rank, for the weights it matches; the last that matches wins.
+            "magnitude-prune" sums the trimmed deltas. Each works weight by weight, at the given rank.
+        rank: rank of the factors, a rule of `surgery.ranks`, or a `Budget` for all weights; required, except for "cat",
+            which takes none.
+        overrides: pattern → rank, for matching weights; the last match wins.
         density: the share of elements that ties, dare and magnitude-prune keep; 0.5 by default.
-        seed: of dare, and of the random start of the SVD of a formed delta.
-        base: the base, where the factors do not tell what they adapt: stacks of experts, trainable tokens.
-        dtype: of the factors, "float32", "float16" or "bfloat16"; by default the adapters' own, of cat float32 where
-            theirs would round.
-        force: replace what stands at `out`.
+        seed: seed for dare and for the randomised SVD.
+        base: the base; needed if factors do not identify their weights, as for stacks of experts or trainable tokens.
+        dtype: dtype of the factors, "float32", "float16" or "bfloat16"; by default the adapters' own, or float32 if
+            "cat" would otherwise round.
+        force: overwrite `out` if it exists.
         resources: workers, memory and device.
 
     Raises:
-        SurgeryError, FormatError: see their trees; everything the headers tell is refused before any work.
+        SurgeryError, FormatError: see their trees; errors that headers reveal are raised before any work.
     """
     watch, files = Stopwatch(loading="torch"), OpenFiles()
     asked = Combination(how=how, rank=rank, overrides=overrides, density=density, seed=seed, dtype=dtype)
@@ -175,40 +178,44 @@ combine = runs(prepare_combine)
 
 
 def _check_number(paths: Sequence[tuple[Path, float | None]]) -> None:
-    """Raises NothingToDo for what is no combination."""
+    """Raises NothingToDo for fewer than two adapters or a weight of 0."""
     for path, weight in paths:
         if weight == 0:
             raise NothingToDo("an adapter with weight 0 adds nothing", where=path, then="leave it out")
     if len(paths) < 2:
         raise NothingToDo(
-            "one adapter is no combination",
+            "a combination needs more than one adapter",
             where=", ".join(str(path) for path, _ in paths),
             expected="at least two adapters",
-            then="surgery resize gives one another rank",
+            then="name another adapter; surgery resize changes the rank of one",
         )
 
 
 def _opened(adapters: tuple[WeighedAdapter, ...], files: OpenFiles) -> Casting:
-    """The adapters' weights. Raises NotMergeable, or Unsupported, for what cannot be put together."""
+    """Pairs the adapters' weights. Raises NotMergeable or Unsupported if they cannot be combined."""
     for each in adapters:
         if any(module.method == "dora" for module in each.adapter.modules):
             raise NotMergeable(
-                "a DoRA sets each output's length, so it has no delta that could be added to another's",
+                "DoRA sets the norm of each output's weights, so it has no delta that can be added to another",
                 where=each.adapter.ref.path,
-                then="merge it into the base first, and extract the others' sum from there",
+                then="merge the adapters into the base one after the other, and extract from the result",
             )
         if sum(bool(other.adapter.config.get("trainable_token_indices")) for other in adapters) > 1:
-            raise Unsupported("more than one of the adapters replaces tokens", where=each.adapter.ref.path)
+            raise Unsupported(
+                "more than one of the adapters replaces tokens",
+                where=each.adapter.ref.path,
+                then="merge them into the base one after the other",
+            )
     return Casting.of(adapters, files)
 
 
 def _notes(casting: Casting) -> tuple[str, ...]:
     count = len(casting.copied)
-    note = f"{count} tensors that one adapter carries in full are taken over whatever its weight"
+    note = f"{count} tensors that one adapter carries in full are copied, whatever its weight"
     return (note,) if count else ()
 
 
 def _holds(dtype: DType, scale: float) -> bool:
-    """Whether a factor times this scale is a number of the same dtype: a power of two only moves the exponent, of
-    which float16 has few."""
+    """Whether a factor times this scale is exact in the same dtype. A power of two only changes the exponent; float16
+    has too few exponents for that."""
     return abs(scale) == 1 or (dtype is not DType.F16 and math.frexp(abs(scale))[0] == 0.5)

@@ -1,4 +1,4 @@
-"""Opening the LoRA adapters that resize and combine make anew, in peft's names, with the base or without it.
+"""Opens the LoRA adapters that resize and combine rewrite; they have peft's names, and the base is optional.
 
 Knows no decomposition and no output.
 """
@@ -23,11 +23,11 @@ _METHODS = ("lora", "lora_bias", "dora")
 def open_loras(
     adapters: Sequence[tuple[AdapterFile, float | None]], model: BaseModel | None
 ) -> tuple[WeighedAdapter, ...]:
-    """Opens LoRA adapters in peft's names, against a base or else against what their own factors tell of it.
+    """Opens LoRA adapters in peft's names, against a base or against the base that their factors imply.
 
     Raises:
-        ShapeMismatch: adapters of different bases.
-        Unsupported: other methods, or a form whose factors cannot be made anew one by one.
+        ShapeMismatch: the adapters have different bases.
+        Unsupported: another method, or a form whose factors cannot be rewritten one by one.
         ReportedError: as `open_adapters`.
     """
     files = [file for file, _ in adapters]
@@ -43,10 +43,10 @@ def open_loras(
 
 
 def _check_dialect(file: AdapterFile) -> None:
-    """Raises Unsupported for an adapter in other names than peft's, and as `dialect_of`."""
+    """Raises Unsupported for an adapter whose names are not peft's, and as `dialect_of`."""
     if not file.dialect.in_peft_names:
         raise Unsupported(
-            "only adapters in peft's names are resized and combined",
+            "only adapters in peft's names can be resized or combined",
             where=file.path,
             found=file.dialect.name,
             then=f"surgery convert {file.path} --to peft --base BASE; or --to lora --rank N, which truncates as it "
@@ -55,7 +55,7 @@ def _check_dialect(file: AdapterFile) -> None:
 
 
 def _implied(files: Sequence[AdapterFile]) -> dict[str, TensorSpec]:
-    """What the factors of all adapters tell of their base. Raises ShapeMismatch where they contradict each other."""
+    """The specs of the base that the factors imply. Raises ShapeMismatch if adapters contradict each other."""
     known: dict[str, TensorSpec] = {}
     tellers: dict[str, Path] = {}
     bases: dict[str, Path] = {}
@@ -71,7 +71,7 @@ def _implied(files: Sequence[AdapterFile]) -> dict[str, TensorSpec]:
                 where=" and ".join(map(str, bases.values())),
                 expected="adapters of one base",
                 found=", ".join(bases),
-                then="--base BASE names the one that all of them are for",
+                then="if all of them fit one base, name it: --base BASE",
             )
         for spec in found.values():
             other = known.setdefault(spec.name, spec)
@@ -81,34 +81,39 @@ def _implied(files: Sequence[AdapterFile]) -> dict[str, TensorSpec]:
                     where=spec.name,
                     expected=f"{shape_text(other.shape)}, as {tellers[spec.name]} has it",
                     found=f"{shape_text(spec.shape)} in {path}",
-                    then="adapters of one base only can be put together",
+                    then="combine only adapters of the same base",
                 )
             tellers.setdefault(spec.name, path)
     return known
 
 
 def _check(each: WeighedAdapter) -> None:
-    """Refuses what has no factors to make anew, or ties them to others."""
+    """Raises Unsupported for an adapter whose factors cannot be rewritten."""
     adapter, where = each.adapter, each.adapter.ref.path
     foreign = sorted({module.method for module in adapter.modules} - set(_METHODS))
     if foreign or not any("lora_A" in module.factors for module in adapter.modules):
         raise Unsupported(
-            "only LoRA has factors of another rank", where=where, found=", ".join(foreign) or "no factors",
+            "only LoRA can be resized or combined", where=where, found=", ".join(foreign) or "no factors",
             then="surgery convert --to lora --rank N makes a LoRA of any method",
         )  # fmt: skip
     if adapter.config.get("ensure_weight_tying"):
-        raise Unsupported("ensure_weight_tying ties the factors of the embedding to the head's", where=where)
+        raise Unsupported(
+            "ensure_weight_tying ties the factors of the embedding to the head's",
+            where=where,
+            then="merge the adapter into the base instead",
+        )
     modules = {module_of(module.factors["lora_A"].name) for module in adapter.modules if "lora_A" in module.factors}
     for name in modules:
         if f"{name}.out_proj" in modules:
             raise Unsupported(
                 "torch's MultiheadAttention has one rank for both its weights, and peft adds the second twice",
                 where=f"{where}: {name}",
+                then="merge the adapter into the base instead",
             )
     for module in adapter.modules:
         for ref in module.factors.values():
             if not ref.spec.dtype.is_weight:
                 raise UnsupportedDType(
-                    "factors in a form that cannot be computed with", where=ref.name, expected="F16, BF16, F32 or F64",
-                    found=ref.spec.dtype,
+                    "the factors have an unsupported dtype", where=ref.name, expected="F16, BF16, F32 or F64",
+                    found=ref.spec.dtype, then="save the adapter in one of these dtypes",
                 )  # fmt: skip

@@ -1,6 +1,6 @@
-"""The factors of LoRA adapters become those of one: the ops of resize and combine.
+"""The ops of resize and combine: turn the factors of LoRA adapters into factors of one adapter.
 
-Each gets the factors of one weight, from one adapter or several, and gives them anew. None knows a file.
+Each takes the factors of one weight, from one or several adapters, and returns new ones. None knows a file.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class AdapterFactors:
     """One adapter's factors of a weight.
 
     Attributes:
-        module: as read.
+        module: the module that was read.
         weight: the factor of its delta.
-        digest: of the adapter.
+        digest: content digest of the adapter.
     """
 
     module: AdapterModule
@@ -54,7 +54,7 @@ class AdapterFactors:
 
     @property
     def scale(self) -> float:
-        """Of BA in the sum."""
+        """The scale of BA in the sum."""
         return self.weight * self.module.scaling
 
 
@@ -63,10 +63,10 @@ class AdaptedWeight:
     """One adapted weight of the result.
 
     Attributes:
-        matrix: the weight, named as the base names it, shaped as the factors tell.
-        module: the module or parameter, as peft's config names it.
-        keys: of lora_A and lora_B.
-        sources: whose factors it is made of.
+        matrix: the weight, with the base's name and the shape that the factors imply.
+        module: the module or parameter, by its name in peft's config.
+        keys: keys of lora_A and lora_B.
+        sources: the factors from which it is made.
     """
 
     matrix: Matrix
@@ -81,12 +81,12 @@ class AdaptedWeight:
 
     @property
     def rank(self) -> int:
-        """All ranks together: that of the concatenated factors."""
+        """The sum of all ranks, which is the rank of the concatenated factors."""
         return sum(source.module.rank for source in self.sources)
 
     def products(self, inputs: Sequence[torch.Tensor]) -> list[list[Product]]:
-        """For every matrix of the weight what each source adds to it: B (out, rank) with the scaling in it and A (rank,
-        in), both float64, and the source's weight."""
+        """The product of each source, for every matrix of the weight: B (out, rank) with the scaling multiplied in, A
+        (rank, in), both float64, and the source's weight."""
         import torch
 
         stacks: list[list[Product]] = [[] for _ in range(self.matrix.matrices)]
@@ -99,7 +99,7 @@ class AdaptedWeight:
 
 @dataclass(frozen=True)
 class Mix:
-    """How deltas are put together: see `combine`, whose arguments these are."""
+    """How deltas are combined; the fields are arguments of `combine`."""
 
     how: str
     density: float = 1.0
@@ -107,11 +107,11 @@ class Mix:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the deltas themselves are formed."""
+        """Whether full deltas are formed."""
         return self.how in DENSE
 
     def size(self, slot: AdaptedWeight) -> int:
-        """The number of singular values of the result that can be other than zero."""
+        """The largest number of nonzero singular values that the result can have."""
         return min(slot.matrix.sides) if self.is_dense else min(slot.rank, *slot.matrix.sides)
 
     def delta(self, products: Sequence[Product], slot: AdaptedWeight, number: int) -> DeltaMatrix:
@@ -123,17 +123,17 @@ class Mix:
 
 @dataclass(frozen=True)
 class RecastModule:
-    """One weight whose factors were made anew.
+    """One weight with new factors.
 
     Attributes:
-        name: the tensor of the base.
-        shape: as stored.
+        name: name of the tensor in the base.
+        shape: its shape in the file.
         kind: how its layer stores it.
-        ranks: of the factors that it was made of.
-        rank: of the new ones.
-        energy: share of ‖ΔW‖² they hold.
+        ranks: ranks of the old factors.
+        rank: rank of the new factors.
+        energy: share of ‖ΔW‖² that the new factors hold.
         residual: ‖ΔW − BA‖ / ‖ΔW‖; rounding included.
-        delta_norm: ‖ΔW‖, of the sum of what was put together.
+        delta_norm: ‖ΔW‖ of the combined delta.
     """
 
     name: str
@@ -148,7 +148,7 @@ class RecastModule:
 
 @dataclass(frozen=True)
 class Recast:
-    """One weight's new factors.
+    """Makes the new factors of one weight.
 
     Inputs: lora_A and lora_B of every source. Outputs: lora_A, lora_B. Without a rule all ranks are kept.
     """
@@ -159,7 +159,7 @@ class Recast:
     dtype: DType
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Factors the sum of the deltas. Raises NotFinite for factors beyond their dtype."""
+        """Factors the combined delta. Raises NotFinite if factors exceed their dtype."""
         slot, dtype = self.slot, torch_dtype(self.dtype)
         found, totals = [], []
         for number, products in enumerate(slot.products(inputs)):
@@ -197,7 +197,7 @@ class Recast:
 
 @dataclass(frozen=True)
 class Weigh:
-    """The spectrum of one weight's delta, as far as `rank`. Inputs as Recast's; no outputs."""
+    """Measures the spectrum of one weight's delta up to `rank`. Inputs as for Recast; no outputs."""
 
     slot: AdaptedWeight
     mix: Mix
@@ -205,7 +205,7 @@ class Weigh:
     dtype: DType
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """The spectrum in the figures."""
+        """Returns the spectrum in the figures."""
         spectra, total = [], 0.0
         for number, products in enumerate(self.slot.products(inputs)):
             if self.mix.is_dense:
@@ -222,9 +222,9 @@ class Weigh:
 
 @dataclass(frozen=True)
 class AddBias:
-    """The change of a bias (peft's `lora_bias`): Σ weight · scaling · bias, rounded once.
+    """Sums the changes of a bias (peft's `lora_bias`): Σ weight · scaling · bias, rounded once.
 
-    Inputs: lora_B.bias of every source. Output: the same of the result.
+    Inputs: lora_B.bias of every source. Output: lora_B.bias of the result.
     """
 
     key: str
@@ -232,7 +232,7 @@ class AddBias:
     dtype: DType
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Adds. Raises NotFinite."""
+        """Adds the changes. Raises NotFinite."""
         import torch
 
         total = torch.zeros(inputs[0].shape, dtype=torch.float64, device=inputs[0].device)
@@ -252,7 +252,7 @@ def concatenated(products: Sequence[Product]) -> tuple[torch.Tensor, torch.Tenso
 
 
 def factor_fates(slot: AdaptedWeight) -> dict[str, Fate]:
-    """The ledger's entries: tensors of several adapters may have the same name."""
+    """The ledger's entries, with digests, because adapters may share tensor names."""
     return {f"{source.digest}:{ref.name}": Fate.LOW_RANK for source in slot.sources for ref in source.factors}
 
 

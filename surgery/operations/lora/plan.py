@@ -1,4 +1,4 @@
-"""From LoRA adapters to the plan of one: which factors belong together, under which keys, at which rank.
+"""Plans one adapter from several LoRA adapters: which factors belong together, under which keys, at which rank.
 
 Reads headers, and the adapters' payload for their digests. Knows no decomposition.
 """
@@ -35,13 +35,13 @@ from surgery.receipts.receipt import TOOL
 
 @dataclass(frozen=True)
 class Casting:
-    """What is to be made of which factors.
+    """The adapters' tensors, grouped by their place in the result.
 
     Attributes:
         adapters: in the order of their digests.
         slots: every adapted weight.
-        biases: the changes of biases (peft's `lora_bias`) by key.
-        copied: what is taken over as it is: tensors carried in full, magnitudes.
+        biases: the changes of biases (peft's `lora_bias`), by key.
+        copied: tensors that are copied: full tensors and magnitudes.
     """
 
     adapters: tuple[WeighedAdapter, ...]
@@ -51,8 +51,8 @@ class Casting:
 
     @classmethod
     def of(cls, adapters: tuple[WeighedAdapter, ...], files: OpenFiles) -> Casting:
-        """Raises Unsupported for adapters that name the same weight differently, or differ in what peft has for a whole
-        adapter; NotMergeable for a tensor that two of them carry in full."""
+        """Groups tensors. Raises Unsupported if adapters name the same weight differently or differ in a setting of the
+        whole adapter, NotMergeable if two of them carry a tensor in full."""
         found: dict[str, dict[str, AdapterFactors]] = {}  # by weight, by adapter
         biases: dict[str, tuple[AdapterFactors, ...]] = {}
         copied: dict[str, TensorRef] = {}
@@ -65,7 +65,7 @@ class Casting:
                     biases[key] = (*biases.get(key, ()), source)
                     continue
                 a = module.factors["lora_A"].name
-                if a not in seen:  # a stack of experts that the base has in pieces comes once for each
+                if a not in seen:  # a stack of experts that the base stores separately appears once for each expert
                     seen.add(a)
                     found.setdefault(_target(module), {})[each.digest] = source
                 if module.method == "dora":
@@ -80,7 +80,7 @@ class Casting:
         for setting in ("lora_bias", "layer_replication"):
             if len({json.dumps(each.adapter.config.get(setting) or None) for each in adapters}) > 1:
                 raise Unsupported(
-                    f"the adapters differ in {setting}, which peft has for a whole adapter",
+                    f"the adapters differ in {setting}, which peft can set only for a whole adapter",
                     where=", ".join(each.adapter.ref.path for each in adapters),
                     then="merge them into the base instead",
                 )
@@ -101,7 +101,7 @@ class Casting:
 
 
 def _second_copies(each: WeighedAdapter, files: OpenFiles) -> dict[str, TensorRef]:
-    """Tensors of the file that take no part, since others say the same: peft writes some twice, and finds both."""
+    """Tensors of the file that are copies of others; peft writes some tensors twice and reads both."""
     taking_part = {ref.name for ref in each.adapter.tensors}
     checkpoint = files.of(each.adapter.ref)
     return {key: checkpoint.tensor(key) for key in checkpoint.specs if key not in taking_part}
@@ -133,9 +133,10 @@ def _slot(name: str, sources: tuple[AdapterFactors, ...], targeted: Collection[s
         module = f"{module}.{name.rpartition('.')[2]}"
         if not any(module == entry or module.endswith(f".{entry}") for entry in targeted):
             raise Unsupported(
-                "the base has another name for this parameter than the model, by which its rank must be told",
+                "the base and the model name this parameter differently, so its rank cannot be set by name",
                 where=name,
                 found=", ".join(sorted(targeted)),
+                then="merge the adapters into the base instead",
             )
     return AdaptedWeight(
         Matrix(owner(name), TensorSpec(name, a.dtype, shape), first.kind, False), module, (a.name, b.name), sources
@@ -154,16 +155,16 @@ def plan_recast(
     """The plan that writes the new adapter.
 
     Args:
-        operation: its name.
-        casting: what is made of which factors.
-        mix: how deltas are put together.
-        ranks: how they are chosen; None to keep all.
-        dtypes: of every weight's factors.
-        measured: every weight's rank, where a budget rules.
-        notes: for the user.
+        operation: name of the operation.
+        casting: the grouped factors.
+        mix: how deltas are combined.
+        ranks: how ranks are chosen; None to keep all.
+        dtypes: dtype of every weight's factors.
+        measured: every weight's rank, if there is a budget.
+        notes: remarks for the user.
 
     Raises:
-        UnknownTensor: an override that matches nothing.
+        UnknownTensor: an override matches nothing.
     """
     rules = {} if ranks is None else ranks.rules((slot.name for slot in casting.slots), measured)
     steps = []
@@ -202,8 +203,8 @@ def _outputs(slot: AdaptedWeight, rank: int, dtype: DType) -> tuple[TensorSpec, 
 
 
 def _workspace(slot: AdaptedWeight, mix: Mix, rule: RankRule | None) -> int:
-    """Copies of the factors in float64, some for each matrix of the decomposition; of formed deltas what extract needs
-    and two more copies."""
+    """Bytes for float64 copies of the factors, some for each matrix of the decomposition; formed deltas also need as
+    much as in extract, and two more copies."""
     out, into = slot.matrix.sides
     thin = 8 * 6 * slot.matrix.matrices * slot.rank * (out + into)
     if not mix.is_dense:
@@ -222,13 +223,13 @@ def ranks_within(
     files: OpenFiles,
     resources: Resources,
 ) -> dict[str, int]:
-    """The rank of every weight with which an adapter of the budget's size holds the most energy.
+    """The ranks of all weights that hold the most energy within the budget.
 
-    Thin products show all their singular values at once; of formed deltas more are measured where a weight takes all
-    that are known.
+    Thin products give all their singular values at once. For formed deltas, more are measured if a weight uses all
+    known ones.
 
     Raises:
-        SurgeryError: a budget smaller than the least ranks.
+        SurgeryError: the budget is too small for the least ranks.
     """
     slots = {slot.name: slot for slot in casting.slots}
 
@@ -250,7 +251,7 @@ def ranks_within(
 
 
 def _fixed_bytes(casting: Casting, dtypes: Mapping[str, DType], as_file: bool) -> int:
-    """Bytes that no rank changes: what is taken over, and a header that is long enough for any ranks."""
+    """Bytes that do not depend on ranks: copied tensors, and a header that is long enough for any ranks."""
     specs = [ref.spec for ref in casting.copied]
     specs += [sources[0].module.factors["lora_B.bias"].spec for sources in casting.biases.values()]
     nbytes = sum(spec.size * max(spec.dtype.itemsize, 4) for spec in specs)
@@ -262,5 +263,5 @@ def _fixed_bytes(casting: Casting, dtypes: Mapping[str, DType], as_file: bool) -
 
 
 def longest_ranks(names: Iterable[str]) -> dict[str, int]:
-    """Ranks that make an adapter's config as long as any can."""
+    """Ranks that make an adapter's config as long as possible."""
     return {name: 10**6 + number for number, name in enumerate(names)}

@@ -1,4 +1,4 @@
-"""resize: a LoRA adapter at another rank, by the singular values of its own ΔW, which is never formed."""
+"""resize: changes the rank of a LoRA adapter by the singular values of its ΔW, which is never formed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class ResizeReport(Report):
     Attributes:
         rule: how ranks were chosen, in words.
         modules: every weight's new factors.
-        energy, residual: over all of them: the share of Σ‖ΔW‖² they hold, and the relative error.
-        nbytes_before, nbytes: of the weights' file, before and after.
+        energy, residual: share of Σ‖ΔW‖² that all factors hold, and their relative error.
+        nbytes_before, nbytes: size of the weights' file before and after, in bytes.
     """
 
     rule: str
@@ -53,23 +53,23 @@ def prepare_resize(
 ) -> Job[ResizeReport]:
     """Prepares a job that writes a LoRA adapter at another rank.
 
-    Of all adapters of that rank it is the nearest, weight by weight.
+    The result is the nearest adapter of that rank, weight by weight.
 
-    ΔW = s B A is decomposed by its thin factors in float64, exactly and without ever being formed. The scaling goes
-    into the factors: alpha is the rank. No weight gets more rank than it has. A DoRA keeps its magnitudes.
+    ΔW = s B A is decomposed by its thin factors in float64, exactly, and never formed. The scaling is multiplied into
+    the factors, so alpha equals the rank. No weight gets a higher rank than it has. DoRA keeps its magnitudes.
 
     Args:
         adapter: LoRA in peft's names, a folder or a single file.
         out: a folder, or a `.safetensors`/`.st` file.
-        rank: of the factors, a rule of `surgery.ranks`, or a `Budget` for all.
-        overrides: pattern → rank, for the weights it matches; the last that matches wins.
-        base: the base, where the factors do not tell what they adapt: stacks of experts, trainable tokens.
-        dtype: of the factors, "float32", "float16" or "bfloat16"; by default their own.
-        force: replace what stands at `out`.
+        rank: rank of the factors, a rule of `surgery.ranks`, or a `Budget` for all weights.
+        overrides: pattern → rank, for matching weights; the last match wins.
+        base: the base; needed if factors do not identify their weights, as for stacks of experts or trainable tokens.
+        dtype: dtype of the factors, "float32", "float16" or "bfloat16"; by default their own.
+        force: overwrite `out` if it exists.
         resources: workers, memory and device.
 
     Raises:
-        SurgeryError, FormatError: see their trees; everything the headers tell is refused before any work.
+        SurgeryError, FormatError: see their trees; errors that headers reveal are raised before any work.
     """
     watch, files = Stopwatch(loading="torch"), OpenFiles()
     ranks = RankChoice(rank, overrides or {}, dtype)
@@ -84,7 +84,7 @@ def prepare_resize(
     def report(header: Header, made: Fields) -> ResizeReport:
         modules: tuple[RecastModule, ...] = made["modules"]
         kept = sum(module.rank == sum(module.ranks) for module in modules)
-        notes = (f"{kept} of {len(modules)} weights keep all the rank they have",) if kept else ()
+        notes = (f"{kept} of {len(modules)} weights keep their full rank",) if kept else ()
         return ResizeReport(**{**header, "notes": (*header["notes"], *notes)}, **made, rule=str(ranks))
 
     return recast_job(
@@ -107,7 +107,5 @@ resize = runs(prepare_resize)
 
 def _notes(casting: Casting) -> tuple[str, ...]:
     dora = any(source.module.method == "dora" for slot in casting.slots for source in slot.sources)
-    note = (
-        "DoRA: the magnitudes stay as they are; energy and residual are of ΔW, which with W0 gives only the directions"
-    )
+    note = "DoRA: the magnitudes are unchanged; energy and residual describe ΔW, which affects only the directions"
     return (note,) if dora else ()

@@ -1,6 +1,6 @@
-"""to_lora: an adapter of any method that can be merged as a plain LoRA, by truncated SVD of what it does to weights.
+"""to_lora: turns any mergeable adapter into a plain LoRA, by truncated SVD of its changes to weights.
 
-`convert --to lora` on the command line. The plan is `to_lora_plan`'s; this runs it and writes the config.
+On the command line this is `convert --to lora`. `to_lora_plan` plans; this runs the plan and writes the config.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class ToLoraReport(Report):
     """What to_lora did.
 
     Attributes:
-        source: the dialect it read.
+        source: the adapter's dialect.
         rule: how ranks were chosen, in words.
         modules: every weight that got factors.
-        exact: how many of them hold all of ΔW, so that nothing is lost but rounding.
-        energy, residual: over all of them: the share of Σ‖ΔW‖² they hold, and the relative error.
-        nbytes_before, nbytes: of the weights' file, before and after.
+        exact: number of weights whose factors hold all of ΔW, up to rounding.
+        energy, residual: share of Σ‖ΔW‖² that all factors hold, and their relative error.
+        nbytes_before, nbytes: size of the weights' file before and after, in bytes.
     """
 
     source: str
@@ -65,28 +65,28 @@ def prepare_to_lora(
 ) -> Job[ToLoraReport]:
     """Prepares a job that writes an adapter of any method as a plain LoRA in peft's names.
 
-    Of all LoRAs of that rank it is the nearest, weight by weight.
+    The result is the nearest LoRA of that rank, weight by weight.
 
-    ΔW is what the method adds to a weight, or makes of it less the weight itself. Where it is a product of thin
-    matrices, or of two such products element by element (LoHa), or a Kronecker product (LoKr), it is decomposed by
-    these factors in float64 and never formed. No weight gets more rank than its ΔW can have. The scaling is in the
-    factors: alpha is the rank. Changed biases and norms, and what the adapter carries in full, go along in full.
+    ΔW is the adapted weight minus the base's. If it is a product of thin matrices, an element-wise product of two such
+    products (LoHa), or a Kronecker product (LoKr), it is decomposed by these factors in float64 and never formed. No
+    weight gets a higher rank than its ΔW can have. The scaling is multiplied into the factors, so alpha equals the
+    rank. Changed biases and norms, and tensors that the adapter carries in full, are stored in full.
 
     Args:
         adapter: a folder or a file in any dialect that merge reads.
         out: a folder, or a `.safetensors`/`.st` file.
-        rank: of the factors, a rule of `surgery.ranks`, or a `Budget` for all.
-        overrides: pattern → rank, for the weights it matches; the last that matches wins.
-        base: the model it adapts: of its headers only, unless a method multiplies the weights or biases change. LoRA in
-            dotted names does without.
+        rank: rank of the factors, a rule of `surgery.ranks`, or a `Budget` for all weights.
+        overrides: pattern → rank, for matching weights; the last match wins.
+        base: the model that it adapts. Only its headers are read, unless a method multiplies weights or biases change.
+            LoRA with dotted names does not need it.
         told: alpha and layout of loralib's files; the part of a pipeline.
-        drop: "bias", "full": what to leave behind instead of carrying it in full.
-        dtype: of the factors, "float32", "float16" or "bfloat16"; by default that of the adapter's own.
-        force: replace what stands at `out`.
+        drop: "bias", "full": tensors to leave out instead of storing them in full.
+        dtype: dtype of the factors, "float32", "float16" or "bfloat16"; by default the adapter's own.
+        force: overwrite `out` if it exists.
         resources: workers, memory and device.
 
     Raises:
-        SurgeryError, FormatError: see their trees; everything the headers tell is refused before any work.
+        SurgeryError, FormatError: see their trees; errors that headers reveal are raised before any work.
     """
     watch, files = Stopwatch(loading="torch"), OpenFiles()
     ranks = RankChoice(rank, overrides or {}, dtype)
@@ -102,7 +102,11 @@ def prepare_to_lora(
     def finish(done: Done) -> Callable[[Header], ToLoraReport]:
         found: FactorFigures[ToLoraModule] = gathered(done.outcomes)
         if not changed(found.modules):
-            raise NothingToDo("the adapter changes no weight: all of its ΔW is zero", where=adapter)
+            raise NothingToDo(
+                "the adapter changes no weight: all of its ΔW is zero",
+                where=adapter,
+                then="check that the adapter is trained",
+            )
         put_config(done, target, lowering.config({module.name: module.rank for module in found.modules}))
         return lambda header: ToLoraReport(
             **{**header, "ledger": ledger((*done.outcomes, Outcome((), lowering.beside)))},

@@ -1,6 +1,6 @@
-"""The change that any method makes to one weight becomes lora_A and lora_B: the ops of to_lora.
+"""The ops of to_lora: turn the change that any method makes to one weight into lora_A and lora_B.
 
-Each gets the factors of one weight, and the weight itself where its change depends on that. None knows a file.
+Each takes the factors of one weight, and the weight itself if the change depends on it. None knows a file.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class ToLoraModule:
     """One weight whose change became factors.
 
     Attributes:
-        name: the tensor of the base.
-        shape: as stored.
+        name: name of the tensor in the base.
+        shape: its shape in the file.
         kind: how its layer stores it.
-        method: that the change was of.
-        rank: of the factors.
-        exact: whether the rank is known to hold all of ΔW: nothing is lost but rounding.
-        energy: share of ‖ΔW‖² they hold.
+        method: the adapter's method for this weight.
+        rank: rank of the factors.
+        exact: whether the factors are known to hold all of ΔW, up to rounding.
+        energy: share of ‖ΔW‖² that the factors hold.
         residual: ‖ΔW − BA‖ / ‖ΔW‖; rounding included.
         delta_norm: ‖ΔW‖.
     """
@@ -56,13 +56,13 @@ class ToLoraModule:
 
 @dataclass(frozen=True)
 class WeightChange:
-    """What one module does to one weight.
+    """The change that one module makes to one weight.
 
     Attributes:
         matrix: the weight.
-        module: what adapts it.
+        module: the module that adapts it.
         reads: whether the step reads the weight itself, before the factors.
-        counted: the adapter's tensors that this step accounts for.
+        counted: the adapter's tensors that this step enters in the ledger.
     """
 
     matrix: Matrix
@@ -86,7 +86,7 @@ class WeightChange:
         turned = self.matrix.kind in (LayerKind.TRANSPOSED, LayerKind.EMBEDDING)
         form = form_of(deltas[0], self.matrix.spec.shape[0], device, turned=turned)
         if isinstance(form, DeltaMatrix) and not math.isfinite(form.total):
-            raise NotFinite("ΔW overflows float32", where=name)
+            raise NotFinite("ΔW overflows float32", where=name, then="check that training did not diverge")
         return form
 
     @property
@@ -97,13 +97,13 @@ class WeightChange:
 
 @dataclass(frozen=True)
 class Lower:
-    """ΔW becomes factors. Inputs: the weight if the change reads it, then its factors. Outputs: lora_A and lora_B."""
+    """Factors ΔW. Inputs: the weight if the change reads it, then its factors. Outputs: lora_A and lora_B."""
 
     change: WeightChange
     how: Decomposition
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Decomposes. Raises NotFinite for factors beyond their dtype."""
+        """Decomposes ΔW. Raises NotFinite if factors exceed their dtype."""
         matrix, dtype = self.change.matrix, torch_dtype(self.how.dtype)
         factors, total, exact = factored(self.change.form(inputs), self.how.rule, dtype, self.how.seed)
         lora_a, lora_b = as_stored([factors], matrix, factors.rank, dtype)
@@ -125,14 +125,14 @@ class Lower:
 
 @dataclass(frozen=True)
 class WeighChange:
-    """The spectrum of ΔW, as far as `rank`. Inputs as Lower's; no outputs."""
+    """Measures the spectrum of ΔW up to `rank`. Inputs as for Lower; no outputs."""
 
     change: WeightChange
     rank: int
     how: Decomposition
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """The spectrum in the figures."""
+        """Returns the spectrum in the figures."""
         values, total, complete = spectrum(self.change.form(inputs), self.rank, self.how.seed)
         found = spectrum_of(self.change.matrix, self.how.dtype, total, [values])
         if complete:
@@ -142,7 +142,7 @@ class WeighChange:
 
 @dataclass(frozen=True)
 class Settle:
-    """A bias, or a norm's weight, with its change: carried in full.
+    """Adds the change to a bias or to a norm's weight, which is stored in full.
 
     Inputs: the base's tensor, then its factors. Output: the tensor as merge would store it.
     """
@@ -153,7 +153,7 @@ class Settle:
     counted: tuple[str, ...]
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Adds. Raises NotFinite."""
+        """Adds the change. Raises NotFinite."""
         result = apply_modules(inputs[0], ((self.module, 1.0),), inputs[1:], self.dtype)
         check_finite(result, self.name)
         return Outcome((result.cpu(),), dict.fromkeys(self.counted, Fate.FULL))

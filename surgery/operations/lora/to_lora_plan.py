@@ -1,4 +1,4 @@
-"""From an adapter of any method to the plan of a plain LoRA: which weights get factors, and what goes along in full.
+"""Plans the conversion of any adapter to a plain LoRA: which weights get factors, and which tensors are stored in full.
 
 Reads headers only. Knows no decomposition.
 """
@@ -49,19 +49,19 @@ _EXPERTS = "surgery resize gives LoRA another rank, whatever it adapts"
 
 @dataclass(frozen=True)
 class Lowering:
-    """What becomes of an adapter.
+    """The conversion of one adapter.
 
     Attributes:
-        adapter: as read.
-        changes: every weight that gets factors, by its name.
-        modules: how the model calls the layer of each changed tensor.
-        settled: biases and norms whose change goes along in full.
-        tensors: the base's tensors that are read, by name.
-        known: every module of the base, as the model calls it.
-        beside: fates of the adapter's tensors that no step has.
-        metadata: of the source that still holds.
-        base_name: for the config.
-        notes: what the user should know.
+        adapter: the adapter that was read.
+        changes: every weight that gets factors, by name.
+        modules: the model's own name for the layer of each changed tensor.
+        settled: changed biases and norms, which are stored in full.
+        tensors: the base's tensors that can be read, by name.
+        known: every module of the base, by the model's own name.
+        beside: fates of the adapter's tensors that belong to no step.
+        metadata: the source's metadata that is still valid.
+        base_name: name of the base in the config.
+        notes: remarks for the user.
     """
 
     adapter: Adapter
@@ -76,11 +76,11 @@ class Lowering:
     notes: tuple[str, ...]
 
     def dtypes(self, ranks: RankChoice) -> dict[str, DType]:
-        """Of every weight's factors."""
+        """The dtype of every weight's factors."""
         return {name: ranks.stored or _own_dtype(change) for name, change in self.changes.items()}
 
     def full_key_of(self, name: str) -> str:
-        """The key of a bias or a norm carried in full."""
+        """The key of a bias or a norm that is stored in full."""
         module = self.modules[name]
         adapted = any(self.modules[other] == module for other in self.changes)
         return full_key(f"{module}.{name.rpartition('.')[2]}", wrappers=1 if adapted else 0)
@@ -103,7 +103,7 @@ class Lowering:
 
     @property
     def tensors_in_full(self) -> list[str]:
-        """Tensors of the base that the result carries in full."""
+        """Tensors of the base that the result stores in full."""
         return [*(step.name for step in self.settled), *(full.target for full in self.adapter.replacements)]
 
 
@@ -113,11 +113,11 @@ def _own_dtype(change: WeightChange) -> DType:
 
 
 def open_lowering(file: AdapterFile, base: BaseModel | None, told: Told, drop: Iterable[str]) -> Lowering:
-    """Pairs every tensor of an adapter with what becomes of it.
+    """Decides what becomes of every tensor of an adapter.
 
     Raises:
-        AdapterFormatError: nothing to factor; or a base is needed that nobody named.
-        Unsupported: weights for which peft has no plain factors.
+        AdapterFormatError: there is nothing to factor, or a base is needed and none was given.
+        Unsupported: peft has no plain factors for a weight.
         ReportedError: as `read_adapter` and `check_modules`.
     """
     specs = base_specs(file, base, told)
@@ -133,7 +133,7 @@ def open_lowering(file: AdapterFile, base: BaseModel | None, told: Told, drop: I
 
 @dataclass(frozen=True)
 class _Reading:
-    """An adapter and its base, as far as it is known."""
+    """An adapter and what is known of its base."""
 
     adapter: Adapter
     checkpoint: Checkpoint
@@ -147,7 +147,10 @@ class _Reading:
         unknown = self.drop - set(DROPS)
         if unknown:
             raise AdapterFormatError(
-                "nothing to drop by that name", expected=", ".join(DROPS), found=", ".join(unknown)
+                "unknown name for --drop",
+                expected=", ".join(DROPS),
+                found=", ".join(unknown),
+                then=f"--drop {next(iter(DROPS))}",
             )
         where, seen = self.adapter.ref.path, set[str]()
         changes: dict[str, WeightChange] = {}
@@ -165,10 +168,10 @@ class _Reading:
             reads = vector or transforming(module) is not None
             if reads and not self.tensors:
                 raise AdapterFormatError(
-                    "what this adapter does depends on the base" if not vector else "a bias goes along in full",
+                    "storing a bias in full needs the base" if vector else "the adapter's change depends on the base",
                     where=f"{where}: {module.target}",
                     found=module.method,
-                    then="name the base: --base" + (", or leave biases behind: --drop bias" if vector else ""),
+                    then="name the base: --base BASE" + (", or leave biases out: --drop bias" if vector else ""),
                 )
             if module.reads is not None:
                 module = replace(module, factors={**module.factors, "weight": self.tensors[module.reads]})
@@ -178,20 +181,25 @@ class _Reading:
                 settled.append(Settle(module.target, spec.dtype, module, names))
                 continue
             if module.target in changes:
-                raise Unsupported("two changes of one weight", where=f"{where}: {module.target}")
+                raise Unsupported(
+                    "the adapter changes one weight twice",
+                    where=f"{where}: {module.target}",
+                    then="merge it into the base, and extract a LoRA from the result",
+                )
             changes[module.target] = WeightChange(self._matrix(module, spec), module, reads, names)
         if not changes:
             raise AdapterFormatError(
-                "no weight is changed by this adapter that could become factors",
+                "this adapter changes no weight that can have factors",
                 where=where,
                 found=", ".join(sorted({module.method for module in self.adapter.modules})) or "tensors in full",
+                then="merge it into the base instead",
             )
         adapter = self.adapter
         if adapter.replacements and "full" in self.drop:
             beside |= dict.fromkeys((full.source.name for full in adapter.replacements), Fate.REFUSED)
             adapter = replace(adapter, replacements=())
         used = {*seen, *beside, *(full.source.name for full in adapter.replacements)}
-        for name in self.checkpoint.specs.keys() - used:  # alphas are in the factors; second copies
+        for name in self.checkpoint.specs.keys() - used:  # alphas, which are in the factors now, and second copies
             kept = Fate.CONVERTED if name.endswith(".alpha") else Fate.IDENTICAL
             beside[name] = Fate.REFUSED if name in adapter.left else kept
         holders = {owner(self.structure.names.get(name, name)) for name in self.specs} | set(modules.values())
@@ -201,19 +209,19 @@ class _Reading:
         )  # fmt: skip
 
     def _module(self, module: AdapterModule) -> str:
-        """The layer as the model calls it."""
+        """The model's own name for the layer."""
         if dialect_named(self.adapter.dialect).in_peft_names:
             return adapted_module(module.factors)
         return owner(self.structure.names.get(module.target, module.target))
 
     def _matrix(self, module: AdapterModule, spec: TensorSpec) -> Matrix:
-        """Raises Unsupported for a weight that peft's plain LoRA cannot adapt by its layer."""
+        """The weight as a matrix. Raises Unsupported if peft's plain LoRA cannot adapt its layer."""
         kind = module.kind
         if dialect_named(self.adapter.dialect).lays_out_by_weight:
             kind = self.structure.kinds.get(spec.name, LayerKind.LINEAR)
         if len(spec.shape) > 2:
             kind = LayerKind.CONV
-        elif kind in (LayerKind.CONV, LayerKind.PARAMETER):  # one of a single point may be a linear layer in the file
+        elif kind in (LayerKind.CONV, LayerKind.PARAMETER):  # a 1×1 convolution may be a linear layer in the file
             kind = LayerKind.LINEAR
         grouped = kind is LayerKind.CONV and self.structure.order and spec.name not in self.structure.kinds
         parameter = module.kind is LayerKind.PARAMETER or module.part is not None
@@ -221,7 +229,7 @@ class _Reading:
             raise Unsupported(
                 "LoRA cannot connect the channels of a convolution in groups, and peft applies none with dilation"
                 if grouped
-                else "the weight is no layer's own, and has no factors by a layer's name",
+                else "the weight does not belong to a layer, so plain LoRA has no key for its factors",
                 where=f"{self.adapter.ref.path}: {spec.name}",
                 found=module.method,
                 then=_EXPERTS if parameter and module.method == "lora" else None,
@@ -234,10 +242,10 @@ class _Reading:
         yield from self.checkpoint.notes
         if settled:
             names = ", ".join(each.name for each in settled[:3]) + (" …" if len(settled) > 3 else "")
-            yield f"{len(settled)} biases or norms change too and go along in full, as merge makes them: {names}"
+            yield f"{len(settled)} biases or norms also change and are stored in full, as merge computes them: {names}"
         convolutions = sum(change.matrix.kind is LayerKind.CONV for change in changes.values())
         if convolutions and not self.structure.order:
-            yield f"{convolutions} convolutions are taken to be without groups and dilation, which no file tells"
+            yield f"{convolutions} convolutions are assumed to have no groups or dilation, which files do not record"
         if self.adapter.left:
             yield f"{len(self.adapter.left)} tensors of other parts of the pipeline are left behind"
         dropped = sum(fate is Fate.REFUSED for fate in beside.values()) - len(self.adapter.left)
@@ -246,7 +254,7 @@ class _Reading:
 
 
 def plan_lowering(lowering: Lowering, ranks: RankChoice, measured: Mapping[str, int] | None = None) -> Plan:
-    """The plan; `measured` has every weight's rank where a budget rules."""
+    """The plan; `measured` has every weight's rank if there is a budget."""
     rules, dtypes = ranks.rules(lowering.changes, measured), lowering.dtypes(ranks)
     steps = []
     for name, change in lowering.changes.items():
@@ -269,10 +277,10 @@ def plan_lowering(lowering: Lowering, ranks: RankChoice, measured: Mapping[str, 
 def ranks_within(
     lowering: Lowering, ranks: RankChoice, *, as_file: bool, files: OpenFiles, resources: Resources
 ) -> dict[str, int]:
-    """The rank of every weight with which an adapter of the budget's size holds the most energy.
+    """The ranks of all weights that hold the most energy within the budget.
 
     Raises:
-        SurgeryError: a budget smaller than the least ranks.
+        SurgeryError: the budget is too small for the least ranks.
     """
     changes, dtypes = lowering.changes, lowering.dtypes(ranks)
 
@@ -294,7 +302,7 @@ def ranks_within(
 
 
 def _fixed_bytes(lowering: Lowering, dtypes: Mapping[str, DType], *, as_file: bool) -> int:
-    """Bytes that no rank changes: what goes along in full, and a header that is long enough for any ranks."""
+    """Bytes that do not depend on ranks: full tensors, and a header that is long enough for any ranks."""
     specs = [full.source.spec for full in lowering.adapter.replacements]
     specs += [replace(lowering.tensors[s.name].spec, name=lowering.full_key_of(s.name)) for s in lowering.settled]
     nbytes = sum(spec.nbytes for spec in specs)
@@ -324,7 +332,7 @@ def _outputs(lowering: Lowering, name: str, rank: int, dtype: DType) -> tuple[Te
 
 
 def _workspace(change: WeightChange, rank: int) -> int:
-    """What the method takes, and its ΔW formed and decomposed, or its factors and their QR."""
+    """Bytes for the method, and for its ΔW formed and decomposed, or its factors and their QR."""
     out, into = change.matrix.sides
     formed = (8 if change.reads else 4) * change.matrix.spec.size + workspace(out, into, rank)
     thin = 0 if change.reads else 3 * 8 * (out + into) * most_inner(min(out, into))

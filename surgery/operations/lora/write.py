@@ -1,4 +1,4 @@
-"""Where new factors are written, and what the reports of resize, combine and to_lora say alike."""
+"""Writes new factors, and fills the report fields that resize, combine and to_lora share."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from surgery.ranks.choice import RankChoice
 from surgery.report import Report, Stopwatch
 
 R = TypeVar("R", bound=Report)
-Fields = dict[str, Any]  # of a report, by name
+Fields = dict[str, Any]  # fields of a report, by name
 
 
 def destination(
     out: str | Path, adapters: Sequence[Path], base: str | Path | None, *, force: bool, files: OpenFiles
 ) -> Destination:
-    """Where to write. What lies beside a single adapter's weights comes along: a tokenizer, a model card."""
+    """The output. Files next to a single adapter's weights are copied too, such as a tokenizer or a model card."""
     inputs = (*adapters, *(() if base is None else (Path(base),)))
     if len(adapters) == 1 and adapters[0].is_dir():
         like = destination_like(adapters[0], out, (), inputs=inputs, force=force, files=files)
@@ -50,12 +50,12 @@ def recast_job(
     watch: Stopwatch,
     resources: Resources | None,
 ) -> Job[R]:
-    """The job that writes new factors of adapters.
+    """Prepares a job that writes new factors.
 
     Args:
         operation, casting, mix, ranks, dtypes, notes: as for `plan_recast`.
-        target: the output; its inputs are what is read.
-        report: makes the report of the header and of `new_factors`.
+        target: the output, which also knows the input paths.
+        report: makes the report from the header and `new_factors`.
         files, watch, resources: as for `step_by_step`.
     """
     read = [each.adapter.ref.path for each in casting.adapters]
@@ -69,7 +69,9 @@ def recast_job(
     def finish(done: Done) -> Callable[[Header], R]:
         modules = gathered(done.outcomes).modules
         if not changed(modules) and not casting.copied:
-            raise NothingToDo("all of the new adapter is zero", where=", ".join(read))
+            raise NothingToDo(
+                "the new adapter is all zeros", where=", ".join(read), then="check that the adapters are trained"
+            )
         put_config(done, target, casting.config({module.name: module.rank for module in modules}))
         return lambda header: report(header, new_factors(modules, read, target))
 
@@ -86,11 +88,11 @@ def recast_job(
 
 
 def new_factors(modules: tuple[Lossy, ...], read: Iterable[str | Path], target: Destination) -> Fields:
-    """What a report says of new factors, once they are written.
+    """The report fields about new factors, once they are written.
 
     Args:
-        modules: every weight's.
-        read: the adapters' files of weights.
+        modules: the figures of every weight.
+        read: the adapters' weight files.
         target: the output.
     """
     energy, residual = energy_and_residual(modules)

@@ -1,1 +1,1 @@
-"""merge, unmerge and verify: adapters into weights, and off them again."""
+"""merge, unmerge and verify: add adapters to weights, take them off again, check a merge."""

@@ -1,6 +1,7 @@
-"""The adapters of one merge: how a caller names them, opened, weighed, and put in an order of their own.
+"""The adapters of one merge: how a caller names them, opens them, weighs them and sorts them.
 
-The order is that of their digests, so that no command line's can show in the sums. Knows no method's mathematics.
+They are sorted by digest, so that their order on the command line does not affect the sums. Knows no method's
+mathematics.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from surgery.model.names import read_adapter
 from surgery.model.outline import Outline, head_is_tied, outline_of
 from surgery.receipts.receipt import MergedAdapter, Receipt, fingerprint
 
-AdapterPath = str | Path | tuple[str | Path, float | None]  # with its weight; None where the caller does not say
+AdapterPath = str | Path | tuple[str | Path, float | None]  # with its weight; None if the caller gives none
 AdapterPaths = AdapterPath | Sequence[AdapterPath]
 
 
@@ -33,9 +34,9 @@ class WeighedAdapter:
 
     Attributes:
         adapter: resolved against the base's names.
-        weight: the factor of its delta; None where nobody said.
-        digest: its content address, scalings included.
-        tensors: BLAKE3 of every tensor of it that takes part, by name.
+        weight: the factor of its delta; None if none was given.
+        digest: its content digest, scalings included.
+        tensors: BLAKE3 of each of its tensors that is merged, by name.
     """
 
     adapter: Adapter
@@ -45,17 +46,17 @@ class WeighedAdapter:
 
     @property
     def strength(self) -> float:
-        """The factor of its delta, 1 where nobody said."""
+        """The factor of its delta; 1 if none was given."""
         return 1.0 if self.weight is None else self.weight
 
     @property
     def record(self) -> MergedAdapter:
-        """What a receipt says of it."""
+        """The entry for this adapter in a receipt."""
         return MergedAdapter(self.digest, self.strength, self.tensors)
 
 
 def adapter_paths(adapters: AdapterPaths) -> tuple[tuple[Path, float | None], ...]:
-    """Every adapter's path and weight, however the caller put them: a path, (path, weight), or a sequence of these."""
+    """Every adapter's path and weight. The caller may pass a path, (path, weight), or a sequence of these."""
     if isinstance(adapters, (str, Path)):
         return ((Path(adapters), None),)
     if len(adapters) == 2 and (adapters[1] is None or isinstance(adapters[1], (int, float))):
@@ -64,7 +65,7 @@ def adapter_paths(adapters: AdapterPaths) -> tuple[tuple[Path, float | None], ..
 
 
 def adapter_files(adapters: AdapterPaths, files: OpenFiles) -> tuple[tuple[AdapterFile, float | None], ...]:
-    """Every adapter, opened, with its weight. Raises as `open_adapter_file`."""
+    """Opens every adapter and pairs it with its weight. Raises as `open_adapter_file`."""
     return tuple((open_adapter_file(path, files), weight) for path, weight in adapter_paths(adapters))
 
 
@@ -80,18 +81,18 @@ def open_adapters(
     """Opens adapters against a model's tensors, in the order of their digests.
 
     Args:
-        model: the base, which knows names that its file does not have; None where only its specs are known.
-        adapters: opened, with weights or without.
+        model: the base, which knows names that its file does not have; None if only its specs are known.
+        adapters: open files, each with its weight or None.
         specs: the model's tensors.
-        weight: a factor of all of them; None where nobody said.
-        told: what the caller says of those whose dialect has no config.
-        with_heads: whether heads that lie beside adapters are theirs.
+        weight: a factor for all of them; None if none was given.
+        told: alpha and layout for adapters whose dialect has no config.
+        with_heads: whether heads stored next to adapters belong to them.
 
     Raises:
-        AdapterFormatError: something is told that none of them asks for.
+        AdapterFormatError: `told` gives a value that none of them needs.
         NothingToDo: no adapter, one without tensors, or a weight of 0.
-        NotMergeable: the same adapter twice.
-        NotFinite: NaN or Inf in an adapter or a weight.
+        NotMergeable: the same adapter is given twice.
+        NotFinite: an adapter or a weight holds NaN or Inf.
         FormatError: as `open_adapter`.
     """
     found: dict[str, WeighedAdapter] = {}
@@ -99,46 +100,53 @@ def open_adapters(
         path = file.path
         factor = _product(own, weight)
         if factor is not None and not math.isfinite(factor):
-            raise NotFinite("a weight that is no number", where=path, found=f"weight {factor}")
+            raise NotFinite(
+                "the weight is not finite", where=path, found=f"weight {factor}", then="pass a finite weight, such as 1"
+            )
         adapter = file.read(specs, told=told) if model is None else read_adapter(model, file, specs, told)
         if with_heads and model is not None and file.dialect.has_head(path):
             adapter = _with_head(adapter, file.dialect.head(path, specs, model.config, file.files))
         if not adapter.tensors or factor == 0:
-            raise NothingToDo("the merge would change nothing", where=path, found=f"weight {factor}")
+            raise NothingToDo(
+                "the merge would change nothing",
+                where=path,
+                found=f"{len(adapter.tensors)} tensors, weight {1.0 if factor is None else factor}",
+                then="pass an adapter with tensors, and a weight other than 0",
+            )
         digest, tensors = fingerprint(adapter, file.files)
         if digest in found:
             raise NotMergeable(
-                "the same adapter twice",
+                "the same adapter is given twice",
                 where=path,
                 found=f"the content of {found[digest].adapter.ref.path}",
                 then="to apply it more strongly, name it once with a weight: PATH:2",
             )
         found[digest] = WeighedAdapter(adapter, factor, digest, tensors)
     if not found:
-        raise NothingToDo("no adapter was named", where=None if model is None else model.path, then="name one")
+        raise NothingToDo("no adapter was given", where=None if model is None else model.path, then="name one")
     where = ", ".join(each.adapter.ref.path for each in found.values())
     refuse_unasked(told, [file.dialect for file, _ in adapters], where)
     return tuple(found[digest] for digest in sorted(found))
 
 
 def _with_head(adapter: Adapter, head: Whole | None) -> Adapter:
-    """An adapter that has a head beside it."""
+    """The adapter together with the head that is stored next to it."""
     if head is None:
         return adapter
     if head.left:
-        return replace(adapter, notes=(*adapter.notes, f"the head ({head.kind}) is left: {head.left}"))
+        return replace(adapter, notes=(*adapter.notes, f"the head ({head.kind}) is left out: {head.left}"))
     carried = tuple(Replacement(name, source, False) for name, source in head.tensors.items())
     return replace(adapter, replacements=(*adapter.replacements, *carried))
 
 
 def refuse_grafted(model: Path) -> None:
-    """Raises NotMergeable for a folded model that has parts of its adapter in the graph: only they make it whole."""
+    """Raises NotMergeable for a folded model that keeps parts of its adapter in the graph: it is incomplete without."""
     beside = model / GRAFTS_FILE
     if beside.exists():
         raise NotMergeable(
-            "an earlier fold left parts of an adapter beside this model, which another one would lose",
+            "an earlier fold left parts of an adapter next to this model; another merge or fold would lose them",
             where=beside,
-            then="put both adapters into the original model, the one that goes into the weights first",
+            then="start from the original model: merge the adapter that goes into the weights, then fold the other",
         )
 
 
@@ -151,7 +159,7 @@ def open_for_merge(
     untie: bool = False,
     with_heads: bool = True,
 ) -> tuple[tuple[WeighedAdapter, ...], Outline]:
-    """Opens adapters against what a base is to become, and says what that is.
+    """Opens adapters against the outline of the merged model, and returns both.
 
     Args:
         model, adapters, weight, told: as for `open_adapters`.
@@ -159,7 +167,7 @@ def open_for_merge(
         with_heads: as for `open_adapters`.
 
     Raises:
-        NotMergeable: an adapter changes a tied head, which may not be untied; or as `outline_of`, `refuse_grafted`.
+        NotMergeable: an adapter changes a tied head and `untie` is false; or as `outline_of`, `refuse_grafted`.
         ReportedError: as `open_adapters`.
     """
     refuse_grafted(model.path)
@@ -189,11 +197,11 @@ def _product(own: float | None, weight: float | None) -> float | None:
 def weighed_modules(
     adapters: Sequence[WeighedAdapter], tensor: Callable[[str], TensorRef]
 ) -> dict[str, tuple[tuple[AdapterModule, float], ...]]:
-    """Everything that adapts each weight, with its factor, in the adapters' order.
+    """The modules that adapt each weight, each with its factor, in the adapters' order.
 
     Args:
-        adapters: opened.
-        tensor: finds a tensor of the model by its name, for modules that read one beside their target.
+        adapters: the opened adapters.
+        tensor: finds a tensor of the model by name, for modules that read another tensor besides their target.
     """
     modules: dict[str, tuple[tuple[AdapterModule, float], ...]] = {}
     for each in adapters:
@@ -205,9 +213,9 @@ def weighed_modules(
 
 
 def replacements(adapters: Sequence[WeighedAdapter]) -> dict[str, tuple[Replacement, ...]]:
-    """What replaces each tensor or is added to the base: whole tensors first, then rows of them.
+    """The tensors that replace the base's or are added to it, by target: whole tensors first, then rows.
 
-    Raises NotMergeable for a tensor that two adapters replace: no order could decide between them.
+    Raises NotMergeable if two adapters replace the same tensor, because their order must not matter.
     """
     owners: dict[str, WeighedAdapter] = {}
     found: dict[str, tuple[Replacement, ...]] = {}
@@ -219,25 +227,25 @@ def replacements(adapters: Sequence[WeighedAdapter]) -> dict[str, tuple[Replacem
                     "two adapters replace the same tensor",
                     where=full.target,
                     found=f"{owner.adapter.ref.path} and {each.adapter.ref.path}",
-                    then="merge one of them without it, or one after the other: the later one wins",
+                    then="merge one of them without it, or merge one after the other: the later one wins",
                 )
             found[full.target] = (*found.get(full.target, ()), full)
     return found
 
 
 def check_receipt(path: str, adapters: Sequence[WeighedAdapter], receipt: Receipt) -> tuple[WeighedAdapter, ...]:
-    """The adapters with the weights that the receipt records. Raises NotMerged where it records others."""
+    """Gives the adapters the weights in the receipt. Raises NotMerged if it records other adapters or weights."""
     weights = {past.digest: past.weight for past in receipt.adapters}
     given = tuple(each.digest for each in adapters)
     if set(given) != set(weights):
         raise NotMerged(
-            "the last merge into this file was of another adapter"
+            "another adapter was merged into this file last"
             if len(weights) == len(given) == 1
-            else "the last merge into this file was of other adapters: all of one merge come off at once",
+            else "other adapters were merged into this file last, and all adapters of one merge come off together",
             where=path,
             expected=", ".join(f"adapter {digest[:16]}" for digest in weights),
             found=", ".join(f"adapter {each.digest[:16]} ({each.adapter.ref.path})" for each in adapters),
-            then="take adapters off in the reverse order of their merging",
+            then="take adapters off in the reverse order of their merges",
         )
     for each in adapters:
         if each.weight is not None and each.weight != weights[each.digest]:
@@ -246,5 +254,6 @@ def check_receipt(path: str, adapters: Sequence[WeighedAdapter], receipt: Receip
                 where=each.adapter.ref.path,
                 expected=weights[each.digest],
                 found=each.weight,
+                then="leave the weight out: the receipt knows it",
             )
     return tuple(replace(each, weight=weights[each.digest]) for each in adapters)

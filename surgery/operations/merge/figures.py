@@ -1,4 +1,4 @@
-"""What the steps of merge, unmerge and verify measure on their way."""
+"""The measurements of the steps of merge, unmerge and verify."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from surgery.receipts.receipt import Original
 
 @dataclass(frozen=True, kw_only=True)
 class MergeFigures(Hashed):
-    """The figures of a step of merge: the base's tensors before, the output's after.
+    """The figures of a step of merge: hashes of the base's tensors before and of the output's after.
 
     Attributes:
-        changed: whether merging changed anything but the dtype.
+        changed: whether merging changed anything besides the dtype.
         surviving: how much of the delta is stored, by name.
         originals: tensors that the receipt keeps, by name.
-        lost: names of tensors that were replaced and are not kept.
+        lost: names of replaced tensors that the receipt does not keep.
     """
 
     changed: bool = False
@@ -29,8 +29,8 @@ class MergeFigures(Hashed):
 
 @dataclass(frozen=True, kw_only=True)
 class UnmergeFigures(Hashed):
-    """The figures of a step of unmerge. `uncertain`: of tensors that may differ from the base's, how many elements of
-    each rounding can have changed."""
+    """The figures of a step of unmerge. `uncertain`: for each tensor that may differ from the base's, the number of
+    elements that rounding can have changed."""
 
     uncertain: Mapping[str, int] = field(default_factory=dict)
 

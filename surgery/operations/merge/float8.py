@@ -1,6 +1,6 @@
-"""Merging into, and taking off, a float8 weight that has scales: the weight and its scales are one step's two outputs.
+"""Merging into float8 weights with scales, and unmerging; each weight and its scales are the two outputs of one step.
 
-Steps and ops. Arithmetic is `surgery.exact.scaled`'s, names and layouts are `formats.quantized`'s.
+Steps and ops only: `surgery.exact.scaled` has the arithmetic, `formats.quantized` the names and layouts.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 Modules = tuple[tuple[AdapterModule, float], ...]
 _ROWS = 256  # rows that are dequantised at once
-_BLOCKS = 64 << 20  # bytes of the float64 blocks that are held at a time
+_BLOCKS = 64 << 20  # bytes of float64 blocks in memory at a time
 
 
 def merge_step(
     scaled: Scaled, inputs: tuple[TensorRef, TensorRef], modules: Modules, stored: DType | None, undo: bool
 ) -> Step:
-    """The step of one weight. Args: `inputs` are weight and scales; `stored` the dtype it leaves float8 for, if any."""
+    """The step of one weight. Args: `inputs` are weight and scales; `stored` is the new dtype, None to stay float8."""
     factors = _factors(modules)
     outputs: tuple[TensorSpec, ...] = (scaled.weight, scaled.scale)
     if stored is not None:
@@ -51,7 +51,7 @@ def merge_step(
 
 
 def subtract_step(scaled: Scaled, inputs: tuple[TensorRef, TensorRef], modules: Modules) -> Step:
-    """The way back without an undo file."""
+    """The step that unmerges one weight without an undo file."""
     op = SubtractScaled(scaled, modules)
     outputs = (scaled.weight, scaled.scale)
     workspace = _workspace(scaled.weight, modules)
@@ -66,14 +66,14 @@ def restore_step(
     corrections: Mapping[str, TensorRef],
     where: str,
 ) -> Step:
-    """The way back with an undo file.
+    """The step that unmerges one weight with an undo file.
 
     Args:
-        scaled: the weight and its scales as they were.
+        scaled: the base's weight and scales.
         base: their BLAKE3.
-        merged: the merged weight, and its scales unless it has left float8, each with its BLAKE3.
-        modules: of the merge.
-        corrections: those stored, by name.
+        merged: the merged weight, and its scales if it is still float8, each with its BLAKE3.
+        modules: the modules that were merged.
+        corrections: the stored corrections, by name.
         where: the undo file.
     """
     stored = tuple(spec.name in corrections for spec in (scaled.weight, scaled.scale))
@@ -89,14 +89,14 @@ def _factors(modules: Modules) -> tuple[TensorRef, ...]:
 
 
 def _workspace(weight: TensorSpec, modules: Modules) -> int:
-    """Blocks, factors, the prediction; and all of it in float64, twice, for a method that is no delta."""
+    """Bytes for blocks, factors and the prediction; a method without a delta also needs two float64 copies."""
     whole = 0 if all(additive(module) for module, _ in modules) else 16 * weight.size
     factors = sum(8 * ref.spec.size for ref in _factors(modules))
     return factors + whole + 2 * weight.nbytes + correction_workspace(1) + _BLOCKS
 
 
 def _values(start: Rows, shape: tuple[int, ...], modules: Modules, factors: tuple[torch.Tensor, ...]) -> Rows:
-    """start + ΣΔW, or what a method makes of start, by rows of the weight seen as a matrix, in float64."""
+    """start + ΣΔW, or a method's transform of start, in float64, by rows of the weight as a matrix."""
     if not modules:
         return start
     columns = shape[-1]
@@ -113,7 +113,7 @@ def _values(start: Rows, shape: tuple[int, ...], modules: Modules, factors: tupl
 def _predicted(
     scaled: Scaled, grid: torch.Tensor, merged: Rows, modules: Modules, factors: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
-    """The base's float8 under its own scales, as far as the merged weight tells it."""
+    """Predicts the base's float8 weight under the base's scales, from the merged weight."""
     import torch
 
     if not all(additive(module) for module, _ in modules):
@@ -133,10 +133,10 @@ def _plain(weight: torch.Tensor) -> Rows:
 
 @dataclass(frozen=True)
 class MergeScaled:
-    """q · s plus the deltas of its modules, stored as float8 with scales again, or as a plain float.
+    """Adds the deltas of its modules to q · s, and stores the sum as float8 with scales or as a plain float.
 
-    Inputs: weight, scales, then each module's factors in order of their roles. Outputs: weight and scales; the weight
-    alone where `stored` names another dtype.
+    Inputs: weight, scales, then each module's factors in order of their roles. Outputs: weight and scales; only
+    the weight if `stored` names another dtype.
     """
 
     scaled: Scaled
@@ -145,7 +145,7 @@ class MergeScaled:
     undo: bool
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Adds, rounds once, hashes both ends."""
+        """Adds, rounds once, and hashes the tensors before and after."""
         weight, scale, *rest = (tensor.cpu() for tensor in inputs)
         names, factors, watch = (self.scaled.weight.name, self.scaled.scale.name), tuple(rest), Watch()
         base = Dequantised.of(weight, scale, self.scaled.block, names[1])
@@ -211,7 +211,7 @@ def _dequantised(base: Dequantised, values: Rows, dtype: DType, watch: Watch) ->
 
 @dataclass(frozen=True)
 class SubtractScaled:
-    """q · s minus the deltas of its modules, under the scales it has. Inputs: weight, scales, the factors."""
+    """Subtracts the deltas of its modules from q · s, stored as float8 with scales. Inputs: weight, scales, factors."""
 
     scaled: Scaled
     modules: Modules
@@ -231,7 +231,7 @@ class SubtractScaled:
 
 @dataclass(frozen=True)
 class CorrectScaled:
-    """The base's weight and scales: the scales first, since they tell how the weight was stored.
+    """Restores the base's weight and scales: the scales first, because the weight was quantised with them.
 
     Inputs: the merged tensors, the factors, then the corrections that are `stored`, of weight and of scales.
     """
@@ -269,7 +269,7 @@ class CorrectScaled:
         return Outcome(result, dict.fromkeys(names, Fate.UNMERGED), Hashed(after=hashes))
 
     def _corrected(self, spec: TensorSpec, guess: Bytes, stored: torch.Tensor | None) -> torch.Tensor:
-        """One tensor out of its prediction, or out of nothing."""
+        """Corrects one tensor, starting from its prediction or from zeros."""
         if stored is None:
             payload = guess if guess.nbytes == spec.nbytes else np.zeros(spec.nbytes, np.uint8)
         else:

@@ -1,4 +1,4 @@
-"""merge: W = W0 + ΣΔW, each weight rounded once; the rest copied as it is. `merge_plan` pairs, this runs."""
+"""merge: computes W = W0 + ΣΔW, rounds each weight once and copies the rest. `plan` pairs tensors; this runs it."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class MergeReport(Report):
     """What merge did.
 
     Attributes:
-        digest: content address of the output's tensors, the same however they are sharded.
-        base_digest: the same of the base.
-        adapters: content digest of every adapter, its scalings included, in the order of their addition.
-        surviving: of every tensor that a delta was added to, how much of the delta is stored; by name.
+        digest: content digest of the output's tensors; it does not depend on their sharding.
+        base_digest: content digest of the base's tensors.
+        adapters: content digest of every adapter, scalings included, in the order in which they were added.
+        surviving: for every tensor with a delta, how much of the delta is stored; by name.
         undo: the undo file, if one was written.
     """
 
@@ -51,7 +51,7 @@ class MergeReport(Report):
 
 @dataclass(frozen=True)
 class UndoFigures:
-    """An undo file: its path, its bytes, and their share of the bytes of the tensors that merging changed."""
+    """An undo file: its path, its size in bytes, and that size relative to the tensors that merging changed."""
 
     path: str
     nbytes: int
@@ -73,29 +73,29 @@ def prepare_merge(
     force: bool = False,
     resources: Resources | None = None,
 ) -> Job[MergeReport]:
-    """Prepares a job that writes base with one or several adapters added into its weights.
+    """Prepares a job that adds one or several adapters to the weights of a base and writes the result.
 
     Args:
-        base: a safetensors file or a folder; the output has its shape: a file, or a folder with the same shards,
-            config, tokenizer and the rest.
-        adapters: a PEFT adapter, as a folder or a single file, or a loralib one, as a file; or (path, weight); or a
-            sequence of these, whose order does not matter: all deltas are summed and rounded once.
+        base: a safetensors file or a folder. The output has the same layout: a file, or a folder with the same shards,
+            config, tokenizer and other files.
+        adapters: a PEFT adapter (a folder or a single file) or a loralib adapter (a file); or (path, weight); or a
+            sequence of these. Their order does not matter: all deltas are summed and rounded once.
         out: a folder, or a `.safetensors`/`.st` file.
-        weight: a factor of every delta.
-        dtype: "float32", "float16" or "bfloat16": every weight of the output is stored so, float8 with scales
-            dequantised; without it each keeps its own.
+        weight: a factor for every delta.
+        dtype: "float32", "float16" or "bfloat16" for every weight of the output; float8 with scales is then
+            dequantised. By default each weight keeps its dtype.
         min_surviving: the least ‖stored(W) − W0‖ / ‖ΔW‖ that every merged tensor must have.
-        undo: a `.safetensors`/`.st` file to write what unmerge needs to give the base back bit for bit.
-        told: alpha and layout of loralib adapters, whose files do not say them.
+        undo: the `.safetensors`/`.st` path of an undo file, with which unmerge restores the base bit for bit.
+        told: alpha and layout of loralib adapters, whose files do not contain them.
         untie: give a head that the base ties to its embedding a tensor of its own.
-        max_shard_size: bytes of each shard of an output folder, instead of the base's shards.
-        force: replace what stands at `out` and at `undo`.
+        max_shard_size: largest size of a shard of an output folder, in bytes; by default the base's shards are kept.
+        force: overwrite `out` and `undo` if they exist.
         resources: workers, memory and device.
 
     Raises:
-        VerificationFailed: less than `min_surviving` of a delta survives rounding (when it runs).
-        SurgeryError, FormatError: see their trees; whatever the headers and the adapter tell is refused before any
-            of the base's payload is read.
+        VerificationFailed: less than `min_surviving` of a delta survives rounding (raised while running).
+        SurgeryError, FormatError: see their trees. Errors that headers and the adapter reveal are raised before any
+            payload of the base is read.
     """
     watch, files = Stopwatch(loading="torch"), OpenFiles()
     stored = dtype_named(dtype)
@@ -135,7 +135,7 @@ def merge_job(
     force: bool = False,
     resources: Resources | None = None,
 ) -> Job[MergeReport]:
-    """A merge of what `open_for_merge` opened; the other arguments and the errors are those of `prepare_merge`."""
+    """Prepares a merge of adapters that `open_for_merge` opened; other arguments and errors as for `prepare_merge`."""
     plan, receipt = plan_merge(model, opened, outline, undo=undo is not None, stored=stored)
     destination = model.destination(out, plan.outputs, inputs=inputs, force=force, max_shard=max_shard_size)
     if CONFIG in destination.attachments:
@@ -151,7 +151,11 @@ def merge_job(
         assert done.writer is not None
         figures = [each.figures for each in done.outcomes if isinstance(each.figures, MergeFigures)]
         if not any(each.changed for each in figures):
-            raise NothingToDo("the merge changes nothing: every delta rounds to zero", where=model.path)
+            raise NothingToDo(
+                "the merge changes nothing: every delta rounds to zero",
+                where=model.path,
+                then="check that the adapter is trained, or store the result in a wider dtype: --dtype float32",
+            )
         surviving = {name: found for each in figures for name, found in each.surviving.items()}
         if min_surviving is not None:
             check_surviving(surviving, min_surviving)
@@ -185,7 +189,7 @@ def merge_job(
 
 
 def _config(model: BaseModel, plan: Plan, outline: Outline, stored: DType | None) -> Mapping[str, Any]:
-    """The output's config.json: the base's own where nothing in it changes."""
+    """The output's config.json; equal to the base's if nothing in it changes."""
     config = model.config
     if sizes := growth(outline.specs.values(), plan.outputs):
         config = resized(config, sizes)
@@ -195,7 +199,7 @@ def _config(model: BaseModel, plan: Plan, outline: Outline, stored: DType | None
 
 
 def _changes(plan: Plan, outline: Outline, outcomes: tuple[Outcome, ...]) -> dict[str, Change]:
-    """What the undo file records of every tensor that has a correction, or could have had one, by the base's names."""
+    """The undo file's entry for every tensor that can have a correction, by the base's names."""
     hashes, origins = hashes_after(outcomes), outline.origins
     now = {spec.name: spec for spec in plan.outputs}
     changes = {}
@@ -220,7 +224,7 @@ def _undo_figures(path: str | Path, plan: Plan) -> UndoFigures:
 
 
 def _completed(receipt: Receipt, outline: Outline, outcomes: tuple[Outcome, ...]) -> Receipt:
-    """The receipt with what the run found out."""
+    """Fills in the parts of the receipt that only the run knows."""
     hashes, figures = hashes_before(outcomes), [each.figures for each in outcomes]
     merged = [each for each in figures if isinstance(each, MergeFigures)]
     originals = {name: original for each in merged for name, original in each.originals.items()}

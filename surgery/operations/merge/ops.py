@@ -1,7 +1,7 @@
-"""What merging does to one tensor: copy it, add it, or replace it and add the deltas, rounded once.
+"""The ops of merge, one tensor each: add a new tensor, drop one, or replace one and add deltas, rounded once.
 
-Ops only: tensors in, an Outcome out. Knows no path, no plan, no receipt but the originals it keeps, and no method's
-mathematics.
+Each op takes tensors and returns an Outcome. Knows no path, no plan, no method's mathematics, and nothing of receipts
+except the originals that they keep.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ FRACTION_BITS = {DType.F8_E4M3: 3, DType.F8_E5M2: 2, DType.BF16: 7, DType.F16: 1
 
 @dataclass(frozen=True)
 class Add:
-    """A tensor that only the adapter has, stored as `dtype`."""
+    """Adds a tensor that only the adapter has, stored as `dtype`."""
 
     name: str
     dtype: DType
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Hashes and passes on."""
+        """Casts and hashes the tensor."""
         result = _as_stored(inputs[0], self.dtype)
         _check_result(result, inputs[0], self.name)
         figures = MergeFigures(after={self.name: tensor_hash(result)}, changed=True)
@@ -49,13 +49,13 @@ class Add:
 
 @dataclass(frozen=True)
 class Shed:
-    """A tensor of the base that the result has no use for; with `undo` it is kept aside."""
+    """Drops a tensor of the base that the result does not need; `undo` keeps it for the undo file."""
 
     name: str
     undo: bool
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Leaves it out."""
+        """Hashes the tensor and leaves it out."""
         payload = bytes_from_tensor(inputs[0])
         aside = as_aside(correct_from(payload, payload[:0], inputs[0].element_size())) if self.undo else None
         figures = Hashed({self.name: tensor_hash(inputs[0])})
@@ -64,12 +64,12 @@ class Shed:
 
 @dataclass(frozen=True)
 class Merge:
-    """W0, or what replaces it, plus the deltas of its modules; or W0 itself in another dtype.
+    """Adds the deltas of its modules to W0 or to its replacement; without either, casts W0 to another dtype.
 
-    `keep` puts the base's tensor into the receipt; `undo` makes a correction that leads back to it.
+    `keep` puts the base's tensor into the receipt; `undo` makes a correction that restores it.
 
-    Inputs: the base's tensor, then what replaces it or, where `replaced` has any, these rows of it, then each module's
-    factors in order of their roles. Output: the tensor in `dtype`.
+    Inputs: the base's tensor; a replacement for each entry of `replaced`, for these rows or, if it is empty, for the
+    whole tensor; then each module's factors in order of their roles. Output: the tensor in `dtype`.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Merge:
     undo: bool = False
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Adds, rounds once, hashes both ends."""
+        """Adds, rounds once, and hashes the tensor before and after."""
         base = inputs[0]
         spec = TensorSpec(self.name, dtype_of(base), tuple(base.shape))
         start = base
@@ -128,15 +128,16 @@ def apply_modules(
     dtype: DType,
     watch: Watch | None = None,
 ) -> torch.Tensor:
-    """start + Σ weight · ΔW, or what a method makes of start, rounded once to `dtype`; a negative weight takes a
-    delta off.
+    """start + Σ weight · ΔW, or a method's transform of start, rounded once to `dtype`. A negative weight subtracts.
 
     Args:
         start: the stored weight.
-        modules: what adapts it, each with its weight; deltas, or one that is none and that a negative weight undoes.
+        modules: the modules that adapt it, each with its weight: deltas, or a single transform, which a negative weight
+            undoes.
         factors: each module's factors in order of their roles.
-        dtype: of the result.
-        watch: is shown what becomes of the change; a method without a delta is then computed in float64 as a whole.
+        dtype: dtype of the result.
+        watch: measures how much of the change survives; a method without a delta is then computed in float64 as a
+            whole.
     """
     deltas = deltas_of(modules, factors)
     if deltas is not None:
@@ -154,8 +155,8 @@ def apply_modules(
 def deltas_of(
     modules: tuple[tuple[AdapterModule, float], ...], factors: tuple[torch.Tensor, ...]
 ) -> list[Delta] | None:
-    """weight · ΔW of each module, in order; None where a method has no delta."""
-    remaining = [factor.cpu() for factor in factors]  # small, and not every function has the same bits elsewhere
+    """weight · ΔW of each module, in order; None if a method has no delta."""
+    remaining = [factor.cpu() for factor in factors]  # small, and bits can differ between devices
     deltas = []
     for module, weight in modules:
         named = {role: remaining.pop(0) for role in sorted(module.factors)}
@@ -167,7 +168,7 @@ def deltas_of(
 
 
 def negated(modules: tuple[tuple[AdapterModule, float], ...]) -> tuple[tuple[AdapterModule, float], ...]:
-    """The modules with what takes them off again."""
+    """The modules with negated weights, which subtract their deltas."""
     return tuple((module, -weight) for module, weight in modules)
 
 
@@ -177,7 +178,7 @@ def subtract(
     factors: tuple[torch.Tensor, ...],
     dtype: DType,
 ) -> torch.Tensor:
-    """merged − Σ weight · ΔW, rounded once to `dtype`: what merging those modules started from, up to rounding."""
+    """merged − Σ weight · ΔW, rounded once to `dtype`: the weight before merging, up to rounding."""
     if not modules:
         return _as_stored(merged, dtype)
     return apply_modules(merged, negated(modules), factors, dtype)
@@ -189,21 +190,21 @@ def prediction(
     factors: tuple[torch.Tensor, ...],
     base: TensorSpec,
 ) -> torch.Tensor:
-    """What tells most of the base's tensor: the deltas subtracted, or the product undone; the merged tensor itself
-    where there are none, or no way back: a method that reads another weight reads another one after merging."""
+    """Predicts the base's tensor: subtracts the deltas or undoes the product. Returns the merged tensor itself if there
+    are no modules or they cannot be undone; a method that reads another weight finds it changed after merging."""
     methods = [transforming(module) for module, _ in modules]
     lost = any(module.reads for module, _ in modules) or any(method and method.forgets for method in methods)
     if not modules or lost or tuple(merged.shape) != base.shape:
         return _as_stored(merged, base.dtype)
     try:
         guess = subtract(merged, modules, factors, base.dtype)
-    except NotMerged:  # a zero that nothing can be divided by
+    except NotMerged:  # a division by zero
         return _as_stored(merged, base.dtype)
     return guess if not any(methods) or is_finite(guess) else _as_stored(merged, base.dtype)
 
 
 def coarsened(merged: torch.Tensor, guess: torch.Tensor, dtype: DType) -> Coarsened | None:
-    """What tells where a prediction is likely to be wrong; nothing does where it is the merged tensor itself."""
+    """Hints where a prediction is likely to be wrong; None if the prediction is the merged tensor itself."""
     tells = guess is not merged and guess.dtype == merged.dtype
     return Coarsened(bytes_from_tensor(merged), FRACTION_BITS[dtype]) if tells else None
 
@@ -211,8 +212,8 @@ def coarsened(merged: torch.Tensor, guess: torch.Tensor, dtype: DType) -> Coarse
 def uncertain_elements(
     merged: torch.Tensor, result: torch.Tensor, modules: tuple[tuple[AdapterModule, float], ...], dtype: DType
 ) -> int:
-    """How many elements of what `subtract` gave can differ from the base's: all of them where no delta was taken off
-    but a product undone."""
+    """The number of elements in the result of `subtract` that can differ from the base's; all of them if a product was
+    undone instead of a delta subtracted."""
     hints = coarsened(merged, result, dtype)
     if hints is None or any(transforming(module) for module, _ in modules):
         return result.numel()
@@ -220,14 +221,14 @@ def uncertain_elements(
 
 
 def _with_rows(tensor: torch.Tensor, rows: tuple[int, ...], source: torch.Tensor, dtype: DType) -> torch.Tensor:
-    """A copy of the tensor in `dtype` with some rows replaced by those of source."""
+    """A copy of the tensor in `dtype` with some rows replaced by the rows of source."""
     tensor = _as_stored(tensor, dtype).clone()
     tensor[list(rows)] = _as_stored(source, dtype)
     return tensor
 
 
 def _as_stored(tensor: torch.Tensor, dtype: DType) -> torch.Tensor:
-    """The tensor in `dtype`, rounded once: torch goes by way of float32, which holds all but float64 exactly."""
+    """The tensor in `dtype`, rounded once. torch casts through float32, which is exact for all but float64."""
     import torch
 
     if tensor.dtype == torch_dtype(dtype):
@@ -243,10 +244,10 @@ def _check_result(result: torch.Tensor, start: torch.Tensor, name: str) -> None:
 
 
 def out_of_range(name: str, dtype: torch.dtype) -> NotFinite:
-    """What is raised for a result that its dtype cannot hold."""
+    """The error for a result that its dtype cannot hold."""
     return NotFinite(
         "the merged weight exceeds the range of its stored dtype",
         where=name,
         found=dtype,
-        then="store the result as another: --dtype bfloat16 or float32",
+        then="store the result in a wider dtype: --dtype bfloat16 or float32",
     )

@@ -1,6 +1,6 @@
-"""The plan of a merge: every tensor of the base paired with what the adapters do to it, and the receipt it will carry.
+"""The plan of a merge: pairs every tensor of the base with its changes, and drafts the receipt.
 
-Reads headers only, and knows the length of everything that the receipt will say. Knows no dialect and no method's
+Reads headers only, and knows the final length of the receipt. Knows no dialect and no method's
 mathematics.
 """
 
@@ -42,24 +42,24 @@ def plan_merge(
     undo: bool = False,
     stored: DType | None = None,
 ) -> tuple[Plan, Receipt]:
-    """Pairs every tensor of base with what the adapters do to it.
+    """Pairs every tensor of base with the changes that the adapters make to it.
 
     Args:
         base: the base.
         adapters: opened against the outline's tensors.
-        outline: what the base is to become, where that is not the base itself.
-        undo: whether to add corrections that lead back, aside.
-        stored: the dtype of every weight of the result, where they do not keep their own.
+        outline: the tensors of the result before merging; by default those in the base.
+        undo: whether steps also write corrections for an undo file.
+        stored: the dtype of every weight of the result; None keeps each weight's dtype.
 
     Returns:
-        The plan, and the receipt with placeholders for what only the run can know.
+        The plan, and the receipt with placeholders for values that only the run can know.
 
     Raises:
         AlreadyMerged: the base's receipt names one of the adapters.
-        Quantised: weights in a form that nothing can be added to, or float8 without its scales.
-        NotMergeable, ShapeMismatch: a method that cannot, a factor that does not fit, two adapters that both replace
-            a tensor.
-        Unsupported: layers to be repeated that are float8 with scales.
+        Quantised: weights are in a form to which nothing can be added, or in float8 without their scales.
+        NotMergeable, ShapeMismatch: a method cannot be merged, a factor does not fit, or two adapters replace the same
+            tensor.
+        Unsupported: layers to be repeated are float8 with scales.
     """
     refuse_merged(base.checkpoint, {each.digest: each.adapter.ref.path for each in adapters})
     storage = Storage.of(base.checkpoint, base.quantization, stored)
@@ -69,7 +69,7 @@ def plan_merge(
 
 
 def refuse_merged(base: Checkpoint, adapters: Mapping[str, str]) -> None:
-    """Raises AlreadyMerged where a receipt of the base names one of the adapters: paths by their digests."""
+    """Raises AlreadyMerged if a receipt of the base names one of the adapters, given as paths by digest."""
     earlier = Receipt.read(base.metadata, base.ref.path)
     known = {digest for past in (earlier.chain(base.ref.path) if earlier else ()) for digest in past.digests}
     for digest, path in adapters.items():
@@ -84,14 +84,14 @@ def refuse_merged(base: Checkpoint, adapters: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be done, by the outline's names.
+    """The work of a merge, by the outline's names.
 
     Attributes:
-        modules: what adapts each tensor.
-        replaced: what replaces each, whole or rows of it.
+        modules: the modules that adapt each tensor.
+        replaced: the tensors that replace each tensor or some of its rows.
         added: tensors that only an adapter has.
-        results: each tensor as it will be, but for its dtype.
-        in_scales: float8 weights that a step takes together with their scales.
+        results: the spec of each merged tensor, except for its dtype.
+        in_scales: float8 weights that share a step with their scales.
     """
 
     base: Checkpoint
@@ -119,7 +119,7 @@ class _Work:
         with_scales = {*storage.scaled, *storage.scales}
         for name in sorted(with_scales & set(replaced)):
             raise NotMergeable(
-                "an adapter carries a tensor in full that the base stores as float8 with scales",
+                "the base stores a tensor that an adapter replaces in full as float8 with scales",
                 where=name,
                 then="dequantise the base first, or merge an adapter without that tensor",
             )
@@ -137,7 +137,7 @@ class _Work:
 
     @property
     def whole(self) -> dict[str, TensorSpec]:
-        """Tensors that are replaced; not those with factors too: a saved embedding is as a rule equal to the base's."""
+        """Replaced tensors without factors: a saved embedding that also has factors usually equals the base's."""
         return {
             name: self.outline.specs[name]
             for name in self.replaced
@@ -146,21 +146,21 @@ class _Work:
 
     @property
     def grown(self) -> dict[str, TensorSpec]:
-        """Tensors whose vocabulary grows."""
+        """Tensors that grow with the vocabulary."""
         return {name: spec for name, spec in self.outline.specs.items() if self.results[name].shape != spec.shape}
 
     @property
     def too_large(self) -> bool:
-        """Whether a receipt cannot keep what is replaced."""
+        """Whether the replaced tensors are too large for a receipt."""
         return sum(spec.nbytes for spec in self.whole.values()) > ORIGINALS_LIMIT
 
     @property
     def kept(self) -> dict[str, TensorSpec]:
-        """Tensors that the receipt keeps."""
+        """Replaced tensors that the receipt keeps."""
         return {} if self.too_large or self.grown else self.whole
 
     def steps(self) -> Iterator[Step]:
-        """One for each tensor, or weight with its scales."""
+        """Yields a step for each tensor, or for each weight together with its scales."""
         with_weights = {how.scale.name for how in self.in_scales.values()}
         kept = self.kept
         for name, spec in self.outline.specs.items():
@@ -179,7 +179,7 @@ class _Work:
             yield Step(full.target, (full.source,), (new,), Add(full.target, new.dtype))
 
     def _step(self, spec: TensorSpec, keep: bool) -> Step:
-        """Of one tensor of the outline."""
+        """The step of one tensor of the outline."""
         source = self.base.tensor(self.outline.sources[spec.name])
         modules, replaced = self.modules.get(spec.name, ()), self.replaced.get(spec.name, ())
         result = self.storage.result(self.results[spec.name])
@@ -187,10 +187,11 @@ class _Work:
         for full in replaced:
             if not spec.dtype.is_weight and full.source.spec.dtype is not spec.dtype:
                 raise AdapterFormatError(
-                    "a replacement has another dtype than the base's tensor",
+                    "the adapter's replacement has another dtype than the base's tensor",
                     where=spec.name,
                     expected=spec.dtype,
                     found=full.source.spec.dtype,
+                    then="save the adapter's tensor in the base's dtype",
                 )
         if not modules and not replaced and result.dtype is spec.dtype:
             return Step(spec.name, tuple(inputs), (spec,), Copy(spec.name))
@@ -209,7 +210,7 @@ class _Work:
         return Step(spec.name, tuple(inputs), (result,), op, needed, asides=asides)
 
     def receipt(self, adapters: Sequence[WeighedAdapter]) -> Receipt:
-        """With placeholders for what only the run can know."""
+        """The receipt with placeholders for values that only the run can know."""
         outline, names, stored = self.outline, self.outline.renamed, self.storage.stored
         results = {source: self.storage.result(self.results[name]) for source, name in outline.origins.items()}
         return Receipt(
@@ -232,42 +233,42 @@ class _Work:
         )
 
     def _leaves(self, name: str) -> bool:
-        """Whether the result has no such tensor."""
+        """Whether the result lacks this tensor."""
         scales = self.storage.scales if self.storage.stored is not None else {}
         return name in self.storage.shed or name in scales
 
     def notes(self, adapters: Sequence[WeighedAdapter]) -> Iterator[str]:
-        """What the user should be told."""
+        """Yields remarks for the user."""
         yield from self.base.notes
         for each in adapters:
             yield from each.adapter.notes
         back = "unmerge needs the undo file" if self.undo else "unmerge will refuse this file"
         if self.too_large:
-            yield f"{len(self.whole)} tensors are replaced and too large for the receipt: {back}"
+            yield f"{len(self.whole)} replaced tensors are too large for the receipt: {back}"
         for old, new in growth(self.outline.specs.values(), self.results.values()):
             yield (
                 f"the vocabulary grows from {old} to {new} in {', '.join(self.grown)}: put the adapter's tokenizer "
-                f"beside the output; {back}"
+                f"next to the output; {back}"
             )
         if any(each.adapter.replacements and each.strength != 1 for each in adapters):
-            yield "tensors that an adapter carries in full replace the base's whole, whatever its weight"
+            yield "an adapter's full tensors replace the base's, whatever the adapter's weight"
         for each in adapters:
             if each.adapter.left:
                 parts = (
-                    f"{len(each.adapter.left)} tensors of {each.adapter.ref.path} are of other parts of the pipeline"
+                    f"{len(each.adapter.left)} tensors of {each.adapter.ref.path} belong to other parts of the pipeline"
                 )
-                yield f"{parts} than {each.adapter.component}, and left out"
+                yield f"{parts} than {each.adapter.component} and are left out"
         if self.storage.stored is not None and self.storage.scaled:
-            yield f"{len(self.storage.scaled)} float8 weights are dequantised, their scales dropped: {back}"
+            yield f"{len(self.storage.scaled)} float8 weights are dequantised and their scales dropped: {back}"
         if self.outline.config:
             said = ", ".join(f"{key} = {json.dumps(value)}" for key, value in self.outline.config.items())
-            yield f"{len(self.outline.surplus)} tensors more than the base has, for which config.json must say {said}"
+            yield f"{len(self.outline.surplus)} tensors are not in the base; the output's config.json must say {said}"
         if self.added:
             yield f"{len(self.added)} tensors are new to the base"
 
 
 def _replaced_spec(spec: TensorSpec, replacements: Iterable[Replacement]) -> TensorSpec:
-    """The base's tensor once replaced: it keeps its dtype and, unless the vocabulary has grown, its shape."""
+    """The spec of a replaced tensor: it keeps the base's dtype, and its shape unless the vocabulary has grown."""
     for full in replacements:
         if not full.rows:
             spec = replace(spec, shape=full.source.spec.shape)

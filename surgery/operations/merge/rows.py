@@ -1,7 +1,6 @@
-"""Merging row by row: a weight is read, added to, hashed, written and corrected in pieces of a megabyte.
+"""Merging by rows: a weight is read, merged, hashed, written and corrected in pieces of about a megabyte.
 
-For weights to which deltas are added and nothing else happens, which are nearly all. The bytes are those of
-`ops.Merge`.
+This serves weights that only receive deltas, which is nearly all of them. It writes the same bytes as `ops.Merge`.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ if TYPE_CHECKING:
 
 
 def piece_workspace(base: TensorSpec) -> int:
-    """Bytes that a weight's piece takes on its way: as read, as merged and as predicted, and two sums in float32."""
+    """Bytes that one piece of a weight needs: as read, as merged, as predicted, and two float32 sums."""
     return BLOCK_ELEMENTS * (3 * base.dtype.itemsize + 32)
 
 
 @dataclass(frozen=True)
 class MergeRows:
-    """W0 plus the deltas of its modules, stored as `dtype`; `undo` makes a correction that leads back to W0.
+    """Adds the deltas of its modules to W0 and stores the sum as `dtype`; `undo` makes a correction that restores W0.
 
     Inputs: the base's tensor, then each module's factors in order of their roles. Output: the tensor in `dtype`.
     """
@@ -44,7 +43,7 @@ class MergeRows:
     undo: bool = False
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """The same of a whole tensor."""
+        """Merges a whole tensor at once."""
         import torch
 
         base, *factors = inputs
@@ -58,7 +57,7 @@ class MergeRows:
         return Outcome((result.view(base.shape),), outcome.fates, outcome.figures, outcome.asides)
 
     def streamed(self, source: Source, rest: tuple[torch.Tensor, ...], sink: Sink) -> Outcome:
-        """Adds, rounds once, hashes both ends."""
+        """Adds, rounds once, and hashes the tensor before and after."""
         import torch
 
         watch, before, after = Watch(), new_hash(), new_hash()
@@ -94,16 +93,16 @@ class MergeRows:
 
     @property
     def _fraction(self) -> int | None:
-        """Of the floats, where the result has the base's own dtype and tells where rounding coarsened it."""
+        """Fraction bits of the dtype, if the result keeps the base's dtype and so shows where rounding coarsened it."""
         return FRACTION_BITS[self.dtype] if self.dtype is self.base.dtype else None
 
     def _pieces(
         self, source: Source, factors: tuple[torch.Tensor, ...]
     ) -> Iterator[tuple[tuple[int, int], torch.Tensor, RoundedSum, RoundedSum | None]]:
-        """Rows of the weight in order: the first one's number in the weight and among those that its sums know, the
-        rows, what adds the deltas to them and what takes them off."""
+        """Yields the weight's rows in order: the first row's index in the weight and in its segment, the rows, the sum
+        that adds the deltas and the sum that subtracts them."""
         deltas, backward = deltas_of(self.modules, factors), deltas_of(negated(self.modules), factors)
-        assert deltas is not None  # the plan sees to it
+        assert deltas is not None  # ensured by the plan
         assert backward is not None
         columns = max(1, deltas[0].columns)
         height = max(1, BLOCK_ELEMENTS // columns)

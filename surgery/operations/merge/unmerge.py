@@ -1,7 +1,7 @@
-"""unmerge: W0 = W − ΣΔW, and what the receipt kept restored whole.
+"""unmerge: subtracts deltas, W0 = W − ΣΔW, and restores the tensors that the receipt keeps.
 
-Subtraction gives the nearest stored value, not always the one that was there; the receipt's hashes tell which, and an
-undo file what is missing.
+Subtraction gives the nearest stored value, which is not always the original one. The receipt's hashes show which
+tensors are exact, and an undo file corrects the rest.
 """
 
 from __future__ import annotations
@@ -54,11 +54,12 @@ class UnmergeReport(Report):
     """What unmerge did.
 
     Attributes:
-        digest: content address of the output's tensors; the base's own if bit_exact.
-        bit_exact: whether every tensor has the hash that the receipt recorded of the base; None without a receipt.
-        equal: unmerged tensors that have it.
-        differing: unmerged tensors that have not, and how many of their elements rounding can have changed.
-        changed: other tensors that have not: something changed them since the merge.
+        digest: content digest of the output's tensors; equal to the base's if bit_exact.
+        bit_exact: whether every tensor has the base's hash from the receipt; None without a receipt.
+        equal: unmerged tensors that have this hash.
+        differing: unmerged tensors that have another hash, each with the number of elements that rounding can have
+            changed.
+        changed: other tensors that have another hash, because something changed them since the merge.
     """
 
     digest: str
@@ -79,22 +80,22 @@ def prepare_unmerge(
     force: bool = False,
     resources: Resources | None = None,
 ) -> Job[UnmergeReport]:
-    """Prepares a job that writes a merged model with the adapters of its last merge taken off again.
+    """Prepares a job that takes the adapters of the last merge off a model and writes the result.
 
     Args:
-        merged: a safetensors file or a folder; the output has its shape.
+        merged: a safetensors file or a folder; the output has the same layout.
         adapters: the adapter that was merged, or all that were merged at once, as for merge.
         out: a folder, or a `.safetensors`/`.st` file.
-        weight: a factor of all weights; where neither it nor an adapter's own is given they are the receipt's, or 1
+        weight: a factor for all weights. If neither it nor an adapter's own weight is given, the receipt's apply, or 1
             without a receipt.
-        undo: the undo file that merge wrote with this output: the base comes back bit for bit.
+        undo: the undo file that merge wrote with this output; it restores the base bit for bit.
         told: as for merge.
-        force: replace what stands at `out`.
+        force: overwrite `out` if it exists.
         resources: workers, memory and device.
 
     Raises:
         NotMerged: the receipt names other adapters, or one of them replaced tensors that nothing can restore.
-        UndoMismatch: the undo file, the merged file and the adapters are not of one merge.
+        UndoMismatch: the undo file, the merged file and the adapters come from different merges.
         SurgeryError, FormatError: see their trees.
     """
     watch, files = Stopwatch(loading="torch"), OpenFiles()
@@ -117,9 +118,9 @@ def prepare_unmerge(
     def finish(done: Done) -> Callable[[Header], UnmergeReport]:
         hashes, digest = hashes_after(done.outcomes), output_digest(done.plan.outputs, done.outcomes)
         if corrections and digest != corrections.record.base_digest:
-            # Corrected tensors have been checked one by one: it is one that was only copied.
+            # Corrected tensors have been checked one by one, so the wrong one is a copied tensor.
             wrong = (name for name, known in expected.items() if hashes.get(name) != known)
-            raise changed_since(next(wrong, str(merged)))  # the file itself where only a dtype or shape is another
+            raise changed_since(next(wrong, str(merged)))  # names the file if only a dtype or shape differs
         equal, differing, changed = _compared(expected, done.outcomes)
         exact = not (differing or changed) if receipt else None
         return lambda header: UnmergeReport(
@@ -141,7 +142,7 @@ unmerge = runs(prepare_unmerge)
 
 
 def _kept(merged: Checkpoint, plan: Plan, renamed: Mapping[str, str]) -> list[TensorSpec]:
-    """The tensors of the merged file that the output has too, by the names they have there."""
+    """The tensors of the merged file that the output also has, under their names in the output."""
     kept = (merged.specs[step.name] for step in plan.steps if step.outputs and step.name in merged.specs)
     return [replace(spec, name=renamed.get(spec.name, spec.name)) for spec in kept]
 
@@ -149,8 +150,8 @@ def _kept(merged: Checkpoint, plan: Plan, renamed: Mapping[str, str]) -> list[Te
 def _compared(
     expected: Mapping[str, str], outcomes: tuple[Outcome, ...]
 ) -> tuple[tuple[str, ...], dict[str, int], tuple[str, ...]]:
-    """Of the tensors whose hash in the base is known: the unmerged ones that have it, those that have not with the
-    elements that can differ, and all others that have not."""
+    """Sorts the tensors whose base hash is known: unmerged ones that match, unmerged ones that do not (with the number
+    of elements that can differ), and others that do not match."""
     hashes = hashes_after(outcomes)
     unmerged = {name for each in outcomes for name, fate in each.fates.items() if fate is Fate.UNMERGED}
     counts: dict[str, int] = {}
@@ -166,11 +167,11 @@ def _compared(
 def plan_unmerge(
     model: BaseModel, adapters: Sequence[WeighedAdapter], receipt: Receipt | None, undo: UndoFile | None = None
 ) -> Plan:
-    """Pairs every tensor with what is taken off it, and with its correction if there is an undo file.
+    """Pairs every tensor with the deltas to subtract, and with its correction if there is an undo file.
 
     Raises:
-        UndoMismatch: the undo file is of another merge.
-        NotMerged: the receipt names other adapters or weights, or what was there is not kept.
+        UndoMismatch: the undo file belongs to another merge.
+        NotMerged: the receipt names other adapters or weights, or the original tensors are not kept.
     """
     merged = model.checkpoint
     if undo is not None:
@@ -179,9 +180,9 @@ def plan_unmerge(
         adapters = check_receipt(merged.ref.path, adapters, receipt)
     elif any(each.adapter.config.get("layer_replication") for each in adapters):
         raise NotMerged(
-            "the adapter repeats layers, and without a receipt nothing tells which of this file's are copies",
+            "the adapter repeats layers, and without a receipt the copies in this file cannot be identified",
             where=merged.ref.path,
-            then="go back to the base itself",
+            then="use the original base model",
         )
     added = set(receipt.added) if receipt else set()
     every = weighed_modules(adapters, merged.tensor)
@@ -194,17 +195,17 @@ def plan_unmerge(
                 raise NotMerged(
                     f"{module.method} cannot be taken off: {method.forgets}",
                     where=target,
-                    then="go back to the base itself, or pass the undo file of that merge",
+                    then="use the original base model, or pass the undo file of that merge",
                 )
         check_modules(modules, as_numbers(merged.specs[target]))
     before = {name: DType[label] for name, label in (receipt.dtypes if receipt else {}).items()}
     gone = sorted(name for name in (receipt.scaled if receipt else {}) if name in before)
     if gone:
         raise NotMerged(
-            f"{len(gone)} float8 weights were dequantised, and their scales are not in this file",
+            f"{len(gone)} float8 weights were dequantised, and this file does not hold their scales",
             where=merged.ref.path,
             found=", ".join(gone[:5]),
-            then="go back to the base itself, or pass the undo file of that merge",
+            then="use the original base model, or pass the undo file of that merge",
         )
     in_scales = {name: how for name, how in storage.scaled.items() if name in by_target}
     with_weights = {how.scale.name for how in in_scales.values()}
@@ -216,14 +217,14 @@ def plan_unmerge(
     )
     if beyond:
         raise NotMerged(
-            f"{len(beyond)} tensors were replaced by the adapter, and what they replaced is not in this file",
+            f"the adapter replaced {len(beyond)} tensors, and this file does not hold the originals",
             where=merged.ref.path,
             found=", ".join(beyond[:5]),
-            then="go back to the base itself" + ("" if receipt else "; this file has no receipt"),
+            then="use the original base model" + ("" if receipt else "; this file has no receipt"),
         )
     steps = []
     for name, spec in merged.specs.items():
-        ours = names.get(name, name)  # the base's name of it
+        ours = names.get(name, name)  # its name in the base
         if name in added:
             steps.append(Step(name, (), (), Drop(name)))
         elif ours in originals:
@@ -239,7 +240,7 @@ def plan_unmerge(
             steps.append(_subtract_step(merged.tensor(name), spec, by_target.get(name, ()), base))
         else:
             steps.append(Step(name, (merged.tensor(name),), (replace(spec, name=ours),), Copy(ours)))
-    unknown = "no receipt in this file: nothing tells whether the base came back bit for bit"
+    unknown = "this file has no receipt: whether the base was restored bit for bit is unknown"
     notes = merged.notes if receipt else (*merged.notes, unknown)
     metadata = receipt.base_metadata if receipt else merged.metadata
     return Plan("unmerge", tuple(steps), dict(metadata), notes)
@@ -255,7 +256,7 @@ def _subtract_step(
 
 @dataclass(frozen=True)
 class Subtract:
-    """W minus the deltas of its modules, stored as `dtype`; `base` is the hash that should come out, if it is known.
+    """Subtracts the deltas of its modules from a weight, stored as `dtype`; `base` is the expected hash, "" if unknown.
     Inputs: the weight, then the factors as for merge."""
 
     name: str
@@ -264,7 +265,7 @@ class Subtract:
     base: str
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Subtracts, rounds once, hashes; counts what can differ where something does."""
+        """Subtracts, rounds once and hashes; if the hash differs, counts the elements that can be wrong."""
         result = subtract(inputs[0], self.modules, inputs[1:], self.dtype)
         check_finite(result, self.name)
         digest = tensor_hash(result)
@@ -277,12 +278,12 @@ class Subtract:
 
 @dataclass(frozen=True)
 class Restore:
-    """A tensor that was replaced, taken from the receipt."""
+    """Restores a replaced tensor from the receipt."""
 
     name: str
     original: Original
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Decodes and hashes; there is nothing to read."""
+        """Decodes and hashes the tensor; reads no input."""
         tensor = self.original.tensor(self.name)
         return Outcome((tensor,), {self.name: Fate.FULL}, Hashed(after={self.name: tensor_hash(tensor)}))

@@ -1,6 +1,6 @@
-"""Unmerging with an undo file: predict each tensor, correct the prediction, and have every hash agree.
+"""Unmerging with an undo file: predict each tensor, correct the prediction, and check every hash.
 
-Whatever merge did can be undone so, replaced tensors and methods without a delta included. Knows no method's
+This undoes every merge, including replaced tensors and methods without a delta. Knows no method's
 mathematics and no container.
 """
 
@@ -41,13 +41,13 @@ def plan_restore(
 
     Args:
         merged: the merged file; its receipt may have been lost.
-        adapters: those of the merge.
-        receipt: the merged file's own, if it has one.
+        adapters: the adapters that were merged.
+        receipt: the receipt in the merged file, if it has one.
         undo: the undo file.
 
     Raises:
-        UndoMismatch: the undo file is of another merge, or the file holds other tensors.
-        NotMerged: the undo file's merge was of other adapters or weights.
+        UndoMismatch: the undo file belongs to another merge, or the file holds other tensors.
+        NotMerged: the undo file's merge used other adapters or weights.
     """
     record, where = undo.record, undo.checkpoint.ref.path
     if receipt is not None and (receipt.adapters, receipt.base_tensors) != (
@@ -55,11 +55,11 @@ def plan_restore(
         record.receipt.base_tensors,
     ):
         raise UndoMismatch(
-            "the undo file is of another merge",
+            "the undo file belongs to another merge",
             where=where,
-            expected=f"that of {merged.ref.path}, adapter {', '.join(digest[:16] for digest in receipt.digests)}",
+            expected=f"the merge in {merged.ref.path}, adapter {', '.join(digest[:16] for digest in receipt.digests)}",
             found=f"adapter {', '.join(digest[:16] for digest in record.receipt.digests)}",
-            then="pass the undo file that was written with this very output",
+            then="pass the undo file that merge wrote with this output",
         )
     by_target = weighed_modules(check_receipt(merged.ref.path, adapters, record.receipt), merged.tensor)
     added, names = set(record.receipt.added), record.receipt.renamed
@@ -72,16 +72,16 @@ def plan_restore(
     }
     if odd:
         raise UndoMismatch(
-            "the merged file holds other tensors than the undo file knows",
+            "the merged file and the undo file do not list the same tensors",
             where=merged.ref.path,
             found=", ".join(sorted(odd)[:5]),
-            then="pass the file as it was merged",
+            then="pass the file that merge wrote, unchanged",
         )
     steps = []
     scaled = _scaled(undo)
     scales = {how.scale.name for how in scaled.values()}
     for name, spec in merged.specs.items():
-        ours = names.get(name, name)  # the base's name of it
+        ours = names.get(name, name)  # its name in the base
         if name in added:
             steps.append(Step(name, (), (), Drop(name)))
         elif name in scaled:
@@ -103,11 +103,15 @@ def _gone(record: UndoRecord) -> set[str]:
 
 
 def _scaled(undo: UndoFile) -> dict[str, Scaled]:
-    """The float8 weights that were merged together with their scales. Raises CorruptFile."""
+    """The float8 weights that were merged in one step with their scales. Raises CorruptFile."""
     changes, found = undo.record.changes, {}
     for name, (scale, *block) in undo.record.receipt.scaled.items():
         if not {name, scale} <= set(changes) or len(block) != 2 or min(block) < 1:
-            raise CorruptFile("the undo file's record and its tensors contradict each other", where=name)
+            raise CorruptFile(
+                "the undo file's record and its tensors contradict each other",
+                where=name,
+                then="restore the undo file from a backup, or use the original base model",
+            )
         found[name] = Scaled(changes[name].spec(name), changes[scale].spec(scale), (block[0], block[1]))
     return found
 
@@ -131,7 +135,7 @@ def _recover_step(undo: UndoFile, name: str) -> Step:
 
 @dataclass(frozen=True)
 class Recover:
-    """A tensor that the merged file no longer has. Input: its correction, from zeros, if one is stored."""
+    """Restores a tensor that the merged file no longer has. Input: its correction of zeros, if one is stored."""
 
     spec: TensorSpec
     base: str
@@ -167,7 +171,7 @@ def _correct_step(
 
 @dataclass(frozen=True)
 class Correct:
-    """The base's tensor: predicted from the merged one, then corrected.
+    """Restores the base's tensor: predicts it from the merged tensor, then corrects it.
 
     Inputs: the merged tensor, the factors as for merge, and the correction if one is stored.
     """

@@ -1,8 +1,8 @@
-"""verify: does a file hold exactly the merge of these adapters into this base? The merge is replayed tensor by tensor
-and compared; nothing is written.
+"""verify: checks whether a file holds exactly the merge of these adapters into this base. It repeats the merge tensor
+by tensor and compares; nothing is written.
 
-A file that peft merged cannot be equal to the bit: peft rounds the delta to the stored dtype and then the sum, where
-merge rounds once. For a file without a receipt of ours that much is tolerated, and said.
+A file that peft merged cannot agree bit for bit: peft rounds the delta to the stored dtype and then the sum, while
+merge rounds once. In a file without a receipt that difference is accepted, and the report says so.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
     import torch
 
 EXACT, ROUNDING, DIFFERS = "exact", "within PEFT's rounding", "differs"
-# Relative to the largest entry of the delta: what a float32 sum of a rank's products, as peft takes it, can be off by.
+# Largest error of peft's float32 sum over the rank, relative to the largest entry of the delta.
 _SUM_ERROR = 2.0**-20
-_ALONG = 0.25  # of the way from base to merge, by which a tensor as a whole may be off
+_ALONG = 0.25  # how far a whole tensor may be off, as a fraction of the way from base to merge
 _DORA_UNITS = 4.0  # peft computes norm, ratio and product in the stored dtype, each rounded
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport(Report):
-    """Whether a file is a merge. Nothing is written; the ledger counts tensors by how they compare.
+    """Whether a file is the merge in question. The ledger counts tensors by how they compare.
 
     Attributes:
         merged: the file that was checked.
         verdict: "exact"; "within PEFT's rounding"; or "differs".
         rounded: tensors that differ by no more than peft's rounding.
-        differing: tensors that differ by more, are missing, or should not be there, in the base's order.
+        differing: tensors that differ by more, are missing or are unexpected, in the base's order.
     """
 
     merged: str
@@ -72,18 +72,18 @@ def prepare_verify(
     told: Told = NOTHING_TOLD,
     resources: Resources | None = None,
 ) -> Job[VerifyReport]:
-    """Prepares a job that replays a merge and compares.
+    """Prepares a job that repeats a merge in memory and compares a file with it.
 
     Args:
-        merged: the file or folder in question.
-        base: what it should have been merged into.
+        merged: the file or folder to check.
+        base: the base into which it should have been merged.
         adapters: as for merge.
         weight: a factor of every delta.
         told: as for merge.
         resources: workers, memory and device.
 
     Raises:
-        SurgeryError, FormatError: what merge would raise; a file that is another merge is no error but a verdict.
+        SurgeryError, FormatError: as for merge; a file that holds another merge is not an error but a verdict.
     """
     watch, files = Stopwatch(loading="torch"), OpenFiles()
     w0, w = BaseModel.open(base, files), files.checkpoint(merged)
@@ -119,7 +119,8 @@ verify = runs(prepare_verify)
 
 
 def plan_verify(plan: Plan, merged: Checkpoint) -> tuple[Plan, tuple[str, ...]]:
-    """A merge's plan with every output compared instead of written, and the names where specs already differ."""
+    """Turns a merge's plan into one that compares outputs instead of writing them; also returns the names whose specs
+    already differ."""
     tolerant = RECEIPT not in merged.metadata
     steps = []
     odd = [name for name in merged.specs if name not in {spec.name for spec in plan.outputs}]
@@ -141,29 +142,29 @@ def plan_verify(plan: Plan, merged: Checkpoint) -> tuple[Plan, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Same:
-    """What merging takes over as it is. Inputs: that, and the tensor in question."""
+    """Compares a tensor that merging copies unchanged. Inputs: the source tensor, then the tensor to check."""
 
     name: str
 
     def unchanged(self) -> Outcome:
-        """For equal bytes."""
+        """The outcome for equal bytes."""
         return Outcome((), {}, Compared({self.name: EXACT}))
 
     def __call__(self, *_: torch.Tensor) -> Outcome:
-        """For others."""
+        """The outcome for different bytes."""
         return Outcome((), {}, Compared({self.name: DIFFERS}))
 
 
 @dataclass(frozen=True)
 class Replay:
-    """A merge's op, run and compared. Inputs: the op's own, then the tensors in question."""
+    """Runs a merge's op and compares. Inputs: those of the op, then the tensors to check."""
 
     op: Op
     specs: tuple[TensorSpec, ...]
     tolerant: bool
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Equal bytes are exact; the rest is measured where that is tolerated."""
+        """Equal bytes are exact; differences are measured where rounding is tolerated."""
         own, found = inputs[: -len(self.specs)], inputs[-len(self.specs) :]
         verdicts = {}
         for spec, ours, theirs in zip(self.specs, self.op(*own).tensors, found, strict=True):
@@ -177,16 +178,16 @@ class Replay:
 
 
 def is_within_rounding(found: torch.Tensor, ours: torch.Tensor, base: torch.Tensor, units: float = 1.0) -> bool:
-    """Whether a tensor is what peft could have made of the same merge.
+    """Whether peft could have written this tensor for the same merge.
 
-    peft rounds the product, its scaling and the sum, each to the stored dtype, which moves an element by at most one
-    unit in the last place of the result and two of the delta; and it sums the product in float32. Where deltas are of
-    the size of a unit, that alone would let the base itself pass, or another adapter's merge: so the tensor as a whole
-    must also have moved as far along the delta as the merge does, to a quarter.
+    peft rounds the product, its scaling and the sum to the stored dtype. This moves an element by at most one unit in
+    the last place of the result and two of the delta. It also sums the product in float32. If deltas are as small as
+    a unit, this bound alone would accept the base itself or another adapter's merge. So the tensor as a whole must
+    also have moved along the delta as far as the merge does, to within a quarter.
 
     Args:
-        found, ours, base: of one shape and floating dtype; ours is rounded once.
-        units: in the last place of the result, that are tolerated.
+        found, ours, base: tensors of the same shape and floating dtype; ours is rounded once.
+        units: tolerated units in the last place of the result.
     """
     import torch
 

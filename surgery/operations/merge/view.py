@@ -1,7 +1,7 @@
-"""A merged checkpoint that is never written: its tensors are computed when read, by the steps of a merge's plan.
+"""A merged checkpoint that is never written: the steps of a merge's plan compute each tensor when it is read.
 
-For what wants merged tensors one by one, such as a graph whose weights are replaced. Only the base and the adapters
-are read.
+This serves callers that need merged tensors one by one, such as an export that replaces a graph's weights. Reads only
+the base and the adapters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class MergedView:
 
     Attributes:
         specs: every tensor, by name.
-        surviving: of every tensor read so far that a delta was added to, how much of the delta is stored.
+        surviving: for every tensor with a delta that has been read, how much of the delta is stored.
     """
 
     def __init__(self, plan: Plan, files: OpenFiles) -> None:
@@ -34,7 +34,7 @@ class MergedView:
         self._files = files
 
     def read(self, name: str) -> torch.Tensor:
-        """The merged tensor, on the CPU; the bits are those that merge would write."""
+        """Returns the merged tensor on the CPU, with exactly the bits that merge would write."""
         step, index = self._steps[name]
         inputs = [self._files.read(ref) for ref in step.inputs]
         if isinstance(step.op, TakesOver):

@@ -82,7 +82,7 @@ def test_a_picture_appears_whole_and_replaces_nothing_unasked(
         surgery.spectrum(*pair, picture)
     surgery.spectrum(*pair, picture, force=True)
     assert picture.read_bytes() == first
-    with pytest.raises(SurgeryError, match="of that kind"):
+    with pytest.raises(SurgeryError, match="cannot have this suffix"):
         surgery.spectrum(*pair, tmp_path / "ranks.png")
     with pytest.raises(NothingToDo):
         surgery.spectrum(pair[0], pair[0], tmp_path / f"none{suffix}")

@@ -151,10 +151,10 @@ def test_an_early_file_calls_gelu_otherwise(tmp_path: Path) -> None:
         ("double_seq_bn_gated", "gate depends on the input"),
         ("fusion", "weights depend on the input"),
         ("loreft", "at chosen positions"),
-        ("parallel", "no single one"),
+        ("parallel", "not a single adapter"),
         ("prefix_tuning_gated", "gate depends on the input"),
         ("seq_bn_inv", "invertible adapters change the embeddings"),
-        ("stack", "no single one"),
+        ("stack", "not a single adapter"),
         ("unipelt", "gate depends on the input"),
     ],
 )
@@ -246,7 +246,7 @@ def test_a_llama_gets_the_biases_that_a_fold_needs(tmp_path: Path, name: str) ->
     (base / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
     found = surgery.prepare_fold(base, adapter, tmp_path / "other").verdicts
     assert {(each.way, each.reason) for each in found} == {
-        ("half-folded", "linear, but the projection has no bias to take s(U b_D + b_U)")
+        ("half-folded", "linear, but the projection has no bias for s(U b_D + b_U)")
     }
 
 

@@ -223,11 +223,11 @@ def test_refused(tmp_path: Path) -> None:
     """What is no combination, or of different models: each with its reason."""
     one, other = two(tmp_path)
     out = tmp_path / "c"
-    with pytest.raises(NothingToDo, match="one adapter is no combination"):
+    with pytest.raises(NothingToDo, match="a combination needs more than one adapter"):
         surgery.combine([one], out, how="cat")
     with pytest.raises(NothingToDo, match="weight 0"):
         surgery.combine([one, (other, 0.0)], out, how="cat")
-    with pytest.raises(NotMergeable, match="the same adapter twice"):
+    with pytest.raises(NotMergeable, match="the same adapter is given twice"):
         surgery.combine([one, one], out, how="cat")
     with pytest.raises(NotMergeable, match="DoRA"):
         surgery.combine([one, adapter(tmp_path, "d", use_dora=True)], out, how="cat")

@@ -194,7 +194,7 @@ def test_an_undo_file_of_another_merge_is_refused(base: Path, adapter: Path, tmp
     surgery.merge(base, adapter, tmp_path / "m2.st", weight=0.5, undo=tmp_path / "u2.st")
     surgery.merge(tmp_path / "base2.st", adapter, tmp_path / "m3.st", undo=tmp_path / "u3.st")
     for number in (1, 2, 3):
-        with pytest.raises(UndoMismatch, match="of another merge"):
+        with pytest.raises(UndoMismatch, match="belongs to another merge"):
             surgery.unmerge(tmp_path / "m.st", adapter, tmp_path / "b.st", undo=tmp_path / f"u{number}.st")
     with pytest.raises(NotMerged, match="another adapter"):
         surgery.unmerge(tmp_path / "m.st", other, tmp_path / "b.st", undo=tmp_path / "u.st")
