@@ -110,7 +110,7 @@ def test_other_weights_under_its_graph(tmp_path: Path, weights: Path) -> None:
 @pytest.mark.parametrize(
     ("factory", "inputs", "said"),
     [
-        ("their_net", INPUTS, "names a function"),
+        ("their_net", INPUTS, "not name a function"),
         ("no_such_package.net:build", INPUTS, "cannot be imported"),
         ("their_net:nothing", INPUTS, "cannot be imported"),
         ("their_net:torch", INPUTS, "no function"),
