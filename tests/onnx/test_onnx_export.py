@@ -171,7 +171,7 @@ def test_the_output_is_an_onnx_file(model: Path, tmp_path: Path) -> None:
     """A folder as output is refused by saying which file to name."""
     with pytest.raises(Unsupported) as caught:
         export_onnx(model, tmp_path / "out")
-    assert caught.value.details["next"] == f"say -o {tmp_path / 'out' / 'model.onnx'}"
+    assert caught.value.details["next"] == f"pass -o {tmp_path / 'out' / 'model.onnx'}"
 
 
 def test_a_payload_of_another_model_is_not_replaced(model: Path, tmp_path: Path, quick: None) -> None:

@@ -1,8 +1,8 @@
-"""A graph that export-onnx wrote, and whether another model's weights fit under it.
+"""Reads a graph that export-onnx wrote, and checks whether another model's weights fit it.
 
-What a graph is over is in it: every weight's name, dtype, shape and place in the payload, config.json as far as it
-matters, and the names that are tied. So weights of the same names, dtypes and shapes give the same program on other
-numbers, and neither torch nor transformers nor a run is needed to know it.
+The graph records what it needs: every weight's name, dtype, shape and place in the payload, the relevant settings of
+config.json, and the tied names. So weights with the same names, dtypes and shapes give the same program with other
+weights; checking this needs neither torch nor transformers nor a run.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from surgery.onnx.files.settings import SETTINGS, TIES, differing, settings_of
 if TYPE_CHECKING:
     import onnx
 
-PREFIXES = ("encoder_", "decoder_")  # of the files of a model that is two graphs
+PREFIXES = ("encoder_", "decoder_")  # file name prefixes of a model with two graphs
 _DTYPES = {1: DType.F32, 10: DType.F16, 11: DType.F64, 16: DType.BF16, 6: DType.I32, 7: DType.I64, 9: DType.BOOL,
            2: DType.U8, 3: DType.I8}  # fmt: skip
-_TRACE = "leave out --graph, so that a graph of this model's own is made"
+_TRACE = "omit --graph, so that a new graph of this model is traced"
 
 
 @dataclass(frozen=True)
 class ExistingGraph:
-    """One file.
+    """One graph file.
 
     Attributes:
-        prefix: of its name, where the model is several graphs.
-        model: the graph; its weights are elsewhere.
-        weights: what the payload must hold for it, by name.
-        settings: config.json of the model it was made for; empty for an own module.
-        ties: names of a model that ties them → the weight that stands for them.
-        inputs, outputs: names.
-        nodes: their number.
+        prefix: prefix of the file name, if the model has several graphs.
+        model: the graph, without its weights.
+        weights: the tensors that the payload must hold for it, by name.
+        settings: config.json of the model it was made for; empty for a user's own module.
+        ties: tied names → the weight that the graph uses for them.
+        inputs, outputs: names of the inputs and outputs.
+        nodes: number of nodes.
     """
 
     prefix: str
@@ -58,9 +58,9 @@ def read_graphs(path: Path) -> tuple[ExistingGraph, ...]:
     """The graph at a path, or the two of an encoder–decoder that were exported under that name.
 
     Raises:
-        PathNotFound: neither is there.
-        CorruptFile: no ONNX file.
-        Unsupported: a graph that export-onnx did not write.
+        PathNotFound: neither exists.
+        CorruptFile: the file is not an ONNX file.
+        Unsupported: export-onnx did not write the graph.
     """
     files = {"": path} if path.is_file() else {prefix: path.with_name(prefix + path.name) for prefix in PREFIXES}
     missing = next((file for file in files.values() if not file.is_file()), None)
@@ -75,15 +75,15 @@ def _read(prefix: str, path: Path) -> ExistingGraph:
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError, whose package onnx may change
-        raise CorruptFile("not an ONNX file", where=path, found=error) from error
+        raise CorruptFile("not an ONNX file", where=path, found=error, then=_TRACE) from error
     outside = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
     notes = {entry.key: entry.value for entry in model.metadata_props}
     odd = SETTINGS not in notes or any(tensor.data_type not in _DTYPES for tensor in outside)
     if model.producer_name != PRODUCER or odd:
         raise Unsupported(
-            "only a graph that this export-onnx wrote tells what each weight is, and which config.json it is for",
+            "the graph does not record its weights and config.json; only export-onnx of this tool does",
             where=path,
-            expected=f"weights outside of it, under their names; {SETTINGS} in the metadata",
+            expected=f"named weights outside the graph; {SETTINGS} in the metadata",
             found=f"written by {model.producer_name or 'an unnamed tool'}, metadata: {', '.join(notes) or 'none'}",
             then=_TRACE,
         )
@@ -100,22 +100,22 @@ def _read(prefix: str, path: Path) -> ExistingGraph:
 
 
 def weights_of(graphs: Iterable[ExistingGraph]) -> tuple[TensorSpec, ...]:
-    """What the payload of these graphs holds, sorted by name."""
+    """The tensors in the payload of these graphs, sorted by name."""
     every = {name: spec for graph in graphs for name, spec in graph.weights.items()}
     return tuple(every[name] for name in sorted(every))
 
 
 def require_fit(graphs: Sequence[ExistingGraph], path: Path, checkpoint: Checkpoint, convert: bool) -> None:
-    """Refuses a checkpoint whose tensors are not the graphs' by name, dtype and shape.
+    """Refuses a checkpoint whose tensors do not have the names, dtypes and shapes that the graphs need.
 
     Args:
-        graphs: of one export.
-        path: where they are, for messages.
-        checkpoint: the weights that are to go under them.
+        graphs: the graphs of one export.
+        path: their path, for messages.
+        checkpoint: the weights that the graphs will use.
         convert: whether weights of another floating-point dtype will be converted.
 
     Raises:
-        MissingTensors, ShapeMismatch, UnsupportedDType: the first that does not fit, or all that are not there.
+        MissingTensors, ShapeMismatch, UnsupportedDType: the first tensor that does not fit, or all that are missing.
     """
     weights = weights_of(graphs)
     missing = [spec.name for spec in weights if spec.name not in checkpoint.specs]
@@ -131,7 +131,7 @@ def require_fit(graphs: Sequence[ExistingGraph], path: Path, checkpoint: Checkpo
         ours = checkpoint.specs[spec.name]
         if ours.shape != spec.shape:
             raise ShapeMismatch(
-                f"the graph takes {spec.name} in another shape",
+                f"the graph needs {spec.name} in another shape",
                 where=checkpoint.ref.path,
                 expected=spec.shape,
                 found=ours.shape,
@@ -139,7 +139,7 @@ def require_fit(graphs: Sequence[ExistingGraph], path: Path, checkpoint: Checkpo
             )
         if ours.dtype is not spec.dtype and not (convert and ours.dtype.is_weight and spec.dtype.is_weight):
             raise UnsupportedDType(
-                f"the graph takes {spec.name} in another dtype",
+                f"the graph needs {spec.name} in another dtype",
                 where=checkpoint.ref.path,
                 expected=spec.dtype,
                 found=ours.dtype,
@@ -148,11 +148,11 @@ def require_fit(graphs: Sequence[ExistingGraph], path: Path, checkpoint: Checkpo
 
 
 def require_same_settings(graphs: Sequence[ExistingGraph], path: Path, model: BaseModel) -> None:
-    """Refuses a config.json that differs from the one that a graph was made for. Raises Unsupported, or CorruptFile."""
+    """Refuses a config.json that differs from the one a graph was made for. Raises Unsupported, or CorruptFile."""
     differ = list(differing(graphs[0].settings, settings_of(model.config)))
     if differ:
         raise Unsupported(
-            "config.json is not that of the model whose graph this is",
+            "config.json differs from the one that the graph was made for",
             where=f"{model.config_file} and {path}",
             found="; ".join(differ[:8]) + (f" and {len(differ) - 8} more" if len(differ) > 8 else ""),
             then=_TRACE,
@@ -160,13 +160,13 @@ def require_same_settings(graphs: Sequence[ExistingGraph], path: Path, model: Ba
 
 
 def require_ties(ties: Mapping[str, str], checkpoint: Checkpoint) -> None:
-    """Refuses a checkpoint that stores two names of one tensor with different values.
+    """Refuses a checkpoint that stores two tied names with different values.
 
-    transformers would untie them by value; a graph that must not depend on values has only one of them.
+    transformers would untie them by value; a graph must not depend on values, so it has only one of them.
 
     Args:
-        ties: a further name → the one that the graph has.
-        checkpoint: may lack the further names.
+        ties: a tied name → the name that the graph has.
+        checkpoint: the checkpoint, which may lack the tied names.
     """
     for name, kept in ties.items():
         if name not in checkpoint.specs:
@@ -174,7 +174,7 @@ def require_ties(ties: Mapping[str, str], checkpoint: Checkpoint) -> None:
         first, second = (checkpoint.read_bytes(each) for each in (kept, name))
         if first.shape != second.shape or bool((first != second).any()):
             raise Unsupported(
-                "config.json ties two tensors which the checkpoint stores with different values",
+                "config.json ties two tensors, but the checkpoint stores different values for them",
                 where=checkpoint.ref.path,
                 found=f"{kept} and {name}",
                 then='set "tie_word_embeddings": false in config.json, and export without --graph',

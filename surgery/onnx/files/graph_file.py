@@ -1,7 +1,7 @@
-"""A `.onnx` file: its graph, the tensors in it, and where the bytes of each lie.
+"""Reads a `.onnx` file: its graph, its tensors, and where the bytes of each tensor are.
 
-External data stays where it is until somebody asks for it, and is looked for beside the graph and nowhere else. Knows
-nothing of what the graph computes.
+External data is read only on request, and only from the graph's own folder. This module does not know what the graph
+computes.
 """
 
 from __future__ import annotations
@@ -25,34 +25,36 @@ if TYPE_CHECKING:
     import onnx
 
 
-PRODUCER = "surgery"  # of graphs that export-onnx writes
+PRODUCER = "surgery"  # producer name in graphs that export-onnx writes
 
 
 def load_graph(path: Path, files: OpenFiles | None = None) -> onnx.ModelProto:
-    """The graph without its external weights; `files`: where the headers of these are open, or are opened.
+    """The graph without its external weights; `files` keeps the headers of the weight files open.
 
     Raises:
-        PathNotFound: no such file.
-        CorruptFile: no ONNX graph in it, or one of ours whose weights have been written anew since.
+        PathNotFound: the file does not exist.
+        CorruptFile: it holds no ONNX graph, or a graph of ours whose weights have been rewritten since.
     """
     import onnx
 
     if not path.is_file():
-        raise PathNotFound("no such file", where=path)
+        raise PathNotFound("no such file", where=path, then="check the path of the graph")
     try:
         model: onnx.ModelProto = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own kind
-        raise CorruptFile("not an ONNX file", where=path, found=error) from error
+        raise CorruptFile("not an ONNX file", where=path, found=error, then="export or copy the graph again") from error
     if not model.graph.output:
-        raise CorruptFile("not an ONNX file, or one whose graph gives nothing", where=path)
+        raise CorruptFile(
+            "not an ONNX file, or its graph has no outputs", where=path, then="export or copy the graph again"
+        )
     if model.producer_name == PRODUCER:
         _require_places(model, path, files or OpenFiles())
     return model
 
 
 def _require_places(model: onnx.ModelProto, path: Path, files: OpenFiles) -> None:
-    """A graph finds weights by offset, and whatever lies there a runtime takes for them. Of ours the names are known
-    too: so where the files tell names, each must be where the graph looks for it."""
+    """Checks that each weight is at the offset where the graph expects it. A runtime uses whatever bytes are there; but
+    graphs of ours record names, so they can be compared with the names in the weight files."""
     import onnx
 
     held: dict[str, dict[str, str]] = {}
@@ -63,16 +65,16 @@ def _require_places(model: onnx.ModelProto, path: Path, files: OpenFiles) -> Non
     for location, offsets in held.items():
         file = path.parent / location
         if Path(location).name != location or container_named(location) is None or not file.is_file():
-            continue  # `external` says what is wrong with it
+            continue  # `external` raises the error for it
         try:
             checkpoint = files.checkpoint(file)
         except NotACheckpoint:
-            continue  # another tool's file under such a name
+            continue  # a file of another tool with such a name
         for name, offset in offsets.items():
             place = checkpoint.place(name) if name in checkpoint.specs else None
             if place is None or str(place.offset) != offset:
                 raise CorruptFile(
-                    "the weights have been written anew since the graph was exported, and lie elsewhere",
+                    "the weights have been rewritten since the graph was exported, and are at other offsets",
                     where=path,
                     expected=f"{name} at byte {offset} of {location}",
                     found=f"at byte {place.offset}" if place else "not there",
@@ -82,7 +84,7 @@ def _require_places(model: onnx.ModelProto, path: Path, files: OpenFiles) -> Non
 
 @dataclass(frozen=True)
 class External:
-    """Where a tensor lies outside its graph: a file beside it, the first byte and their number."""
+    """The place of a tensor outside its graph: a file next to it, the first byte, and the number of bytes."""
 
     location: str
     offset: int
@@ -90,12 +92,12 @@ class External:
 
 
 def external(tensor: onnx.TensorProto, where: Path) -> External | None:
-    """Where a tensor lies outside of the graph at `where`; None if it lies in it.
+    """The place of a tensor outside the graph at `where`; None if the graph holds its bytes.
 
     Raises:
-        UnsafeFile: an absolute location, one with `..`, or a link that leads out of the graph's folder.
-        PathNotFound: the file is not there.
-        CorruptFile: the file is shorter than it should be, or the length is not the tensor's.
+        UnsafeFile: an absolute location, a location with `..`, or a link that leads out of the graph's folder.
+        PathNotFound: the file does not exist.
+        CorruptFile: the file is too short, or the length differs from the tensor's.
     """
     import onnx
 
@@ -107,14 +109,16 @@ def external(tensor: onnx.TensorProto, where: Path) -> External | None:
     inside = location and not path.is_absolute() and ".." not in path.parts and "\\" not in location
     if not inside or folder.resolve() not in (folder / path).resolve().parents:
         raise UnsafeFile(
-            "external data must lie beside its graph, and this location leads elsewhere",
+            "external data must be in its graph's folder, and this location leads elsewhere",
             where=here,
             expected="a file in the graph's folder",
             found=location or "no location",
             then="put graph and data into one folder, as files and not as links",
         )
     if not (folder / path).is_file():
-        raise PathNotFound("the graph's weights are not where it says", where=folder / path)
+        raise PathNotFound(
+            "the graph's weights are not where it says", where=folder / path, then="copy the weight file there"
+        )
     size, wanted = (folder / path).stat().st_size, nbytes(tensor)
     offset, length = said.get("offset", "0"), said.get("length", str(wanted))
     fits = offset.isdigit() and length == str(wanted)
@@ -130,7 +134,7 @@ def external(tensor: onnx.TensorProto, where: Path) -> External | None:
 
 
 def nbytes(tensor: onnx.TensorProto) -> int:
-    """Bytes of a tensor's payload; elements of four or two bits share them."""
+    """Size of a tensor's payload in bytes; elements of four or two bits share bytes."""
     import onnx
 
     count = 1
@@ -145,7 +149,7 @@ def nbytes(tensor: onnx.TensorProto) -> int:
 
 
 def payload(tensor: onnx.TensorProto, where: Path) -> Bytes:
-    """A tensor's bytes, little-endian, from the graph at `where` or from beside it. Raises as `external`."""
+    """A tensor's bytes, little-endian, from the graph at `where` or from a file next to it. Raises as `external`."""
     import onnx
 
     outside = external(tensor, where)
@@ -163,16 +167,17 @@ def payload(tensor: onnx.TensorProto, where: Path) -> Bytes:
         return np.ascontiguousarray(onnx.numpy_helper.to_array(tensor)).reshape(-1).view(np.uint8)
     if len(tensor.raw_data) != nbytes(tensor):
         raise CorruptFile(
-            "a tensor's bytes are not as many as its shape says",
+            "a tensor's number of bytes does not match its shape",
             where=f"{where}: {tensor.name}",
             expected=nbytes(tensor),
             found=len(tensor.raw_data),
+            then="export or copy the graph again",
         )
     return np.frombuffer(tensor.raw_data, np.uint8)
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph and all that lie in its nodes' attributes."""
+    """A graph and all graphs in its nodes' attributes."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
@@ -181,7 +186,7 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def named_tensors(every: Iterable[onnx.GraphProto]) -> list[tuple[str, onnx.TensorProto]]:
-    """Every tensor of these graphs, Constant nodes' included, with the name of its value."""
+    """Every tensor of these graphs, including Constant nodes, with the name of its value."""
     found = []
     for graph in every:
         found += [(tensor.name, tensor) for tensor in graph.initializer]
@@ -192,12 +197,12 @@ def named_tensors(every: Iterable[onnx.GraphProto]) -> list[tuple[str, onnx.Tens
 
 
 def all_tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
-    """Every tensor of a model's graphs, whatever its type, in one order."""
+    """Every tensor of a model's graphs, whatever its type, in a fixed order."""
     return [tensor for _, tensor in named_tensors(graphs(model.graph))]
 
 
 def files_of(model: onnx.ModelProto, path: Path) -> tuple[TensorRef, ...]:
-    """The graph's file and those that its tensors lie in, for a plan: each as so many bytes. Raises as `external`."""
+    """The graph's file and the files of its tensors, each as one byte tensor for a plan. Raises as `external`."""
     outside = {found.location for tensor in all_tensors(model) if (found := external(tensor, path)) is not None}
     return tuple(
         TensorRef(CheckpointRef(str(file)), TensorSpec(file.name, DType.U8, (file.stat().st_size,)))
@@ -206,12 +211,12 @@ def files_of(model: onnx.ModelProto, path: Path) -> tuple[TensorRef, ...]:
 
 
 def count_nodes(model: onnx.ModelProto) -> int:
-    """Nodes of the main graph; a Constant node is none, but a way to write a value down."""
+    """Number of nodes in the main graph, without Constant nodes, which only store values."""
     return sum(node.op_type != "Constant" for node in model.graph.node)
 
 
 def constant_of(node: onnx.NodeProto) -> onnx.TensorProto | None:
-    """What a Constant node holds, as a tensor; None for other nodes."""
+    """The value of a Constant node, as a tensor; None for other nodes."""
     import onnx
 
     if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or len(node.attribute) != 1:
@@ -232,4 +237,4 @@ _PLAIN: dict[str, Any] = {
     "value_ints": np.int64,
     "value_string": object,
     "value_strings": object,
-}  # Constant's attributes beside `value`, and what each means in numpy
+}  # Constant's attributes other than `value`, and the numpy form of each

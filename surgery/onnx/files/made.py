@@ -1,4 +1,4 @@
-"""Tensors of a payload that are none of the model's own, and what they are made of. Names and shapes; reads nothing."""
+"""Describes payload tensors that the model does not have, and the tensors they are made of. Names and shapes only."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from formats.spec import TensorSpec
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor that a payload's tensor is made of.
+    """A tensor that is part of a payload's tensor.
 
     Attributes:
-        name: of the tensor: a graft's, or the model's own.
+        name: name of the tensor: a graft's, or the model's own.
         own: whether it is the model's own.
-        turned: whether its axes are exchanged first.
+        turned: whether it is transposed first.
         added: a graft's tensor that is added to it, if any.
-        heads: of columns of several heads' how many: they are laid out (heads, rows, size) then; 0 for others.
-        copies: how many of each head one behind the other, where heads are laid out.
+        heads: number of heads whose columns are interleaved; they become (heads, rows, size); 0 if none.
+        copies: number of consecutive copies of each head, if there are heads.
     """
 
     name: str
@@ -30,12 +30,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor of the payload that is none of the model's own.
+    """A tensor of the payload that the model does not have.
 
     Attributes:
-        spec: of the tensor.
-        parts: what lies one behind the other in it.
-        axis: along which.
+        spec: spec of the tensor.
+        parts: the parts that are concatenated.
+        axis: axis of the concatenation.
     """
 
     spec: TensorSpec
@@ -44,6 +44,6 @@ class Made:
 
 
 def taken(spec: TensorSpec, name: str, *, turned: bool = False) -> Made:
-    """One tensor as it is, or with its axes exchanged, under another name."""
+    """One tensor under another name, unchanged or transposed."""
     shape = spec.shape[::-1] if turned else spec.shape
     return Made(TensorSpec(name, spec.dtype, shape), (Part(spec.name, turned=turned),))

@@ -1,10 +1,9 @@
-"""The weights of an ONNX graph: one safetensors file beside it, or the model's own files where it lies beside those.
+"""The weights of an ONNX graph: one safetensors file next to it, or the own files of a model in the same folder.
 
-The payload that is written is canonical: its name is fixed, it holds what the graph needs and nothing else, and its
-header is a function of names, dtypes and shapes alone. So the offsets that the graph's initialisers carry never depend
-on the file the weights came from, and two models of one architecture share one graph byte for byte. Over the model's
-own files it is one graph but for these offsets. Loads torch only to convert weights to another dtype, and knows nothing
-of what the graph computes.
+A written payload is canonical: its name is fixed, it holds exactly what the graph needs, and its header is a function
+of names, dtypes and shapes alone. So the offsets in the graph's initialisers never depend on the source file, and two
+models of one architecture share one graph byte for byte. With the model's own files, only these offsets differ. This
+module loads torch only to convert weights to another dtype, and does not know what the graph computes.
 """
 
 from __future__ import annotations
@@ -47,15 +46,15 @@ class Payloads(Protocol):
         """Fills a buffer with a tensor's payload from byte `begin` on."""
 
     def place(self, name: str) -> Place | None:
-        """Where a tensor's payload lies in one piece of a file; None where it does not."""
+        """The place of a tensor's payload, if a file holds it in one piece; otherwise None."""
 
 
 class Unusable(Exception):
-    """Why files cannot be a graph's weights: what they hold."""
+    """The reason why files cannot be used as a graph's weights."""
 
 
 class Beside:
-    """The payloads of a checkpoint, and of tensors that are made when they are read, the latest of them in memory."""
+    """The payloads of a checkpoint, plus tensors that are made when they are read; only the latest stays in memory."""
 
     def __init__(self, base: Payloads, made: Mapping[str, TensorSpec], make: Callable[[str], Bytes]) -> None:
         self.specs: Mapping[str, TensorSpec] = {**base.specs, **made}
@@ -72,7 +71,7 @@ class Beside:
         buffer[:] = self._latest[1][begin : begin + buffer.nbytes]
 
     def place(self, name: str) -> Place | None:
-        """As in Payloads: nowhere yet, if it is made."""
+        """As in Payloads; None for a tensor that is made."""
         return None if name in self._made else self._base.place(name)
 
 
@@ -82,22 +81,22 @@ def payload_layout(weights: Iterable[TensorSpec]) -> Layout:
 
 
 def places_in_payload(weights: Iterable[TensorSpec], where: Layout) -> dict[str, External]:
-    """Where each weight lies in the canonical payload, by name."""
+    """The place of each weight in the canonical payload, by name."""
     return {spec.name: External(PAYLOAD, where.offsets[spec.name], spec.nbytes) for spec in weights}
 
 
 def places_in_files(weights: Iterable[TensorSpec], source: Payloads) -> dict[str, External]:
-    """Where each weight lies in the files that it is read from, by name; the graph goes beside them.
+    """The place of each weight in its source file, by name; the graph goes next to these files.
 
-    Raises Unusable: a weight is not stored as the graph takes it, or its file is a link, which runtimes refuse.
+    Raises Unusable: a weight is not stored as the graph needs it, or its file is a link, which runtimes refuse.
     """
     found = {}
     for spec in weights:
         stored, place = source.specs[spec.name], source.place(spec.name)
         if stored.dtype is not spec.dtype:
-            raise Unusable(f"{spec.name} in {stored.dtype}, where the graph takes {spec.dtype}")
+            raise Unusable(f"{spec.name} in {stored.dtype}, but the graph needs {spec.dtype}")
         if place is None:
-            raise Unusable(f"{spec.name} in no file in one piece: scattered, or made for the graph")
+            raise Unusable(f"{spec.name} is not in a file in one piece: it is scattered, or made for the graph")
         if place.path.is_symlink() or place.path.stat().st_nlink > 1:
             raise Unusable(f"{place.path.name}, which is a link")
         found[spec.name] = External(place.path.name, place.offset, spec.nbytes)
@@ -108,8 +107,8 @@ def attach_payload(model: onnx.ModelProto, places: Mapping[str, External]) -> by
     """The graph's bytes, with each weight's initialiser pointing at its place.
 
     Args:
-        model: a template's model; it is left as it is.
-        places: of its weights.
+        model: a template's model; it is not modified.
+        places: the places of its weights, by name.
     """
     import onnx
 
@@ -125,7 +124,7 @@ def attach_payload(model: onnx.ModelProto, places: Mapping[str, External]) -> by
 
 
 def write_payload(descriptor: int, source: Payloads, weights: Iterable[TensorSpec], where: Layout, target: Path) -> str:
-    """Writes the payload into an open file, a few pieces of a tensor in memory at a time; its BLAKE3, in hexadecimal.
+    """Writes the payload into an open file, a few pieces of a tensor at a time; returns its BLAKE3, in hexadecimal.
 
     Raises:
         WriteFailed: naming `target`.
@@ -141,7 +140,7 @@ def write_payload(descriptor: int, source: Payloads, weights: Iterable[TensorSpe
             offset = where.offsets[spec.name]
             for piece in _pieces(source, spec, buffers):
                 if hashed is not None:
-                    hashed.result()  # the piece before: so the buffer that comes next is free
+                    hashed.result()  # waits for the previous piece, so the next buffer is free
                 hashed = hasher.submit(digest.update, piece)
                 write_at(descriptor, piece, offset)
                 send(descriptor, offset, len(piece))
@@ -150,13 +149,13 @@ def write_payload(descriptor: int, source: Payloads, weights: Iterable[TensorSpe
 
 
 def has_layout(path: Path, where: Layout) -> bool:
-    """Whether the file at `path` is a payload of this layout, whatever its weights."""
+    """Whether the file at `path` is a payload with this layout, whatever its weights."""
     with path.open("rb") as stream:
         return os.fstat(stream.fileno()).st_size == where.size and stream.read(len(where.header)) == where.header
 
 
 def holds_payload(path: Path, source: Payloads, weights: Iterable[TensorSpec], where: Layout) -> bool:
-    """Whether the file at `path` is this very payload, byte for byte."""
+    """Whether the file at `path` is exactly this payload, byte for byte."""
     if not has_layout(path, where):
         return False
     with path.open("rb") as stream:
@@ -169,12 +168,12 @@ def holds_payload(path: Path, source: Payloads, weights: Iterable[TensorSpec], w
 
 
 def _buffers() -> Iterator[Bytes]:
-    """Two in turn: one piece is hashed and written while the next is read."""
+    """Two alternating buffers: one piece is hashed and written while the next is read."""
     return itertools.cycle([np.empty(_PIECE, np.uint8), np.empty(_PIECE, np.uint8)])
 
 
 def _pieces(source: Payloads, spec: TensorSpec, buffers: Iterator[Bytes]) -> Iterator[memoryview]:
-    """The tensor's bytes in the dtype of `spec`; a piece's memory is used again for the next but one."""
+    """The tensor's bytes in the dtype of `spec`; every second piece reuses the same memory."""
     stored = source.specs[spec.name]
     for begin in range(0, stored.nbytes, _PIECE):
         buffer = next(buffers)[: stored.nbytes - begin]
@@ -192,6 +191,6 @@ def _converted(piece: Bytes, stored: TensorSpec, dtype: DType) -> memoryview:
             f"a weight is beyond the range of {dtype}",
             where=stored.name,
             found=f"a magnitude of {float(values[values.isfinite()].abs().max()):.3g}",
-            then="--dtype float32 or bfloat16 holds it",
+            then="pass --dtype float32 or --dtype bfloat16, which can hold it",
         )
     return bytes_from_tensor(made).data

@@ -1,1 +1,1 @@
-"""Graphs that other exporters wrote: which tensor of theirs is which weight."""
+"""Graphs from other exporters: finds which tensor of a graph is which weight."""

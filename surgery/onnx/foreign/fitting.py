@@ -1,7 +1,7 @@
-"""Does a graph hold the base's weights, and what of them goes where?
+"""Checks that a graph holds the base's weights, and finds where each of them goes.
 
-Every float tensor of the graph is explained: it is made of the base's tensors by a recipe that gives its very bytes,
-or it is a small constant of the graph. What is neither is refused and named, and so is a merged model whose changes
+Every float tensor of the graph must be explained: either a recipe makes its exact bytes from the base's tensors, or it
+is a small constant of the graph. A tensor that is neither is refused by name; so is a merged model with changes that
 have no place in the graph.
 """
 
@@ -26,8 +26,8 @@ from surgery.onnx.foreign.slots import Slot
 if TYPE_CHECKING:
     import torch
 
-_CONSTANT = 1 << 16  # elements; a float table of the graph's own may have as many
-_NAMED = 5  # tensors that an error names
+_CONSTANT = 1 << 16  # elements; the largest float table that may be a constant of the graph
+_NAMED = 5  # number of tensors that an error names
 
 
 class Tensors(Protocol):
@@ -38,15 +38,15 @@ class Tensors(Protocol):
         """Every tensor, by name."""
 
     def read(self, name: str) -> torch.Tensor:
-        """One of them, on the CPU."""
+        """One tensor, on the CPU."""
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """What a graph's float tensors are.
+    """How a graph's float tensors are explained.
 
     Attributes:
-        slots: all of them, in the order of the file.
+        slots: all float tensors, in the order of the file.
         recipes: how each weight is made of the base's tensors, by the slot's index.
     """
 
@@ -55,14 +55,14 @@ class Fitting:
 
     @property
     def sources(self) -> set[str]:
-        """Tensors of the base that are in the graph."""
+        """Names of the base's tensors that are in the graph."""
         return {piece.source for recipe in self.recipes.values() for piece in recipe.pieces}
 
 
 def fit(slots: tuple[Slot, ...], where: Path, base: Tensors, base_path: object) -> Fitting:
     """Explains the float tensors of the graph at `where` by the base's.
 
-    Raises TemplateMismatch for some that are neither made of the base's tensors nor small constants.
+    Raises TemplateMismatch if a tensor is neither made of the base's tensors nor a small constant.
     """
     recipes = find_recipes(slots, base.specs, base.read, lambda slot: payload(slot.tensor, where))
     fitting = Fitting(slots, recipes)
@@ -74,17 +74,17 @@ def fit(slots: tuple[Slot, ...], where: Path, base: Tensors, base_path: object) 
         named = "; ".join(f"{slot}: {reason}" for slot, reason in wrong[:_NAMED])
         more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
         raise TemplateMismatch(
-            "the graph's weights are not all made of the base's tensors",
+            "some weights of the graph cannot be made from the base's tensors",
             where=where,
-            expected=f"each to be, byte for byte, a tensor of {base_path}, its transpose, or several put together",
+            expected=f"every weight is, byte for byte, a tensor of {base_path}, its transpose, or several joined",
             found=f"{named}{more}" if wrong else "none of them",
-            then="give the very checkpoint that the graph was exported from as --base",
+            then="pass the exact checkpoint that the graph was exported from as --base",
         )
     return fitting
 
 
 def _no_constant(slot: Slot, missing: Sequence[TensorSpec], base: Tensors) -> str | None:
-    """Why a slot that no recipe gives cannot be a constant of the graph; None if it can."""
+    """Why a slot without a recipe cannot be a constant of the graph; None if it can."""
     of = next((spec.name for spec in missing if alike(slot.name, spec.name)), None)
     if of is not None:
         return f"has other values than {of}"
@@ -96,12 +96,12 @@ def _no_constant(slot: Slot, missing: Sequence[TensorSpec], base: Tensors) -> st
         if slot.size > 1 and sorted(axis for axis in spec.shape if axis != 1) == plain:
             return f"has the shape of {spec.name}, {shape_text(spec.shape)}, but other values"
     if slot.size > _CONSTANT and not slot.is_table:
-        return f"is made of no tensor of the base, and too large for a constant of the graph ({slot.size:,} elements)"
+        return f"matches no tensor of the base, and is too large for a constant of the graph ({slot.size:,} elements)"
     return None
 
 
 class MergedChange:
-    """The merged model against the base, as far as it has been read: which tensors differ, and what must be refused."""
+    """Compares the merged model with the base while it is read: which tensors differ, and which must be refused."""
 
     def __init__(self, fitting: Fitting, base: Tensors, merged: Tensors, where: Path) -> None:
         _check_specs(fitting, base, merged, where)
@@ -109,17 +109,17 @@ class MergedChange:
         self._same: dict[str, bool] = {}
 
     def differs(self, name: str) -> bool:
-        """Whether a tensor of the merged model has other values than the base's, in the merged one's dtype."""
+        """Whether a tensor of the merged model differs in value from the base's, in the merged model's dtype."""
         if name not in self._same:
             before, after = self._base.read(name), self._merged.read(name)
             self._same[name] = tensor_hash(before.to(after.dtype)) == tensor_hash(after)
         return not self._same[name]
 
     def payload(self, slot: Slot, held: Bytes) -> Bytes:
-        """A weight's bytes for the merged model; `held` are the graph's.
+        """A weight's bytes for the merged model; `held` are the bytes in the graph.
 
         Raises:
-            TemplateMismatch: nothing tells which of several tensors it is, and the merge makes them differ.
+            TemplateMismatch: it could be several tensors, and the merge makes them differ.
         """
         recipe = self._fitting.recipes[slot.index]
         result = recipe.build(self._merged.read, slot.dtype)
@@ -141,7 +141,7 @@ class MergedChange:
         return np.array_equal(a, b)
 
     def _refuse_shared(self, slot: Slot, recipe: Recipe) -> None:
-        """Optimisers make one of equal tensors: what changes then must change for all of them."""
+        """Refuses a change to only some of several equal tensors, because optimisers store equal tensors once."""
         for piece in recipe.pieces:
             module = piece.source.rpartition(".")[0]
             if slot.modules and all(scope and alike(scope, module) for scope in slot.modules):
@@ -164,10 +164,10 @@ class MergedChange:
 
     def _unclear(self, slot: Slot, found: str) -> TemplateMismatch:
         return TemplateMismatch(
-            "nothing tells which of the base's tensors a weight of the graph is",
+            "a weight of the graph matches several of the base's tensors equally well",
             where=f"{self._where}: {slot.name}",
             found=found,
-            then="export the merged model anew: surgery export-onnx MERGED -o OUT.onnx",
+            then="export the merged model: surgery export-onnx MERGED -o OUT.onnx",
         )
 
     def refuse_lost(self) -> None:
@@ -182,10 +182,10 @@ class MergedChange:
                     lost.append(name)
         if lost:
             raise TemplateMismatch(
-                "the merge changes tensors that the graph does not hold, or not in a form that can be told",
+                "the merge changes tensors that are not in the graph, or not in a recognisable form",
                 where=self._where,
                 found=", ".join(lost[:_NAMED]) + (f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else ""),
-                then="export the merged model anew: surgery export-onnx MERGED -o OUT.onnx",
+                then="export the merged model: surgery export-onnx MERGED -o OUT.onnx",
             )
 
 
@@ -196,17 +196,17 @@ def _check_specs(fitting: Fitting, base: Tensors, merged: Tensors, where: Path) 
         before, after = base.specs[name], merged.specs[name]
         if before.shape != after.shape:
             raise ShapeMismatch(
-                "a merged tensor has another shape than in the graph",
+                "a merged tensor does not have the shape that it has in the graph",
                 where=f"{where}: {name}",
                 expected=shape_text(before.shape),
                 found=shape_text(after.shape),
-                then="export the merged model anew: surgery export-onnx MERGED -o OUT.onnx",
+                then="export the merged model: surgery export-onnx MERGED -o OUT.onnx",
             )
     added = sorted(merged.specs.keys() - base.specs.keys())
     if added:
         raise TemplateMismatch(
-            "the merged model has tensors that the base, and so the graph, does not have",
+            "the merged model has tensors that the base does not have, so the graph cannot hold them",
             where=where,
             found=", ".join(added[:_NAMED]),
-            then="export the merged model anew: surgery export-onnx MERGED -o OUT.onnx",
+            then="export the merged model: surgery export-onnx MERGED -o OUT.onnx",
         )

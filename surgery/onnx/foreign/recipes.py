@@ -1,9 +1,9 @@
-"""How each weight of a graph is made of a checkpoint's tensors: as it is, transposed, or several put together.
+"""How each weight of a graph is made of a checkpoint's tensors: one tensor unchanged, transposed, or several joined.
 
-A recipe counts only if the base's tensors, put through it, give the bytes that the graph holds: names, metadata and
-shapes alone prove nothing (query, key, value and output share a shape). They only choose between tensors whose bytes
-are equal, in the order of how much they say: the same name; what the optimiser says it folded; the module that the
-weight's node comes from. Reads one tensor at a time.
+A recipe counts only if it turns the base's tensors into the exact bytes in the graph: names, metadata and shapes alone
+prove nothing (query, key, value and output share a shape). They only decide between tensors with equal bytes, the
+strongest evidence first: the same name; the names that the optimiser noted as folded; the module that the weight's node
+comes from. Reads one tensor at a time.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Read = Callable[[str], "torch.Tensor"]
 
 @dataclass(frozen=True)
 class RecipePiece:
-    """Rows of a recipe: a tensor, or its transpose, whose last two axes are swapped; or `rows` of it, first and end.
+    """Rows of a recipe: a tensor; its transpose, with the last two axes swapped; or `rows` of it, as (first, end).
 
-    `rivals` are tensors of the base with the same bytes, which nothing tells from this one.
+    `rivals` are tensors of the base with the same bytes that cannot be distinguished from this one.
     """
 
     source: str
@@ -42,7 +42,7 @@ class RecipePiece:
         return f"{self.source}{part}ᵀ" if self.transposed else f"{self.source}{part}"
 
     def take(self, read: Read, dtype: DType) -> torch.Tensor:
-        """What of the source it is, in this dtype."""
+        """This piece of its source, in the given dtype."""
         tensor = read(self.source).to(torch_dtype(dtype))
         if self.rows is not None:
             tensor = tensor.reshape(-1, _width(tensor.shape))[slice(*self.rows)]
@@ -51,9 +51,9 @@ class RecipePiece:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The pieces, one below the other; all of it `transposed` in the end where they lie side by side.
+    """The pieces, stacked vertically; if they are side by side, the stack is `transposed` at the end.
 
-    `doubtful` where it may as well be a constant of the graph: all its elements are equal and nothing names it.
+    `doubtful` means that it may also be a constant of the graph: all its elements are equal and nothing names it.
     """
 
     pieces: tuple[RecipePiece, ...]
@@ -66,7 +66,7 @@ class Recipe:
         return f"[{'; '.join(map(str, self.pieces))}]{'ᵀ' if self.transposed else ''}"
 
     def build(self, read: Read, dtype: DType) -> Bytes:
-        """The bytes in a graph of this dtype; each element is rounded once where that is narrower."""
+        """The bytes in a graph of this dtype; each element is rounded once if the dtype is narrower."""
         import torch
 
         parts = [piece.take(read, dtype) for piece in self.pieces]
@@ -79,13 +79,13 @@ class Recipe:
 def find_recipes(
     slots: Sequence[Slot], specs: Mapping[str, TensorSpec], read: Read, payload: Callable[[Slot], Bytes]
 ) -> dict[int, Recipe]:
-    """A recipe for every slot that has one, by its index.
+    """A recipe for every slot that has one, by the slot's index.
 
     Args:
-        slots: of the graph.
+        slots: the graph's slots.
         specs: the base's tensors.
-        read: reads one of them.
-        payload: a slot's bytes in the graph.
+        read: reads one of the base's tensors.
+        payload: returns a slot's bytes in the graph.
     """
     weights = [spec for spec in specs.values() if spec.dtype.is_weight and spec.shape and spec.size]
     found = {}
@@ -108,7 +108,7 @@ def find_recipes(
 def _same_bytes(
     slots: Sequence[Slot], weights: Iterable[TensorSpec], read: Read, payload: Callable[[Slot], Bytes]
 ) -> dict[int, list[RecipePiece]]:
-    """For each slot the tensors, or their transposes, whose bytes are its own."""
+    """For each slot, the tensors or transposes with the same bytes."""
     sizes = {(slot.size, slot.dtype) for slot in slots}
     digests: dict[tuple[DType, str], list[Slot]] = {}
     for slot in slots:
@@ -129,9 +129,9 @@ def _same_bytes(
 
 
 def _chosen(slot: Slot, candidates: Sequence[RecipePiece], uniform: bool) -> tuple[RecipePiece, bool]:
-    """The candidate that most is said for, with rivals where nothing decides; and whether anything is said for it.
+    """The candidate with the strongest evidence, with rivals if it is a tie; and whether there is any evidence.
 
-    A module alone says too little where all elements are equal: a fused node may add one module's zeros in another.
+    If all elements are equal, a module alone is too weak: a fused node may add one module's zeros in another.
     """
     told = False
     for says in (_called, _named, _folded) if uniform else (_called, _named, _folded, _used_by_module):
@@ -166,12 +166,12 @@ def _used_by_module(slot: Slot, source: str) -> bool:
 
 
 def alike(one: str, other: str) -> bool:
-    """Whether two dotted names are the same but for a prefix that one of them lacks."""
+    """Whether two dotted names are equal except for a prefix that one of them lacks."""
     return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
 
 
 class _Heads:
-    """The base's tensors by their first rows, to find those that a slot is put together from."""
+    """The base's tensors by their first rows, to find the pieces of a slot."""
 
     def __init__(self, slots: Sequence[Slot], weights: Sequence[TensorSpec], read: Read) -> None:
         self._read = read
@@ -209,7 +209,7 @@ class _Heads:
         return None
 
     def _stack(self, dtype: DType, rows: Bytes) -> tuple[RecipePiece, ...] | None:
-        """The pieces that lie one below the other; `rows` is (rows, bytes of a row)."""
+        """The pieces that are stacked vertically; `rows` is (rows, bytes of a row)."""
         pieces: list[RecipePiece] = []
         at = 0
         while at < len(rows):
@@ -230,7 +230,7 @@ class _Heads:
 
 
 def _slice(slot: Slot, payload: Bytes, weights: Iterable[TensorSpec], read: Read) -> Recipe | None:
-    """Rows in a row of a tensor that the optimiser says it took them from; such as positions of a fixed length."""
+    """Consecutive rows of a tensor that the optimiser noted as their source, such as positions of a fixed length."""
     for spec in weights:
         if not any(alike(name, spec.name) for name in slot.made_of):
             continue
@@ -244,7 +244,7 @@ def _slice(slot: Slot, payload: Bytes, weights: Iterable[TensorSpec], read: Read
 
 
 def _width(shape: Sequence[int]) -> int:
-    """Elements of a row; a vector stands upright."""
+    """Number of elements in a row; a vector is a column."""
     return shape[-1] if len(shape) > 1 else 1
 
 

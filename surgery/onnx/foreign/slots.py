@@ -1,7 +1,7 @@
-"""The numbers in a graph that may be weights: where each lies, who uses it, and what the exporter noted of its origin.
+"""The tensors in a graph that may be weights: where each is stored, which nodes use it, and what metadata says of it.
 
-torch's exporter notes in the metadata which module a node comes from, and its optimiser which values a folded one was
-made of. Knows no checkpoint.
+torch's exporter notes in the metadata which module a node comes from, and its optimiser notes which values were folded
+into one. This module knows no checkpoint.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ _ANGLES = (
     ("com.microsoft::RotaryEmbedding", 3),
     ("com.microsoft::GroupQueryAttention", 7),
     ("com.microsoft::GroupQueryAttention", 8),
-)  # ops and the inputs by which they take cosines and sines of positions
+)  # ops, and which of their inputs are cosines and sines of positions
 _TABLE = 1024  # elements; more in bytes or half bytes are quantised weights, not a table of the program
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A float tensor of a graph that has axes.
+    """A float tensor of a graph, with at least one axis.
 
     Attributes:
-        index: its place among `all_tensors`; names may repeat in subgraphs.
-        name: the value's.
-        dtype: of the elements.
-        shape: its axes.
-        tensor: the TensorProto, to be filled where it lies in the graph.
-        outside: where it lies if not.
-        uses: how often it goes into a node or out of the graph.
-        is_table: whether all of these take cosines or sines of positions, which no weight is.
-        modules: of every node that it goes into, the dotted path; empty where the exporter did not say.
-        made_of: names that the optimiser folded it from.
+        index: its index in `all_tensors`; names may repeat in subgraphs.
+        name: name of the value.
+        dtype: dtype of the elements.
+        shape: its shape.
+        tensor: the TensorProto, to be filled if the bytes are inside the graph.
+        outside: the place of the bytes if they are outside the graph.
+        uses: how often it is an input of a node or an output of the graph.
+        is_table: whether all uses are cosines or sines of positions, which are never weights.
+        modules: dotted path of the module of every node that uses it; empty if the exporter did not note it.
+        made_of: names of the values that the optimiser folded it from.
     """
 
     index: int
@@ -81,7 +81,7 @@ def find_slots(model: onnx.ModelProto, where: Path) -> tuple[Slot, ...]:
 
     Raises:
         Quantised: a graph that computes with quantised weights.
-        UnsafeFile, PathNotFound, CorruptFile: weights outside of the graph's folder, not there, or of another size.
+        UnsafeFile, PathNotFound, CorruptFile: weights outside the graph's folder, missing, or of the wrong size.
     """
     import onnx
 
@@ -109,7 +109,7 @@ def find_slots(model: onnx.ModelProto, where: Path) -> tuple[Slot, ...]:
 def _noted(
     every: list[onnx.GraphProto],
 ) -> tuple[Mapping[str, list[tuple[str, int]]], Mapping[str, list[str]], dict[str, tuple[str, ...]]]:
-    """Of each value: the ops that take it and where, of which modules they are, and what it was folded from."""
+    """For each value: the ops that use it and at which input, their modules, and the names it was folded from."""
     takers: dict[str, list[tuple[str, int]]] = {}
     modules: dict[str, list[str]] = {}
     made_of: dict[str, tuple[str, ...]] = {}
@@ -133,7 +133,7 @@ def _metadata(proto: onnx.NodeProto | onnx.ValueInfoProto | onnx.TensorProto) ->
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """A list of names as Python prints it; nothing where it is none."""
+    """The names in a list as Python prints it; empty if it is not such a list."""
     try:
         said = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -164,9 +164,9 @@ def _refuse_quantised(model: onnx.ModelProto, every: list[onnx.GraphProto], wher
             found.append(f"{name} {label.lower()}")
     if found:
         raise Quantised(
-            "the graph's weights are quantised, and merged values cannot be put in their place",
+            "the graph's weights are quantised, and merged values cannot replace them",
             where=where,
             expected="weights in floating point",
             found=", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else ""),
-            then="take the graph from before quantisation, and quantise the result again",
+            then="use the graph from before quantisation, and quantise the result again",
         )

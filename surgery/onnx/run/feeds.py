@@ -1,7 +1,7 @@
-"""What a graph wants to be fed, and random tokens, pixels and caches of that description.
+"""Reads which inputs a graph needs, and makes random tokens, pixels and caches for them.
 
-Reads the graph alone: input names, types and shapes, and the size of the embedding that the tokens index. Knows
-nothing of sessions and clocks.
+Reads only the graph: input names, types and shapes, and the size of the embedding that the tokens index. Knows nothing
+of sessions and clocks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from surgery.errors import InputsDiffer, Unsupported
 if TYPE_CHECKING:
     import numpy as np
 
-    Feeds = dict[str, np.ndarray[Any, np.dtype[Any]]]  # input name → what it is fed
+    Feeds = dict[str, np.ndarray[Any, np.dtype[Any]]]  # input name → its array
 
 _SAME_VALUES = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -32,7 +32,7 @@ class GraphInput:
 
 
 def graph_inputs(model: Any) -> tuple[GraphInput, ...]:
-    """The inputs of a loaded ModelProto, initialisers that are listed as inputs left out."""
+    """The inputs of a loaded ModelProto, without initialisers that are listed as inputs."""
     initialisers = {tensor.name for tensor in model.graph.initializer}
     return tuple(
         GraphInput(
@@ -60,6 +60,7 @@ def require_same_inputs(a: Path, b: Path, first: Sequence[GraphInput], second: S
             where=f"{a} and {b}",
             expected=_described(first),
             found=_described(second),
+            then="export both graphs in the same way",
         )
 
 
@@ -68,13 +69,13 @@ def _described(inputs: Sequence[GraphInput]) -> str:
 
 
 def make_feeds(model: Any, path: Path, shape: tuple[int, int], seed: int) -> Feeds:
-    """The same inputs for every session, by each input's name, element type and shape.
+    """Makes the same inputs for every session, from each input's name, element type and shape.
 
-    Tokens are random below the vocabulary's size, masks are ones (no padding), everything of floats is standard normal.
-    A batch of B and a sequence of S mean, with a cache, that one new token follows S that are cached.
+    Token ids are random below the vocabulary's size, masks are ones (no padding), and float inputs are standard normal.
+    With a cache, batch B and sequence S mean that one new token follows S cached tokens.
 
     Raises:
-        Unsupported: an input that is none of those, an axis of which B and S do not tell, or one of another length.
+        Unsupported: an unknown input, an axis that B and S do not determine, or an axis of another fixed length.
     """
     import numpy as np
     import onnx
@@ -88,10 +89,11 @@ def make_feeds(model: Any, path: Path, shape: tuple[int, int], seed: int) -> Fee
         floats = dtype in (np.float16, np.float32, np.float64)
         if entry.name not in TOKEN_INPUTS and not floats:
             raise Unsupported(
-                "do not know what to feed this input",
+                "this input's name and type do not say which values it needs",
                 where=f"{path}: {entry.name}",
-                expected=f"{', '.join(TOKEN_INPUTS)}, or any of float16, float32 or float64",
+                expected=f"{', '.join(TOKEN_INPUTS)}, or an input of float16, float32 or float64",
                 found=f"{_described([entry])} {dtype}",
+                then="export the graph with inputs that have these names or types",
             )
         size = _sizes(entry, extents, path)
         array: np.ndarray[Any, np.dtype[Any]]
@@ -109,7 +111,7 @@ def make_feeds(model: Any, path: Path, shape: tuple[int, int], seed: int) -> Fee
 
 @dataclass(frozen=True)
 class _Extents:
-    """What --shape means for one graph: the batch, the tokens of a run, and how many are cached before them."""
+    """The meaning of --shape for one graph: the batch, the tokens of a run, and the number of cached tokens."""
 
     batch: int
     tokens: int
@@ -117,7 +119,7 @@ class _Extents:
 
 
 def tokens_per_run(model: Any, shape: tuple[int, int]) -> int | None:
-    """Tokens that one run computes; None where the graph takes none."""
+    """Number of tokens that one run computes; None if the graph takes no tokens."""
     inputs = graph_inputs(model)
     extents = _extents(inputs, shape)
     return extents.batch * extents.tokens if any(entry.name == "input_ids" for entry in inputs) else None
@@ -134,7 +136,7 @@ def _is_cache(entry: GraphInput) -> bool:
 
 
 def _sizes(entry: GraphInput, extents: _Extents, path: Path) -> tuple[int, ...]:
-    """The lengths of an input's axes: those that are fixed, and those that batch and sequence tell."""
+    """The lengths of an input's axes; an axis is fixed, or batch and sequence determine it."""
     wanted = [_length(entry, axis, extents) for axis in range(len(entry.shape))]
     rank_fits = entry.name not in TOKEN_INPUTS or len(wanted) == 2
     sizes = tuple(n for n in wanted if n is not None)
@@ -149,7 +151,7 @@ def _sizes(entry: GraphInput, extents: _Extents, path: Path) -> tuple[int, ...]:
         )
     if len(sizes) < len(wanted):
         raise Unsupported(
-            "batch and sequence do not tell how long this input's axes are",
+            "batch and sequence do not determine the lengths of this input's axes",
             where=f"{path}: {entry.name}",
             expected="axes that are fixed, or named batch, sequence or past",
             found=_described([entry]),
@@ -159,7 +161,7 @@ def _sizes(entry: GraphInput, extents: _Extents, path: Path) -> tuple[int, ...]:
 
 
 def _length(entry: GraphInput, axis: int, extents: _Extents) -> int | None:
-    """How long an axis is to be; None where nothing tells. Other axes than batch and sequence are what they are."""
+    """The length of an axis; None if unknown. Axes other than batch and sequence keep their fixed lengths."""
     said = entry.shape[axis]
     if axis == 0:
         return extents.batch
@@ -174,9 +176,9 @@ def _length(entry: GraphInput, axis: int, extents: _Extents) -> int | None:
 
 
 def vocabulary(model: Any) -> int:
-    """Rows of the embedding that input_ids index; 100 where the graph hides it."""
+    """Number of rows of the embedding that input_ids index; 100 if the graph does not show it."""
     rows = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}
-    tokens = {"input_ids"}  # and the same in another shape or type
+    tokens = {"input_ids"}  # and reshaped or cast copies
     for node in model.graph.node:
         if node.op_type == "Gather" and node.input[1] in tokens and node.input[0] in rows:
             return int(rows[node.input[0]])

@@ -1,6 +1,6 @@
-"""What can be read about the machine that measures: what it is, and the state it is in.
+"""Describes the machine that measures: its hardware and its current state.
 
-Reads /proc and /sys, and asks nvidia-smi where that is installed. Whatever cannot be read is left out.
+Reads /proc and /sys, and calls nvidia-smi if it is installed. Whatever cannot be read is omitted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _GPU_STATE = {
 
 
 def machine() -> dict[str, str]:
-    """What does not change: processor, cores, system, and the graphics processor with its driver."""
+    """The properties that do not change: processor, cores, system, and the GPU with its driver."""
     found = {"processor": _processor(), "cores": str(cores()), "system": platform.platform()}
     with contextlib.suppress(OSError, ValueError):
         found["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
@@ -39,7 +39,7 @@ def machine() -> dict[str, str]:
 
 
 def condition(when: str) -> dict[str, str]:
-    """What changes: load, clocks, temperature, each named with `when`, such as `load before`."""
+    """The properties that change: load, clocks, temperature; each name ends in `when`, such as `load before`."""
     found = {}
     with contextlib.suppress(OSError):
         found["load"] = f"{os.getloadavg()[0]:.2f}"
@@ -55,8 +55,8 @@ def condition(when: str) -> dict[str, str]:
 
 
 def device_memory(device: str) -> int | None:
-    """Bytes in use on the first graphics processor, or by this process on the CPU, pages of files it looks at included;
-    None where nobody tells."""
+    """Bytes in use on the first GPU, or by this process on the CPU, mapped file pages included; None if the system does
+    not report it."""
     if device != "cuda":
         resident = next((line for line in _read(_OURSELVES).splitlines() if line.startswith("VmRSS:")), "").split()
         return int(resident[1]) << 10 if len(resident) > 1 else None  # "VmRSS: 1234 kB"
@@ -65,7 +65,7 @@ def device_memory(device: str) -> int | None:
 
 
 def _nvidia(wanted: Mapping[str, str]) -> dict[str, str]:
-    """Properties of the first graphics processor by nvidia-smi's names; nothing without it."""
+    """Properties of the first GPU by nvidia-smi's names; empty without nvidia-smi."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}
@@ -83,7 +83,7 @@ def _processor() -> str:
 
 
 def _cpuinfo(field: str) -> str:
-    """The first processor's entry of that name."""
+    """The first processor's entry with that name."""
     for line in _read(Path("/proc/cpuinfo")).splitlines():
         name, _, value = line.partition(":")
         if name.strip() == field:

@@ -1,8 +1,8 @@
-"""What ONNX Runtime makes of a graph: the graph that runs after its own optimisation, who runs which node, and of what
-shapes.
+"""Shows what ONNX Runtime makes of a graph: the graph after its own optimisation, which provider runs which node, and
+the shapes.
 
-The optimised graph is written to a scratch folder, weights and all, since the runtime's optimiser looks at their
-values. Then it runs once, profiled, on zeros: they have the shapes of any other numbers.
+The optimised graph is written to a scratch folder together with its weights, because the optimiser reads their values.
+Then it runs once on zeros with profiling; zeros suffice, because shapes do not depend on values.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ITEMSIZES = {
     "uint32": 4, "double": 8, "int64": 8, "uint64": 8,
 }  # fmt: skip
 _SETTINGS = {
-    "session.disable_prepacking": "1",  # a weight that a kernel has repacked is missing from the profile
+    "session.disable_prepacking": "1",  # the profile omits weights that a kernel has repacked
     "session.optimized_model_external_initializers_file_name": "weights",
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
 }
@@ -38,14 +38,14 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Optimised:
-    """The graph that runs.
+    """The optimised graph that runs.
 
     Attributes:
-        program: what it is.
-        nodes: how many it has.
-        assigned: how many nodes of each op each provider took: (provider, op) → nodes.
-        executed: the nodes that ran; none where the graph does not run at this shape.
-        refusal: why it does not.
+        program: its canonical program.
+        nodes: number of nodes.
+        assigned: number of nodes of each op that each provider took: (provider, op) → nodes.
+        executed: the nodes that ran; empty if the graph does not run at this shape.
+        refusal: the reason why it does not run.
     """
 
     program: CanonicalProgram
@@ -56,16 +56,17 @@ class Optimised:
 
 
 def optimise(path: Path, provider: str, shape: tuple[int, int]) -> Optimised:
-    """Loads a graph as for running it. Needs as much space for temporary files as the weights take.
+    """Loads a graph as if to run it. Needs as much space for temporary files as the weights take.
 
     Args:
         path: the graph.
-        provider: as ONNX Runtime spells it.
-        shape: batch, the first axis of every input that is free there; and sequence, every other free axis.
+        provider: the provider, as ONNX Runtime spells it.
+        shape: batch and sequence. Batch is the length of every input's first axis, if that is free; sequence is the
+            length of every other free axis.
 
     Raises:
-        ProviderUnavailable: ONNX Runtime would run it on another provider.
-        Unsupported: it does not load the graph.
+        ProviderUnavailable: ONNX Runtime would run the graph on another provider.
+        Unsupported: ONNX Runtime does not load the graph.
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "optimised.onnx"
@@ -79,7 +80,7 @@ def optimise(path: Path, provider: str, shape: tuple[int, int]) -> Optimised:
         refusal = ""
         try:
             session.run(None, zeros(load_graph(path), shape))
-        except Exception as error:  # its exceptions share no base class of their own
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
             refusal = str(error)
         events = json.loads(Path(session.end_profiling()).read_bytes())
         del session
@@ -90,7 +91,7 @@ def optimise(path: Path, provider: str, shape: tuple[int, int]) -> Optimised:
 
 
 def zeros(model: onnx.ModelProto, shape: tuple[int, int]) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
-    """Something to feed each input. An axis that is called after others, such as `past + sequence`, is their sum."""
+    """Zeros for each input. An axis whose name is a sum, such as `past + sequence`, has the sum of their lengths."""
     import numpy as np
     import onnx
 
@@ -133,7 +134,7 @@ def _operand(said: Mapping[str, list[int]]) -> Operand:
 
 
 def assignment_difference(a: Optimised, b: Optimised) -> ProgramDifference | None:
-    """The first op, by name, of which a provider takes, or runs, another number of nodes; None where there is none."""
+    """The first op, by name, for which a provider takes or runs a different number of nodes; None if there is none."""
     for verb, counts in (("taken by", [a.assigned, b.assigned]), ("run by", [_kernels(a), _kernels(b)])):
         for key in sorted({*counts[0], *counts[1]}):
             if counts[0].get(key, 0) != counts[1].get(key, 0):

@@ -1,6 +1,6 @@
-"""An ONNX Runtime session that really runs where it was asked to, with its inputs and outputs in buffers that stay.
+"""Opens ONNX Runtime sessions that really run on the requested provider, with inputs and outputs in fixed buffers.
 
-ONNX Runtime falls back to the CPU without an error; here that is one. Knows nothing of clocks and verdicts.
+ONNX Runtime falls back to the CPU without an error; this module raises one. Knows nothing of clocks and verdicts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SETTINGS = {"session.intra_op.allow_spinning": "0", "session.record_ep_graph_as
 
 @dataclass(frozen=True)
 class Setting:
-    """How every session of a bench is made: see `open_session`."""
+    """The settings of every session of a bench: see `open_session`."""
 
     provider: str
     threads: int | None
@@ -44,20 +44,21 @@ class Setting:
 
 @dataclass(frozen=True)
 class Bound:
-    """A session with its inputs and outputs bound to buffers that stay where they are."""
+    """A session with its inputs and outputs bound to fixed buffers."""
 
     session: Any
     binding: Any
     buffers: tuple[Any, ...]
 
     def run(self) -> None:
-        """Runs once and waits for the end of it."""
+        """Runs once and waits until the run has finished."""
         self.session.run_with_iobinding(self.binding)
         self.binding.synchronize_outputs()
 
 
 def provider_name(wanted: str) -> str:
-    """`cpu` → `CPUExecutionProvider`, as ONNX Runtime spells it. Raises ProviderUnavailable with those there are."""
+    """`cpu` → `CPUExecutionProvider`, as ONNX Runtime spells it. Raises ProviderUnavailable and lists the available
+    ones."""
     import onnxruntime
 
     there = onnxruntime.get_available_providers()
@@ -65,7 +66,7 @@ def provider_name(wanted: str) -> str:
         if wanted.lower() in (name.lower(), name.lower().removesuffix("executionprovider")):
             return str(name)
     raise ProviderUnavailable(
-        "this ONNX Runtime has no such execution provider",
+        "this ONNX Runtime does not have the execution provider",
         expected=", ".join(name.removesuffix("ExecutionProvider").lower() for name in there),
         found=wanted,
         then="choose one of those, or install the ONNX Runtime package that has it",
@@ -82,24 +83,23 @@ def open_session(
     optimised: Path | None = None,
     profile: Path | None = None,
 ) -> Any:
-    """A session that really runs on `provider`, on one thread pool that does not spin.
+    """Opens a session that really runs on `provider`, with one thread pool that does not spin.
 
-    float32 stays float32: TF32 is off. TensorRT gets no cache of engines: which kernels it chooses is part of what
-    makes two sessions of one model differ, and its cache tells models apart by their graphs, not by their weights.
+    float32 stays float32: TF32 is off. TensorRT gets no engine cache: its choice of kernels is part of the difference
+    between two sessions of one model, and its cache distinguishes models by their graphs, not by their weights.
 
     Args:
         path: the graph.
-        provider: as ONNX Runtime spells it.
-        threads: intra-op threads; None leaves their number to ONNX Runtime.
+        provider: the provider, as ONNX Runtime spells it.
+        threads: number of intra-op threads; None leaves it to ONNX Runtime.
         cuda_graph: capture the first run into a CUDA graph, and replay it from then on.
         settings: further entries of the session's configuration, by ONNX Runtime's keys.
-        optimised: where to save the graph that runs, after ONNX Runtime's own optimisation.
-        profile: what the names of profiles begin with, where runs are to be profiled.
+        optimised: path to save the graph after ONNX Runtime's own optimisation.
+        profile: prefix of the profiles' file names; None for no profiling.
 
     Raises:
-        ProviderUnavailable: ONNX Runtime fell back to another provider, as it does without an error, or left no node to
-            the one asked for.
-        Unsupported: it does not load the graph, or no CUDA graph can be made of it.
+        ProviderUnavailable: ONNX Runtime silently fell back to another provider, or gave no node to the requested one.
+        Unsupported: ONNX Runtime does not load the graph, or cannot make a CUDA graph of it.
     """
     import onnxruntime
 
@@ -111,17 +111,17 @@ def open_session(
         options.add_session_config_entry(key, value)
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
-        options.log_severity_level = 3  # or it warns that such a graph is of this machine, as is meant
+        options.log_severity_level = 3  # suppresses the warning that the saved graph suits only this machine
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-        options.log_severity_level = 4  # or it says that there is no profile of a graph which does not load
+        options.log_severity_level = 4  # suppresses the error that a graph which does not load has no profile
     try:
         with _muffled() if provider != "CPUExecutionProvider" else contextlib.nullcontext():
             if provider in _ON_CUDA:
                 onnxruntime.preload_dlls()
             session = onnxruntime.InferenceSession(str(path), options, providers=_asked(provider, cuda_graph))
-    except Exception as error:  # its exceptions share no base class of their own
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise Unsupported(
             "ONNX Runtime does not load this graph",
             where=path,
@@ -138,18 +138,18 @@ def open_session(
             where=path,
             expected=provider,
             found=actual if actual != provider else ", ".join(nodes),
-            then="install what that provider needs (for CUDA: its libraries and a GPU), or ask for another",
+            then="install what that provider needs (for CUDA: its libraries and a GPU), or choose another --provider",
         )
     return session
 
 
 def _opset(error: Exception) -> bool:
-    """Whether a graph is refused for its opset or its IR version."""
+    """Whether a graph is refused because of its opset or IR version."""
     return any(each in str(error) for each in ("ValidateOpsetForDomain", "Unsupported model IR version"))
 
 
 def _asked(provider: str, cuda_graph: bool) -> list[tuple[str, dict[str, str]]]:
-    """The providers to load, with their options; CUDA behind TensorRT, for nodes that the latter does not take."""
+    """The providers to load, with their options; CUDA follows TensorRT, for nodes that TensorRT does not take."""
     cuda = {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if cuda_graph else {})
     if provider == TENSORRT:
         return [(TENSORRT, {}), (CUDA, cuda)]
@@ -157,7 +157,7 @@ def _asked(provider: str, cuda_graph: bool) -> list[tuple[str, dict[str, str]]]:
 
 
 def assigned(session: Any) -> dict[str, int]:
-    """How many nodes each provider got, in the graph as it was optimised; empty if this ONNX Runtime does not tell."""
+    """Number of nodes that each provider got in the optimised graph; empty if this ONNX Runtime does not report it."""
     if not hasattr(session, "get_provider_graph_assignment_info"):  # new in ONNX Runtime 1.24
         return {}
     nodes: Counter[str] = Counter()
@@ -167,12 +167,12 @@ def assigned(session: Any) -> dict[str, int]:
 
 
 def provider_options(session: Any, provider: str) -> Mapping[str, str]:
-    """The provider's options as the session has them."""
+    """The provider's options in the session."""
     return {name: str(value) for name, value in sorted(session.get_provider_options().get(provider, {}).items())}
 
 
 def session_settings(session: Any) -> Mapping[str, str]:
-    """How the session runs whatever the provider, by ONNX Runtime's names; 0 threads are as many as it likes."""
+    """The session's provider-independent settings, by ONNX Runtime's names; 0 threads means that it chooses."""
     options = session.get_session_options()
     plain = {name: getattr(options, name) for name in _RECORDED}
     said = {name: str(getattr(value, "name", value)) for name, value in plain.items()}
@@ -181,7 +181,7 @@ def session_settings(session: Any) -> Mapping[str, str]:
 
 @contextlib.contextmanager
 def _muffled() -> Iterator[None]:
-    """Keeps ONNX Runtime from printing why a provider does not load, on stdout of all places: that becomes an error."""
+    """Keeps ONNX Runtime from printing to stdout why a provider does not load; callers raise an error for that."""
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
@@ -189,14 +189,14 @@ def _muffled() -> Iterator[None]:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        onnxruntime.set_default_logger_severity(2)  # what it starts with
+        onnxruntime.set_default_logger_severity(2)  # the default
 
 
 def bind(path: Path, feeds: Feeds, setting: Setting) -> Bound:
     """A session with inputs and outputs in buffers on the provider's device, allocated once.
 
     Raises:
-        ProviderUnavailable, Unsupported: see `open_session`; or ONNX Runtime does not run the graph on these inputs.
+        ProviderUnavailable, Unsupported: see `open_session`; or ONNX Runtime cannot run the graph on these inputs.
     """
     import numpy as np
     import onnxruntime
@@ -204,16 +204,16 @@ def bind(path: Path, feeds: Feeds, setting: Setting) -> Bound:
     session = open_session(path, setting.provider, setting.threads, cuda_graph=setting.cuda_graph)
     once = onnxruntime.RunOptions()
     if setting.cuda_graph:
-        once.add_run_config_entry("gpu_graph_id", "-1")  # this run has buffers of its own: not the one to capture
+        once.add_run_config_entry("gpu_graph_id", "-1")  # this run uses other buffers, so it must not be captured
     try:
         outputs = session.run(None, feeds, once)  # for their shapes
-    except Exception as error:  # its exceptions share no base class of their own
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
         shapes = ", ".join(f"{name}{list(array.shape)}" for name, array in feeds.items())
         raise Unsupported(
             "ONNX Runtime does not run this graph on such inputs",
             where=path,
             found=f"{shapes}: {error}",
-            then="choose a --shape that it takes",
+            then="choose a --shape that the graph takes",
         ) from error
     binding = session.io_binding()
     buffers = []

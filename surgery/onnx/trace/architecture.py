@@ -1,7 +1,7 @@
 """From a Hugging Face folder to a torch module without weights, and to the checkpoint's name of each of its tensors.
 
-The class is the one that config.json names, looked up in transformers: there is no list of architectures here. Knows
-nothing of ONNX, and reads no payload: config.json and tensor specs are enough.
+config.json names the class, and it is looked up in transformers; there is no list of architectures here. This module
+does not know ONNX, and reads no payload: config.json and tensor specs are enough.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from surgery.onnx.trace.kinds import EXPORTED, kind_of
 from surgery.onnx.trace.program import ModelKind
 
 _LEGACY = ((".weight", ".gamma"), (".bias", ".beta"))  # LayerNorm's names in checkpoints of 2018-2019
-_COUNTERS = ".num_batches_tracked"  # of BatchNorm: counts while training, and older checkpoints do not have it
+_COUNTERS = ".num_batches_tracked"  # BatchNorm's training counter, which older checkpoints do not have
 _NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir", "transformers")
 
 
 @dataclass(frozen=True)
 class TransformersModel:
-    """What config.json says: the folder, the transformers class, its configuration, and how it is used.
+    """A transformers model as config.json describes it: its class, its configuration, and how it is used.
 
     Attributes:
-        folder: of config.json and the weights.
+        folder: the folder of config.json and the weights.
         model_class: a transformers.PreTrainedModel subclass.
         config: its transformers.PretrainedConfig.
-        kind: its graphs.
-        settings: config.json, as far as the graph depends on it.
+        kind: how the model is used, and its graphs.
+        settings: the part of config.json that the graph depends on.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class TransformersModel:
 
     @property
     def name(self) -> str:
-        """The class's."""
+        """The name of the class."""
         return str(self.model_class.__name__)
 
     def build(self, dtype: DType) -> Any:
@@ -63,8 +63,8 @@ class TransformersModel:
         return build_module(self, dtype)
 
     def load(self, dtype: DType) -> Any:
-        """transformers' own loading, on purpose: comparing with it also checks that our reading of names, prefixes and
-        ties is theirs."""
+        """Loads with transformers itself, on purpose: the comparison then also checks our reading of names, prefixes
+        and ties."""
         from formats.tensors import torch_dtype
 
         with quiet():
@@ -79,19 +79,19 @@ def read_architecture(model: BaseModel, *, cached: bool = False) -> Transformers
 
     Args:
         model: a folder with config.json in it.
-        cached: whether keys and values of tokens gone by are to be inputs and outputs.
+        cached: whether keys and values of past tokens are inputs and outputs.
 
     Raises:
         UnknownArchitecture: no config.json, no `architectures` in it, or a class that transformers does not have.
-        CorruptFile: a config.json that is no JSON object.
-        Unsupported: what `kind_of` refuses.
+        CorruptFile: config.json is not a JSON object.
+        Unsupported: `kind_of` refuses the model.
     """
     path, folder = model.config_file, model.path
     if path is None or not folder.is_dir():
         raise UnknownArchitecture(
             "the folder has no config.json, so nothing says which graph to build",
             where=folder,
-            then="give a Hugging Face model folder, config.json and its weights; or a file of weights with --factory",
+            then="pass a Hugging Face folder with config.json and weights; or a weight file with --factory",
         )
     name = _class_name(path, model.config)
     model_class = _find_class(name, path)
@@ -109,7 +109,7 @@ def _find_class(name: str, path: Path) -> Any:
         import transformers
     except ImportError as error:
         raise Unsupported(
-            "exporting needs transformers, which knows the model's class",
+            "exporting needs transformers, which defines the model's class",
             where=path,
             found=error,
             then="pip install 'model-surgery[hf]'",
@@ -125,7 +125,7 @@ def _find_class(name: str, path: Path) -> Any:
         expected=EXPORTED,
         found=f"{name}; nearest: {', '.join(near)}" if near else name,
         then=f"correct `architectures`, install a transformers that has it (here {transformers.__version__}), or build "
-        "it yourself: --factory package.module:function with the file of its weights",
+        "it yourself: --factory package.module:function with its weight file",
     )
 
 
@@ -138,15 +138,15 @@ def _class_name(path: Path, said: Mapping[str, Any]) -> str:
             expected=f'"architectures": ["BertModel"], say: {EXPORTED}',
             found=f'"architectures": {json.dumps(names)}',
             then="add the class that the checkpoint was saved from, or build the module yourself: --factory "
-            "package.module:function with the file of its weights",
+            "package.module:function with its weight file",
         )
     return names[0]
 
 
 def build_module(architecture: TransformersModel, dtype: DType) -> Any:
-    """The torch module, its parameters allocated but never written: untouched pages cost no memory.
+    """The torch module, with parameters allocated but never written: untouched pages cost no memory.
 
-    Attention is the eager one: the fused one's decomposition has twelve more nodes a layer.
+    It uses eager attention, because fused attention decomposes into twelve more nodes per layer.
     """
     from transformers.initialization import no_init_weights
 
@@ -163,12 +163,12 @@ def build_module(architecture: TransformersModel, dtype: DType) -> Any:
 def checkpoint_specs(module: Any, specs: Mapping[str, TensorSpec], where: Path) -> dict[str, TensorSpec]:
     """For each name in the module's state_dict, the checkpoint's tensor.
 
-    A checkpoint may carry the base model's prefix where the module does not (`bert.encoder…`), or the other way
-    round, and stores tied weights once, under either name.
+    A checkpoint may have the base model's prefix while the module does not (`bert.encoder…`), or vice versa, and it
+    stores tied weights once, under either name.
 
     Raises:
-        MissingTensors: with the names, and the nearest ones that are there.
-        Unsupported: a tensor's shape is not the one that the config leads to.
+        MissingTensors: tensors are missing; lists their names and the most similar names in the checkpoint.
+        Unsupported: a tensor's shape differs from the shape that the config implies.
     """
     groups: dict[int, list[str]] = {}  # id of the tensor → its names in the module, more than one where tied
     state = module.state_dict(keep_vars=True)
@@ -187,7 +187,11 @@ def checkpoint_specs(module: Any, specs: Mapping[str, TensorSpec], where: Path) 
         shape = tuple(state[names[0]].shape)
         if spec.shape != shape:
             raise Unsupported(
-                f"config.json and the weights disagree about {spec.name}", where=where, expected=shape, found=spec.shape
+                f"config.json and the weights disagree about the shape of {spec.name}",
+                where=where,
+                expected=shape,
+                found=spec.shape,
+                then="use the config.json that the weights were saved with",
             )
         found.update(dict.fromkeys(names, spec))
     if missing:
@@ -197,14 +201,14 @@ def checkpoint_specs(module: Any, specs: Mapping[str, TensorSpec], where: Path) 
             where=where,
             expected=", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else ""),
             found="nearest: " + ", ".join(dict.fromkeys(nearest)) if nearest else None,
-            then="check `architectures` in config.json against what the file holds",
+            then="check that `architectures` in config.json matches the checkpoint",
         )
     return found
 
 
 def _finder(module: Any, specs: Mapping[str, TensorSpec]) -> Callable[[list[str]], TensorSpec | None]:
-    """A function from a tensor's names in the module to the checkpoint's tensor. transformers' own table of renamed
-    layers is asked only for what is under none of the usual names."""
+    """A function from a tensor's names in the module to the checkpoint's tensor. It consults transformers' table of
+    renamed layers only for tensors that have none of the usual names."""
     prefix = getattr(module, "base_model_prefix", "")
     renamed: dict[str, str] | None = None
 
@@ -233,7 +237,7 @@ def _stored(names: list[str], prefix: str, specs: Mapping[str, TensorSpec]) -> T
 
 
 def stored_ties(module: Any, specs: Mapping[str, TensorSpec]) -> tuple[tuple[str, ...], ...]:
-    """Groups of names that the module ties and the checkpoint nevertheless stores one by one."""
+    """Groups of names that the module ties, but that the checkpoint stores separately."""
     groups: dict[int, list[str]] = {}
     prefix = getattr(module, "base_model_prefix", "")
     for name, tensor in module.state_dict(keep_vars=True).items():
@@ -245,7 +249,7 @@ def stored_ties(module: Any, specs: Mapping[str, TensorSpec]) -> tuple[tuple[str
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps exporters and loaders from chatting on stderr; what matters they raise."""
+    """Silences exporters and loaders on stderr; they raise exceptions for everything that matters."""
     from transformers.utils import logging as chat
 
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]

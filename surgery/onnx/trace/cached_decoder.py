@@ -1,8 +1,8 @@
-"""Decoders with cached keys and values: prefill and every further step by one graph.
+"""Decoders with cached keys and values: one graph does prefill and every further step.
 
-Inputs and outputs have the names that optimum gave them: `past_key_values.N.key`, `present.N.key` and so on, each
+Inputs and outputs have optimum's names: `past_key_values.N.key`, `present.N.key` and so on, each
 (batch, heads, length, width). The first call has a past of length 0. `position_ids` are an input, because only the
-caller knows where padding on the left ends.
+caller knows where left padding ends.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PAST, PRESENT = "past_key_values", "present"
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Layers, heads of keys and values, and the width of a head."""
+    """The number of layers, the number of key and value heads, and the width of a head."""
 
     layers: int
     heads: int
@@ -40,7 +40,7 @@ class CacheShape:
         return tuple(Input(n, FLOAT, ("batch", self.heads, length, self.width)) for n in self.names(PAST, part))
 
     def empty(self, batch: int, part: str = "") -> dict[str, Array]:
-        """A past of no token."""
+        """A cache of length 0."""
         import numpy as np
 
         return {n: np.zeros((batch, self.heads, 0, self.width), np.float32) for n in self.names(PAST, part)}
@@ -48,12 +48,12 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class CachedDecoder:
-    """A decoder that continues where it stopped.
+    """A decoder that continues from its cache.
 
     Attributes:
         program: its graph.
-        cache: the shape of what is kept.
-        vocabulary: what token numbers stay below.
+        cache: the shape of the cache.
+        vocabulary: size of the vocabulary; token ids are below it.
         longest: the longest sequence to try.
     """
 
@@ -68,8 +68,8 @@ class CachedDecoder:
         return (self.program,)
 
     def compare(self, module: Any, runtime: Runtime, seed: int) -> Iterator[OutputComparison]:
-        """As in ModelKind: a prompt, its rows but the first padded on the left, and steps from the graph's own cache,
-        against the module's single pass over all of it, which has none."""
+        """As in ModelKind: runs a left-padded prompt (except its first row) and steps from the graph's own cache, and
+        compares them with the module's single pass over all tokens, without a cache."""
         import numpy as np
 
         rng = np.random.default_rng(seed)
@@ -107,7 +107,7 @@ class CachedDecoder:
 
 
 def cached_program(cache: CacheShape, takes_positions: bool) -> Program:
-    """The graph of a decoder with its cache; `takes_positions` says whether its forward has position_ids."""
+    """The graph of a decoder with its cache; `takes_positions`: whether its forward takes position_ids."""
     inputs = (
         Input("input_ids", "int64", ("batch", "sequence")),
         Input("attention_mask", "int64", ("batch", "total_sequence")),
@@ -125,8 +125,8 @@ def cached_program(cache: CacheShape, takes_positions: bool) -> Program:
 
 
 def filled(tensors: list[Any]) -> Any:
-    """A transformers cache that holds keys and values, layer by layer; none of its layers forgets, since a window that
-    slides is the mask's business."""
+    """A transformers cache with keys and values, layer by layer; no layer drops tokens, because the mask implements
+    sliding windows."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     cache = DynamicCache()

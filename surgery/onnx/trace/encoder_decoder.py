@@ -1,8 +1,8 @@
 """Encoder–decoders: one graph for the encoder, run once, and one for the decoder, run for every token.
 
-Files are called as optimum calls them, `encoder_model.onnx` and `decoder_model.onnx`, and share one set of weights.
-With a cache the encoder's graph also computes the keys and values that the decoder's layers make of the encoded
-sequence (`present.N.encoder.key` …): they never change, so the decoder takes them and not the sequence.
+Files have optimum's names, `encoder_model.onnx` and `decoder_model.onnx`, and share one set of weights. With a cache,
+the encoder's graph also computes the keys and values that the decoder's layers make of the encoded sequence
+(`present.N.encoder.key` …): they never change, so the decoder takes them instead of the sequence.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class EncoderDecoder:
     Attributes:
         source: the encoder's inputs, without its mask.
         masked: whether the encoder takes a mask.
-        length: of the encoded sequence, where it does not vary.
-        width: of the encoded sequence.
-        vocabulary: what token numbers stay below.
+        length: length of the encoded sequence, if it is fixed.
+        width: width of the encoded sequence.
+        vocabulary: size of the vocabulary; token ids are below it.
         longest: the longest sequence to try.
-        cache: the shape of what the decoder keeps; None without.
+        cache: the shape of the decoder's cache; None without a cache.
     """
 
     source: Input
@@ -81,7 +81,7 @@ class EncoderDecoder:
 
         hidden = module.get_encoder()(**given).last_hidden_state  # (batch, length, width)
         outputs = {"last_hidden_state": hidden}
-        if self.cache is not None:  # one token goes through the decoder; all but what it leaves in the cache is unused
+        if self.cache is not None:  # one token runs through the decoder; only the resulting cache is used
             caches = EncoderDecoderCache(DynamicCache(), DynamicCache())
             token = torch.zeros((hidden.shape[0], 1), dtype=torch.int64)
             self._run(module, token, hidden, given.get("attention_mask"), caches)
@@ -124,8 +124,8 @@ class EncoderDecoder:
         )
 
     def compare(self, module: Any, runtime: Runtime, seed: int) -> Iterator[OutputComparison]:
-        """As in ModelKind: the encoder, and the decoder over what the encoder's graph gave, step by step where there is
-        a cache, against the whole module in one pass."""
+        """As in ModelKind: compares the encoder, and the decoder on the output of the encoder's graph (step by step if
+        there is a cache), with the whole module in one pass."""
         import numpy as np
 
         rng = np.random.default_rng(seed)
@@ -141,7 +141,7 @@ class EncoderDecoder:
             found = runtime.run(ENCODER, feed)
             valid = mask.astype(bool) if mask is not None else None
             for name, array in encoder.items():
-                swap = name != "last_hidden_state"  # of keys and values the heads come before the tokens
+                swap = name != "last_hidden_state"  # in keys and values, the heads axis precedes the tokens axis
                 one, other = (each.swapaxes(1, 2) if swap else each for each in (array, found[name]))
                 yield OutputComparison(name, next(iter(feed.values())).shape, one, other, valid)
             yield from self._decoded(runtime, tokens, prompt, mask, found, expected)

@@ -1,6 +1,6 @@
 """From a transformers class and its configuration to the way the model is used: its graphs and their inputs.
 
-Decided by what the class's forward takes and by the config's own numbers; there is no list of architectures.
+The arguments of the class's forward and the config's values decide; there is no list of architectures.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from surgery.onnx.trace.encoder_decoder import EncoderDecoder
 from surgery.onnx.trace.program import FLOAT, Input
 from surgery.onnx.trace.single_pass import SinglePass, audio_program, image_program, token_program
 
-OPTIONAL_INPUTS = ("attention_mask", "token_type_ids")  # after input_ids, where the model listens to them
+OPTIONAL_INPUTS = ("attention_mask", "token_type_ids")  # follow input_ids, if the model uses them
 EXPORTED = (
     "a class of transformers that takes tokens, images of one size or log-mel features, encoder–decoders included"
 )
-_NO_CACHE = "leave out --with-cache"
-_IMAGE_SIDE = 224  # where neither config.json nor preprocessor_config.json says
-_FACTORY = "build the module yourself: --factory package.module:function, with --inputs and the file of its weights"
+_NO_CACHE = "omit --with-cache"
+_IMAGE_SIDE = 224  # if neither config.json nor preprocessor_config.json gives a size
+_FACTORY = "build the module yourself: --factory package.module:function, with --inputs and its weight file"
 
 
 def kind_of(
@@ -34,12 +34,12 @@ def kind_of(
     Args:
         model_class: a transformers class.
         config: its configuration.
-        model: a folder with config.json, and perhaps preprocessor_config.json, which tells an image's size.
-        cached: whether keys and values of tokens gone by are to be inputs and outputs.
+        model: a folder with config.json, and perhaps preprocessor_config.json, which gives the size of images.
+        cached: whether keys and values of past tokens are inputs and outputs.
 
     Raises:
         Unsupported: a quantised checkpoint, inputs that are neither tokens nor images nor log-mel features, or a cache
-            asked of a model that has none.
+            for a model that has none.
     """
     takes = inspect.signature(model_class.forward).parameters
     fed = model_class.main_input_name
@@ -52,12 +52,12 @@ def kind_of(
             return _cached_decoder(model_class, config, model, takes)
         return _single_pass(takes, config)
     if cached:
-        raise _refused(model_class, model, f"it is fed with {fed} and keeps no keys and values", _NO_CACHE)
+        raise _refused(model_class, model, f"it takes {fed} and keeps no keys and values", _NO_CACHE)
     if fed == "pixel_values":
         return SinglePass(image_program(getattr(config, "num_channels", 3), *_image_size(config, model)))
     if fed == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
         return SinglePass(audio_program(config.num_mel_bins, 2 * config.max_source_positions))
-    raise _refused(model_class, model, f"the model is fed with {fed}, whose shape config.json does not tell")
+    raise _refused(model_class, model, f"the model takes {fed}, whose shape config.json does not give")
 
 
 def longest(config: Any) -> int:
@@ -84,7 +84,7 @@ def _single_pass(takes: Mapping[str, Any], config: Any) -> SinglePass:
 def _cached_decoder(model_class: Any, config: Any, model: BaseModel, takes: Mapping[str, Any]) -> CachedDecoder:
     text = config.get_text_config(decoder=True)
     if "past_key_values" not in takes or not model_class.can_generate():
-        reason = "it generates nothing token by token, so it keeps no keys and values"
+        reason = "it does not generate token by token, so it keeps no keys and values"
         raise _refused(model_class, model, reason, _NO_CACHE)
     cache = _cache_shape(text, text.num_hidden_layers, text.num_attention_heads)
     program = cached_program(cache, "position_ids" in takes)
@@ -99,7 +99,7 @@ def _encoder_decoder(model_class: Any, config: Any, model: BaseModel, fed: str, 
         length = config.max_source_positions
         source = Input("input_features", FLOAT, ("batch", config.num_mel_bins, 2 * config.max_source_positions))
     else:
-        raise _refused(model_class, model, f"its encoder is fed with {fed}")
+        raise _refused(model_class, model, f"its encoder takes {fed}")
     if cached and not model_class.can_generate():
         raise _refused(model_class, model, "it generates nothing, so it keeps no keys and values", _NO_CACHE)
     layers = _number(config, "num_decoder_layers", "decoder_layers", "num_hidden_layers")
@@ -126,7 +126,7 @@ def _number(config: Any, *names: str) -> int:
 
 
 def _image_size(config: Any, model: BaseModel) -> tuple[int, int]:
-    """Height and width: config.json's, what the preprocessor cuts to, or 224."""
+    """Height and width: from config.json, from the preprocessor's crop size, or 224."""
     path = model.folder / "preprocessor_config.json"
     prepared = parsed_config(model.files.content(path), path, "preprocessor's config") if path.is_file() else {}
     for size in (getattr(config, "image_size", None), prepared.get("crop_size"), prepared.get("size")):

@@ -1,7 +1,7 @@
 """A user's own module: a function builds it, a file holds its weights.
 
-Nothing in a weight file says which code to run; the function is named by the user, in so many words, and only then is
-it imported and called. It should return the module as it is before training; its parameters are never looked at.
+A weight file does not say which code to run, so the user must name the function; only then is it imported and called.
+It should return the untrained module; its parameter values are never read.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class OwnModule:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Nothing is known of what the function depends on."""
+        """Empty: the settings of the function are unknown."""
         return {}
 
     def build(self, dtype: DType) -> Any:
@@ -58,7 +58,10 @@ class OwnModule:
         module = self.make()
         if not isinstance(module, torch.nn.Module):
             raise Unsupported(
-                "the factory must return a torch.nn.Module", where=self.factory, found=type(module).__name__
+                "the factory must return a torch.nn.Module",
+                where=self.factory,
+                found=type(module).__name__,
+                then="name a function that returns the module: --factory package.module:function",
             )
         return module.to(torch_dtype(dtype)).eval()
 
@@ -73,20 +76,28 @@ class OwnModule:
         lost = [name for name in missing if id(state[name]) not in tied]
         if lost:
             raise MissingTensors(
-                "the module needs tensors that the file does not have", where=self.where, expected=lost
+                "the module needs tensors that the file does not have",
+                where=self.where,
+                expected=lost,
+                then="check that the factory builds the module that the file was saved from",
             )
         return module
 
 
 def own_module(weights: BaseModel, factory: str, inputs: Sequence[str]) -> OwnModule:
-    """Finds the function, and reads what it says of the inputs; does not call it.
+    """Finds the function, and parses the inputs; does not call the function.
 
     Raises:
         Unsupported: a factory that cannot be imported, or inputs that cannot be read.
     """
     module, colon, function = factory.partition(":")
     if not (module and colon and function):
-        raise Unsupported("--factory names a function", expected="package.module:function", found=factory)
+        raise Unsupported(
+            "--factory does not name a function",
+            expected="package.module:function",
+            found=factory,
+            then="name it as --factory package.module:function",
+        )
     try:
         make = getattr(importlib.import_module(module), function)
     except Exception as error:  # the user's own code may raise anything while it is imported
@@ -94,13 +105,20 @@ def own_module(weights: BaseModel, factory: str, inputs: Sequence[str]) -> OwnMo
             "the factory cannot be imported",
             where=factory,
             found=f"{type(error).__name__}: {error}",
-            then="run from where Python finds it, or put its folder on PYTHONPATH",
+            then="run in a folder from which Python finds it, or add its folder to PYTHONPATH",
         ) from error
     if not callable(make):
-        raise Unsupported("the factory is no function", where=factory, found=type(make).__name__)
+        raise Unsupported(
+            "the factory is not a function",
+            where=factory,
+            found=type(make).__name__,
+            then="name a function that returns the module",
+        )
     if not inputs:
         raise Unsupported(
-            "a module of your own needs its inputs described", where=factory, then="--inputs 'x=float32[batch,3,32,32]'"
+            "--factory needs a description of the module's inputs",
+            where=factory,
+            then="pass for example --inputs 'x=float32[batch,3,32,32]'",
         )
     program = Program("", tuple(_input(text) for text in inputs), forward)
     return OwnModule(weights, factory, make, SinglePass(program))
@@ -115,6 +133,7 @@ def _input(text: str) -> Input:
             "an input of the module cannot be read",
             expected=f"NAME=DTYPE[AXES], such as x=float32[batch,3,32,32]; the dtype one of {', '.join(_DTYPES)}",
             found=text,
+            then="correct --inputs",
         )
     dtype = FLOAT if found[2] in _FLOATS else found[2]
     return Input(found[1], dtype, tuple(int(axis) if axis.isdecimal() else axis for axis in axes))

@@ -1,7 +1,7 @@
-"""What one graph takes and gives, and how a module is called for it.
+"""The inputs and outputs of one graph, and how a module is called for it.
 
-A module's own signature is not a graph's: caches are objects, masks are optional, an encoder–decoder is two graphs. A
-Program says it flatly: tensors in by name, tensors out by name. Knows nothing of ONNX, files and weights.
+A module's signature differs from a graph's: caches are objects, masks are optional, an encoder–decoder is two graphs. A
+Program is flat: named tensors in, named tensors out. Knows nothing of ONNX, files and weights.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any, Protocol
 
 from formats.spec import DType
 
-FLOAT = "float"  # the dtype of inputs that take the model's own
+FLOAT = "float"  # for inputs that have the model's dtype
 Call = Callable[[Any, Mapping[str, Any]], dict[str, Any]]  # module, inputs by name → outputs by name, in order
 Arrays = Mapping[str, Any]  # name → numpy array
-# Sizes while tracing: neither 0 nor 1, which torch.export takes for constants, and no two alike, which it takes for one
+# Sizes while tracing: not 0 or 1, which torch.export treats as constants, and all different, since it merges equal ones
 _SIZES = {"batch": 2, "sequence": 8, "past_sequence": 5, "total_sequence": 13, "encoder_sequence": 7}
 _OTHER_SIZES = (16, 11, 17, 19, 23, 29)
 
 
 @dataclass(frozen=True)
 class Input:
-    """One input: its name, dtype as torch calls it (or FLOAT), and its axes, a name where they vary."""
+    """One input: its name, torch's name of its dtype (or FLOAT), and its axes; an axis that varies is a name."""
 
     name: str
     dtype: str
@@ -33,7 +33,7 @@ class Input:
 
     @property
     def parameter(self) -> str:
-        """Its name as Python's parameters are called, while it is traced."""
+        """Its name as a Python parameter while tracing."""
         return self.name.replace(".", "__")
 
 
@@ -42,8 +42,8 @@ class Program:
     """One graph of a model.
 
     Attributes:
-        prefix: of the file's name; empty where the model is one graph.
-        inputs: in the graph's order.
+        prefix: prefix of the file name; empty if the model has one graph.
+        inputs: the inputs, in the graph's order.
         call: runs the module on tensors.
     """
 
@@ -52,7 +52,7 @@ class Program:
     call: Call
 
     def sizes(self) -> dict[str, int]:
-        """A size for every axis that varies, for tracing."""
+        """For tracing, a size for every axis that varies."""
         names = dict.fromkeys(axis for each in self.inputs for axis in each.axes if isinstance(axis, str))
         others = iter(_OTHER_SIZES)
         return {name: _SIZES.get(name) or next(others) for name in names}
@@ -63,10 +63,10 @@ class OutputComparison:
     """One output of one run, from torch and from the graph.
 
     Attributes:
-        output: its name.
-        shape: of the run's first input.
-        reference, found: arrays of the same shape, or the graph is wrong.
-        valid: bool over their first axes, the entries to compare; all where None.
+        output: name of the output.
+        shape: shape of the run's first input.
+        reference, found: the arrays from torch and from the graph; if their shapes differ, the graph is wrong.
+        valid: bool array over their first axes that selects the entries to compare; None for all.
     """
 
     output: str
@@ -80,14 +80,14 @@ class Runtime(Protocol):
     """Graphs that can be run."""
 
     def run(self, prefix: str, feed: Arrays) -> dict[str, Any]:
-        """The outputs of the graph with that prefix, by name; floating-point inputs are cast to what it takes."""
+        """The outputs of the graph with that prefix, by name; floating-point inputs are cast to the graph's dtype."""
 
     def axes(self, prefix: str, output: str) -> tuple[int | str | None, ...]:
         """An output's axes as the graph declares them."""
 
 
 class ModelKind(Protocol):
-    """A way of using a model: its graphs, and how to try them against torch."""
+    """A way of using a model: its graphs, and how to compare them with torch."""
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -98,8 +98,8 @@ class ModelKind(Protocol):
 
         Args:
             module: the torch module with its weights.
-            runtime: the graphs with theirs.
-            seed: of the inputs.
+            runtime: the graphs with their weights.
+            seed: seed of the inputs.
         """
 
 
@@ -120,18 +120,18 @@ class Exportable(Protocol):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What the graph depends on besides names, dtypes and shapes; goes into the graph as JSON."""
+        """The settings that the graph depends on besides names, dtypes and shapes; stored in the graph as JSON."""
 
     def build(self, dtype: DType) -> Any:
-        """The torch module, its parameters allocated but never written: untouched pages cost no memory."""
+        """The torch module, with parameters allocated but never written: untouched pages cost no memory."""
 
     def load(self, dtype: DType) -> Any:
-        """The torch module with its weights, read by the model's own library where it has one."""
+        """The torch module with its weights, loaded by the model's own library if it has one."""
 
 
 @contextlib.contextmanager
 def called(module: Any, program: Program) -> Iterator[None]:
-    """Gives the module the program's signature while it is traced. A wrapper around it would rename every weight."""
+    """Gives the module the program's signature during tracing, because a wrapper module would rename every weight."""
 
     own = module.forward
 
@@ -153,7 +153,7 @@ def called(module: Any, program: Program) -> Iterator[None]:
 
 
 def tensors_of(output: Any) -> dict[str, Any]:
-    """The tensors among a module's outputs, by the names of its fields; by number where they have none."""
+    """The tensors among a module's outputs, by field name, or by number if the fields have no names."""
     import torch
 
     if isinstance(output, torch.Tensor):

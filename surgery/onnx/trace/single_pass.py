@@ -1,6 +1,6 @@
 """Models that are run once: encoders and decoders over tokens without a cache, images, audio features, own modules.
 
-Their graph is the module's forward over tensors, its outputs those of the module that are tensors.
+Their graph is the module's forward on tensors; its outputs are the tensors among the module's outputs.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-SHAPES = ((1, 1), (1, 16), (2, 7), (3, 33))  # batch, sequence; cut to what the model takes
-_OTHER_AXES = (16, 24, 32)  # an axis of an own module that is neither: in turn
+SHAPES = ((1, 1), (1, 16), (2, 7), (3, 33))  # batch, sequence; shortened to the model's limit
+_OTHER_AXES = (16, 24, 32)  # sizes for other axes of a user's own module, in turn
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class SinglePass:
 
     Attributes:
         program: the graph.
-        vocabulary: what token numbers stay below; 2 where unknown.
-        types: what token_type_ids stay below.
-        padding: the token that fills a row up.
+        vocabulary: size of the vocabulary; token ids are below it; 2 if unknown.
+        types: number of token types; token_type_ids are below it.
+        padding: the padding token.
         longest: the longest sequence to try.
     """
 
@@ -53,7 +53,7 @@ class SinglePass:
         return (self.program,)
 
     def compare(self, module: Any, runtime: Runtime, seed: int) -> Iterator[OutputComparison]:
-        """As in ModelKind: every shape once; where there is a mask, all rows but the first end in padding."""
+        """As in ModelKind: runs every shape once; with a mask, all rows except the first end in padding."""
         for feed in self.feeds(seed):
             reference = as_arrays(self.program.call(module, as_tensors(feed, module)))
             found = runtime.run(self.program.prefix, feed)
@@ -65,7 +65,7 @@ class SinglePass:
                 yield OutputComparison(name, shape, array, found[name], valid)
 
     def feeds(self, seed: int) -> list[dict[str, Array]]:
-        """Random inputs in several shapes; of models without a sequence in two, since only the batch varies."""
+        """Random inputs in several shapes; in two for models without a sequence, because only the batch varies."""
         import numpy as np
 
         rng = np.random.default_rng(seed)
@@ -97,7 +97,7 @@ class SinglePass:
 
 
 def right_padding(rng: Any, batch: int, sequence: int) -> Array:
-    """A mask whose first row is full and whose others end in padding.  # (batch, sequence) int64"""
+    """A mask whose first row is full and whose other rows end in padding.  # (batch, sequence) int64"""
     import numpy as np
 
     mask = np.ones((batch, sequence), np.int64)
@@ -117,10 +117,10 @@ def token_program(names: tuple[str, ...]) -> Program:
 
 
 def image_program(channels: int, height: int, width: int) -> Program:
-    """A forward over images of one size, of which only the number varies."""
+    """A forward over images of a fixed size; only their number varies."""
     return Program("", (Input("pixel_values", FLOAT, ("batch", channels, height, width)),), forward)
 
 
 def audio_program(features: int, frames: int) -> Program:
-    """A forward over log-mel features of one length."""
+    """A forward over log-mel features of a fixed length."""
     return Program("", (Input("input_features", FLOAT, ("batch", features, frames)),), forward)

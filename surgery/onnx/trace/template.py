@@ -1,10 +1,10 @@
-"""From a model's architecture to its ONNX graph, without a weight in it.
+"""From a model's architecture to its ONNX graph, without weights.
 
-Two exports of one architecture give the same bytes, whatever the weights, the process or the folder: while the graph
-is optimised every weight stands as a graph *input*, so that no pass can look at its value, fold it or rename it;
-afterwards it becomes an initialiser again, under the checkpoint's name. Then everything that says where and how the
-graph was made is dropped, and nodes are named after the module they come from. Reads no payload, writes no file;
-where the weights will lie is `payload`'s business.
+Two exports of one architecture give the same bytes, whatever the weights, the process or the folder. While the graph
+is optimised, every weight is a graph *input*, so that no pass can read its value, fold it or rename it; afterwards it
+becomes an initialiser again, under the checkpoint's name. Then all information on where and how the graph was made is
+dropped, and nodes are named after their modules. Reads no payload and writes no file; `payload` decides where the
+weights go.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes which module 
 
 @dataclass(frozen=True)
 class Template:
-    """A graph whose weights are named and shaped but not there.
+    """A graph whose weights have names and shapes, but no values yet.
 
-    model: the ModelProto; each weight an initialiser with external data and no location yet.
+    model: the ModelProto; each weight is an initialiser with external data and no location yet.
     weights: the tensors that the payload must hold, under the checkpoint's names, sorted; in the graph's dtype.
-    ties: groups of names that the model ties and the checkpoint stores one by one; the graph uses the first.
-    prefix: of the file's name, where the model is several graphs.
+    ties: groups of names that the model ties but the checkpoint stores separately; the graph uses the first.
+    prefix: prefix of the file name, if the model has several graphs.
     """
 
     model: onnx.ModelProto
@@ -63,12 +63,12 @@ def build_templates(
     Args:
         model: its class or function, and how it is used.
         specs: the checkpoint's tensors; only names, dtypes and shapes are used.
-        dtype: what the graph computes in; the checkpoint's own where None.
+        dtype: the dtype that the graph computes in; None for the checkpoint's own.
 
     Raises:
         MissingTensors: the checkpoint lacks tensors that the module has.
-        UnsupportedDType: its floating-point dtype is none that ONNX Runtime's CPU provider runs, or there are several,
-            and no other is asked for.
+        UnsupportedDType: no `dtype` is given, and ONNX Runtime's CPU provider does not run the checkpoint's
+            floating-point dtype, or there are several.
         Unsupported: torch cannot trace the model, or the config contradicts the shapes.
     """
     probe = model.build(DType.F32)
@@ -95,7 +95,7 @@ def build_templates(
 
 
 def _tied(module: Any, stored: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The module's further names of a tensor → the name it has in the graph."""
+    """The module's other names of a tied tensor → its name in the graph."""
     groups: dict[int, list[str]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         groups.setdefault(id(tensor), []).append(name)
@@ -124,11 +124,11 @@ def _dtype(model: Exportable, stored: Mapping[str, TensorSpec]) -> DType:
     if len(counts) > 1:
         odd = {dtype: next(s.name for s in stored.values() if s.dtype is dtype) for dtype in counts}
         raise UnsupportedDType(
-            "the checkpoint mixes floating-point dtypes, and a graph computes in one",
+            "the checkpoint mixes floating-point dtypes, but a graph computes in one",
             where=model.where,
             expected="one of F32, F16 throughout",
             found=", ".join(f"{n} tensors in {dtype} ({odd[dtype]} is one)" for dtype, n in counts.items()),
-            then="say which: --dtype float32 or float16",
+            then="choose one: --dtype float32 or --dtype float16",
         )
     dtype = next(iter(counts), DType.F32)
     if dtype not in RUNNABLE:
@@ -137,13 +137,13 @@ def _dtype(model: Exportable, stored: Mapping[str, TensorSpec]) -> DType:
             where=model.where,
             expected="F32 or F16",
             found=dtype,
-            then="say --dtype float32 or float16; or, for another provider, --dtype bfloat16",
+            then="pass --dtype float32 or --dtype float16; or, for another provider, --dtype bfloat16",
         )
     return dtype
 
 
 def _trace(module: Any, program: Program, model: Exportable, dtype: DType) -> Any:
-    """The exporter's onnx_ir model, unoptimised: every parameter under its module's name."""
+    """The exporter's unoptimised onnx_ir model, with every parameter under its module's name."""
     import torch
 
     inputs = example(program, dtype)
@@ -193,7 +193,7 @@ def _output_names(program: Any) -> list[str]:
 
 
 def _optimise(model: Any, stored: Mapping[str, TensorSpec]) -> None:
-    """The exporter's own optimiser, blind to the weights: they stand as graph inputs, in the order of the file."""
+    """Runs the exporter's optimiser without access to the weights: they are graph inputs, in the order of the file."""
     import onnx_ir.passes.common as passes
     from onnxscript import rewriter
 
@@ -232,7 +232,7 @@ def _fold(model: Any) -> None:
 def _canonical(
     model: Any, stored: Mapping[str, TensorSpec], program: Program, source: Exportable
 ) -> tuple[onnx.ModelProto, list[TensorSpec]]:
-    """The graph and nothing about its making, and the weights it uses.
+    """The graph, without information on how it was made, and the weights it uses.
 
     Nodes are named after their module (`encoder.layer.0.attention.self.query/MatMul`), values after their node,
     constants by their order, axes as the program calls them.
@@ -285,8 +285,8 @@ def _canonical(
 
 
 def order_nodes(graph: Any) -> None:
-    """Puts a graph's nodes in the order in which its outputs need them. The module's own order is not always the same:
-    Gemma 3 runs through a set of its layers' kinds, which Python orders anew in every process."""
+    """Sorts a graph's nodes in the order in which its outputs need them. The module's order is not deterministic:
+    Gemma 3 iterates over a set of layer kinds, whose order differs between Python processes."""
     ordered: dict[Any, None] = {}
     open_nodes = [value.producer() for value in reversed(graph.outputs)]
     while open_nodes:
@@ -305,7 +305,7 @@ def order_nodes(graph: Any) -> None:
 
 
 def _needs(node: Any) -> list[Any]:
-    """The values that a node reads, those that its subgraphs read included."""
+    """The values that a node reads, including those that its subgraphs read."""
     from onnx_ir import AttributeType
 
     read = [value for value in node.inputs if value is not None]
@@ -318,9 +318,9 @@ def _needs(node: Any) -> list[Any]:
 
 
 def _rename_axes(inputs: list[Any], outputs: list[Any], program: Program, source: Exportable) -> None:
-    """torch.export's symbols (`s43`) become what they are; an axis derived from them keeps only that it varies.
+    """Renames torch.export's symbols (`s43`) to the program's axes; an axis derived from them only stays variable.
 
-    Raises Unsupported where the model lets an axis be of one size only.
+    Raises Unsupported if the model allows only one size for an axis that should vary.
     """
     import onnx_ir as ir
 
@@ -330,7 +330,7 @@ def _rename_axes(inputs: list[Any], outputs: list[Any], program: Program, source
         for axis, name in zip(value.shape, declared[value.name], strict=True):
             if isinstance(name, str) and isinstance(axis, int):
                 raise Unsupported(
-                    f"{source.name} takes one size only where an axis is to vary",
+                    f"{source.name} accepts only one size for an axis that should vary",
                     where=f"{source.where}: {value.name}",
                     expected=f"{name} of any size",
                     found=f"{axis} only",
@@ -351,7 +351,7 @@ def _rename_axes(inputs: list[Any], outputs: list[Any], program: Program, source
 
 
 def _scope(node: Any) -> str:
-    """The dotted path of the torch module that a node comes from; empty where the optimiser made the node."""
+    """The dotted path of the torch module that a node comes from; empty if the optimiser made the node."""
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
     scope = scopes[-2] if len(scopes) > 1 else ""
     return "" if scope.startswith("_") else scope  # the exporter's own placeholder, where it knows no module
@@ -363,7 +363,7 @@ def _numbered(counts: Counter[str], name: str) -> str:
 
 
 def _bare(proto: Any) -> Any:
-    """Drops doc strings and metadata, subgraphs' too, and puts attributes in the order of their names."""
+    """Drops doc strings and metadata, also in subgraphs, and sorts attributes by name."""
     import onnx
 
     proto.ClearField("doc_string")

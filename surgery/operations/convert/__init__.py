@@ -1,1 +1,1 @@
-"""convert: dialects and containers."""
+"""convert: rewrites adapters in another dialect, and files in another container."""

@@ -1,11 +1,11 @@
-"""convert, where no adapter's dialect changes: the same tensors in another container.
+"""convert without a change of dialect: writes the same tensors in another container.
 
-Tied weights. Torch's container can hold one tensor under several names; safetensors cannot. Where config.json beside
-the weights ties the embeddings, the names tied to the embedding are left out, as transformers' save_pretrained leaves
-them out: from_pretrained ties them again, and the embedding is not stored twice. Where nothing says so, a name left out
-would be missing when the file is loaded, so every name is written in full. Either is told in the notes. All else,
-overlapping views too, is written as tensors of their own. `formats.torch_file` does all this while reading, so that
-every verb sees the same tensors as the converted file has.
+Tied weights: torch's container can hold one tensor under several names; safetensors cannot. If the config.json next to
+the weights ties the embeddings, the names tied to the embedding are omitted, as transformers' save_pretrained does:
+from_pretrained ties them again, and the embedding is not stored twice. If nothing declares the tie, an omitted name
+would be missing when the file is loaded, so every name is written in full. The notes report which of the two happened.
+All other tensors, overlapping views included, are written separately. `formats.torch_file` does all this while reading,
+so every verb sees the same tensors that the converted file has.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from surgery.pipeline.ops import Copy, output_digest
 from surgery.pipeline.plan import Plan, Step
 from surgery.report import Report, Stopwatch
 
-_MODELS = (Container.SAFETENSORS, Container.TORCH)  # the containers that models are in
-_OF_TORCH = {"format": "pt"}  # what transformers asks of a safetensors file, and all that torch's container implies
+_MODELS = (Container.SAFETENSORS, Container.TORCH)  # the containers that can hold a model
+_OF_TORCH = {"format": "pt"}  # metadata that transformers requires in a safetensors file; torch's container implies it
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContainerReport(Report):
-    """What was converted.
+    """The containers that were read and written.
 
     Attributes:
         source: the container that was read: "torch", "safetensors, 3 shards" ….
-        container: the one that was written.
-        digest: content address of all tensors, the same in any container.
+        container: the container that was written.
+        digest: content address of all tensors; it is the same in every container.
     """
 
     source: str
@@ -63,10 +63,10 @@ def prepare_convert_container(
         source: a safetensors or torch file, an index of shards, or a folder of a model or an adapter.
         out: a `.safetensors`/`.st` file; a `.bin`, `.pt`, `.pth` or `.ckpt` file in torch's container; or a folder,
             which gets the weights in the source's shards, and the source folder's other files.
-        container: of a folder, "safetensors" (the default) or "torch".
-        max_shard_size: bytes of each shard of an output folder, instead of the source's shards.
-        force: replace what stands at `out`.
-        resources: threads; memory is not needed.
+        container: container of an output folder: "safetensors" (the default) or "torch".
+        max_shard_size: largest size of a shard in an output folder, in bytes; by default the source's shards are kept.
+        force: overwrite whatever exists at `out`.
+        resources: threads; the memory budget is not used.
 
     Raises:
         FormatError: see formats.errors; UnsafeFile and UnsupportedDType where the source is more than a state dict.
@@ -75,9 +75,9 @@ def prepare_convert_container(
     checkpoint = files.checkpoint(source)
     if container_named(checkpoint.ref.path) is Container.ORT:
         raise AdapterFormatError(
-            "ONNX Runtime's files hold factors the other way round than others: no mere change of container",
+            "ONNX Runtime's adapter files store transposed factors, so changing the container is not enough",
             where=source,
-            then="say the dialect: --to peft, and --base",
+            then="name the dialect and the base model: --to peft --base PATH",
         )
     chosen = _chosen(out, container)
     destination = _destination(source, Path(out), files, chosen, max_shard_size, force)
@@ -110,12 +110,12 @@ def _container_at(out: str | Path) -> str:
 
 
 def plan_container(checkpoint: Checkpoint, container: Container, config: str | None = None) -> Plan:
-    """Every tensor copied; the metadata too, unless the output is torch's container, which has room for none.
+    """Copies every tensor, and the metadata unless the output is in torch's container, which cannot hold any.
 
     Args:
         checkpoint: the source.
-        container: of the output.
-        config: an adapter's, as text, where the output is one file and has it in the metadata.
+        container: the output's container.
+        config: an adapter's config as text, for an output that is one file and stores it in the metadata.
     """
     steps = tuple(
         Step(name, (checkpoint.tensor(name),), (spec,), Copy(name)) for name, spec in checkpoint.specs.items()
@@ -123,18 +123,18 @@ def plan_container(checkpoint: Checkpoint, container: Container, config: str | N
     metadata = _OF_TORCH | dict(checkpoint.metadata) | ({} if config is None else {CONFIG_KEY: config})
     torch = container is Container.TORCH
     lost = sorted(metadata.keys() - _OF_TORCH.keys()) if torch else []
-    notes = (f"torch's container holds no metadata, left behind: {', '.join(lost)}",) if lost else ()
+    notes = (f"torch's container cannot hold metadata; these keys were dropped: {', '.join(lost)}",) if lost else ()
     return Plan("convert", steps, {} if torch else metadata, (*checkpoint.notes, *notes))
 
 
 def _own_config(source: Path, files: OpenFiles) -> str | None:
-    """The text of the config that belongs to an adapter's weights; None where there is none."""
+    """The text of the config that belongs to an adapter's weights; None if there is none."""
     ours = source.is_dir() or source.name in (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS)
     return _config((source if source.is_dir() else source.parent) / ADAPTER_CONFIG, files) if ours else None
 
 
 def _config(file: Path, files: OpenFiles) -> str | None:
-    """The text of a config; None where there is none. Raises CorruptFile."""
+    """The text of a config; None if the file does not exist. Raises CorruptFile."""
     if not file.is_file():
         return None
     content = files.content(file)
@@ -143,17 +143,19 @@ def _config(file: Path, files: OpenFiles) -> str | None:
 
 
 def _chosen(out: str | Path, container: str | None) -> Container:
-    """The output's container. Raises FormatError where its name and `container` contradict each other."""
+    """The output's container. Raises FormatError if its name and `container` contradict each other."""
     if container not in (None, *_MODELS):
-        raise FormatError("no such container", expected=", ".join(_MODELS), found=container)
+        raise FormatError(
+            "no such container", expected=", ".join(_MODELS), found=container, then="pass one of those as --container"
+        )
     named = container_named(out)
     asked = Container(container or Container.SAFETENSORS) if named is None else named
     if container not in (None, asked):
         raise FormatError(
-            "the output's name says another container", where=out, expected=container, found=asked,
-            then="name a folder, or leave --container out",
+            "the output's name contradicts --container", where=out, expected=container, found=asked,
+            then="name a folder, or omit --container",
         )  # fmt: skip
-    return asked if asked in _MODELS else Container.SAFETENSORS  # what others are for is said where they are refused
+    return asked if asked in _MODELS else Container.SAFETENSORS  # other containers are refused later, with a reason
 
 
 def _left(source: Path, destination: Destination) -> tuple[str, ...]:
@@ -162,7 +164,7 @@ def _left(source: Path, destination: Destination) -> tuple[str, ...]:
         return ()
     taken = {path.name for path in (*destination.inputs, *destination.companions)} | destination.attachments.keys()
     left = sorted(path.name for path in source.iterdir() if path.is_file() and path.name not in taken)
-    return (f"files left where they are: {', '.join(left)}",) if left else ()
+    return (f"files not copied: {', '.join(left)}",) if left else ()
 
 
 def _destination(

@@ -1,6 +1,6 @@
-"""convert: an adapter from one dialect into another. Bytes that only change their name are copied as they are.
+"""convert: rewrites an adapter from one dialect into another. Tensors that only change their name are copied unchanged.
 
-`formats.dialects` says what each output tensor is made of; this plans and runs it. Knows no dialect.
+`formats.dialects` defines what each output tensor is made of; this module plans and runs it, and knows no dialect.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from surgery.report import Report, Stopwatch
 if TYPE_CHECKING:
     import torch
 
-Bases = str | Path | Mapping[str, str | Path] | None  # one model, or that of each part of a pipeline
+Bases = str | Path | Mapping[str, str | Path] | None  # one model, or one for each part of a pipeline
 Models = BaseModel | Mapping[str, BaseModel] | None  # the same, opened
 
 
@@ -57,12 +57,12 @@ class ConvertReport(Report):
     """What convert did.
 
     Attributes:
-        source: the dialect it read.
-        target: the one it wrote.
-        component: the part of a pipeline; empty where nobody says.
-        weights: adapted weights and biases, by method.
-        copied: output tensors whose bytes are the source's.
-        computed: those that were transposed, multiplied, or put together.
+        source: the dialect that was read.
+        target: the dialect that was written.
+        component: the part of a pipeline; empty if it was not given.
+        weights: number of adapted weights and biases, by method.
+        copied: number of output tensors copied from the source unchanged.
+        computed: number of output tensors that were transposed, multiplied, or put together.
     """
 
     source: str
@@ -100,7 +100,7 @@ def _constant(piece: Piece) -> torch.Tensor:
 
 
 def _laid(piece: Piece, made: torch.Tensor) -> torch.Tensor:
-    """The made tensor's blocks of rows where they lie in the output.  # (blocks · height, width)"""
+    """Places the blocks of rows of `made` where the output has them.  # (blocks · height, width)"""
     count = 1 + max(block for block in piece.laid if block is not None)
     blocks = made.flatten(1).chunk(count)
     whole = made.new_full(piece.output.shape, piece.fill)
@@ -146,18 +146,18 @@ def prepare_convert(
 
     Args:
         adapter: a folder or a file in any dialect that merge reads.
-        out: a folder, or a `.safetensors`/`.st` file; peft's config is then in its metadata. For "gguf" a `.gguf` file,
-            for "ort" a folder or an `.onnx_adapter` file.
+        out: a folder, or a `.safetensors`/`.st` file, which holds peft's config in its metadata. For "gguf" a `.gguf`
+            file, for "ort" a folder or an `.onnx_adapter` file.
         to: "peft", "kohya", "lycoris", "comfyui", "diffusers", "loralib", "adapterhub", "gguf" or "ort".
-        base: the model it adapts; dialects with dotted names do without, for LoRA. For an adapter of several parts of
-            a pipeline, every part's model by its name: {"unet": …, "text_encoder": …}; one file comes of all.
+        base: the model that it adapts; for LoRA, dialects with dotted names do not need it. For an adapter of several
+            parts of a pipeline, each part's model by its name: {"unet": …, "text_encoder": …}; the output is one file.
         told: alpha and layout of loralib's files; the part of a pipeline.
-        drop: "bias", "full", "layer": what to leave behind where the dialect cannot express it.
-        force: replace what stands at `out`.
+        drop: "bias", "full", "layer": what to drop if the dialect cannot express it.
+        force: overwrite whatever exists at `out`.
         resources: threads and memory.
 
     Raises:
-        AdapterFormatError: what the dialect cannot express, or what the source does not tell.
+        AdapterFormatError: the dialect cannot express something, or the source lacks information.
         FormatError: as merge.
     """
     watch, files = Stopwatch(loading="torch"), OpenFiles()
@@ -212,11 +212,11 @@ def open_bases(base: Bases, files: OpenFiles) -> Models:
 def plan_convert(
     adapter: AdapterFile, to: str, base: Models = None, told: Told = NOTHING_TOLD, drop: Iterable[str] = ()
 ) -> tuple[Plan, Written, Adapter]:
-    """What each output tensor is made of; reads headers only, and the numbers that scale.
+    """Plans what each output tensor is made of; reads only headers and scaling factors.
 
     Args:
-        adapter: opened.
-        base: opened.
+        adapter: the opened adapter.
+        base: the opened base.
         to, told, drop: as for `convert`.
 
     Raises:
@@ -225,12 +225,17 @@ def plan_convert(
     writer, source, target = writer_named(to), adapter.dialect, dialect_named(to)
     unknown = set(drop) - set(DROPS)
     if unknown:
-        raise AdapterFormatError("nothing to drop by that name", expected=", ".join(DROPS), found=", ".join(unknown))
+        raise AdapterFormatError(
+            "--drop does not know this name",
+            expected=", ".join(DROPS),
+            found=", ".join(unknown),
+            then="pass one of those",
+        )
     conversion = _Conversion(adapter, writer, target, frozenset(drop))
     if isinstance(base, Mapping):
         if not (source.in_parts and target.in_parts) or told.component is not None:
             raise AdapterFormatError(
-                "a base for each part of a pipeline, where parts are not to be told apart",
+                "several bases were given, one for each part of a pipeline, but this conversion has only one part",
                 where=adapter.path,
                 expected=f"dialects of several parts ({names_asking('component')}), and no component",
                 found=f"{source.name} → {to}, component {told.component}",
@@ -254,18 +259,18 @@ def plan_convert(
         written, read = conversion.part(base, told)
     notes = [*written.notes]
     if source.has_head(adapter.path):
-        notes.append("the head beside the adapter stays behind: merge and fold take it along")
+        notes.append("the head stored with the adapter was not converted; merge and fold keep it")
     if read.left:
-        notes.append(f"{len(read.left)} tensors of other parts of the pipeline are left behind")
+        notes.append(f"{len(read.left)} tensors of other parts of the pipeline were not converted")
     if written.dropped:
-        notes.append(f"{len(written.dropped)} tensors are left behind, as asked")
+        notes.append(f"{len(written.dropped)} tensors were dropped, as requested")
     metadata = {**written.metadata, "surgery": f"{TOOL} convert"}
     return Plan("convert", tuple(_step(piece) for piece in written.pieces), metadata, tuple(notes)), written, read
 
 
 @dataclass(frozen=True)
 class _Conversion:
-    """One conversion: the adapter, the way to write it, and what is to be left behind."""
+    """One conversion: the adapter, its writer, and what to drop."""
 
     adapter: AdapterFile
     writer: DialectWriter
@@ -283,7 +288,7 @@ class _Conversion:
             read = found = read_adapter(base, self.adapter, specs, told)
         if base is not None and self.target.in_peft_names:
             found, specs = in_model_names(base, read, specs)
-        # Without a base there are no biases, and a bias is what tells a layer called `time_emb` from an embedding.
+        # Without a base no biases are known, and only a bias shows that a layer called `time_emb` is no embedding.
         kinds = layer_kinds(specs) if source.lays_out_by_weight and base is not None else {}
         name, model = ("", {}) if base is None else (str(base.path), base.config)
         wanted = Wanted(specs, name, told.component or read.component, self.drop, kinds, model)
@@ -292,7 +297,7 @@ class _Conversion:
         return replace(written, dropped=(*written.dropped, *beyond)), read
 
     def _without_layers(self, adapter: Adapter, wanted: Wanted) -> tuple[Adapter, tuple[str, ...]]:
-        """The adapter without the layers that the dialect refuses each by itself, and the names of their tensors."""
+        """The adapter without the layers that the dialect refuses one by one, and the names of their tensors."""
         wanted = replace(wanted, drop=frozenset(DROPS))
         layers: dict[str, list[AdapterModule]] = {}
         for module in adapter.modules:
@@ -304,11 +309,15 @@ class _Conversion:
             except NotExpressible:
                 refused += modules
             except AdapterFormatError:
-                continue  # of the adapter as a whole: said when it is written
+                continue  # this concerns the whole adapter: writing it raises the error
         beyond = {owner(module.target) for module in refused}
         kept = tuple(module for module in adapter.modules if owner(module.target) not in beyond)
         if refused and not kept:
-            raise AdapterFormatError(f"nothing is left that {self.writer.name} can express", where=self.adapter.path)
+            raise AdapterFormatError(
+                f"{self.writer.name} can express none of the adapter's layers",
+                where=self.adapter.path,
+                then="choose another dialect with --to",
+            )
         return replace(adapter, modules=kept), tuple(ref.name for each in refused for ref in each.factors.values())
 
     def copied(self) -> tuple[Written, Adapter]:
@@ -316,7 +325,7 @@ class _Conversion:
         checkpoint, source = self.adapter.checkpoint, self.adapter.dialect.name
         pieces = tuple(taken(name, checkpoint.tensor(name)) for name in checkpoint.specs)
         metadata = {key: text for key, text in checkpoint.metadata.items() if key != CONFIG_KEY}
-        note = f"the adapter is in {source} already: copied as it is"
+        note = f"the adapter is already in {source}: copied unchanged"
         return Written(pieces, metadata, self.adapter.config, (), (note,)), Adapter(checkpoint.ref, source, {}, (), ())
 
 
@@ -328,16 +337,16 @@ def _step(piece: Piece) -> Step:
 
 
 def base_specs(adapter: AdapterFile, base: BaseModel | None, told: Told) -> Mapping[str, TensorSpec]:
-    """The base's tensors, or those that the adapter's own factors imply. Raises AdapterFormatError where they do not
-    tell."""
+    """The base's tensors, or the tensors that the adapter's own factors imply. Raises AdapterFormatError if the factors
+    do not determine them."""
     if base is not None:
         return base.specs
     return adapter.dialect.implied_base(adapter.checkpoint, adapter.config, told)
 
 
 def _beside(checkpoint: Checkpoint, adapter: Adapter, written: Written) -> dict[str, Fate]:
-    """What became of the source's tensors that are in no output: alphas are in settings or other tensors, second
-    copies of tied weights are told by the first."""
+    """The fates of the source's tensors that are in no output: alphas are in settings or other tensors, and second
+    copies of tied weights follow from the first."""
     used = {ref.name for piece in written.pieces for ref in piece.sources}
     refused = {*written.dropped, *adapter.left}
     return {

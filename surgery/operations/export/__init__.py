@@ -1,1 +1,1 @@
-"""export-onnx, and new weights for graphs that exist."""
+"""export-onnx, and reweigh: new weights for existing graphs."""

@@ -1,9 +1,9 @@
-"""export-onnx: a model → OUT.onnx, and its weights beside it; adapters in it where that is asked for.
+"""export-onnx: writes OUT.onnx from a model, its weights next to it, and adapters in the graph on request.
 
-Two ways to the same files. Tracing: builds the graph without weights, writes everything without a name, has it checked
-against torch, and only then lets it appear. Onto a graph that exists: the names, dtypes and shapes that the graph is
-over are compared with the checkpoint's, and the weights are copied; that takes neither torch nor a run. What a graph is
-made of is `surgery.onnx`'s business.
+There are two ways to the same files. Tracing builds the graph without weights, writes all files without names, compares
+the graph with torch, and only then gives the files their names. Reusing an existing graph compares the names, dtypes
+and shapes that the graph needs with the checkpoint's, and copies the weights; this needs neither torch nor a run. What
+a graph contains is left to `surgery.onnx`.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class ExportedGraph:
     """One `.onnx` file.
 
     Attributes:
-        path: where it is.
-        sha256: equal for models of one architecture, whatever their weights.
-        nodes: nodes of the graph.
-        nodes_run: nodes that ONNX Runtime executes after its own optimisation; None if not verified.
-        inputs, outputs: the graph's.
+        path: path of the file.
+        sha256: SHA-256 of the file; equal for models of one architecture, whatever their weights.
+        nodes: number of nodes in the graph.
+        nodes_run: number of nodes that ONNX Runtime executes after its own optimisation; None if not verified.
+        inputs, outputs: names of the graph's inputs and outputs.
     """
 
     path: str
@@ -69,26 +69,26 @@ class ExportedGraph:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport(Report):
-    """What export-onnx did. The ledger counts the checkpoint's tensors: copied into the payload, or not needed.
+    """The result of export-onnx. The ledger counts the checkpoint's tensors: copied into the payload, or not needed.
 
     Attributes:
         graphs: the graphs: one, or encoder and decoder.
-        payload: path of the weights, which the graphs find by name beside them; the model's where they are its own.
-        payload_blake3: hash of the weights' file; None for the model's own, which are not read.
-        traced: whether the graphs were made now, and not taken from another export.
+        payload: path of the weights, which the graphs find by file name next to them; the model's own files if used.
+        payload_blake3: BLAKE3 of the weight file; None for the model's own files, which are not read.
+        traced: whether the graphs were traced in this run, not reused from another export.
         max_abs_error: largest difference from torch at valid tokens; None if not verified.
-        max_rel_error: the same in relation to the largest value of its output.
-        worst: the output where that was, and the shape.
-        tolerance: what max_rel_error was held against.
-        float32_error: max_rel_error against the model in float32, where the graphs compute in another dtype.
-        shapes: of the first input of each comparison.
-        model_class: the transformers class, or the function that makes the module; "" where a graph was given.
-        dtype: what the graphs compute in.
+        max_rel_error: the same, divided by the largest value of its output.
+        worst: the output with that difference, and the shape.
+        tolerance: the largest max_rel_error that passes.
+        float32_error: max_rel_error against the model in float32, if the graphs compute in another dtype.
+        shapes: shape of the first input of each comparison.
+        model_class: the transformers class, or the function that makes the module; "" if a graph was given.
+        dtype: the dtype that the graphs compute in.
         unused: names of the checkpoint's tensors that no graph needs.
-        adapters: "branch", "inputs" or "half-folded"; "constants" of prefixes and prompts; empty without adapters.
-        adapted: names of the weights that have LoRA beside them, or of the modules that something else is put to.
-        adapted_rel_error: largest difference from the model on merged weights, as max_rel_error; None if not verified.
-        adapted_tolerance: what it was held against.
+        adapters: "branch", "inputs" or "half-folded"; "constants" for prefixes and prompts; empty without adapters.
+        adapted: names of the weights that have a LoRA branch, or of the modules that another adapter is attached to.
+        adapted_rel_error: max_rel_error against the model with merged weights; None if not verified.
+        adapted_tolerance: the largest adapted_rel_error that passes.
     """
 
     graphs: tuple[ExportedGraph, ...]
@@ -125,38 +125,38 @@ def prepare_export_onnx(
     force: bool = False,
     verify: bool | None = None,
 ) -> Job[ExportReport]:
-    """Prepares a job that writes OUT.onnx and, beside it, `model.safetensors`.
+    """Prepares a job that writes OUT.onnx and, next to it, `model.safetensors`.
 
-    In the model's own folder OUT.onnx alone is written, over the files that are there. An encoder–decoder becomes
-    `encoder_OUT.onnx` and `decoder_OUT.onnx` over the same weights.
+    In the model's own folder only OUT.onnx is written; it uses the weight files already there. An encoder–decoder
+    becomes `encoder_OUT.onnx` and `decoder_OUT.onnx`, which share one set of weights.
 
     Args:
-        model: a Hugging Face folder: config.json, and weights in one file or in shards. With `graph` or `factory`
-            also a file of weights.
-        out: the `.onnx` file. Its folder must hold no other model's `model.safetensors`.
-        adapters: LoRA of linear layers, in any dialect that merge reads, to be left beside the weights; or one
-            adapter of bottlenecks, prefixes or prompts, as fold reads it. What fold left for the graph of the model
-            it wrote is put there without being named.
-        adapters_as: "branch", LoRA's default: the one adapter's factors are weights of the graph. "inputs": the graph
-            takes LoRA's as optional inputs, of any rank, for every weight that one of the adapters changes; ONNX
-            Runtime fills them from `.onnx_adapter` files, which `convert` writes. "half-folded", the default for
-            bottlenecks: those that read what a projection gives have the first of their products in the
-            projection's.
+        model: a Hugging Face folder: config.json, and weights in one file or in shards. With `graph` or `factory` it
+            may also be a weight file.
+        out: the `.onnx` file. Its folder must not hold another model's `model.safetensors`.
+        adapters: LoRA of linear layers, in any dialect that merge reads, to keep separate from the weights; or one
+            adapter of bottlenecks, prefixes or prompts, as fold reads it. The parts that fold stored next to the model
+            for its graph are added without being named.
+        adapters_as: "branch", the default for LoRA: the factors of the one adapter are weights of the graph. "inputs":
+            the graph takes LoRA factors as optional inputs, of any rank, for every weight that one of the adapters
+            changes; ONNX Runtime fills them from `.onnx_adapter` files, which `convert` writes. "half-folded", the
+            default for bottlenecks: if a bottleneck reads a projection's output, its first product is computed
+            together with the projection's.
         told: what the adapters' files do not say.
-        graph: a graph that an earlier export wrote; it is used as it is, and only the weights are new.
-        with_cache: keys and values of tokens gone by as inputs and outputs, so that generation costs a token a step.
-        dtype: float32, float16 or bfloat16: what the graph computes in; the checkpoint's own where None.
+        graph: a graph that an earlier export wrote; it is reused unchanged, and only the weights are new.
+        with_cache: take and return the keys and values of past tokens, so that a generation step computes one token.
+        dtype: the dtype that the graph computes in: float32, float16 or bfloat16; None for the checkpoint's own.
         factory: `package.module:function`, which returns the torch module. It is imported and called.
-        inputs: of the factory's module, each `NAME=DTYPE[AXES]`.
-        force: replace what stands there; never the model itself.
-        verify: compare with torch before anything appears under its name; None means where the graph is new.
+        inputs: inputs of the factory's module, each `NAME=DTYPE[AXES]`.
+        force: overwrite existing outputs, but never the model itself.
+        verify: compare with torch before any file gets its name; None means only if the graph is new.
 
     Raises:
-        UnknownArchitecture, Unsupported, MissingTensors, UnsupportedDType: a model that cannot be exported, or an
-            adapter that no graph can take, and why.
-        ShapeMismatch, CorruptFile: weights that do not fit under `graph`.
+        UnknownArchitecture, Unsupported, MissingTensors, UnsupportedDType: the model cannot be exported, or no graph
+            can hold the adapter; the message says why.
+        ShapeMismatch, CorruptFile: the weights do not fit `graph`.
         NotFinite: a weight is beyond the range of `dtype` (when it runs).
-        OutputExists: something stands at the output, or the output is the input.
+        OutputExists: the output exists, or is the input.
         VerificationFailed: ONNX Runtime and torch disagree, on the model's weights or on merged ones (when it runs).
         ReportedError: the adapters, as merge.
     """
@@ -167,9 +167,9 @@ def prepare_export_onnx(
     check_target(source, target, force, besides)
     if besides and (graph is not None or factory is not None):
         raise Unsupported(
-            "adapters are left in new graphs of transformers' models only",
+            "adapters can only go into a new graph of a transformers model",
             where=source,
-            then="leave out the graph or the factory; or merge the adapter",
+            then="omit --graph and --factory; or merge the adapter first",
         )
     base = BaseModel.open(source, files)
     checks = verify if verify is not None else graph is None
@@ -200,7 +200,7 @@ def in_graph(
     dtype: DType | None = None,
     told: Told = NOTHING_TOLD,
 ) -> AdaptersInGraph:
-    """What new graphs have in them: nodes of their own, or LoRA of weights. Raises as `open_grafts` and
+    """The adapters to put into new graphs: as nodes of their own, or as LoRA of weights. Raises as `open_grafts` and
     `LorasInGraph.of`."""
     return open_grafts(base, model.kind, adapters, adapters_as) or LorasInGraph.of(
         base, adapters, adapters_as or "branch", in_dtype(base.specs, dtype), told
@@ -218,17 +218,17 @@ def export_job(
     inputs: tuple[Path, ...] = (),
     force: bool = False,
 ) -> Job[ExportReport]:
-    """A job that writes what is planned.
+    """A job that writes the planned graphs and weights.
 
     Args:
         planned: graphs and weights.
         base: the model.
         target: the `.onnx` file.
-        against: what the graphs are compared with before they appear; None for nothing.
-        watch: runs since the verb was called.
-        dtype: what the graphs are to compute in, where that was asked for.
-        inputs: paths that are read besides.
-        force: replace what stands there.
+        against: the model that the graphs are compared with before they appear; None to skip the comparison.
+        watch: a stopwatch that started when the verb was called.
+        dtype: the dtype that the graphs must compute in, if one was requested.
+        inputs: further paths that are read.
+        force: overwrite existing outputs.
 
     Raises:
         UnsupportedDType: the graphs compute in another dtype, or adapters cannot be compared in it.
@@ -238,7 +238,7 @@ def export_job(
     _check_dtype(planned.computed, dtype, bool(against and kept and kept.way), base.path)
     where = placed(planned.weights, planned.payloads, base.path, target)
     graphs = {prefix: attach_payload(graph, where.places) for prefix, graph in planned.graphs.items()}
-    # The graph that is taken may be written over: it is what is written.
+    # The reused graph may be overwritten: the same bytes are written.
     guarded = inputs if planned.traced else ()
     export = Export(base.path, target, graphs, planned.weights, where, force, guarded)
     export.check()
@@ -275,7 +275,7 @@ def export_job(
 
 
 def _unchecked(planned: ExportPlan, against: Exportable | None) -> tuple[str, ...]:
-    """What the comparison with torch does not say."""
+    """Notes on what the comparison with torch does not cover."""
     if against is not None:
         return (_IN_FLOAT32,) if planned.computed is DType.BF16 else ()
     return ("not compared with torch",) if planned.traced else ()
@@ -306,26 +306,27 @@ def _described(export: Export, prefix: str, model: onnx.ModelProto, nodes_run: i
 
 def _check_source(source: Path, alone: bool) -> None:
     if not source.exists():
-        raise PathNotFound("no such folder or file", where=source)
+        raise PathNotFound("no such folder or file", where=source, then="check the path of the model")
     if not source.is_dir() and not alone:
         raise NotACheckpoint(
-            "the graph is built from a folder, not from a weight file alone",
+            "a weight file alone does not say which graph to build",
             where=source,
             expected="a Hugging Face folder: config.json and its weights",
             found="a file",
-            then="pass the folder that holds it, with its config.json; or say what builds the module: --factory",
+            then="pass the folder that holds it, with its config.json; or name the function that builds the module: "
+            "--factory",
         )
 
 
 def _check_dtype(computed: DType, wanted: DType | None, kept: bool, source: Path) -> None:
-    """Refuses a dtype that is not the one asked for, and one that adapters which are `kept` cannot be compared in."""
+    """Refuses a dtype other than the requested one, and one in which adapters that are `kept` cannot be compared."""
     if wanted is not None and computed is not wanted:
         raise UnsupportedDType(
-            "the graph computes in another dtype than the one asked for",
+            "the graph does not compute in the requested dtype",
             where=source,
             expected=wanted,
             found=computed,
-            then="leave out --dtype, or --graph",
+            then="omit --dtype or --graph",
         )
     if kept and computed is DType.BF16:
         raise UnsupportedDType(

@@ -1,7 +1,7 @@
-"""The files of an export: graphs and the weights beside them, which appear together or not at all.
+"""The files of an export: graphs and the weights next to them. They appear together or not at all.
 
-A graph that goes into the folder of the model's own weights is over those as they are; no byte of them is read. Else
-one canonical payload is written beside the graphs.
+A graph that is written into the model's own folder uses the weight files there unchanged, without reading a byte of
+them. Otherwise one canonical payload is written next to the graphs.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Placed:
     """Where the graphs find their weights.
 
     Attributes:
-        places: of each weight, by name.
-        layout: of the payload that is to be written; None where the model's own files serve.
+        places: each weight's place in a file, by name.
+        layout: layout of the payload to write; None if the model's own files are used.
     """
 
     places: Mapping[str, External]
@@ -53,13 +53,13 @@ def placed(weights: Sequence[TensorSpec], source: Payloads, model: Path, target:
     """Where graphs at `target` find their weights.
 
     Args:
-        weights: all of them.
-        source: what they are read from.
+        weights: all weights of the graphs.
+        source: where their payloads are read.
         model: the folder or file that they come from.
         target: an `.onnx` file.
 
     Raises:
-        OutputExists: the graphs go into the model's own folder, and its weights cannot serve them.
+        OutputExists: the graphs go into the model's own folder, and its weight files cannot be used unchanged.
     """
     if target.parent.resolve() == (model if model.is_dir() else model.parent).resolve():
         try:
@@ -67,10 +67,10 @@ def placed(weights: Sequence[TensorSpec], source: Payloads, model: Path, target:
         except Unusable as reason:
             if model.is_dir():
                 raise OutputExists(
-                    "the weights in the model's own folder cannot serve the graph as they are, and are not ours to "
-                    "replace",
+                    "the graph cannot use the weight files in the model's own folder unchanged, and the export never "
+                    "overwrites them",
                     where=model,
-                    expected="plain files with every weight as the graph takes it",
+                    expected="plain files that store every weight as the graph needs it",
                     found=reason,
                     then=_OWN_FOLDER,
                 ) from reason
@@ -80,16 +80,16 @@ def placed(weights: Sequence[TensorSpec], source: Payloads, model: Path, target:
 
 @dataclass(frozen=True)
 class Export:
-    """What is to be written.
+    """The graphs and weights to write.
 
     Attributes:
         model: the folder or file that the weights come from.
-        target: the `.onnx` file; of several graphs the name that each puts its prefix before.
-        graphs: the bytes of each, by prefix.
-        weights: what they are over.
-        placed: where they find those.
-        force: whether what stands there may be replaced.
-        besides: further inputs, which no output may replace.
+        target: the `.onnx` file; with several graphs, the name to which each prepends its prefix.
+        graphs: the bytes of each graph, by prefix.
+        weights: the weights of the graphs.
+        placed: where the graphs find the weights.
+        force: whether existing files may be overwritten.
+        besides: further inputs, which no output may overwrite.
     """
 
     model: Path
@@ -101,22 +101,22 @@ class Export:
     besides: tuple[Path, ...] = ()
 
     def path(self, prefix: str) -> Path:
-        """Where a graph goes."""
+        """The path of a graph."""
         return self.target.with_name(prefix + self.target.name)
 
     @property
     def outputs(self) -> tuple[Path, ...]:
-        """What is written: the graphs, and the weights unless they are the model's own."""
+        """The files to write: the graphs, and the weights unless the model's own files are used."""
         return (*map(self.path, self.graphs), *((self.payload,) if self.placed.layout else ()))
 
     @property
     def payload(self) -> Path:
-        """Where the weights are."""
+        """The path of the weights."""
         return self.target.parent / PAYLOAD if self.placed.layout else self.model
 
     @property
     def inputs(self) -> list[Path]:
-        """What no output may replace."""
+        """The paths that no output may overwrite."""
         return [*_guarded(self.model), *self.besides]
 
     def check(self) -> None:
@@ -137,18 +137,18 @@ class Export:
             self.staging(self.path(prefix)).check_room(size)
 
     def staging(self, path: Path, folder: bool = False) -> Staging:
-        """A file of the output, or its folder, begun. Raises OutputExists."""
+        """The staging of an output file or of its folder. Raises OutputExists."""
         inputs = [self.model, *self.besides] if folder else self.inputs
         return Staging(path, folder=folder, inputs=inputs, force=self.force)
 
 
 @dataclass(frozen=True)
 class Staged:
-    """The weights, on disk and nameless, or kept where they stand.
+    """The weights: on disk but not yet named, or kept where they are.
 
     Attributes:
-        payload: descriptors, by the names that the graphs look for.
-        blake3: of the payload, in hexadecimal; None where the model's own files serve.
+        payload: file descriptors, by the file names that the graphs refer to.
+        blake3: BLAKE3 of the payload, in hexadecimal; None if the model's own files are used.
     """
 
     payload: Mapping[str, int]
@@ -156,19 +156,19 @@ class Staged:
 
 
 def check_target(model: Path, target: Path, force: bool, besides: Iterable[Path] = ()) -> None:
-    """Refuses an output that is no `.onnx` file, is an input, or is there already, before long work."""
+    """Refuses an output that is no `.onnx` file, is an input, or exists already; before any long work."""
     if target.suffix != ".onnx":
         raise Unsupported(
-            "the output is one .onnx file",
+            "the output must be a .onnx file",
             where=target,
             expected="a name that ends in .onnx",
-            then=f"say -o {target / 'model.onnx'}",
+            then=f"pass -o {target / 'model.onnx'}",
         )
     Staging(target, folder=False, inputs=[*_guarded(model), *besides], force=force)
 
 
 def _guarded(model: Path) -> list[Path]:
-    """The model's files; graphs in its folder are no part of it."""
+    """The model's files, without the graphs in its folder."""
     if not model.is_dir():
         return [model]
     return [path for path in model.iterdir() if path.is_file() and path.suffix != ".onnx"]
@@ -176,10 +176,10 @@ def _guarded(model: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def staged(export: Export, source: Payloads) -> Iterator[Staged]:
-    """All files, written and nameless. On a normal exit they appear.
+    """Writes all files without names. On a normal exit they get their names.
 
-    A folder that does not exist yet appears whole. In one that does, the payload appears before the graphs, and graphs
-    that are to be replaced go first: at no time does a graph stand beside weights it was not made for.
+    A new folder appears as a whole. In an existing folder, graphs to be overwritten are removed first, then the payload
+    appears, then the graphs: no graph is ever next to weights that it was not made for.
     """
     target, beside, where = export.target, export.payload, export.placed.layout
     with contextlib.ExitStack() as stack:
@@ -202,18 +202,18 @@ def staged(export: Export, source: Payloads) -> Iterator[Staged]:
             descriptor = stack.enter_context(beside.open("rb")).fileno()
             yield Staged({PAYLOAD: descriptor}, _file_blake3(descriptor))
             return
-        # left in reverse: weights first
+        # the stack unwinds in reverse: weights first
         weights = stack.enter_context(export.staging(beside))
         payload = weights.create("", where.size)
         yield Staged({PAYLOAD: payload}, write_payload(payload, source, export.weights, where, beside))
         with disk_errors(target):
-            os.fsync(payload)  # what can fail has been tried before the old graphs go
+            os.fsync(payload)  # everything that can fail comes before the old graphs are removed
             for prefix in export.graphs if export.force else ():
                 export.path(prefix).unlink(missing_ok=True)
 
 
 def _stage_graphs(export: Export, stack: contextlib.ExitStack) -> None:
-    """Each graph as a file of its own, in a folder that is there."""
+    """Stages each graph as a separate file in an existing folder."""
     for prefix, graph in export.graphs.items():
         path = export.path(prefix)
         staging = stack.enter_context(export.staging(path))
@@ -221,7 +221,7 @@ def _stage_graphs(export: Export, stack: contextlib.ExitStack) -> None:
 
 
 def _keeps(export: Export, source: Payloads, where: Layout) -> bool:
-    """Whether the payload stands there already, to the byte. Raises OutputExists where it must not be replaced."""
+    """Whether the payload exists already, byte for byte. Raises OutputExists if it must not be overwritten."""
     beside = export.payload
     if not os.path.lexists(beside):
         return False
@@ -238,10 +238,10 @@ def _linked(path: Path) -> bool:
 
 def _another_payload(path: Path) -> OutputExists:
     return OutputExists(
-        "another model's weights stand where this one's would go; their name is part of the graph, so it is fixed",
+        "another model's weights are where this model's weights must go; the graph refers to them by a fixed file name",
         where=path,
         found="a link" if _linked(path) else "a file with other bytes",
-        then=f"{_OWN_FOLDER}; or replace it with --force",
+        then=f"{_OWN_FOLDER}; or overwrite it with --force",
     )
 
 

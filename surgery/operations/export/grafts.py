@@ -1,7 +1,8 @@
-"""What of an adapter export-onnx puts into the graph because no weight holds it: bottlenecks, prefixes and prompts.
+"""The parts of an adapter that export-onnx puts into the graph because no weight can hold them: bottlenecks, prefixes
+and prompts.
 
-From an adapter, all of it, for comparison; or from what fold left beside the model it wrote. `fold_plan` says what is
-put where and makes the tensors; `surgery.onnx.adapters.sites` puts it there.
+They come from a whole adapter, for comparison, or from the file that fold stored next to the model it wrote.
+`fold_plan` decides what goes where and makes the tensors; `surgery.onnx.adapters.sites` puts them there.
 """
 
 from __future__ import annotations
@@ -43,17 +44,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartsInGraph:
-    """What is put into one graph.
+    """The parts that go into one graph.
 
     Attributes:
-        model: whose graph it is.
-        sites: what goes where.
-        specs: of the grafts' tensors, by name.
-        reads: the tensors that each of them is made of.
-        make: makes them.
+        model: the model that the graph belongs to.
+        sites: the places in the graph, and what goes into each.
+        specs: specs of the grafts' tensors, by name.
+        reads: the tensors that each graft's tensor is made of.
+        make: makes the grafts' tensors.
         turned: modules whose weights are stored (in, out).
         asked: "branch" or "half-folded".
-        sources: how many tensors of the adapter's they are made of.
+        sources: number of the adapter's tensors that they are made of.
     """
 
     model: BaseModel
@@ -67,36 +68,36 @@ class PartsInGraph:
 
     @cached_property
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """The grafts' tensors, by name. Raises CorruptFile where they belong to another model."""
+        """The grafts' tensors, by name. Raises CorruptFile if they belong to another model."""
         return self.make()
 
     @property
     def way(self) -> str:
-        """In which form the adapter is in the graph: "constants" where no bottleneck is."""
+        """The form that the adapter has in the graph: "constants" if it has no bottleneck."""
         read = {site.reads for site in self.sites if isinstance(site, BranchGraft)}
         half = self.asked == HALF and not read.isdisjoint((Value.INPUT, Value.PRODUCT))
         return HALF if half else "branch" if read else "constants"
 
     @property
     def adapted(self) -> tuple[str, ...]:
-        """The modules that something is put to."""
+        """The modules that a part is attached to."""
         return tuple("embeddings" if isinstance(site, PromptGraft) else site.module for site in self.sites)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user of the graph should know."""
         prompts = [self.specs[site.embedding].shape[0] for site in self.sites if isinstance(site, PromptGraft)]
-        return tuple(f"outputs by token have {length} rows more, the prompt's" for length in prompts)
+        return tuple(f"per-token outputs have {length} more rows, for the prompt" for length in prompts)
 
     @property
     def fates(self) -> list[Fate]:
-        """Of the adapter's tensors."""
+        """The fates of the adapter's tensors."""
         return [Fate.GRAFTED] * self.sources
 
     def put(self, templates: Sequence[Template]) -> WithAdapters:
-        """The template with everything in its graph; weights that are none of the model's are made when asked for.
+        """The template with all parts in its graph; weights that the model does not have are made when they are read.
 
-        Raises Unsupported for a site that does not look as expected.
+        Raises Unsupported if the graph does not look as expected at a site.
         """
         (template,) = templates
         own = {spec.name: spec for spec in template.weights}
@@ -139,16 +140,16 @@ class PartsInGraph:
 def open_grafts(
     model: BaseModel, kind: ModelKind, adapters: Sequence[AdapterFile], adapters_as: str | None
 ) -> PartsInGraph | None:
-    """What is to be put into a model's graph besides factors of weights; None for nothing of that kind.
+    """The parts to put into a model's graph besides factors of weights; None if there are none.
 
     Args:
-        model: the model; fold may have left something beside its weights.
-        kind: how it is used.
-        adapters: opened.
+        model: the model; fold may have stored parts next to its weights.
+        kind: how the model is used.
+        adapters: the opened adapters.
         adapters_as: "branch" or "half-folded", which is the default.
 
     Raises:
-        Unsupported: several adapters, another way to leave them, or no position left for the input.
+        Unsupported: several adapters, another value of `adapters_as`, or no position left for the input.
         NotMergeable: an adapter that no node can express, or a second one.
         ReportedError: the adapter, as fold.
     """
@@ -160,24 +161,27 @@ def open_grafts(
     if parts is None and (adapters or not beside.exists()):
         if adapters_as == HALF:
             raise Unsupported(
-                "only bottlenecks are half-folded",
+                "only bottlenecks can be half-folded",
                 where=adapters[0].path if adapters else model.path,
                 expected="branch or inputs",
                 found=adapters_as,
+                then="choose one of those with --adapters-as",
             )
         return None
     if len(adapters) > 1:
         raise Unsupported(
-            "a graph has one adapter of bottlenecks, prefixes or prompts",
+            "a graph can hold only one adapter of bottlenecks, prefixes or prompts",
             found=", ".join(str(adapter.path) for adapter in adapters),
+            then="export a graph for each of them",
         )
     asked = adapters_as or HALF
     if asked not in WAYS:
         raise Unsupported(
-            "the shapes of bottlenecks, prefixes and prompts are the graph's own, so they are no inputs",
+            "bottlenecks, prefixes and prompts cannot be inputs, because the graph fixes their shapes",
             where=where,
             expected=" or ".join(WAYS),
             found=asked,
+            then="choose one of those with --adapters-as",
         )
     turned = frozenset(name for name, of in layer_kinds(model.specs).items() if of is LayerKind.TRANSPOSED)
     if parts is None:
@@ -186,7 +190,7 @@ def open_grafts(
         for part in parts:
             if isinstance(part, Whole) and part.tensors:
                 raise Unsupported(
-                    "the adapter carries weights in full, which a graph of the base does not have",
+                    "the adapter contains full weights, which a graph of the base does not have",
                     where=part.ref.path,
                     found=", ".join(part.tensors),
                     then=f"fold it first, and export that: surgery fold {model.path} {adapters[0].path} -o folded",
@@ -206,15 +210,15 @@ def open_grafts(
         )
     if not isinstance(kind, SinglePass):
         raise Unsupported(
-            "bottlenecks, prefixes and prompts are put into graphs that see all tokens at once",
+            "bottlenecks, prefixes and prompts can only go into a single graph that sees all tokens at once",
             where=where,
             found="a graph with a cache, or an encoder and a decoder",
-            then="leave out --with-cache",
+            then="omit --with-cache",
         )
     taken = positions_taken(found.sites, {name: spec.shape for name, spec in found.specs.items()})
     if taken >= kind.longest:
         raise Unsupported(
-            "the adapter takes all positions that the model has, and leaves none to the input",
+            "the adapter takes all positions of the model, so none remains for the input",
             where=where,
             expected=f"fewer than {kind.longest} tokens",
             found=taken,
@@ -223,7 +227,7 @@ def open_grafts(
 
 
 def _left(path: Path, model: BaseModel, turned: frozenset[str], asked: str) -> PartsInGraph:
-    """What fold left beside a model."""
+    """The parts that fold stored next to a model."""
     checkpoint, base = model.files.checkpoint(path), model.checkpoint
     grafts = read_grafts(checkpoint)
 
@@ -231,11 +235,11 @@ def _left(path: Path, model: BaseModel, turned: frozenset[str], asked: str) -> P
         digest = content_digest((spec, tensor_hash(base.read(name))) for name, spec in base.specs.items())
         if digest != grafts.model:
             raise CorruptFile(
-                "the grafts belong to another model than the one they lie beside",
+                "the grafts belong to a different model than the one next to them",
                 where=path,
                 expected=f"a model with digest {grafts.model[:16]}",
                 found=digest[:16],
-                then="fold the adapter into this model anew, or remove the file if the model stands for itself",
+                then="fold the adapter into this model again, or remove the file if the model needs no graft",
             )
         return {name: checkpoint.read(name) for name in checkpoint.specs}
 
@@ -245,7 +249,7 @@ def _left(path: Path, model: BaseModel, turned: frozenset[str], asked: str) -> P
 
 
 def _run(step: Step, files: OpenFiles) -> dict[str, torch.Tensor]:
-    """The tensors that a step makes aside."""
+    """The tensors that a step makes for the graph."""
     assert not isinstance(step.op, TakesOver)  # it makes tensors
     made = step.op(*map(files.read, step.inputs)).asides
     return {spec.name: tensor for spec, tensor in zip(step.asides, made, strict=True) if tensor is not None}

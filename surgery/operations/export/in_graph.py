@@ -1,5 +1,4 @@
-"""What export-onnx asks of adapters that it puts into a graph, whether they are factors of weights or nodes of their
-own."""
+"""The interface that export-onnx needs of adapters in a graph, be they factors of weights or separate nodes."""
 
 from __future__ import annotations
 
@@ -22,8 +21,8 @@ class WithAdapters:
 
     Attributes:
         templates: one for each graph.
-        payloads: of their weights.
-        reads: the tensors that a weight is made of, by name, where it is none of the model's own.
+        payloads: payloads of their weights.
+        reads: the tensors that a weight is made of, by name, for weights that the model does not have.
     """
 
     templates: tuple[Template, ...]
@@ -38,9 +37,9 @@ class Trial:
     Attributes:
         model: the model and how it is used.
         plain: the model's graphs by prefix, pointing into the payload.
-        graphs: the same with the adapters in them.
-        payload: descriptors of the weights' files, by the names that the graphs look for.
-        dtype: of the weights.
+        graphs: the same graphs with the adapters in them.
+        payload: file descriptors of the weights, by the file names that the graphs refer to.
+        dtype: dtype of the weights.
     """
 
     model: Exportable
@@ -51,15 +50,15 @@ class Trial:
 
 
 class AdaptersInGraph(Protocol):
-    """Adapters that were opened to be put into one model's graphs."""
+    """Opened adapters that go into the graphs of one model."""
 
     @property
     def way(self) -> str:
-        """In which form they are in the graph; empty without any."""
+        """The form that they have in the graph; empty without adapters."""
 
     @property
     def adapted(self) -> tuple[str, ...]:
-        """The weights or modules that something is put to."""
+        """The weights or modules that an adapter is attached to."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -67,14 +66,14 @@ class AdaptersInGraph(Protocol):
 
     @property
     def fates(self) -> list[Fate]:
-        """What becomes of each of the adapters' tensors."""
+        """The fate of each of the adapters' tensors."""
 
     def put(self, templates: Sequence[Template]) -> WithAdapters:
         """Puts them into the templates' graphs. Raises Unsupported for a graph that does not look as expected."""
 
     def compare(self, trial: Trial) -> tuple[Verification, Agreement | None]:
-        """How the graphs compare with torch; where the model alone is compared too, the second says how those with
-        adapters do.
+        """Compares the graphs with torch. If the model alone is compared too, the second result is for the graphs with
+        adapters.
 
         Raises:
             VerificationFailed, Unsupported: as `verify_graphs`, `check_graft` and `check_grafted`.

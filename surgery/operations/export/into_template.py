@@ -1,7 +1,8 @@
-"""reweigh: merged weights into an ONNX graph that somebody else exported, by way of the base that it was exported from.
+"""reweigh: puts merged weights into an ONNX graph that another tool exported, given the base that it was exported from.
 
-Explains every weight of the graph by the base's tensors, puts the merged ones through the same recipes, one at a time,
-and writes graph and weights. The graph itself stays as it is: where its weights lie beside it, to the byte.
+It finds how each weight of the graph is made of the base's tensors, applies the same recipes to the merged tensors, one
+at a time, and writes graph and weights. The graph does not change; if its weights are in separate files, the graph file
+is the same byte for byte.
 """
 
 from __future__ import annotations
@@ -39,22 +40,23 @@ from surgery.report import Report, Stopwatch
 if TYPE_CHECKING:
     import onnx
 
-_ALIGNMENT = 64  # bytes; where weights are laid out anew
+_ALIGNMENT = 64  # bytes; used for weights that get new offsets
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReweighReport(Report):
-    """What replacing a graph's weights did. The ledger counts the base's tensors.
+    """The result of replacing a graph's weights. The ledger counts the base's tensors.
 
     Attributes:
         template: the graph whose weights were replaced.
-        base: what it was exported from.
+        base: the checkpoint that it was exported from.
         recipes: how each weight of the graph is made of the checkpoint's tensors.
-        changed: names of the weights that are not the template's.
-        constants: float tensors of the graph that are no weights, and stay as they are.
-        graph_sha256: of the `.onnx` file.
-        same_graph: whether that is the template's, byte for byte; it is where all that changed lies beside the graph.
-        surviving: where adapters were merged, how much of each delta is stored; by the base's names.
+        changed: names of the weights that differ from the template's.
+        constants: float tensors of the graph that are not weights; they stay unchanged.
+        graph_sha256: SHA-256 of the `.onnx` file.
+        same_graph: whether the `.onnx` file equals the template's byte for byte; true if all changed weights are in
+            separate files.
+        surviving: if adapters were merged, how much of each delta is stored; by the base's names.
     """
 
     template: str
@@ -82,19 +84,19 @@ def prepare_reweigh(
     No merged checkpoint is written.
 
     Args:
-        template: a `.onnx` file, exported from `base` by whatever exporter.
+        template: a `.onnx` file, exported from `base` by any exporter.
         model: a checkpoint with the base's tensors.
         out: the `.onnx` file to write.
         base: the checkpoint that the template was exported from; by default `model`.
         adapters: paths, or (path, weight), to merge into the model.
-        told: what the caller says of adapters whose files do not, as for `merge`.
-        force: replace what stands at the output.
+        told: what the adapters' files do not say, as for `merge`.
+        force: overwrite an existing output.
 
     Raises:
-        TemplateMismatch: weights that are not the base's, or that nothing tells apart; changes without a place.
-        Quantised: a graph with quantised weights.
-        UnsafeFile: weights outside of the template's folder.
-        NothingToDo: the model gives the template's own weights.
+        TemplateMismatch: the weights are not the base's, or are ambiguous; or a change has no place in the graph.
+        Quantised: the graph has quantised weights.
+        UnsafeFile: weights are outside the template's folder.
+        NothingToDo: the model's weights equal the template's.
         FormatError, SurgeryError: see their trees; for adapters as `merge`.
     """
     watch, files = Stopwatch(loading="torch"), OpenFiles()
@@ -102,10 +104,10 @@ def prepare_reweigh(
     work = _Work(Path(template), Path(out), origin, (Path(model), *(path for path, _ in named)), force)
     if work.out.suffix != ".onnx":
         raise Unsupported(
-            "the output is one .onnx file",
+            "the output must be a .onnx file",
             where=work.out,
             expected="a name that ends in .onnx",
-            then=f"say -o {work.out / 'model.onnx'}",
+            then=f"pass -o {work.out / 'model.onnx'}",
         )
     before, given = files.checkpoint(origin), BaseModel.open(model, files)
     after, merged, notes = given.checkpoint, None, given.checkpoint.notes
@@ -137,7 +139,11 @@ def prepare_reweigh(
             changed = _fill(graph, fitting, change, layout, written, work)
             change.refuse_lost()
             if not changed:
-                raise NothingToDo("the graph holds these very weights already", where=work.template)
+                raise NothingToDo(
+                    "the graph already holds exactly these weights",
+                    where=work.template,
+                    then="check the model and the adapters, or use the graph unchanged",
+                )
             content = _graph_bytes(graph, changed, layout, work)
             with disk_errors(work.out):
                 write_at(written[work.out.name], content, 0)
@@ -164,7 +170,7 @@ reweigh = runs(prepare_reweigh)
 
 @dataclass(frozen=True)
 class _Work:
-    """The paths of one run: inputs beside template and base are only guarded."""
+    """The paths of one run; inputs other than template and base are only protected from being overwritten."""
 
     template: Path
     out: Path
@@ -175,9 +181,9 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where tensors outside of the graph go: the file beside the output and the first byte, by the tensor's index.
+    """Where tensors outside the graph go: the file next to the output and the first byte, by the tensor's index.
 
-    `kept` where these are the template's own places.
+    `kept` is true if these are the template's own places.
     """
 
     places: Mapping[int, External]
@@ -186,7 +192,7 @@ class _Layout:
 
 
 def _layout(outside: Mapping[int, External], work: _Work) -> _Layout:
-    """The template's own names and places if they are free; or all in one file that is called after the output."""
+    """The template's own file names and offsets if these are free; otherwise one file named after the output."""
     names = {place.location for place in outside.values()}
     elsewhere = work.out.parent.resolve() != work.template.parent.resolve()
     if elsewhere and all(Path(name).name == name and name != work.out.name for name in names):
@@ -194,7 +200,7 @@ def _layout(outside: Mapping[int, External], work: _Work) -> _Layout:
         return _Layout(outside, sizes, True)
     beside, end = f"{work.out.name}.data", 0
     places: dict[int, External] = {}
-    shared: dict[External, External] = {}  # tensors may lie on the same bytes
+    shared: dict[External, External] = {}  # tensors may share bytes
     for key, place in outside.items():
         if place not in shared:
             shared[place] = External(beside, end, place.length)
@@ -208,7 +214,7 @@ def _guarded(work: _Work) -> list[Path]:
 
 
 def _check_outputs(layout: _Layout, work: _Work) -> None:
-    """Refuses what could not be written before long work. Raises OutputExists or WriteFailed."""
+    """Refuses outputs that could not be written, before any long work. Raises OutputExists or WriteFailed."""
     size, folder = sum(layout.sizes.values()), work.out.parent
     for name in (work.out.name, *layout.sizes):
         Staging(folder / name, folder=False, inputs=_guarded(work), force=work.force).check_room(size)
@@ -218,15 +224,15 @@ def _check_outputs(layout: _Layout, work: _Work) -> None:
 
 @contextlib.contextmanager
 def _staged(layout: _Layout, work: _Work) -> Iterator[Mapping[str, int]]:
-    """The output's files, nameless: name → descriptor. On a normal exit they appear: a folder that was not there as a
-    whole, else the weights first, and a graph that is to be replaced goes before them."""
+    """The output's files, not yet named: name → descriptor. On a normal exit they get their names. A new folder appears
+    as a whole; otherwise an old graph is removed first, then the weights appear, then the graph."""
     folder = work.out.parent
     if not folder.exists():
         with Staging(folder, folder=True, inputs=_guarded(work), force=work.force) as whole:
             sizes = {work.out.name: 0, **layout.sizes}
             yield {name: whole.create(name, size) for name, size in sizes.items()}
         return
-    with contextlib.ExitStack() as stack:  # left in reverse: the graph last of all
+    with contextlib.ExitStack() as stack:  # unwinds in reverse: the graph last of all
         files = {}
         for name, size in ((work.out.name, 0), *layout.sizes.items()):
             staging = stack.enter_context(Staging(folder / name, folder=False, inputs=_guarded(work), force=work.force))
@@ -234,7 +240,7 @@ def _staged(layout: _Layout, work: _Work) -> Iterator[Mapping[str, int]]:
         yield files
         with disk_errors(work.out):
             for descriptor in files.values():
-                os.fsync(descriptor)  # what can fail has been tried before the old graph goes
+                os.fsync(descriptor)  # everything that can fail comes before the old graph is removed
             if work.force:
                 work.out.unlink(missing_ok=True)
 
@@ -247,7 +253,7 @@ def _fill(
     files: Mapping[str, int],
     work: _Work,
 ) -> list[Slot]:
-    """Writes every tensor that lies outside, and puts those that lie in the graph into it; the weights that changed."""
+    """Writes every tensor to its file or into the graph; returns the weights that changed."""
     slots = {slot.index: slot for slot in fitting.slots if slot.index in fitting.recipes}
     changed = []
     written: dict[External, str] = {}
@@ -264,9 +270,9 @@ def _fill(
             digest = payload_hash(data)
             if written.setdefault(place, digest) != digest:
                 raise TemplateMismatch(
-                    "two weights of the graph lie on the same bytes, and the merge makes them differ",
+                    "two weights of the graph share the same bytes, and the merge makes them differ",
                     where=f"{work.template}: {tensor.name}",
-                    then="export the merged model anew: surgery export-onnx MERGED -o OUT.onnx",
+                    then="export the merged model: surgery export-onnx MERGED -o OUT.onnx",
                 )
             with disk_errors(work.out.parent / place.location):
                 write_at(files[place.location], data.data, place.offset)
@@ -278,27 +284,31 @@ def _fill(
 
 
 def _copy_gaps(layout: _Layout, files: Mapping[str, int], work: _Work) -> None:
-    """What lies between the tensors: padding, or the header where the weights are a safetensors file."""
+    """Copies the bytes between the tensors: padding, or the header of a safetensors file."""
     for name, size in layout.sizes.items():
         places = sorted({(each.offset, each.length) for each in layout.places.values() if each.location == name})
         end = 0
         with (work.template.parent / name).open("rb") as stream, disk_errors(work.out.parent / name):
             for begin, length in (*places, (size, 0)):
                 if begin < end:
-                    raise CorruptFile("two tensors of the graph overlap", where=work.template.parent / name)
+                    raise CorruptFile(
+                        "two tensors of the graph overlap",
+                        where=work.template.parent / name,
+                        then="export or copy the template again",
+                    )
                 copy_range(stream.fileno(), end, files[name], end, begin - end)
                 end = begin + length
 
 
 def _put(tensor: onnx.TensorProto, data: bytes) -> None:
-    """Sets a tensor's bytes in the graph, in whatever field they were."""
+    """Sets a tensor's bytes in the graph, whichever field held them."""
     for name in ("float_data", "int32_data", "double_data"):
         tensor.ClearField(name)
     tensor.raw_data = data
 
 
 def _graph_bytes(model: onnx.ModelProto, changed: Sequence[Slot], layout: _Layout, work: _Work) -> bytes:
-    """The output's graph: the template's very bytes where nothing in it changed."""
+    """The output's graph: the template's exact bytes if nothing in it changed."""
     if layout.kept and all(slot.outside is not None for slot in changed):
         return work.template.read_bytes()
     for index, tensor in enumerate(all_tensors(model)):

@@ -1,7 +1,7 @@
-"""The adapters that export-onnx leaves in the graph: opened, as branches of it, and what they are compared with.
+"""The adapters that export-onnx keeps in the graph: opens them, adds them as branches, and compares the result.
 
-Their factors are those that `convert --to ort` writes, so that one graph's inputs and its adapters' files have the same
-names, and what no graph can take is refused with the same words.
+Their factors are the ones that `convert --to ort` writes. So a graph's inputs and its adapter files have the same
+names, and adapters that no graph can hold are refused with the same message.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GraphLora:
-    """One adapter, and its factors as a graph takes them.
+    """One adapter, and its factors in the form that a graph needs.
 
     Attributes:
-        adapter: resolved against the model's tensors.
-        written: what `convert --to ort` makes of it.
-        branches: what it is in the graph, a branch for each of its weights.
-        files: where its tensors are read.
+        adapter: the adapter, resolved against the model's tensors.
+        written: the output of `convert --to ort` for it.
+        branches: its branches in the graph, one for each adapted weight.
+        files: the open files from which its tensors are read.
     """
 
     adapter: Adapter
@@ -55,7 +55,7 @@ class GraphLora:
 
     @classmethod
     def of(cls, adapter: Adapter, model: BaseModel, specs: Mapping[str, TensorSpec]) -> GraphLora:
-        """Raises Unsupported for a method, a layer or a tensor that no graph can take beside its weights."""
+        """Reads the adapter. Raises Unsupported for a method, a layer or a tensor that no graph can hold."""
         kinds = layer_kinds(specs) if dialect_named(adapter.dialect).lays_out_by_weight else {}
         wanted = Wanted(specs, str(model.path), adapter.component, kinds=kinds)
         try:
@@ -71,7 +71,7 @@ class GraphLora:
         branches = []
         for module in adapter.modules:
             product = wanted.product(module)
-            assert product is not None  # the writer has refused what is none
+            assert product is not None  # the writer has refused everything else
             a, b = (pieces[f"{module.target.removesuffix('weight')}lora_{side}"] for side in "AB")
             branches.append(LoraBranch(module.target, a, b, product.module.kind is LayerKind.TRANSPOSED))
         return cls(adapter, written, tuple(branches), model.files)
@@ -97,12 +97,12 @@ class GraphLora:
 
 @dataclass(frozen=True)
 class LorasInGraph:
-    """The adapters of one export, in the order of their digests; without any it is the export of the model alone.
+    """The adapters of one export, in the order of their digests; without any, only the model is exported.
 
     Attributes:
-        model: what is exported.
+        model: the model that is exported.
         loras: the adapters.
-        as_inputs: whether the graph takes their factors as inputs, or has the one's as a branch.
+        as_inputs: whether the graph takes their factors as inputs; otherwise the one adapter's factors are a branch.
     """
 
     model: BaseModel
@@ -121,25 +121,28 @@ class LorasInGraph:
         """Reads the adapters.
 
         Args:
-            model: what is exported.
-            adapters: opened.
+            model: the model that is exported.
+            adapters: the opened adapters.
             adapters_as: "branch" or "inputs".
             specs: the model's tensors.
             told: what the adapters' files do not say.
 
         Raises:
-            Unsupported: something that no graph can take; two adapters as one branch.
+            Unsupported: something that no graph can hold; two adapters as one branch.
             ReportedError: as `open_adapters`.
         """
         if adapters_as not in WAYS:
             raise Unsupported(
-                "no such way to leave an adapter in a graph", expected=" or ".join(WAYS), found=adapters_as
+                "--adapters-as does not know this value",
+                expected=" or ".join(WAYS),
+                found=adapters_as,
+                then="choose one of those",
             )
         if adapters_as == "branch" and len(adapters) > 1:
             raise Unsupported(
-                "a fixed branch is of one adapter",
+                "a fixed branch can hold only one adapter",
                 found=", ".join(str(adapter.path) for adapter in adapters),
-                then="make one of them first, by surgery combine --how cat, or leave them as inputs",
+                then="combine them first with surgery combine --how cat, or pass --adapters-as inputs",
             )
         opened = open_adapters(model, [(file, None) for file in adapters], specs, told=told) if adapters else ()
         loras = tuple(GraphLora.of(each.adapter, model, specs) for each in opened)
@@ -153,7 +156,7 @@ class LorasInGraph:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the adapters' readers say, and how to give them to the graph."""
+        """Notes from reading the adapters, and how to feed them to the graph."""
         said = [note for each in self.loras for note in each.adapter.notes]
         for each in self.loras if self.as_inputs else ():
             path = each.adapter.ref.path
@@ -164,23 +167,23 @@ class LorasInGraph:
 
     @property
     def fates(self) -> list[Fate]:
-        """Of every tensor of the adapters: a graph that takes factors as inputs holds none of them."""
+        """The fate of every tensor of the adapters; a graph that takes factors as inputs holds none of them."""
         fate = Fate.UNUSED if self.as_inputs else Fate.CONVERTED
         used = [fate for each in self.loras for _ in each.adapter.tensors]
         return used + [Fate.REFUSED for each in self.loras for _ in each.adapter.left]
 
     @property
     def way(self) -> str:
-        """In which form the adapters are in the graph; empty without any."""
+        """The form that the adapters have in the graph; empty without any."""
         return ("inputs" if self.as_inputs else "branch") if self.loras else ""
 
     @property
     def adapted(self) -> tuple[str, ...]:
-        """The weights that have an adapter beside them."""
+        """The weights that have an adapter."""
         return tuple(branch.weight for branch in self.branches)
 
     def put(self, templates: Sequence[Template]) -> WithAdapters:
-        """Puts the adapters into the graphs; a branch's factors are weights like the others, made when asked for."""
+        """Puts the adapters into the graphs; a branch's factors are weights, made when they are read."""
         made = {spec.name: spec for branch in self.branches for spec in (branch.a, branch.b)}
         reads = {piece.output.name: piece.sources for each in self.loras for piece in each.written.pieces}
 
@@ -204,8 +207,8 @@ class LorasInGraph:
         return replace(template, model=graft(template.model, branches, inputs=self.as_inputs), weights=weights)
 
     def compare(self, trial: Trial) -> tuple[Verification, Agreement | None]:
-        """How the model's graphs compare with torch, and the grafted ones with the model on merged weights; as inputs
-        without an adapter, too.
+        """Compares the model's graphs with torch, and the grafted ones with the model with merged weights. If the
+        factors are inputs, the graphs also run without an adapter.
 
         Raises:
             VerificationFailed, Unsupported: as `verify_graphs` and `check_graft`.

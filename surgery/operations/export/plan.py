@@ -1,7 +1,7 @@
-"""What export-onnx is going to write, before a weight is read: graphs, the weights under them, and adapters in them.
+"""Plans what export-onnx writes, before a weight is read: graphs, their weights, and the adapters in them.
 
-New graphs are traced without weights; or those of an earlier export are taken, if the checkpoint's tensors are what
-they are over.
+New graphs are traced without weights. Graphs of an earlier export are reused, if the checkpoint has the tensors that
+they need.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What is to be written, and what to say of it.
+    """The graphs and weights to write, and what to report.
 
     Attributes:
-        graphs, plain: by prefix, with the adapters and without; no weight has its place yet.
-        weights, payloads: what the payload holds.
+        graphs, plain: the graphs by prefix, with the adapters and without; no weight has its place yet.
+        weights, payloads: the contents of the payload.
         needed: the checkpoint's tensors that the model needs.
-        model_class: what the report says.
-        adapters: in new graphs; None in those of another export.
-        reads: the tensors that a weight is made of, where it is none of the checkpoint's.
-        notes: what the user should know.
+        model_class: the model class for the report.
+        adapters: the adapters in new graphs; None if the graphs come from another export.
+        reads: the tensors that a weight is made of, for weights that the checkpoint does not have.
+        notes: notes for the user.
     """
 
     graphs: Mapping[str, onnx.ModelProto]
@@ -57,12 +57,12 @@ class ExportPlan:
 
     @property
     def traced(self) -> bool:
-        """Whether the graphs were made now, and not taken from another export."""
+        """Whether the graphs were traced in this run, not reused from another export."""
         return self.adapters is not None
 
     @property
     def cached(self) -> bool:
-        """Whether the graphs take keys and values of tokens gone by."""
+        """Whether the graphs take keys and values of past tokens."""
         names = (value.name for graph in self.graphs.values() for value in graph.graph.input)
         return any(name.startswith("past_key_values.") for name in names)
 
@@ -71,13 +71,13 @@ class ExportPlan:
         return tuple(sorted(base.specs.keys() - self.needed))
 
     def fates(self, base: Checkpoint) -> list[Fate]:
-        """What becomes of every tensor of the checkpoint and of the adapters."""
+        """The fate of every tensor of the checkpoint and of the adapters."""
         copied = len(self.needed & {spec.name for spec in self.weights})
         fates = [Fate.COPIED] * copied + [Fate.CONVERTED] * (len(self.needed) - copied)
         return fates + [Fate.UNUSED] * len(self.unused(base)) + (self.adapters.fates if self.adapters else [])
 
     def steps(self, base: Checkpoint) -> tuple[Step, ...]:
-        """The payload, a step a weight."""
+        """The steps that write the payload, one for each weight."""
         steps = []
         for spec in self.weights:
             made = self.reads.get(spec.name)
@@ -88,15 +88,16 @@ class ExportPlan:
 
 
 def onto_graphs(graph: Path, model: BaseModel, convert: bool) -> ExportPlan:
-    """The graphs of another export, if the model's tensors are what they are over.
+    """The graphs of another export, if the model has the tensors that they need.
 
     Args:
         graph: the `.onnx` file.
-        model: whose weights are to go under them.
+        model: the model whose weights the graphs will use.
         convert: whether weights of another floating-point dtype will be converted.
 
     Raises:
-        PathNotFound, CorruptFile, Unsupported: the graph, as `read_graphs`; another config.json; ties that are none.
+        PathNotFound, CorruptFile, Unsupported: the graph, as `read_graphs`; another config.json; tied tensors that
+            differ.
         MissingTensors, ShapeMismatch, UnsupportedDType: as `require_fit`.
     """
     given, checkpoint = read_graphs(graph), model.checkpoint
@@ -108,7 +109,7 @@ def onto_graphs(graph: Path, model: BaseModel, convert: bool) -> ExportPlan:
     if settings and model.path.is_dir() and model.config_file is not None:
         require_same_settings(given, graph, model)
     elif settings:
-        notes = ("no config.json beside the weights: only names, dtypes and shapes were compared with the graph",)
+        notes = ("no config.json next to the weights: only names, dtypes and shapes were compared with the graph",)
     names = settings.get("architectures") or [""]
     graphs = {each.prefix: each.model for each in given}
     needed = frozenset(spec.name for spec in weights)
@@ -119,13 +120,13 @@ def new_graphs(model: Exportable, base: BaseModel, dtype: DType | None, adapters
     """Graphs that are traced without weights, with adapters in them.
 
     Args:
-        model: what is traced.
+        model: the model to trace.
         base: its tensors.
-        dtype: what the graphs compute in; the checkpoint's own where None.
-        adapters: what is put into them.
+        dtype: the dtype that the graphs compute in; None for the checkpoint's own.
+        adapters: the adapters to put into the graphs.
 
     Raises:
-        ReportedError: as `build_templates` and `AdaptersInGraph.put`; Unsupported for ties that are none.
+        ReportedError: as `build_templates` and `AdaptersInGraph.put`; Unsupported for tied tensors that differ.
     """
     from surgery.onnx.against_torch.model import check_structure
     from surgery.onnx.trace.template import build_templates
@@ -144,7 +145,7 @@ def new_graphs(model: Exportable, base: BaseModel, dtype: DType | None, adapters
 
 
 def exportable(model: BaseModel, cached: bool, factory: str | None, inputs: Sequence[str]) -> Exportable:
-    """What is traced and compared: transformers' class, or a function's module. Raises as those that read them."""
+    """The model to trace and compare: a transformers class or a function's module. Raises as the readers of these."""
     if factory is None:
         from surgery.onnx.trace.architecture import read_architecture
 

@@ -1,1 +1,1 @@
-"""bench and compare: what a model costs at inference."""
+"""bench and compare: measure the cost of a model at inference."""

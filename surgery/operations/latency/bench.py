@@ -1,7 +1,7 @@
-"""bench: are these graphs as fast as the first, within a margin declared beforehand?
+"""bench: are these graphs as fast as the first, within a margin declared in advance?
 
-Feeds all the same inputs, has the time taken, has each verdict drawn, and keeps with it everything that somebody who
-doubts it would ask for. The clock is `surgery.onnx.timing.latency`, the judgement `surgery.onnx.timing.verdict`.
+It gives all graphs the same inputs, measures their times, decides each verdict, and records everything needed to check
+it. `surgery.onnx.timing.latency` measures the times, and `surgery.onnx.timing.verdict` decides.
 """
 
 from __future__ import annotations
@@ -54,35 +54,37 @@ def prepare_bench(
     force: bool = False,
     progress: Callable[[str, float], None] | None = None,
 ) -> Job[BenchReport]:
-    """Prepares a job that compares the latency of graphs with that of a reference which takes the same inputs.
+    """Prepares a job that compares the latency of graphs with a reference graph that takes the same inputs.
 
     Args:
         reference: a `.onnx` file.
-        graphs: those that are judged.
-        shapes: batch and sequence, each compared by itself. Where a graph has a cache, the sequence is what the cache
-            holds, and a run computes one token more.
-        provider: `cpu`, `cuda` or another that this ONNX Runtime has; one that would not really run is an error.
+        graphs: the graphs to compare with the reference.
+        shapes: pairs of batch and sequence; each is compared separately. If a graph has a cache, sequence is the number
+            of cached tokens, and a run computes one more token.
+        provider: `cpu`, `cuda` or another that this ONNX Runtime has; a provider that would not really run is an error.
         margin: the largest difference that does not matter to you, as a ratio.
-        seconds: how long to measure each graph at each shape at most, loading included; less where the answer is clear.
+        seconds: longest time to measure each graph at each shape, loading included; less if the result is clear.
         threads: intra-op threads of each session.
-        seed: of inputs, order and bootstrap.
+        seed: seed for inputs, order and bootstrap.
         cuda_graph: capture each session's run into a CUDA graph and time its replay.
-        positive_control: a graph that is known to be slower; where it is not found so, nothing else is concluded.
+        positive_control: a graph that is known to be slower; if it is not measured as slower, nothing is concluded.
         record: a JSON file to write the report to.
-        force: replace what stands at `record`.
-        progress: called after each set of sessions with what is compared and the share of its time that is gone.
+        force: overwrite an existing `record`.
+        progress: called after each set of sessions with the current comparison and the elapsed share of its time.
 
     Raises:
-        PathNotFound, CorruptFile: no graph there.
+        PathNotFound, CorruptFile: a graph is missing or damaged.
         InputsDiffer: a graph takes other inputs than the reference.
-        ProviderUnavailable: the provider is not there, or would not run.
-        Unsupported: inputs or a shape that we cannot feed, a margin or a time that makes no sense, or too little time
-            for any verdict (the last when it runs).
+        ProviderUnavailable: the provider is not installed, or would not run the graph.
+        Unsupported: inputs or a shape that bench cannot feed, an invalid margin or time, or too little time for any
+            verdict (the last when it runs).
         OutputExists, WriteFailed: see Staging.
     """
     watch, files = Stopwatch(), OpenFiles()
     if not graphs:
-        raise Unsupported("bench needs a graph besides the reference", where=reference)
+        raise Unsupported(
+            "bench needs a graph besides the reference", where=reference, then="surgery bench REFERENCE GRAPH"
+        )
     check_settings(shapes, margin, seconds, threads, seed)
     candidates = tuple(dict.fromkeys(map(Path, graphs)))
     controls = () if positive_control is None else (Path(positive_control),)
@@ -96,10 +98,10 @@ def prepare_bench(
     setting = Setting(provider_name(provider), threads, cuda_graph)
     if cuda_graph and setting.provider != CUDA:
         raise Unsupported(
-            "CUDA graphs are of the CUDA provider alone",
+            "CUDA graphs need the CUDA provider",
             expected="--provider cuda",
             found=provider,
-            then="ask for that provider, or leave --cuda-graph out",
+            then="pass --provider cuda, or omit --cuda-graph",
         )
     first = inputs.graph_inputs(models[paths[0]])
     for path in paths[1:]:
@@ -133,19 +135,20 @@ bench = runs(prepare_bench)
 def check_settings(
     shapes: Sequence[tuple[int, int]], margin: float, seconds: float, threads: int | None, seed: int
 ) -> None:
-    """Raises Unsupported for what no measurement can be made with."""
+    """Raises Unsupported for settings with which nothing can be measured."""
     if not (shapes and all(min(shape) > 0 for shape in shapes)):
-        raise Unsupported("a measurement needs positive shapes", found=f"shapes {shapes}")
+        raise Unsupported("a measurement needs positive shapes", found=f"shapes {shapes}", then="pass another --shape")
     if not (0 < margin < 1 and 0 < seconds < math.inf and (threads is None or threads > 0) and seed >= 0):
         raise Unsupported(
-            "bench cannot measure this",
+            "bench cannot measure with these settings",
             expected="a margin between 0 and 1, positive seconds and threads, and a seed that is not negative",
             found=f"margin {margin}, {seconds} seconds, threads {threads}, seed {seed}",
+            then="correct the one that is out of range",
         )
 
 
 def check_time(path: Path, shape: tuple[int, int], a: Rehearsal, b: Rehearsal, seconds: float) -> None:
-    """Raises Unsupported where `seconds` allow no verdict on b, the graph at `path`, against a."""
+    """Raises Unsupported if `seconds` are too few for a verdict on b, the graph at `path`, against a."""
     from surgery.onnx.timing.latency import least_seconds
 
     needed = least_seconds(a, b)
@@ -155,21 +158,21 @@ def check_time(path: Path, shape: tuple[int, int], a: Rehearsal, b: Rehearsal, s
             where=f"{path} at {shape[0]}×{shape[1]}",
             expected=f"about {math.ceil(needed)} seconds or more",
             found=f"{seconds:g} seconds",
-            then="give it more --seconds, or choose a smaller --shape",
+            then="pass more --seconds, or choose a smaller --shape",
         )
 
 
 @dataclass(frozen=True)
 class _Laboratory:
-    """What all comparisons of a bench share.
+    """The data shared by all comparisons of a bench.
 
     Attributes:
         reference, controls, candidates: the graphs.
-        read: the files that each of them is in.
-        setting: of the sessions.
-        feeds, tokens: by shape; tokens of one run are None where the graphs take none.
+        read: the files of each graph.
+        setting: the settings of the sessions.
+        feeds, tokens: inputs and tokens of one run, by shape; tokens are None if the graphs take none.
         margin, seconds, seed: as for bench.
-        progress: told of each set of sessions, if anybody is to be.
+        progress: called after each set of sessions, if given.
     """
 
     reference: Path
@@ -186,18 +189,18 @@ class _Laboratory:
 
     @property
     def judged(self) -> tuple[tuple[Path, Role], ...]:
-        """Every graph that is held against the reference."""
+        """Every graph that is compared with the reference."""
         controls: list[tuple[Path, Role]] = [(path, "positive control") for path in self.controls]
         return (*controls, *((path, "candidate") for path in self.candidates))
 
     def steps(self) -> Iterator[Step]:
-        """The comparisons, to be looked at."""
+        """The comparisons, for display in the plan."""
         for (batch, sequence), (path, _) in itertools.product(self.feeds, self.judged):
             inputs = (*self.read[self.reference], *self.read[path])
             yield Step(f"{path} at {batch}×{sequence}", inputs, (), Elsewhere("time"))
 
     def report(self, plan: Plan, watch: Stopwatch, record: Path | None) -> BenchReport:
-        """Takes the times, and says what they are worth."""
+        """Measures the times, and reports the verdicts."""
         from surgery.onnx.run.machine import condition, machine
 
         start = time.perf_counter()
@@ -232,10 +235,10 @@ class _Laboratory:
         )
 
     def rehearse(self, paths: Sequence[Path]) -> dict[tuple[Path, tuple[int, int]], Rehearsal]:
-        """Runs every graph at every shape, so that what cannot run, or not in the time given, is known beforehand."""
+        """Runs every graph at every shape, to find in advance a graph that cannot run, or is too slow."""
         from surgery.onnx.timing.latency import rehearse
 
-        # the first session's time and memory are for a part, with CUDA for the most part, its libraries'
+        # part of the first session's time and memory is for libraries; with CUDA, most of it
         rehearse(self.reference, next(iter(self.feeds.values())), self.setting)
         done = {
             (path, shape): rehearse(path, feeds, self.setting)
@@ -254,8 +257,7 @@ class _Laboratory:
         rehearsed: Mapping[tuple[Path, tuple[int, int]], Rehearsal],
         start: float,
     ) -> Comparison:
-        """One graph against the reference at one shape; `start`: the clock's reading that blocks' times are told
-        from."""
+        """Compares one graph with the reference at one shape; the times of blocks count from the clock time `start`."""
         import numpy as np
 
         from surgery.onnx.timing.latency import measure
@@ -312,33 +314,33 @@ class _Laboratory:
 
 
 def _reason(ruling: Ruling, kept: Sequence[Taken], seconds: float) -> str:
-    """The ruling's reason, and what it would take where that is not enough."""
+    """The ruling's reason; if it is inconclusive, also what a verdict would take."""
     if ruling.verdict != "inconclusive":
         return ruling.reason
     if ruling.missing is None:
-        return f"{ruling.reason}; more time would hardly tell: declare another margin, or quieten the machine"
+        return f"{ruling.reason}; more time would hardly help: choose another margin, or stop other load on the machine"
     more = ruling.missing / len(kept)
     blocks = sum(len(taken.epoch.log_ratios) for taken in kept)
     return (
-        f"{ruling.reason}; about {ruling.missing} more sets of sessions would tell: {math.ceil(more * blocks)} more "
-        f"blocks, --seconds {math.ceil((1 + more) * seconds)} in all"
+        f"{ruling.reason}; about {ruling.missing} more sets of sessions would decide it: {math.ceil(more * blocks)} "
+        f"more blocks, --seconds {math.ceil((1 + more) * seconds)} in total"
     )
 
 
 def _believed(comparisons: Sequence[Comparison]) -> Iterator[Comparison]:
-    """The comparisons; nothing is concluded at a shape whose positive control was not found slower."""
+    """The comparisons; a shape gets no verdict if its positive control was not found slower."""
     failed = {each.shape: each for each in comparisons if each.role == "positive control" and each.verdict != "slower"}
     for each in comparisons:
         control = failed.get(each.shape)
         if control is None or each is control:
             yield each
         else:
-            reason = f"the positive control was found {control.verdict} where it must be slower ({control.reason})"
+            reason = f"the positive control was found {control.verdict}, but it must be slower ({control.reason})"
             yield dataclasses.replace(each, verdict="inconclusive", reason=reason)
 
 
 def _hashes(files: Sequence[TensorRef]) -> Iterator[tuple[str, str]]:
-    """SHA-256 of files, by their paths."""
+    """The SHA-256 of each file, by path."""
     for file in files:
         with open(file.checkpoint.path, "rb") as stream:
             yield file.checkpoint.path, hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,7 +1,8 @@
-"""compare: what each of several adapters costs one model: parameters, nodes and time, and whether it folds.
+"""compare: measures what each of several adapters costs one model: parameters, nodes and time, and whether it folds.
 
-The base is exported once. What goes into the weights whole is put under the base's graph, and checked against torch
-there; what stays becomes nodes, by export-onnx. Then bench times all against the base. Knows no mathematics.
+The base is exported once. An adapter that folds into the weights entirely uses the base's graph, and is checked against
+torch there; the other parts become nodes, by export-onnx. Then bench times all graphs against the base's. This module
+contains no mathematics.
 """
 
 from __future__ import annotations
@@ -57,27 +58,27 @@ def prepare_compare(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Job[CompareReport]:
-    """Prepares a job that makes graphs of a model with each of several adapters, and compares them with its own.
+    """Prepares a job that makes a graph of a model with each of several adapters, and compares them with the model's.
 
     Args:
         model: a folder that transformers loads, of a model that is run in one pass.
-        adapters: whatever fold takes; each a path, or a name and a path.
+        adapters: adapters that fold accepts; each a path, or a name and a path.
         out: keep the graphs in this folder, which must be new or empty.
-        branches: also make the graph with all of an adapter left as nodes, where fold makes another of it.
+        branches: also make the graph with the whole adapter as nodes, if fold makes a different one.
         shapes, provider, margin, threads, seed: as for bench.
-        seconds: as for bench, for each graph and shape; 0 leaves timing out.
+        seconds: as for bench, for each graph and shape; 0 skips timing.
         record: a JSON file to write the report to.
-        force: replace what stands at `record`.
-        progress: called with what is made or timed and the share of it that is done.
+        force: overwrite an existing `record`.
+        progress: called with the graph that is made or timed, and the completed share.
 
     Raises:
-        NothingToDo: no adapter.
-        Unsupported: two adapters of one name, a model of several graphs, settings that make no sense, an adapter or a
-            graph that cannot be put to use, and why.
-        ProviderUnavailable: the provider is not there, or does not take a graph.
-        OutputExists: something stands at `out` or `record`.
-        ReportedError: each adapter, as fold; exports and times, as export-onnx and bench. All but the clock's own
-            surprises come before anything is timed.
+        NothingToDo: no adapter was given.
+        Unsupported: two adapters have the same name, the model has several graphs, settings are invalid, or an adapter
+            or a graph cannot be used; the message says why.
+        ProviderUnavailable: the provider is not installed, or does not take a graph.
+        OutputExists: `out` or `record` exists.
+        ReportedError: each adapter, as fold; exports and times, as export-onnx and bench. All errors come before
+            anything is timed, except errors of the timing itself.
     """
     watch, files = Stopwatch("torch"), OpenFiles()
     paths = named(adapters)
@@ -144,7 +145,7 @@ def _parameters(base: BaseModel) -> int:
 
 
 def _exports(base: BaseModel, planned: Sequence[Planned], branches: bool, folder: Path | None) -> Iterator[Step]:
-    """The graphs that are to be made, each over weights of the base's size."""
+    """The graphs to make, each with weights of the base's size."""
     whole = _whole(base.checkpoint)
     for name, form, read in ((BASE, BASE, ()), *_graphs(planned, branches)):
         output = TensorSpec(f"{name}, {form}", DType.U8, whole.spec.shape)
@@ -152,21 +153,21 @@ def _exports(base: BaseModel, planned: Sequence[Planned], branches: bool, folder
 
 
 def _timings(planned: Sequence[Planned], branches: bool, shapes: Sequence[tuple[int, int]]) -> Iterator[Step]:
-    """What bench is to time: reads what was written."""
+    """The graphs that bench times; reads the written files."""
     for batch, sequence in shapes:
         for name, form, _ in _graphs(planned, branches):
             yield Step(f"{name}, {form} at {batch}×{sequence}", (), (), Elsewhere("time"))
 
 
 def _graphs(planned: Sequence[Planned], branches: bool) -> Iterator[tuple[str, str, tuple[TensorRef, ...]]]:
-    """The adapters' graphs: name, form, and what they are made of besides the base."""
+    """The adapters' graphs: name, form, and the inputs besides the base."""
     for each in planned:
         for form in (each.form, *((_BRANCH,) if branches and each.branches else ())):
             yield each.name, form, (_whole(each.file.checkpoint),)
 
 
 def _whole(checkpoint: Checkpoint) -> TensorRef:
-    """A checkpoint's payload as one, for a plan."""
+    """A checkpoint's payload as one tensor, for a plan."""
     size = sum(spec.nbytes for spec in checkpoint.specs.values())
     return TensorRef(checkpoint.ref, TensorSpec(Path(checkpoint.ref.path).name, DType.U8, (size,)))
 
@@ -175,18 +176,18 @@ def _notes(adapter: Planned, branches: bool) -> Iterator[str]:
     if adapter.tokens:
         yield (
             f"{adapter.name}: the model computes {adapter.tokens} tokens more than the input has, in every layer; "
-            "that is in its ratio"
+            "its ratio includes that"
         )
     yield from adapter.notes if branches else ()
 
 
 def _one_graph(base: BaseModel) -> Exportable:
-    """The model as it is traced. Raises Unsupported for one that is not one graph."""
+    """The model in the form that is traced. Raises Unsupported if it has several graphs."""
     traced = exportable(base, False, None, ())
     programs = traced.kind.programs
     if len(programs) > 1:
         raise Unsupported(
-            "compare times one graph against another, and this model is several",
+            "compare needs a model with one graph, and this model is several",
             where=base.path,
             found=", ".join(f"{program.prefix}{_FILE}" for program in programs),
             then="export them with and without the adapter, and bench each: surgery export-onnx, surgery bench",
@@ -195,7 +196,7 @@ def _one_graph(base: BaseModel) -> Exportable:
 
 
 def _check_time(graph: Path, shapes: Sequence[tuple[int, int]], setting: Setting, seconds: float) -> None:
-    """Refuses a time that is too short even for the base against itself, before the other graphs are made."""
+    """Refuses a time too short even to compare the base with itself, before the other graphs are made."""
     from surgery.onnx.files.graph_file import load_graph
     from surgery.onnx.run.feeds import make_feeds
     from surgery.onnx.timing.latency import rehearse
@@ -206,7 +207,7 @@ def _check_time(graph: Path, shapes: Sequence[tuple[int, int]], setting: Setting
 
 
 def _check_folder(folder: Path | None, inputs: Sequence[Path]) -> None:
-    """Refuses a folder that graphs cannot be kept in. Raises OutputExists, PathNotFound or WriteFailed."""
+    """Refuses a folder in which graphs cannot be kept. Raises OutputExists, PathNotFound or WriteFailed."""
     if folder is None:
         return
     free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
@@ -217,7 +218,7 @@ def _check_folder(folder: Path | None, inputs: Sequence[Path]) -> None:
 
 @contextlib.contextmanager
 def _workplace(folder: Path | None) -> Iterator[Path]:
-    """A folder for the graphs: of the user's, emptied again if anything fails, or a temporary one."""
+    """A folder for the graphs: the user's, emptied again if anything fails, or a temporary one."""
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="surgery-compare-") as temporary:
             yield Path(temporary)
@@ -240,11 +241,11 @@ class _Making:
 
     Attributes:
         base: the model.
-        traced: as it is traced.
-        provider, shape: what nodes are counted for.
-        branches: whether to leave adapters whole in a graph too.
-        count: of the adapters.
-        progress: told of each adapter, if anybody is to be.
+        traced: the model in the form that is traced.
+        provider, shape: the provider and shape for which nodes are counted.
+        branches: whether to also make graphs with whole adapters as nodes.
+        count: number of adapters.
+        progress: called for each adapter, if given.
     """
 
     base: BaseModel
@@ -256,7 +257,7 @@ class _Making:
     progress: Progress | None
 
     def base_graph(self, planned: ExportPlan, place: Path) -> AdapterGraph:
-        """The base's, in the folder at `place`."""
+        """The base's graph, in the folder at `place`."""
         self._tell(BASE, 0)
         return self._described(self._export(planned, self.base, self.traced, place / BASE / _FILE), BASE, None)
 
@@ -289,7 +290,7 @@ class _Making:
             self.progress(f"making graphs: {name}", done / (1 + self.count))
 
     def _graphs(self, adapter: Planned, own: AdapterGraph, place: Path) -> Iterator[AdapterGraph]:
-        """As fold leaves it, and as a branch."""
+        """The adapter's graphs: as fold makes it, and as a branch."""
         target = place / adapter.form.replace(" ", "") / _FILE
         if adapter.changes:
             with tempfile.TemporaryDirectory(prefix="surgery-compare-") as temporary, OpenFiles() as files:
@@ -317,7 +318,7 @@ class _Making:
         return job.work(Resources())  # the model's files stay open: others are made of it too
 
     def _described(self, report: ExportReport, form: str, own: AdapterGraph | None) -> AdapterGraph:
-        """A graph with what the provider makes of it. Raises ProviderUnavailable or Unsupported where it does not."""
+        """A graph with the provider's node counts. Raises ProviderUnavailable or Unsupported if it does not run."""
         from surgery.onnx.run.runtime import optimise
 
         (graph,) = report.graphs

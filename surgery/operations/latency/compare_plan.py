@@ -1,6 +1,6 @@
-"""What compare says of adapters before any graph is made: names, methods, sizes, what folds, and which graphs to make.
+"""Plans compare before any graph is made: names, methods and sizes of adapters, what folds, and which graphs to make.
 
-Reads headers, and payloads for digests alone. Whatever is wrong with an adapter is refused here.
+Reads headers, and payloads only for digests. An adapter with any fault is refused here.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ NamedAdapter = str | Path | tuple[str, str | Path]
 
 @dataclass(frozen=True)
 class Planned:
-    """An adapter that is to be compared.
+    """An adapter to compare.
 
     Attributes:
-        file: the adapter, opened.
+        file: the opened adapter.
         name, method, placement, non_linearity, parameters, tokens: see ComparedAdapter.
-        becomes: what becomes of its parts.
-        form: of its graph, as fold leaves it.
+        becomes: what fold makes of its parts.
+        form: form of its graph after fold.
         changes: whether fold changes a weight.
-        branches: whether it can be left in a graph whole, and that is another graph than what fold leaves.
-        notes: what the user should know.
+        branches: whether the whole adapter can be nodes of a graph, and this graph differs from the one after fold.
+        notes: notes for the user.
     """
 
     file: AdapterFile
@@ -65,7 +65,7 @@ class Planned:
 
     @property
     def folds(self) -> str:
-        """How much of it goes into the weights."""
+        """How much of the adapter goes into the weights."""
         ways = {each.way for each in self.becomes}
         if ways <= {Way.FOLDED, Way.WIDENED}:
             return "yes"
@@ -73,19 +73,19 @@ class Planned:
 
 
 def named(adapters: Sequence[NamedAdapter]) -> dict[str, Path]:
-    """The adapters' paths by their names: those given, or their files' and folders'.
+    """The adapters' paths by name: the given names, or the names of their files and folders.
 
     Raises:
-        NothingToDo: there are none.
-        PathNotFound: nothing is there.
-        Unsupported: two of one name, or a name that is none.
+        NothingToDo: there are no adapters.
+        PathNotFound: a path does not exist.
+        Unsupported: two adapters have the same name, or a name is invalid.
     """
     found: dict[str, Path] = {}
     for each in adapters:
         name, path = each if isinstance(each, tuple) else ("", each)
         path = Path(path)
         if not path.exists():
-            raise PathNotFound("no such file or folder", where=path)
+            raise PathNotFound("no such file or folder", where=path, then="check the path of the adapter")
         whole = path.resolve()
         name = name or (whole.name if whole.is_dir() else whole.stem)
         if name in (BASE, ".", "..") or any(letter in "/\\\0" for letter in name):
@@ -94,14 +94,14 @@ def named(adapters: Sequence[NamedAdapter]) -> dict[str, Path]:
                 where=path,
                 expected=f"a name without slashes, and not {BASE}, which is the model's own",
                 found=name,
-                then=f"give it another: --adapter NAME={path}",
+                then=f"give it another name: --adapter NAME={path}",
             )
         if name in found:
             raise Unsupported(
-                "two adapters of one name",
+                "two adapters have the same name",
                 where=f"{found[name]} and {path}",
                 found=name,
-                then=f"give one of them another: --adapter NAME={path}",
+                then=f"give one of them another name: --adapter NAME={path}",
             )
         found[name] = path
     if not found:
@@ -111,7 +111,7 @@ def named(adapters: Sequence[NamedAdapter]) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def concerning(name: str, path: Path) -> Iterator[None]:
-    """Has errors say which of the adapters they are about."""
+    """Adds the adapter's name to errors that are raised within."""
     try:
         yield
     except ReportedError as error:
@@ -120,12 +120,12 @@ def concerning(name: str, path: Path) -> Iterator[None]:
 
 
 def plan_adapter(model: BaseModel, name: str, path: Path) -> Planned:
-    """What an adapter is, and which graphs are to be made of it.
+    """Describes an adapter, and plans the graphs to make of it.
 
     Args:
         model: the base.
-        name: the adapter's.
-        path: of its file or folder.
+        name: the adapter's name.
+        path: its file or folder.
 
     Raises:
         ReportedError: as fold, and as merge for an adapter that is a change of weights.
@@ -137,7 +137,7 @@ def plan_adapter(model: BaseModel, name: str, path: Path) -> Planned:
 
 
 def _beside(model: BaseModel, name: str, file: AdapterFile, parts: Sequence[Part]) -> Planned:
-    """An adapter that adds something beside the weights."""
+    """An adapter that adds modules next to the weights."""
     folding = plan_fold(model, parts, fingerprint_beside(file))
     ways = {each.way for each in folding.verdicts}
     refs = {ref for part in parts for ref in _trained(part)}
@@ -157,7 +157,7 @@ def _beside(model: BaseModel, name: str, file: AdapterFile, parts: Sequence[Part
 
 
 def _merging(model: BaseModel, name: str, file: AdapterFile) -> Planned:
-    """An adapter that is a change of weights."""
+    """An adapter that changes weights."""
     opened, outline = open_for_merge(model, ((file, None),))
     plan_merge(model, opened, outline)
     adapter = opened[0].adapter
@@ -165,7 +165,7 @@ def _merging(model: BaseModel, name: str, file: AdapterFile) -> Planned:
         LorasInGraph.of(model, [file], "branch", model.specs, NOTHING_TOLD)
         notes = []
     except Unsupported as error:
-        notes = [f"{name} has no graph as a branch: {error.what}"]
+        notes = [f"{name} cannot be a branch: {error.what}"]
     methods = [method_named(module.method).title for module in adapter.modules]
     whole = ["in full"] if adapter.replacements else []
     return Planned(
@@ -185,7 +185,7 @@ def _merging(model: BaseModel, name: str, file: AdapterFile) -> Planned:
 
 
 def _form(ways: Collection[str], of_bottlenecks: Collection[Way]) -> str:
-    """What goes into the weights, and as what the rest is in the graph; the words for that are export-onnx's."""
+    """The part that goes into the weights, and the form of the rest in the graph, in export-onnx's terms."""
     inside = [way for way in (Way.WIDENED, Way.FOLDED) if way in ways][:1]
     left = [HALF] if Way.HALF in of_bottlenecks else ["branch"] if Way.GRAPH in of_bottlenecks else []
     return " + ".join([*inside, *(left or (["constants"] if Way.GRAPH in ways else []))])
@@ -217,7 +217,7 @@ def _becomes(verdicts: Iterable[Verdict]) -> tuple[Becoming, ...]:
 
 
 def _method(part: Part) -> str:
-    """As the field calls it, by its places and its projections."""
+    """The method's usual name, from its places and its projections."""
     if isinstance(part, Prefix):
         return "prefix"
     if isinstance(part, Prompt):
@@ -245,7 +245,7 @@ def _placement(part: Part) -> str:
 
 
 def _non_linearity(part: Part) -> str:
-    """Of what runs with every input: a network that makes a prefix has run before."""
+    """The non-linearity that runs with every input; a network that makes a prefix runs once in advance."""
     if isinstance(part, Prefix):
         return "softmax"
     if not isinstance(part, Bottlenecks):

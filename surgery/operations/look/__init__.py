@@ -1,1 +1,1 @@
-"""inspect, diff and prove: what files hold, and whether two graphs are one program."""
+"""inspect, diff and prove: show what files hold, and check whether two graphs are the same program."""

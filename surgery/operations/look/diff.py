@@ -1,5 +1,5 @@
-"""diff: what changed between two models, and by how much. Names, shapes and dtypes come from headers, the rest from
-one pass over both files."""
+"""diff: lists what changed between two models, and by how much. Names, shapes and dtypes come from headers; the rest
+takes one pass over both files."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorChange:
-    """One tensor that is not the same in both.
+    """One tensor that differs between the two models.
 
     Attributes:
-        name: the tensor.
-        how: "values", "dtype" (equal values stored otherwise), "shape", "added" or "removed".
-        before, after: specs as text; None where it is not there.
-        relative: ‖tuned − base‖ / ‖base‖; None where that means nothing.
+        name: the tensor's name.
+        how: "values", "dtype" (equal values in another dtype), "shape", "added" or "removed".
+        before, after: dtype and shape as text; None if the model lacks the tensor.
+        relative: ‖tuned − base‖ / ‖base‖; None where it is undefined.
         largest: max |tuned − base|.
     """
 
@@ -43,7 +43,7 @@ class TensorChange:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffReport(Report):
-    """What differs. The ledger counts tensors by how they differ, and those identical byte for byte."""
+    """The tensors that differ. The ledger counts tensors by how they differ, and the byte-identical ones."""
 
     base: str
     tuned: str
@@ -57,7 +57,7 @@ def prepare_diff(
 
     Args:
         base, tuned: a safetensors file or a folder each.
-        headers_only: names, shapes and dtypes only; tensors alike in those count as identical.
+        headers_only: compare only names, shapes and dtypes; tensors that agree in these count as identical.
         resources: workers, memory and device.
 
     Raises:
@@ -85,7 +85,7 @@ diff = runs(prepare_diff)
 
 
 def plan_diff(before: Checkpoint, after: Checkpoint, headers_only: bool) -> tuple[Plan, tuple[TensorChange, ...], int]:
-    """What is to be measured, what the headers tell already, and how many tensors are identical by them."""
+    """The plan of what to measure, the changes visible in headers, and how many tensors headers show as identical."""
     changes = [
         TensorChange(name, "removed", _text(spec), None)
         for name, spec in before.specs.items()
@@ -117,7 +117,7 @@ def _text(spec: TensorSpec) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """The figures of a comparison whose tensors are not equal."""
+    """The measured difference of two unequal tensors."""
 
     change: TensorChange
 
@@ -130,7 +130,7 @@ class Compare:
     after: TensorSpec
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
-        """Equal bytes are settled first; the rest is measured in float64."""
+        """Compares bytes first; measures the difference in float64 only if they differ."""
         import torch
 
         old, new = inputs

@@ -1,4 +1,4 @@
-"""inspect: what is in a file or folder, from headers alone. Loads no torch."""
+"""inspect: shows what a file or folder holds, from headers alone. Does not load torch."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class InspectReport(Report):
     """What a path holds. Nothing is written, so the ledger is empty.
 
     Attributes:
-        path: as given.
+        path: the path as given.
         kind: "model" or "adapter".
-        container: "safetensors" or "torch", of shards with their number: "safetensors, 3 shards".
-        parameters: elements in all tensors.
-        nbytes: payload bytes.
-        dtypes: parameters by dtype.
-        metadata: the container's own, without receipt and config.
+        container: "safetensors" or "torch", with the number of shards if there are several: "safetensors, 3 shards".
+        parameters: number of elements in all tensors.
+        nbytes: size of the payload in bytes.
+        dtypes: number of parameters by dtype.
+        metadata: the container's metadata, without receipt and config.
         adapter: dialect and settings of an adapter; None for a model.
-        merged: content digests of adapters that receipts say are in there, the latest first.
+        merged: content digests of the adapters that were merged according to the receipts, latest first.
         tensors: every tensor, in the file's order.
     """
 

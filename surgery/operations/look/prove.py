@@ -1,7 +1,7 @@
-"""prove: is MERGED.onnx the program of BASE.onnx on other numbers?
+"""prove: is MERGED.onnx the same program as BASE.onnx, with other weights?
 
-Three levels: the same bytes; the same canonical graph, before and after the runtime's own optimisation; the same
-assignment of nodes to providers, and the same cost of one run. Nothing is written.
+It checks three levels: the same bytes; the same canonical graph, before and after ONNX Runtime's own optimisation; the
+same assignment of nodes to providers, and the same cost of one run. It writes nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from surgery.report import Report, Stopwatch
 
 @dataclass(frozen=True)
 class Check:
-    """One question, whether the answer is yes, and if not the first difference."""
+    """One check: its name, whether both graphs agree, and the first difference if they do not."""
 
     name: str
     same: bool
@@ -35,18 +35,18 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class ProveReport(Report):
-    """What prove found. Nothing is written, so the ledger is empty.
+    """The result of prove. Nothing is written, so the ledger is empty.
 
     Attributes:
-        a, b: the two graphs.
-        same: whether they are one program, for this provider.
-        level: the strongest thing that is the same: "bytes", "graph", or "" where the programs differ.
-        checks: every question in order: bytes, graph, optimised graph, assignment, cost.
+        a, b: paths of the two graphs.
+        same: whether they are the same program on this provider.
+        level: the strongest level that is the same: "bytes", "graph", or "" if the programs differ.
+        checks: every check in order: bytes, graph, optimised graph, assignment, cost.
         provider: the execution provider, as ONNX Runtime names it.
-        nodes_a, nodes_b: nodes of the graph, and of the optimised one.
-        cost_a, cost_b: at `shape`.
+        nodes_a, nodes_b: number of nodes in the graph, and in the optimised graph.
+        cost_a, cost_b: cost of one run at `shape`.
         shape: batch and sequence.
-        sha256: of each graph's file.
+        sha256: SHA-256 of each graph's file.
     """
 
     a: str
@@ -64,7 +64,7 @@ class ProveReport(Report):
 
     @property
     def difference(self) -> Check | None:
-        """The first check that says why the programs differ; None where they do not."""
+        """The first check that shows why the programs differ; None if they are the same."""
         return next((check for check in self.checks[1:] if not check.same), None)
 
 
@@ -75,20 +75,22 @@ def prepare_prove(
 
     Args:
         a: the base's graph.
-        b: the merged model's.
-        provider: `cpu`, `cuda` or another that this ONNX Runtime has; one that would not really run is an error.
+        b: the merged model's graph.
+        provider: `cpu`, `cuda` or another that this ONNX Runtime has; a provider that would not really run is an error.
         shape: batch and sequence of the run whose operations and bytes are counted.
 
     Raises:
-        PathNotFound, CorruptFile: no graph there, or not its weights.
-        UnsafeFile: weights outside of the graph's folder.
-        ProviderUnavailable: the provider is not there, or would not run.
-        Unsupported: a graph that ONNX Runtime does not load, or a shape that makes no sense.
+        PathNotFound, CorruptFile: the graph or its weights are missing or damaged.
+        UnsafeFile: weights are outside the graph's folder.
+        ProviderUnavailable: the provider is not installed, or would not run the graph.
+        Unsupported: ONNX Runtime does not load the graph, or the shape is not positive.
     """
     watch, files = Stopwatch(), OpenFiles()
     paths = (Path(a), Path(b))
     if min(shape) < 1:
-        raise Unsupported("a shape is a positive batch and sequence", found=f"{shape[0]}x{shape[1]}")
+        raise Unsupported(
+            "batch and sequence must be positive", found=f"{shape[0]}x{shape[1]}", then="choose another --shape"
+        )
     name = provider_name(provider)
     models = (load_graph(paths[0], files), load_graph(paths[1], files))
     read = tuple(files_of(model, path) for model, path in zip(models, paths, strict=True))
@@ -138,7 +140,7 @@ def _check(name: str, difference: ProgramDifference | None) -> Check:
 
 
 def _cost_difference(a: Cost, b: Cost) -> ProgramDifference | None:
-    """The first op, by name, that takes other operations or bytes in the two."""
+    """The first op, by name, whose operations or bytes differ between the two."""
     if a.uncounted != b.uncounted:
         return ProgramDifference(
             "the ops that are not counted", *(", ".join(each.uncounted) or "none" for each in (a, b))

@@ -111,7 +111,7 @@ def test_weights_that_do_not_fit(tmp_path: Path, twins: Callable[[str], Any], me
     with pytest.raises(kind) as caught:
         export_onnx(merged, tmp_path / "out/model.onnx", graph=twins("bert")[0].onnx)
     assert NAME in str(caught.value)
-    assert "leave out --graph" in caught.value.details["next"]
+    assert "omit --graph" in caught.value.details["next"]
     assert not (tmp_path / "out").exists()
 
 

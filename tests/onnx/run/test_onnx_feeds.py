@@ -85,9 +85,9 @@ def test_a_cache_takes_the_sequence(past: str, total: str) -> None:
 @pytest.mark.parametrize(
     ("inputs", "reason"),
     [
-        ({"cache_position": (INT64, ("sequence",))}, "do not know what to feed"),
-        ({"pixel_values": (BFLOAT16, ("batch", 3, 8, 8))}, "do not know what to feed"),
-        ({"pixel_values": (FLOAT, ("batch", 3, "height", "width"))}, "do not tell how long"),
+        ({"cache_position": (INT64, ("sequence",))}, "do not say which values"),
+        ({"pixel_values": (BFLOAT16, ("batch", 3, 8, 8))}, "do not say which values"),
+        ({"pixel_values": (FLOAT, ("batch", 3, "height", "width"))}, "do not determine the lengths"),
         ({"pixel_values": (FLOAT, (1, 3, 8, 8))}, "does not take this shape"),
         ({"input_ids": (INT64, (2, 64))}, "does not take this shape"),
         ({"input_ids": (INT64, ("batch",))}, "does not take this shape"),

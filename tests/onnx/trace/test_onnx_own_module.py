@@ -110,12 +110,12 @@ def test_other_weights_under_its_graph(tmp_path: Path, weights: Path) -> None:
 @pytest.mark.parametrize(
     ("factory", "inputs", "said"),
     [
-        ("their_net", INPUTS, "names a function"),
+        ("their_net", INPUTS, "not name a function"),
         ("no_such_package.net:build", INPUTS, "cannot be imported"),
         ("their_net:nothing", INPUTS, "cannot be imported"),
-        ("their_net:torch", INPUTS, "no function"),
+        ("their_net:torch", INPUTS, "not a function"),
         ("their_net:number", INPUTS, "must return a torch.nn.Module"),
-        ("their_net:build", (), "inputs described"),
+        ("their_net:build", (), "description of the module"),
         ("their_net:build", ("image",), "cannot be read"),
         ("their_net:build", ("image=float33[batch]",), "cannot be read"),
         ("their_net:build", ("image=float32[batch,-1]",), "cannot be read"),

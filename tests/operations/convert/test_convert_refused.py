@@ -203,7 +203,7 @@ def test_what_a_dialect_has_no_place_for_can_be_dropped(tmp_path: Path, cli_json
     assert "--drop bias" in str(caught.value)
     report = cli_json("convert", tmp_path / "peft", "--to", "kohya", "--base", base, "--drop", "bias", "-o", out)
     assert (report["ledger"]["refused"], report["ledger"]["copied"]) == (1, 2)
-    assert any("left behind, as asked" in note for note in report["notes"])
+    assert any("dropped, as requested" in note for note in report["notes"])
     assert set(load_file(out)) == {f"{LAYER}.{each}" for each in ("alpha", "lora_up.weight", "lora_down.weight")}
 
 
@@ -216,17 +216,17 @@ def test_layers_that_a_dialect_has_no_place_for_can_be_dropped(tmp_path: Path, c
     assert "--drop layer" in str(caught.value)
     report = cli_json("convert", source, "--to", "kohya", "--base", base, "--drop", "layer", "-o", out)
     assert (report["weights"], report["ledger"]["refused"]) == ({"lora": 2}, 2)
-    assert any("2 tensors are left behind, as asked" in note for note in report["notes"])
+    assert any("2 tensors were dropped, as requested" in note for note in report["notes"])
     assert {key.partition(".")[0] for key in load_file(out)} == {LAYER}
     made_by_peft(tmp_path, "embedding")
-    with pytest.raises(AdapterFormatError, match="nothing is left that kohya can express"):
+    with pytest.raises(AdapterFormatError, match="kohya can express none"):
         surgery.convert(source, out, "kohya", base=base, drop=["layer"], force=True)
 
 
 def test_the_same_dialect_is_a_copy(kohya: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
     """It says so; tensors, metadata and config are the source's."""
     result = cli("convert", kohya, "--to", "kohya", "-o", tmp_path / "again.safetensors")
-    assert "in kohya already: copied as it is" in result.stdout
+    assert "already in kohya: copied unchanged" in result.stdout
     before, after = load_file(kohya), load_file(tmp_path / "again.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

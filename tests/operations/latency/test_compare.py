@@ -142,7 +142,7 @@ def test_every_graph_gives_what_the_library_gives(compared: CompareReport, name:
 
 def test_what_the_reader_must_know_is_noted(compared: CompareReport) -> None:
     """A prompt's tokens are computed; what has no graph as a branch says why."""
-    assert [note.partition(":")[0] for note in compared.notes] == ["ia3 has no graph as a branch", "prompt_tuning"]
+    assert [note.partition(":")[0] for note in compared.notes] == ["ia3 cannot be a branch", "prompt_tuning"]
     assert "3 tokens more" in compared.notes[1]
     assert [each.tokens for each in compared.adapters if each.tokens] == [3]
 
