@@ -25,7 +25,7 @@ def check_density(density: float) -> None:
     """Raises SurgeryError for a share of elements that cannot be kept."""
     if not 0 < density <= 1:
         raise SurgeryError(
-            "no such share of elements",
+            "the density is out of range",
             expected="above 0, at most 1",
             found=density,
             then="choose it with --density",

@@ -1,1 +1,1 @@
-"""A model that was opened: its folder, config, names, layers, and the module that transformers builds of it."""
+"""An opened model: its folder, config, names and layers, and the module that transformers builds from its config."""

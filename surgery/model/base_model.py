@@ -1,5 +1,7 @@
-"""A model that was opened once: its file, its config.json, and what both say of its weights. It is passed on, so that
-nobody below opens a path again. Knows no adapter and no operation."""
+"""A model that is opened once: its file, its config.json, and what both say about its weights.
+
+The object is passed on, so that no code below opens a path again. Knows no adapter and no operation.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,9 @@ class BaseModel:
     """A model: a file of weights, or a folder with weights and a config.json.
 
     Attributes:
-        path: as the caller named it.
+        path: the path as the caller gave it.
         checkpoint: its tensors.
-        files: what it was opened with.
+        files: the open files through which it was opened.
     """
 
     path: Path
@@ -35,7 +37,7 @@ class BaseModel:
 
     @classmethod
     def open(cls, path: str | Path, files: OpenFiles) -> BaseModel:
-        """Opens a model's headers; its config.json is read when it is first asked for. Raises as `open_checkpoint`."""
+        """Opens a model's headers; config.json is read on first use. Raises as `open_checkpoint`."""
         return cls(Path(path), files.checkpoint(path), files)
 
     @property
@@ -45,7 +47,7 @@ class BaseModel:
 
     @property
     def folder(self) -> Path:
-        """Where its config.json lies, if it has one."""
+        """The folder of its config.json, if it has one."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @cached_property
@@ -60,38 +62,39 @@ class BaseModel:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """Its config.json; empty without one. Raises CorruptFile for one that is no JSON object."""
+        """Its config.json; empty without one. Raises CorruptFile if it is not a JSON object."""
         if self.config_file is None or self.config_content is None:
             return {}
         return parsed_config(self.config_content, self.config_file)
 
     @property
     def quantization(self) -> Mapping[str, Any]:
-        """What its config says of quantisation; empty where it says nothing."""
+        """The quantisation settings of its config; empty if there are none."""
         return quantization_config(self.config)
 
     @cached_property
     def module(self) -> Any:
-        """The model as transformers builds it on the meta device; None where that cannot be had."""
+        """The model as transformers builds it on the meta device; None if transformers cannot build it."""
         return meta_model(self.config) if self.config else None
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """The name that transformers gives to each tensor which it renames on loading, by the file's names."""
+        """File name → new name, for each tensor that transformers renames on loading."""
         known = known_names(self.module, self.specs)[0] if self.module is not None else {}
         return {name: new for name, new in known.items() if new != name}
 
     @property
     def renames(self) -> bool:
-        """Whether transformers may rename tensors of such a model on loading; cheap to ask."""
+        """Whether transformers may rename tensors of this model on loading; cheap to call."""
         return may_rename(self.config)
 
     def tied_head(self, specs: Mapping[str, TensorSpec] | None = None) -> dict[str, str]:
-        """The head's tensor that the file lacks, and the embedding's that it is tied to, by the file's names; empty
-        where there is none, or transformers does not know the model.
+        """The head tensor that the file lacks → the embedding tensor that it is tied to, by the file's names.
+
+        Empty if no head is tied, or if transformers does not know the model.
 
         Args:
-            specs: the tensors of what the file is to become, where that is not the file itself.
+            specs: the tensors of the planned output; by default those of this file.
         """
         specs = self.specs if specs is None else specs
         tied = getattr(self.module, "all_tied_weights_keys", None)
@@ -115,7 +118,7 @@ class BaseModel:
         force: bool,
         max_shard: int | None = None,
     ) -> Destination:
-        """An output of this model's shape, as `destination_like`, its config.json among the attachments of a folder."""
+        """A destination with this model's layout, as `destination_like`; a folder gets config.json as an attachment."""
         found = destination_like(
             self.path, out, specs, inputs=inputs, force=force, files=self.files, max_shard=max_shard
         )
@@ -126,6 +129,6 @@ class BaseModel:
 
 
 def with_config(destination: Destination, config: Mapping[str, Any]) -> Destination:
-    """The destination with another content of config.json."""
+    """The destination with config.json replaced."""
     content = json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
     return replace(destination, attachments={**destination.attachments, CONFIG: content})

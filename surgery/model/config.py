@@ -1,7 +1,6 @@
-"""What config.json must say of an output so that it can be loaded: a larger vocabulary, other settings.
+"""Updates config.json so that an output can be loaded: a larger vocabulary, changed settings.
 
-Works on the content as plain dicts. Knows no dialect: it compares the tensors of base and output, and takes settings as
-they come.
+Works on plain dicts. Knows no dialect: it compares the tensors of base and output, and takes settings from the caller.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from formats.spec import TensorSpec
 
 
 def growth(base: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> tuple[tuple[int, int], ...]:
-    """The numbers of rows, before and after, of tensors that grow; one pair or none."""
+    """The row counts, before and after, of tensors that grow; one pair or none."""
     after = {spec.name: spec.shape for spec in outputs}
     both = ((spec.shape, after[spec.name]) for spec in base if spec.name in after)
     return tuple(sorted({(old[0], new[0]) for old, new in both if new != old}))
@@ -27,8 +26,8 @@ def parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def resized(config: Mapping[str, Any], sizes: tuple[tuple[int, int], ...]) -> dict[str, Any]:
-    """A config with its vocab_size grown. The size may stand in the config of a part; where it is another number it is
-    left alone."""
+    """A config with its vocab_size grown. The size may be in the config of a part; a vocab_size with
+    another value is not changed."""
     result = copy.deepcopy(dict(config))
     for old, new in sizes:
         for part in parts(result):
@@ -38,7 +37,7 @@ def resized(config: Mapping[str, Any], sizes: tuple[tuple[int, int], ...]) -> di
 
 
 def with_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with other values, each for the whole and for every part that has its key."""
+    """A config with changed settings, each at the top level and in every part that has its key."""
     result = copy.deepcopy(dict(config))
     for key, value in settings.items():
         for part in parts(result):

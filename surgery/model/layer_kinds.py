@@ -1,8 +1,8 @@
-"""What each weight of a model is, from the evidence at hand.
+"""Decides the kind of each weight of a model, such as linear or embedding.
 
-Names and shapes first, then the numbers in config.json. Only where these leave a doubt is the model itself asked: built
-by transformers on the meta device, without weights and without running anybody's code. What is still in doubt then is
-asked for by a flag, never guessed. Reads no payload.
+Names and shapes are used first, then the integers in config.json. If these leave a doubt, transformers builds the model
+on the meta device, without weights and without running third-party code. If a doubt remains, the user must settle it
+with a flag; nothing is guessed. Reads no payload.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from surgery.model.base_model import BaseModel
 from surgery.model.meta_model import known_names, may_rename
 from surgery.model.patterns import matching
 
-# What --kind accepts: a layer's kind, a matrix of no layer, how a stack of experts is stored, or to be carried in full.
+# What --kind accepts: a layer kind, a matrix outside any layer, how a stack of experts is stored, or "store in full".
 ASKED = ("linear", "transposed", "embedding", "conv", "parameter", "experts", "experts-transposed", "full")
 _ROUTER = re.compile(r"gate|router", re.IGNORECASE)
 _LIKE_EXPERTS = re.compile(r"\.(gate|w[123]|gate_proj|up_proj|down_proj)\.weight$")
 _HEAD = re.compile(r"head|decoder|output|classifier|logits|score|predict|proj", re.IGNORECASE)
-_KERNEL = 64  # the longest kernel of a Conv1d that is believed without asking; beyond it may be a stack of matrices
+_KERNEL = 64  # the longest kernel of a Conv1d that is assumed; a longer one may be a stack of matrices
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What is known of a model's weights.
+    """What is known about a model's weights.
 
     Attributes:
-        kinds: tensor → kind, of everything that could become factors.
+        kinds: tensor → kind, for every tensor that could be factorised.
         swapped: stacks of experts stored (experts, in, out) instead of (experts, out, in).
         doubtful: tensor → why its kind is not certain.
-        order: its parameters as the model registers them, or as the user names them.
-        names: tensor → the model's own name of it, where the model was asked; transformers renames some on loading.
-        fused: tensors that become parts of others on loading.
-        config: the model's config.json, empty without one.
+        order: its parameters in the order in which the model registers them or the user names them.
+        names: tensor → its name in transformers' module, if that was built; transformers renames some on loading.
+        fused: tensors that transformers fuses into others on loading.
+        config: the model's config.json; empty without one.
     """
 
     kinds: Mapping[str, LayerKind]
@@ -51,11 +51,11 @@ class Structure:
 
 
 def learn_structure(models: Sequence[BaseModel], asked: Mapping[str, str]) -> Structure:
-    """The structure of a model, its doubts settled as far as they can be.
+    """The structure of a model, with as few doubts as possible.
 
     Args:
-        models: the model, and its base if that is at hand: the first config.json beside either is evidence.
-        asked: pattern → one of ASKED, the user's word, which beats all evidence.
+        models: the model, and its base if available; the first config.json found next to either is used.
+        asked: pattern → one of ASKED, as the user set it; it overrides everything else.
 
     Raises:
         SurgeryError: an unknown kind, or a pattern that matches nothing.
@@ -71,18 +71,18 @@ def learn_structure(models: Sequence[BaseModel], asked: Mapping[str, str]) -> St
     swapped: set[str] = set()
     names: dict[str, str] = {}
     fused: frozenset[str] = frozenset()
-    # Shapes do not tell a convolution's groups.
+    # A convolution's number of groups cannot be read from shapes.
     asks = doubtful.keys() - told.keys() or LayerKind.CONV in kinds.values() or may_rename(config)
     model = informed.module if asks else None
     if model is not None:
         names, fused = known_names(model, specs)
         learned, swapped = _of_model(model, names, specs)
-    for name in learned.keys() & kinds.keys():  # whatever the model says is certain; what it lacks keeps its doubt
+    for name in learned.keys() & kinds.keys():  # the module is certain; tensors that it lacks stay in doubt
         kind = learned[name]
         kinds = {**kinds, name: kind} if kind else {other: k for other, k in kinds.items() if other != name}
         doubtful.pop(name, None)
     if fused:
-        # Beside experts peft takes every layer of such a name for one of theirs and loses it; as a parameter it stays.
+        # If a model has experts, peft treats every layer of such a name as an expert and drops it; it keeps parameters.
         kinds |= {name: LayerKind.PARAMETER for name in names if _LIKE_EXPERTS.search(name) and name in kinds}
     for name, word in told.items():
         doubtful.pop(name, None)
@@ -145,7 +145,7 @@ def _numbers(value: Any) -> Iterator[int]:
 
 
 def _told(asked: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The user's word on each tensor, in the order in which it was given."""
+    """The kind that the user set for each tensor, in the order given."""
     told: dict[str, str] = {}
     for pattern, kind in asked.items():
         if kind not in ASKED:
@@ -183,8 +183,8 @@ def _unordered(kinds: Mapping[str, LayerKind], order: Sequence[str]) -> dict[str
 def _of_model(
     model: Any, names: Mapping[str, str], specs: Mapping[str, TensorSpec]
 ) -> tuple[dict[str, LayerKind | None], set[str]]:
-    """The kinds that the model's own modules tell, None for what no factors fit, in the order of registration; and
-    the stacks of experts stored (experts, in, out)."""
+    """The kinds read from the model's modules, in registration order (None where factors do not fit), and the stacks
+    of experts stored (experts, in, out)."""
     stored = {known: name for name, known in names.items()}
     kinds: dict[str, LayerKind | None] = {}
     swapped: set[str] = set()

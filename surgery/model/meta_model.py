@@ -1,8 +1,8 @@
-"""The model that a config names, built by transformers on the meta device: modules and shapes, no weights.
+"""Builds the model that a config names, with transformers on the meta device: modules and shapes, no weights.
 
-What only the model knows of its own file: the kinds of its layers, the order of its parameters, and the names it gives
-to tensors that the file holds under others. Runs no code but transformers' own; all of it is empty where transformers
-is not installed or does not know the class.
+Only the built model gives the kinds of its layers, the order of its parameters, and the tensors that it renames on
+loading. Runs only transformers' own code. Everything is empty if transformers is not installed or does not know the
+class.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def meta_model(said: Mapping[str, Any]) -> Any:
-    """The model that a config.json names, an nn.Module of meta tensors; None where that cannot be had."""
+    """The model that a config.json names, an nn.Module of meta tensors; None if it cannot be built."""
     try:
         import torch
         import transformers
@@ -28,12 +28,12 @@ def meta_model(said: Mapping[str, Any]) -> Any:
             return None
         with torch.device("meta"):
             return model_class(config)
-    except Exception:  # a class may refuse its config, or the meta device, in any way: then it tells nothing
+    except Exception:  # a class may reject its config or the meta device with any exception
         return None
 
 
 def config_of(config_class: Any, said: Mapping[str, Any]) -> Any:
-    """A transformers config of a class, from a config.json that was read already. As `from_pretrained`, it takes the
+    """A transformers config of a class, from a parsed config.json. Like `from_pretrained`, it takes the
     part of a composite model's config that belongs to the class (transformers 5, configuration_utils.py)."""
     key = config_class.base_config_key
     part = said[key] if key and key in said else said
@@ -44,8 +44,8 @@ def config_of(config_class: Any, said: Mapping[str, Any]) -> Any:
 
 
 def known_names(model: Any, names: Iterable[str]) -> tuple[dict[str, str], frozenset[str]]:
-    """The model's own name of every tensor of the file that it takes as it is, perhaps under another name; and the
-    tensors that become parts of others on loading. What the model does not know at all is neither."""
+    """File name → model name for every tensor that is loaded unchanged, and the tensors that are fused into others on
+    loading. Tensors that the model does not know are in neither."""
     names = list(names)
     held = model.state_dict()
     try:
@@ -63,8 +63,8 @@ def known_names(model: Any, names: Iterable[str]) -> tuple[dict[str, str], froze
 
 
 def may_rename(config: Mapping[str, Any]) -> bool:
-    """Whether transformers has rules of its own for the names of such a model. Reads its table as text: importing it
-    would cost seconds, and most models are not in it."""
+    """Whether transformers has renaming rules for this model. Reads the table of rules as text, since importing it
+    takes seconds and most models are not in it."""
     text = _rules()
     return any(f'"{word}"' in text for word in _identifiers(config))
 

@@ -1,8 +1,8 @@
-"""The names that a model gives to what its file holds under others, and reading an adapter that uses them.
+"""Maps the tensor names in a file to the names in the loaded model, and reads adapters that use the latter.
 
-transformers renames layers of some models while it loads them (vision transformers, models of several parts); peft's
-adapters have the model's names. Only where an adapter does not match the file, or is to be written for peft, are the
-model's own rules asked, which takes loading transformers and building the model without weights.
+transformers renames layers of some models on loading (vision transformers, models of several parts), and peft adapters
+use the renamed layers. The renaming rules are read only if an adapter does not match the file or is to be written for
+peft, because that imports transformers and builds the model without weights.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from surgery.model.base_model import BaseModel
 def read_adapter(
     model: BaseModel, adapter: AdapterFile, specs: Mapping[str, TensorSpec], told: Told = NOTHING_TOLD
 ) -> Adapter:
-    """The adapter, resolved against the model's tensors by their names in the file, or else by the model's own.
+    """The adapter, resolved against the model's tensors by their file names, or else by their names in transformers.
 
     Args:
         model: the adapter's base.
-        adapter: opened.
-        specs: the model's tensors, or those of what it is to become.
-        told: what the caller says of the adapter.
+        adapter: the opened adapter.
+        specs: the model's tensors, or the tensors of the planned output.
+        told: settings of the adapter that the caller gives.
 
     Raises:
-        FormatError: as `AdapterFile.read`; Quantised where the model's weights are in a form that nothing can be added
-            to.
+        FormatError: as `AdapterFile.read`; Quantised if the model's weights are in a quantised form that cannot be
+            merged into.
     """
     told = replace(told, model=model.config)
     try:
         return adapter.read(specs, told=told)
     except (UnmatchedKeys, ShapeMismatch) as error:
         forms = foreign(specs, model.quantization)
-        refuse_foreign(forms, forms, model.path)  # its weights are there, in a form that nothing fits
+        refuse_foreign(forms, forms, model.path)  # the weights exist, in a form that no adapter fits
         if isinstance(error, ShapeMismatch) or not model.names:
             raise
         return adapter.read(specs, model.names, told)
@@ -47,8 +47,8 @@ def read_adapter(
 def in_model_names(
     model: BaseModel, adapter: Adapter, specs: Mapping[str, TensorSpec]
 ) -> tuple[Adapter, dict[str, TensorSpec]]:
-    """An adapter resolved against a model's file, and the file's tensors, by the names that the model itself gives
-    them: what peft adapts are modules of the model, as transformers loads it."""
+    """A resolved adapter and the file's tensors, renamed to the names of the loaded model: peft adapts the modules of
+    the model as transformers loads it."""
     names = model.names if model.renames else {}
     known = {names.get(name, name): spec for name, spec in specs.items()}
     return (

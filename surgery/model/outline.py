@@ -1,7 +1,7 @@
-"""A merged model's outline: its tensors, and the tensor of the base that each starts from.
+"""A merged model's outline: its tensors, and the base tensor from which each is computed.
 
-Mostly these are the base's own. A head that the base ties to its embedding becomes a tensor of its own when it is
-untied, and peft's layer_replication repeats layers. Reads headers and configs only; knows no method.
+Usually these are the base's tensors. Untying gives a tied head its own tensor, and peft's layer_replication repeats
+layers. Reads headers and configs only; knows no method.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from surgery.errors import NotMergeable, Unsupported
 from surgery.model.base_model import BaseModel
 
 TIED = "tie_word_embeddings"
-_DEPTHS = ("num_hidden_layers", "n_layer")  # the config's keys for the number of layers
-_BY_LAYER = ("layer_types",)  # and for lists with an entry for each
+_DEPTHS = ("num_hidden_layers", "n_layer")  # config keys that hold the number of layers
+_BY_LAYER = ("layer_types",)  # config keys of lists with one entry per layer
 _LAYER = re.compile(r"^(?P<stack>(?:.+?\.)?(?:layers|encoder\.layer|h))\.(?P<number>\d+)\.(?P<rest>.+)$")
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What a merged model consists of, adapters apart.
+    """The tensors of a merged model, without the adapters.
 
     Attributes:
-        specs: its tensors, before anything is merged into them.
-        sources: the tensor of the base that each starts from; several may start from one.
-        config: settings of config.json that change with it.
+        specs: its tensors, before merging.
+        sources: output tensor → base tensor from which it is computed; several may share one.
+        config: settings of config.json that change.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -40,13 +40,13 @@ class Outline:
 
     @classmethod
     def plain(cls, base: Mapping[str, TensorSpec]) -> Outline:
-        """The base's own."""
+        """The outline of the base itself."""
         return cls(base, {name: name for name in base})
 
     @property
     def origins(self) -> dict[str, str]:
-        """For each tensor of the base the one that unmerge gets it back from: the one of its name if that starts from
-        it, else the first that does."""
+        """Base tensor → output tensor from which unmerge restores it: the one with the same name if it is computed from
+        that base tensor, else the first that is."""
         found: dict[str, str] = {}
         for name, source in self.sources.items():
             if name == source or source not in found:
@@ -55,12 +55,12 @@ class Outline:
 
     @property
     def surplus(self) -> frozenset[str]:
-        """Those that unmerge leaves out."""
+        """Output tensors that unmerge drops."""
         return frozenset(self.sources) - frozenset(self.origins.values())
 
     @property
     def renamed(self) -> dict[str, str]:
-        """Those that unmerge gives the base's name, which is another."""
+        """Output tensor → base name, for tensors that unmerge renames."""
         return {name: source for source, name in self.origins.items() if name != source}
 
 
@@ -68,12 +68,12 @@ def outline_of(model: BaseModel, adapters: Sequence[AdapterFile], *, untie: bool
     """The outline of a base merged with these adapters.
 
     Args:
-        model: the base; its config.json tells which tensors it ties.
-        adapters: opened.
-        untie: whether a head tied to its embedding becomes a tensor of its own.
+        model: the base; its config.json says which tensors are tied.
+        adapters: the opened adapters.
+        untie: whether a tied head gets its own tensor.
 
     Raises:
-        NotMergeable: adapters made for different depths, layers that replication would drop, a base that ties no head.
+        NotMergeable: adapters made for different depths, layers that replication drops, or a base without a tied head.
     """
     outline = _replicated(model, adapters)
     if not untie:
@@ -90,12 +90,12 @@ def outline_of(model: BaseModel, adapters: Sequence[AdapterFile], *, untie: bool
 
 
 def head_is_tied(head: str, embedding: str, model: Path) -> NotMergeable:
-    """The error for an adapter that changes a tied head, where nobody said that it may be untied."""
+    """The error for an adapter that changes a tied head without --untie."""
     return NotMergeable(
         "the adapter changes the head, which the base ties to its embedding: one tensor cannot be both",
         where=model,
         found=f"{head}, stored as {embedding}",
-        then="merge with --untie: the head becomes a tensor of its own, and config.json says so",
+        then="merge with --untie: the head gets its own tensor, and config.json is updated",
     )
 
 
@@ -111,7 +111,7 @@ def _replicated(model: BaseModel, adapters: Sequence[AdapterFile]) -> Outline:
             "the adapters were made for models of different depth",
             where=", ".join(map(str, maps)),
             found="; ".join(f"layer_replication {text or 'none'}" for text in maps.values()),
-            then="merge them one after the other, or into bases of their own",
+            then="merge them one after the other, or each into its own copy of the base",
         )
     ranges = json.loads(chosen.pop())
     stack, depth = _layers(model.path, base)
@@ -120,8 +120,9 @@ def _replicated(model: BaseModel, adapters: Sequence[AdapterFile]) -> Outline:
         raise NotMergeable(
             "layer_replication leaves out layers of the base, which nothing could bring back, or names some it lacks",
             where=adapters[0].path,
-            expected=f"every layer from 0 to {depth - 1}, in ranges [first, behind the last]",
+            expected=f"every layer from 0 to {depth - 1}, in ranges [first, last + 1]",
             found=ranges,
+            then="merge this adapter with peft",
         )
     sources: dict[str, str] = {}
     for name in base:
@@ -140,7 +141,7 @@ def _specs(sources: Mapping[str, str], base: Mapping[str, TensorSpec]) -> dict[s
 
 
 def _order(ranges: Any, depth: int) -> list[int]:
-    """The base's layer at each place; empty for what is no list of ranges within the depth."""
+    """The base's layer at each place; empty if this is not a list of ranges within the depth."""
     sound = isinstance(ranges, list) and all(
         isinstance(pair, list) and len(pair) == 2 and all(type(end) is int and 0 <= end <= depth for end in pair)
         for pair in ranges
@@ -154,16 +155,16 @@ def _layer_map(adapter: AdapterFile) -> str:
 
 
 def _layers(model: Path, base: Mapping[str, TensorSpec]) -> tuple[str, int]:
-    """The one stack of layers that a model has, and how many. Raises Unsupported for one with several or none."""
+    """The model's only stack of layers, and the number of layers. Raises Unsupported if there is not exactly one."""
     numbers: dict[str, set[int]] = {}
     for name in base:
         if match := _LAYER.match(name):
             numbers.setdefault(match["stack"], set()).add(int(match["number"]))
     if len(numbers) != 1:
         raise Unsupported(
-            "which layers does layer_replication repeat?",
+            "cannot tell which layers layer_replication repeats",
             where=model,
-            expected="one stack of layers, as Llama, BERT and Falcon have it",
+            expected="exactly one stack of layers, as in Llama, BERT and Falcon",
             found=", ".join(sorted(numbers)) or "none",
             then="merge this adapter with peft",
         )
@@ -172,7 +173,7 @@ def _layers(model: Path, base: Mapping[str, TensorSpec]) -> tuple[str, int]:
 
 
 def _deeper(config: Mapping[str, Any], order: Sequence[int], depth: int) -> dict[str, Any]:
-    """What changes in a config: the number of layers, and lists with an entry for each."""
+    """What changes in a config: the number of layers, and lists with one entry per layer."""
     keys = [key for key in _DEPTHS if config.get(key) == depth] or _DEPTHS[:1]
     changed: dict[str, Any] = dict.fromkeys(keys, len(order))
     for key in _BY_LAYER:

@@ -1,4 +1,4 @@
-"""Which tensors a user means: shell globs on full names, case-sensitive; a leading `re:` makes a regular expression.
+"""Selects tensors by patterns: case-sensitive shell globs on full names, or regular expressions after `re:`.
 
 `*` also crosses dots, a regular expression must match the whole name, and a pattern that matches nothing is an error.
 Knows names only.
@@ -19,16 +19,21 @@ REGEX = "re:"
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Tells whether a full name matches.
+    """Returns a test of whether a full name matches the pattern.
 
     Raises:
-        SurgeryError: not a regular expression.
+        SurgeryError: an invalid regular expression.
     """
     expression = pattern.removeprefix(REGEX) if pattern.startswith(REGEX) else fnmatch.translate(pattern)
     try:
         compiled = re.compile(expression)
     except re.error as error:
-        raise SurgeryError("not a regular expression", found=pattern, expected=str(error)) from error
+        raise SurgeryError(
+            "this is not a valid regular expression",
+            expected="the syntax of Python's re module",
+            found=f"{pattern}: {error}",
+            then="correct the pattern, or leave out re: to use a shell glob",
+        ) from error
     return lambda name: compiled.fullmatch(name) is not None
 
 
@@ -36,24 +41,24 @@ def matching(names: Sequence[str], pattern: str) -> list[str]:
     """The names that match, in order.
 
     Raises:
-        SurgeryError: not a regular expression.
-        UnknownTensor: none.
+        SurgeryError: an invalid regular expression.
+        UnknownTensor: no name matches.
     """
     matches = matcher(pattern)
     found = [name for name in names if matches(name)]
     if not found:
         close = _nearest(pattern, names)
         raise UnknownTensor(
-            "a pattern matches no tensor",
+            "the pattern matches no tensor",
             expected=pattern,
             found=f"nearest: {', '.join(close)}" if close else None,
-            then="patterns are matched against whole names, case-sensitively: '*.q_proj.weight'",
+            then="write a pattern that matches the whole name, case-sensitively, such as '*.q_proj.weight'",
         )
     return found
 
 
 def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
-    """Names whose parts look like the words of a pattern: a whole name is mostly longer than what a pattern says."""
+    """Names whose parts look like the words of a pattern: a whole name is usually longer than a pattern."""
     parts = sorted({part for name in names for part in name.split(".")})
     words = [word for word in re.findall(r"[A-Za-z_]\w+", pattern.removeprefix(REGEX)) if word not in parts]
     meant = {word: difflib.get_close_matches(word, parts, n=1) for word in words}
@@ -62,10 +67,10 @@ def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def select(names: Iterable[str], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[str]:
-    """The names that match any of `include` (all, if there is none) and none of `exclude`, in order.
+    """The names that match any of `include` (all names if it is empty) and none of `exclude`, in order.
 
     Raises:
-        SurgeryError: a pattern that is no regular expression.
+        SurgeryError: an invalid regular expression.
         UnknownTensor: a pattern that matches nothing.
     """
     names = list(names)
@@ -78,9 +83,9 @@ def rank_override(text: str) -> tuple[str, int]:
     """The pattern and the rank of a text `PATTERN=RANK`.
 
     Raises:
-        SurgeryError: no rank of at least 1 after the last `=`.
+        SurgeryError: the last `=` is not followed by a rank of at least 1.
     """
-    pattern, _, rank = text.rpartition("=")  # a regular expression may hold one
+    pattern, _, rank = text.rpartition("=")  # a regular expression may contain =
     if not pattern or not rank.isdecimal() or int(rank) < 1:
         raise SurgeryError("not a pattern and its rank", expected="PATTERN=RANK, such as *.mlp.*=16", found=text)
     return pattern, int(rank)

@@ -1,4 +1,4 @@
-"""The dtypes in which a merge stores its result: the base's own, or one for all weights; what config.json then says.
+"""The dtypes in which a merge stores its result (the base's, or one for all weights), and the matching config.json.
 
 Knows no method's mathematics and writes nothing.
 """
@@ -31,22 +31,27 @@ _QUANTISATION = ("quantization_config", "compression_config")
 
 
 def dtype_named(name: str | None, what: str = "a result") -> DType | None:
-    """The dtype of a name on the command line, None for none. Raises UnsupportedDType, which says what is stored."""
+    """The dtype that the command line names; None if it names none. Raises UnsupportedDType, which names `what`."""
     if name is not None and name not in DTYPES:
-        raise UnsupportedDType(f"{what} cannot be stored like that", expected=", ".join(DTYPES), found=name)
+        raise UnsupportedDType(
+            f"{what} cannot be stored in this dtype",
+            expected=", ".join(DTYPES),
+            found=name,
+            then="choose one of these with --dtype",
+        )
     return DTYPES[name] if name else None
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How a base's tensors lie in its file, and how a merge's result will.
+    """How a base stores its tensors, and how the merge will store the result.
 
     Attributes:
-        stored: the dtype of every weight of the result; None where each keeps its own.
+        stored: the dtype of every weight of the result; None if each weight keeps its own.
         scaled: the float8 weights that have scales, by name.
-        foreign: weights in a form that nothing can be added to, by name, and whose form it is.
-        shed: tensors of the base that the result has no use for, beside scales.
-        where: the base.
+        foreign: weight → quantised form, for weights that cannot be merged into.
+        shed: base tensors, other than scales, that the result drops.
+        where: the path of the base.
     """
 
     stored: DType | None = None
@@ -57,10 +62,10 @@ class Storage:
 
     @classmethod
     def of(cls, base: Checkpoint, config: Mapping[str, Any], stored: DType | None) -> Storage:
-        """Learns it from headers and from what config.json says of quantisation.
+        """Reads it from headers and from the quantisation settings in config.json.
 
         Raises:
-            Quantised: scales are missing; or a dtype was asked for, and some weights cannot have it.
+            Quantised: scales are missing, or some weights cannot be stored in the chosen dtype.
             ShapeMismatch: scales that do not fit their weights.
         """
         specs, where = base.specs, base.ref.path
@@ -78,7 +83,7 @@ class Storage:
 
     @property
     def scales(self) -> dict[str, str]:
-        """The weight of every tensor of scales."""
+        """Scale tensor → its weight."""
         return {how.scale.name: name for name, how in self.scaled.items()}
 
     def result(self, spec: TensorSpec) -> TensorSpec:
@@ -92,10 +97,10 @@ def refuse_quantised(model: BaseModel, chosen: Collection[str]) -> None:
 
     Args:
         model: base or tuned.
-        chosen: the tensors that are looked at.
+        chosen: the tensors to compare.
 
     Raises:
-        Quantised: one of their modules holds such a weight.
+        Quantised: one of their modules holds a quantised weight.
     """
     storage, modules = (
         Storage.of(model.checkpoint, model.quantization, None),
@@ -120,7 +125,7 @@ def as_numbers(spec: TensorSpec) -> TensorSpec:
 
 
 def restated(config: Mapping[str, Any], stored: DType) -> dict[str, Any]:
-    """A config.json that names another dtype, and no quantisation: the output has none."""
+    """A config.json with another dtype and without quantisation settings, since the output is not quantised."""
     result = copy.deepcopy(dict(config))
     name = next(name for name, dtype in DTYPES.items() if dtype is stored)
     for part in parts(result):
@@ -135,7 +140,7 @@ def restated(config: Mapping[str, Any], stored: DType) -> dict[str, Any]:
 
 
 def dtype_in(merged: Checkpoint, base: Checkpoint) -> DType | None:
-    """The dtype in which a file without a receipt stores all its weights, where base's are others; None else."""
+    """The one dtype of all weights in a merged file without a receipt, if it differs from the base's; else None."""
     found = {spec.dtype for spec in merged.specs.values() if spec.dtype.is_float}
     own = {spec.dtype for spec in base.specs.values() if spec.dtype.is_float}
     return found.pop() if len(found) == 1 and found != own and found <= set(DTYPES.values()) else None

@@ -1,4 +1,4 @@
-"""Ranks: the rules that choose them, and what a budget buys. The rules are public as `surgery.ranks`."""
+"""Chooses ranks: rules for one weight, and budgets for all together. The rules are public as `surgery.ranks`."""
 
 from surgery.ranks.rules import (
     Bounded,

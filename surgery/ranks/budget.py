@@ -1,7 +1,7 @@
-"""How many singular triplets of each weight to keep, so that all factors together fit a size and capture the most.
+"""Chooses the rank of every weight so that all factors fit a size and capture the most energy.
 
-Pure: spectra and bytes in, ranks out. Knows no tensor, no file and no way to compute a spectrum; it says which spectra
-were not known far enough.
+Pure: spectra and bytes in, ranks out. Knows no tensor, no file and no way to compute a spectrum; it reports which
+spectra need more values.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Budget:
     """A size for a whole adapter.
 
     Attributes:
-        nbytes: of its weights' file.
-        minimum, maximum: ranks that every weight must and may get.
+        nbytes: the size of its weights file.
+        minimum, maximum: the lowest and highest rank of every weight.
 
     Raises:
         SurgeryError: a size below 1, or bounds between which no rank lies.
@@ -35,7 +35,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.nbytes < 1:
-            raise SurgeryError("no such size", expected="a number of bytes", found=self.nbytes, then="--budget 20MB")
+            raise SurgeryError(
+                "the budget is too small", expected="1 byte or more", found=self.nbytes, then="try --budget 20MB"
+            )
         if self.minimum < 1 or (self.maximum is not None and self.maximum < self.minimum):
             raise SurgeryError(
                 "no rank lies within these bounds", expected="1 or more", found=f"{self.minimum} to {self.maximum}"
@@ -47,14 +49,14 @@ class Budget:
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """What one weight would do with a share of a budget.
+    """What one weight gains and costs at each rank.
 
     Attributes:
-        name: of the weight; it breaks ties.
+        name: the name of the weight; it breaks ties.
         energies: (k,) its leading squared singular values, float64, descending.
         size: the number of all its singular values.
-        bytes_per_rank: what a column of lora_B and a row of lora_A take together.
-        minimum, maximum: ranks that it must and may get; clamped to its size.
+        bytes_per_rank: bytes of a column of lora_B and a row of lora_A together.
+        minimum, maximum: its lowest and highest rank; clamped to its size.
     """
 
     name: str
@@ -66,18 +68,18 @@ class Claim:
 
     @property
     def least(self) -> int:
-        """The rank it gets at least."""
+        """Its lowest rank."""
         return min(self.minimum, self.size)
 
     @property
     def most(self) -> int:
-        """The rank it gets at most, had one all its values."""
+        """Its highest rank, if all its singular values were known."""
         return self.size if self.maximum is None else min(self.size, self.maximum)
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """How a budget was spent.
+    """The ranks that a budget allows.
 
     Attributes:
         ranks: by name, in the order of the claims.
@@ -116,7 +118,7 @@ def allocate(claims: Sequence[Claim], budget: int, fixed: int = 0) -> Allocation
             "the budget is too small for the least ranks",
             expected=f"at least {spent:,} bytes, {fixed:,} of them whatever the ranks",
             found=f"{budget:,} bytes",
-            then="a larger --budget, or --exclude for what need not be carried",
+            then="choose a larger --budget, or leave weights out with --exclude",
         )
     ordered = sorted(claims, key=lambda claim: claim.name)
     spent += _take_in_bulk(ordered, ranks, budget - spent)

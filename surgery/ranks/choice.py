@@ -1,4 +1,4 @@
-"""How the ranks of a whole adapter are chosen, and how its factors are stored: what every verb that makes factors asks.
+"""How an adapter's ranks are chosen and its factors are stored; shared by every verb that makes factors.
 
 Pure: names in, rules out. Knows no tensor and no file.
 """
@@ -23,7 +23,7 @@ class RankChoice:
         rank: a rank for every weight, a rule that decides for each, or a budget for all together.
         overrides: pattern → rank, for the weights it matches, whatever rules the others; the last that matches wins.
         dtype: "float32", "float16" or "bfloat16"; None for each weight's own.
-        seed: of the random start of an SVD.
+        seed: the seed for the randomised SVD.
     """
 
     rank: int | RankRule | Budget

@@ -1,8 +1,8 @@
-"""How many singular triplets of a weight to keep, by a rule that looks at this weight alone.
+"""Rules that choose the rank of one weight from its own spectrum.
 
-Pure: a spectrum in, a rank out. Knows no tensor, no file and no way to compute a spectrum; a rule says so when the
-leading values it has been shown do not settle the question yet.
-A budget for all weights together: `surgery.ranks.budget`.
+Pure: a spectrum in, a rank out. Knows no tensor, no file and no way to compute a spectrum; a rule returns
+None if the leading values that it gets do not decide the rank yet.
+`surgery.ranks.budget` holds budgets for all weights together.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class EnergyRule:
     share: float
 
     def __post_init__(self) -> None:
-        _check(0 < self.share <= 1, "no such share of energy", "above 0, at most 1", self.share, "--energy")
+        _check(0 < self.share <= 1, "the share of energy is out of range", "above 0, at most 1", self.share, "--energy")
 
     def __call__(self, values: np.ndarray, total: float, size: int) -> int | None:
         """Decides once the known energies reach the goal."""
@@ -89,7 +89,9 @@ class ResidualRule:
     bound: float
 
     def __post_init__(self) -> None:
-        _check(0 <= self.bound < 1, "no such relative error", "0 or more, below 1", self.bound, "--residual")
+        _check(
+            0 <= self.bound < 1, "the relative error is out of range", "0 or more, below 1", self.bound, "--residual"
+        )
 
     def __call__(self, values: np.ndarray, total: float, size: int) -> int | None:
         """Decides once the known energies reach the goal."""
@@ -115,7 +117,13 @@ class RatioRule:
 
     def __post_init__(self) -> None:
         fits = 0 < self.ratio < math.inf
-        _check(fits, "no such ratio", "kohya's form, such as 10, or LyCORIS's, such as 0.1", self.ratio, "--sv-ratio")
+        _check(
+            fits,
+            "the ratio is out of range",
+            "kohya's form, such as 10, or LyCORIS's, such as 0.1",
+            self.ratio,
+            "--sv-ratio",
+        )
 
     def __call__(self, values: np.ndarray, total: float, size: int) -> int | None:
         """Decides once a known value falls to the share or below."""
@@ -138,7 +146,7 @@ class ThresholdRule:
 
     def __post_init__(self) -> None:
         fits = 0 <= self.threshold < math.inf
-        _check(fits, "no such singular value", "0 or more", self.threshold, "--sv-threshold")
+        _check(fits, "the threshold for singular values is out of range", "0 or more", self.threshold, "--sv-threshold")
 
     def __call__(self, values: np.ndarray, total: float, size: int) -> int | None:
         """Decides once a known value falls to the threshold or below."""
@@ -162,7 +170,7 @@ class QuantileRule:
     share: float
 
     def __post_init__(self) -> None:
-        _check(0 < self.share <= 1, "no such quantile", "above 0, at most 1", self.share, "--sv-quantile")
+        _check(0 < self.share <= 1, "the quantile is out of range", "above 0, at most 1", self.share, "--sv-quantile")
 
     def __call__(self, values: np.ndarray, total: float, size: int) -> int | None:
         """Decides once the sum of the tail, which its energy brackets, cannot move the rank."""
@@ -261,7 +269,7 @@ def rank_rule(
             "the rank must be chosen in exactly one way",
             expected="one of --rank, --energy, --residual, --sv-ratio, --sv-threshold, --sv-quantile, --budget",
             found=", ".join(option for option, _ in asked) or "none",
-            then="--min-rank and --max-rank go with any of them",
+            then="choose one; --min-rank and --max-rank can be added to any of them",
         )
     rule = asked[0][1]
     return rule if minimum is None and maximum is None else Bounded(rule, 1 if minimum is None else minimum, maximum)

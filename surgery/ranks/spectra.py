@@ -1,6 +1,6 @@
-"""Error and size against rank: what a spectrum tells before anything is extracted.
+"""Computes error and size against rank from spectra, before anything is extracted.
 
-Pure: spectra in, points out. Mostly only the leading values of a spectrum are known; a curve ends where they do.
+Pure: spectra in, points out. Usually only the leading values of a spectrum are known; a curve ends where they end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What is known of one weight's change ΔW.
+    """The known part of the spectrum of one weight's change ΔW.
 
     A stack of experts, whose factors all have one rank, counts as one weight: its i-th value is the root of the sum of
     the experts' i-th squared singular values.

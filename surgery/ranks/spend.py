@@ -1,4 +1,4 @@
-"""A budget of bytes becomes a rank for every weight: spectra are measured as far as that takes, and no further.
+"""Turns a budget in bytes into a rank for every weight; measures only as many singular values as that needs.
 
 Knows no tensor and no file: the caller measures.
 """
@@ -33,7 +33,7 @@ def spend(
     fixed: Callable[[Collection[str]], int],
     paying: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """The rank of every weight with which an adapter of at most so many bytes holds the most energy.
+    """The ranks with which an adapter within the budget captures the most energy.
 
     The spectra are measured to twice the uniform rank that the budget allows, and further where a weight takes all that
     is known of it: it might take more.

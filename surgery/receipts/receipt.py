@@ -1,8 +1,8 @@
-"""What an output says of its own making: hashes, content digests, receipts.
+"""Records in an output how it was made: hashes, content digests, receipts.
 
-A receipt travels in the output's metadata. It names the operation, every input tensor's BLAKE3, and keeps the
-originals of tensors that an adapter replaced, as long as they are small: with them unmerge can restore what no
-subtraction can. Knows no operation's mathematics.
+A receipt is stored in the output's metadata. It holds the operation, the BLAKE3 of every input tensor, and the
+originals of small tensors that an adapter replaced: unmerge restores these, since subtraction cannot.
+Knows no operation's mathematics.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 RECEIPT = "surgery.receipt"
 TOOL = f"surgery {__version__}"
-UNKNOWN = "0" * 64  # stands for a hash until it is known, so that a header's length is known from the start
+UNKNOWN = "0" * 64  # placeholder for a hash that is not known yet, so that the header's length is known from the start
 ORIGINALS_LIMIT = 8 << 20  # bytes of replaced tensors that a receipt keeps
 
 
 def fingerprint(adapter: Adapter, files: OpenFiles) -> tuple[str, dict[str, str]]:
-    """The adapter's content digest, and the BLAKE3 of every tensor of it that takes part, by name.
+    """The adapter's content digest, and the BLAKE3 of each of its tensors that is used, by name.
 
-    The digest covers scalings and targets too: the same tensors under another alpha are another adapter. Reads the
+    The digest also covers scalings and targets: the same tensors with another alpha are another adapter. Reads the
     adapter's payload. Raises NotFinite.
     """
     hashes: dict[str, str] = {}
@@ -63,7 +63,7 @@ def fingerprint(adapter: Adapter, files: OpenFiles) -> tuple[str, dict[str, str]
 
 @dataclass(frozen=True)
 class Original:
-    """A tensor that was replaced, kept to be restored. `data` is its payload in base64."""
+    """A replaced tensor, kept so that unmerge can restore it. `data` is its payload in base64."""
 
     dtype: str
     shape: list[int]
@@ -71,29 +71,29 @@ class Original:
 
     @classmethod
     def of(cls, tensor: torch.Tensor, spec: TensorSpec) -> Original:
-        """Keeps a tensor."""
+        """Encodes a tensor."""
         data = base64.b64encode(bytes_from_tensor(tensor).tobytes()).decode()
         return cls(spec.dtype.label, list(spec.shape), data)
 
     @classmethod
     def unknown(cls, spec: TensorSpec) -> Original:
-        """A placeholder of the length that the original will have."""
+        """A placeholder as long as the encoded original."""
         return cls(spec.dtype.label, list(spec.shape), "A" * (4 * ((spec.nbytes + 2) // 3)))
 
     def spec(self, name: str) -> TensorSpec:
-        """The spec it had."""
+        """The spec of the original tensor."""
         return TensorSpec(name, DType[self.dtype], tuple(self.shape))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor itself."""
+        """The original tensor."""
         payload = np.frombuffer(bytearray(base64.b64decode(self.data)), dtype=np.uint8)
         return tensor_from_bytes(payload, self.spec(name))
 
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """One adapter of a merge: its content digest, scalings included; the factor it was merged with; the BLAKE3 of
-    every tensor of it that took part, by name."""
+    """One adapter of a merge: its content digest, scalings included; the weight with which it was merged; the BLAKE3
+    of each of its tensors that was used, by name."""
 
     digest: str
     weight: float
@@ -105,19 +105,19 @@ class Receipt:
     """The record of one merge or fold.
 
     Attributes:
-        operation: "merge", or "fold" for what nothing takes off again.
-        tool: name and version of the program that did it.
-        adapters: all that were merged at once, in the order of their digests.
-        base_tensors: BLAKE3 of every tensor's payload of the base, by name.
-        added: tensors that unmerge leaves out: the base did not have them, or has them by another name too.
-        originals: base tensors that were replaced, kept whole.
-        lost: base tensors that were replaced and too large to keep.
-        base_metadata: the base's own metadata, an earlier receipt included.
-        renamed: tensors that the base has under another name, and that name.
-        dtype: in which all weights were stored, empty where each kept its own.
-        dtypes: those of the base's tensors that were stored in another, by name.
-        scaled: float8 weights of the base that were merged into or dequantised: their scales' name, a block's size.
-        config: the base's config.json, where the output's says more than another size of the vocabulary.
+        operation: "merge", or "fold", which cannot be undone.
+        tool: name and version of the program that wrote the output.
+        adapters: the adapters merged in this operation, ordered by digest.
+        base_tensors: BLAKE3 of the payload of every base tensor, by name.
+        added: tensors that unmerge drops: the base lacks them, or stores them under another name too.
+        originals: base tensors that were replaced and are kept in full.
+        lost: base tensors that were replaced and are too large to keep.
+        base_metadata: the base's metadata, including an earlier receipt.
+        renamed: output name → base name, for tensors stored under another name.
+        dtype: the dtype in which all weights were stored; empty if each kept its own.
+        dtypes: the base dtype of every tensor that was stored in another dtype, by name.
+        scaled: float8 base weights that were merged into or dequantised → name of the scales, block size.
+        config: the base's config.json, if the output's differs in more than the vocabulary's size.
     """
 
     operation: str
@@ -135,12 +135,12 @@ class Receipt:
     config: str = ""
 
     def metadata(self) -> dict[str, str]:
-        """The output's metadata: the base's own with this receipt."""
+        """The output's metadata: the base's metadata with this receipt."""
         return {**self.base_metadata, RECEIPT: self.text}
 
     @property
     def text(self) -> str:
-        """The receipt as it is written."""
+        """The receipt as JSON."""
         return json.dumps({"hash": HASH, **asdict(self)}, sort_keys=True, separators=(",", ":"))
 
     @property
@@ -155,7 +155,7 @@ class Receipt:
 
     @classmethod
     def parse(cls, text: str, where: object) -> Receipt:
-        """A receipt out of its text. Raises CorruptFile if it cannot be read."""
+        """Parses a receipt. Raises CorruptFile if it cannot be read."""
         try:
             document: dict[str, Any] = json.loads(text)
             if (found := document.pop("hash", "none")) != HASH:
@@ -166,13 +166,13 @@ class Receipt:
             return cls(**document)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptFile(
-                "the file's receipt is not one of ours",
+                "the file's receipt cannot be read",
                 where=where,
                 found=f"{type(error).__name__}: {error}",
-                then="it may come from another version of surgery",
+                then="use the version of surgery that wrote the file",
             ) from error
 
     def chain(self, where: object) -> list[Receipt]:
-        """This receipt and the earlier ones beneath it, the latest first."""
+        """This receipt and the earlier ones stored in it, latest first."""
         earlier = Receipt.read(self.base_metadata, where)
         return [self, *(earlier.chain(where) if earlier else ())]

@@ -160,7 +160,7 @@ def read_report(path: str | Path, kind: type[Kept], operation: str) -> Kept:
     """
     path = Path(path)
     if not path.is_file():
-        raise PathNotFound("no such file", where=path)
+        raise PathNotFound("no such file", where=path, then="check the path of the record")
     try:
         document = json.loads(path.read_bytes())
         if not isinstance(document, dict) or document.get("operation") != operation:
