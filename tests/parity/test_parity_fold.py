@@ -149,7 +149,7 @@ def test_a_relu_bert_takes_a_relu_adapter(tmp_path: Path) -> None:
 
 def test_a_lone_file_without_a_config_is_not_widened(tmp_path: Path) -> None:
     """Nothing says what its MLP's activation is."""
-    with pytest.raises(surgery.ReportedError, match="a single file has no room"):
+    with pytest.raises(surgery.ReportedError, match="a single file cannot hold"):
         surgery.fold(GOLDEN / "bert" / "base.st", GOLDEN / "bert" / "par_bn_gelu", tmp_path / "out.st")
     report = surgery.fold(GOLDEN / "bert" / "base.st", GOLDEN / "bert" / "par_bn_gelu", tmp_path / "out")
     assert [each.reason for each in report.verdicts if "config.json" in each.reason]
