@@ -89,21 +89,31 @@ def _another(path: Path, container: Container) -> FormatError:
     plain = ", ".join(Container.SAFETENSORS.suffixes).replace(", ", " or ")
     named = container_named(path)
     if container is Container.GGUF:
-        return FormatError("an adapter for llama.cpp is one GGUF file", where=path, expected="a .gguf file")
+        return FormatError(
+            "an adapter for llama.cpp is one GGUF file",
+            where=path,
+            expected="a .gguf file",
+            then="name a .gguf file with -o",
+        )
     if Container.ORT in (container, named):
         return FormatError(
-            ".onnx_adapter is what convert --to ort writes, and nothing else",
+            "only convert --to ort writes .onnx_adapter files, and it writes no other",
             where=path,
             expected="a .onnx_adapter file, or a folder" if container is Container.ORT else "another name",
             then="choose another output with -o",
         )
     if named is Container.GGUF:
-        return FormatError("only convert --to gguf writes GGUF", where=path, expected=f"a folder, or a {plain} file")
+        return FormatError(
+            "only convert --to gguf writes GGUF",
+            where=path,
+            expected=f"a folder, or a {plain} file",
+            then="choose another output with -o",
+        )
     return FormatError(
-        "torch's container has no room for what this output says of itself, so only convert without --to writes it",
+        "torch's container has no place for this output's metadata, so only convert without --to writes it",
         where=path,
         expected=f"a folder, or a {plain} file",
-        then="write that, and turn it into this by surgery convert without --to",
+        then="write that, then convert it with surgery convert, without --to",
     )
 
 
@@ -142,7 +152,7 @@ def destination_like(
                 "a single file has no shards",
                 where=out,
                 expected="a folder",
-                then="name a folder with -o, or leave it whole",
+                then="name a folder with -o, or omit --max-shard-size",
             )
         return plain
     indexes = (INDEX_SUFFIX, TORCH_INDEX_SUFFIX)
@@ -233,7 +243,9 @@ class _Output:
 
     def _refuse_file(self, filename: str) -> None:
         if not self._staging.folder:
-            raise FormatError("a single file has no room for another file beside it", where=filename)
+            raise FormatError(
+                "an output that is a single file cannot hold another file", where=filename, then="name a folder with -o"
+            )
 
     def settle(self) -> None:
         self._complete()

@@ -1,4 +1,4 @@
-"""Every way a file can disappoint, as a tree. One class, one meaning, one exit code.
+"""All errors about files, as a tree. One class, one meaning, one exit code.
 
     ReportedError                 what, where, expected, found, next: made to be read by a person
     ├── PluginError               a method or dialect that an installed distribution registers, and that is not usable

@@ -80,7 +80,7 @@ def _check(descriptor: int, names: set[str]) -> None:
     if os.path.exists(path):
         found = {tensor.name for tensor in gguf_package().GGUFReader(path).tensors}
         if found != names:
-            raise IncompleteOutput("the gguf package sees other tensors than we wrote", where=path)
+            raise IncompleteOutput("the gguf package reads other tensors than we wrote", where=path)
 
 
 GGUF = Form(_read, _laid_out, _check)

@@ -40,7 +40,12 @@ def read_header(descriptor: int, size: int, where: object) -> Header:
         UnsupportedDType: a tensor in a quantised type.
     """
     if size < 4:
-        raise NotACheckpoint("not a GGUF file: too short for a header", where=where, found=f"{size} bytes")
+        raise NotACheckpoint(
+            "not a GGUF file: too short for a header",
+            where=where,
+            found=f"{size} bytes",
+            then="download or copy the file again",
+        )
     with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as mapped:
         opening = mapped[:4]
         if opening != b"GGUF":
@@ -50,7 +55,7 @@ def read_header(descriptor: int, size: int, where: object) -> Header:
         if version not in _VERSIONS:
             big = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
             raise NotACheckpoint(
-                "a GGUF file for big-endian machines" if big else "a GGUF file of another version",
+                "a GGUF file for big-endian machines" if big else "an unsupported version of GGUF",
                 where=where,
                 expected=f"little-endian, version {' or '.join(map(str, _VERSIONS))}",
                 found=version,
@@ -58,7 +63,7 @@ def read_header(descriptor: int, size: int, where: object) -> Header:
         tensors, pairs = cursor.number("Q"), cursor.number("Q")
         metadata = dict(cursor.pair() for _ in range(pairs))
         if len(metadata) != pairs:
-            raise CorruptFile("a key stands there twice", where=where)
+            raise CorruptFile("the header has a key twice", where=where, then="download or copy the file again")
         _check_adapter(metadata, where)
         specs, relative = _tensors(cursor, tensors)
         alignment = _alignment(metadata, where)
@@ -67,7 +72,7 @@ def read_header(descriptor: int, size: int, where: object) -> Header:
     for name, spec in specs.items():
         if relative[name] % alignment or offsets[name] + spec.nbytes > size:
             raise CorruptFile(
-                "a tensor lies outside of the file, or not where tensors begin",
+                "a tensor lies outside the file, or is misaligned",
                 where=f"{where}: {name}",
                 expected=f"{spec.nbytes} bytes for {spec.dtype} {shape_text(spec.shape)}",
                 found=f"{size} bytes in all, the tensor from {offsets[name]} on",
@@ -90,7 +95,7 @@ def _check_adapter(metadata: Mapping[str, str], where: object) -> None:
 def _alignment(metadata: Mapping[str, str], where: object) -> int:
     text = metadata.get(_ALIGNMENT_KEY, str(ALIGNMENT))
     if not text.isdecimal() or int(text).bit_count() != 1:
-        raise CorruptFile(f"{_ALIGNMENT_KEY} is no power of two", where=where, found=text)
+        raise CorruptFile(f"{_ALIGNMENT_KEY} is not a power of two", where=where, found=text)
     return int(text)
 
 
@@ -126,7 +131,9 @@ class _Cursor:
         try:
             return self._mapped[begin : self.position].decode()
         except UnicodeDecodeError as error:
-            raise CorruptFile("a text in the header is not UTF-8", where=self.where) from error
+            raise CorruptFile(
+                "a text in the header is not UTF-8", where=self.where, then="download or copy the file again"
+            ) from error
 
     def pair(self) -> tuple[str, str]:
         """A key and its value as a text."""
@@ -138,7 +145,7 @@ class _Cursor:
         if kind in _SCALARS:
             return json.dumps(self.number(_SCALARS[kind]))
         if kind != _ARRAY:
-            raise CorruptFile("a key's value of a type that GGUF does not have", where=self.where, found=kind)
+            raise CorruptFile("a key has a value of an unknown type", where=self.where, found=kind)
         kind, count = self.number("I"), self.number("Q")
         if kind in _SCALARS:
             self.step(count * struct.calcsize(f"<{_SCALARS[kind]}"))
@@ -146,7 +153,7 @@ class _Cursor:
             for _ in range(count):
                 self.step(self.number("Q"))
         else:
-            raise CorruptFile("a list of a type that GGUF does not have", where=self.where, found=kind)
+            raise CorruptFile("a list has elements of an unknown type", where=self.where, found=kind)
         return f"a list of {count}"
 
 
@@ -158,7 +165,7 @@ def _tensors(cursor: _Cursor, count: int) -> tuple[dict[str, TensorSpec], dict[s
         name, dimensions = cursor.text(), cursor.number("I")
         if name in specs or not 1 <= dimensions <= _DIMENSIONS:
             raise CorruptFile(
-                "a tensor that stands there twice, or of too many dimensions",
+                "a tensor is listed twice, or has too many dimensions",
                 where=f"{cursor.where}: {name}",
                 expected=f"1 to {_DIMENSIONS} dimensions",
                 found=dimensions,
@@ -167,7 +174,7 @@ def _tensors(cursor: _Cursor, count: int) -> tuple[dict[str, TensorSpec], dict[s
         kind = cursor.number("I")
         if kind not in TYPES:
             raise UnsupportedDType(
-                "factors in a type that is no plain float",
+                "factors in a type that is not a plain float",
                 where=f"{cursor.where}: {name}",
                 expected=", ".join(f"{dtype} ({number})" for number, dtype in TYPES.items()),
                 found=f"GGML's type {kind}",

@@ -1,4 +1,4 @@
-"""What of an adapter no weight can hold: nodes that must stay in the graph, described so that they can be put there.
+"""The parts of an adapter that no weight can hold: nodes of the graph, described so that they can be inserted there.
 
 A grafts file is a safetensors file whose metadata says where each of its tensors belongs in the model that it names by
 its content digest. Plain data, a reader and a writer; knows no mathematics and no graph.
@@ -157,10 +157,10 @@ def read_grafts(checkpoint: Checkpoint) -> Grafts:
                 raise ValueError(fault)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptFile(
-            "the file's description of its grafts is not one of ours",
+            "the file's description of its grafts is invalid",
             where=where,
             found=f"{type(error).__name__}: {error}",
-            then="it may come from another version of surgery",
+            then="fold the adapter again with this version of surgery",
         ) from error
     return grafts
 

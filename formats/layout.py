@@ -42,7 +42,7 @@ def layout(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> Layout:
     relative: dict[str, int] = {}
     for spec in ordered:
         if spec.name in entries:
-            raise CorruptFile("two tensors of one name in one file", where=spec.name)
+            raise CorruptFile("two tensors in one file have the same name", where=spec.name)
         relative[spec.name] = begin
         entries[spec.name] = {
             "dtype": spec.dtype.label,

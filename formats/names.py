@@ -28,4 +28,5 @@ def unknown_tensor(name: str, known: Iterable[str], where: object) -> UnknownTen
         where=where,
         expected=name,
         found=f"nearest: {', '.join(close)}" if close else None,
+        then="check the name: surgery inspect lists all",
     )

@@ -53,7 +53,7 @@ class _FlatBuffer:
         nbytes = struct.calcsize(form)
         if not 0 <= position <= self.size - nbytes:
             raise CorruptFile(
-                "an offset leads out of the file",
+                "an offset points outside the file",
                 where=self.path,
                 expected=f"at most {self.size}",
                 found=position,
@@ -117,7 +117,7 @@ def _read(descriptor: int, path: Path) -> Header:
     version = flat.integer(root, _FORMAT)
     if version != _VERSION:
         raise NotACheckpoint(
-            "a version of ONNX Runtime's format that we do not know", where=path, expected=_VERSION, found=version
+            "an unknown version of ONNX Runtime's format", where=path, expected=_VERSION, found=version
         )
     start, count = flat.vector(root, _PARAMETERS, 4)
     specs: dict[str, TensorSpec] = {}
@@ -125,7 +125,7 @@ def _read(descriptor: int, path: Path) -> Header:
     for place in range(start, start + 4 * count, 4):
         spec, begin = _parameter(flat, flat.follow(place))
         if spec.name in specs:
-            raise CorruptFile("two tensors of one name in one file", where=f"{path}: {spec.name}")
+            raise CorruptFile("two tensors in one file have the same name", where=f"{path}: {spec.name}")
         specs[spec.name], offsets[spec.name] = spec, begin
     versions = {"adapter_version": flat.integer(root, _ADAPTER), "model_version": flat.integer(root, _MODEL)}
     return Header(specs, {key: str(value) for key, value in versions.items()}, offsets)
@@ -138,7 +138,12 @@ def _parameter(flat: _FlatBuffer, table: int) -> tuple[TensorSpec, int]:
     start, dims = flat.vector(table, _SHAPE, 8)
     shape = flat.numbers(start, f"<{dims}q") if dims <= _DIMS else (-1,)
     if any(n < 0 for n in shape):
-        raise CorruptFile("a tensor's dimensions are none", where=where, found=f"{dims} dimensions, {shape}")
+        raise CorruptFile(
+            "a tensor has invalid dimensions",
+            where=where,
+            found=f"{dims} dimensions, {shape}",
+            then="download or copy the file again",
+        )
     number = flat.integer(table, _TYPE)
     if number not in _DTYPES:
         raise UnsupportedDType("safetensors cannot hold this dtype", where=where, found=f"ONNX's type {number}")
@@ -150,13 +155,14 @@ def _parameter(flat: _FlatBuffer, table: int) -> tuple[TensorSpec, int]:
             where=where,
             expected=f"{spec.nbytes} bytes for {spec.dtype} {shape_text(shape)}",
             found=f"{nbytes} bytes",
+            then="download or copy the file again",
         )
     return spec, begin
 
 
 def _name(flat: _FlatBuffer, start: int, length: int) -> str:
     if not 0 < length <= _LONGEST_NAME:
-        raise CorruptFile("a tensor's name is no name", where=flat.path, found=f"{length} bytes")
+        raise CorruptFile("a tensor's name is empty or too long", where=flat.path, found=f"{length} bytes")
     try:
         return bytes(flat.numbers(start, f"<{length}s")[0]).decode()
     except UnicodeDecodeError as error:
@@ -181,7 +187,7 @@ def _lay_out(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> Layout
     position = places[-1]
     for spec in ordered:
         if spec.name in offsets:
-            raise CorruptFile("two tensors of one name in one file", where=spec.name)
+            raise CorruptFile("two tensors in one file have the same name", where=spec.name)
         offsets[spec.name] = _aligned(position + 4, _ALIGNMENT)
         marks.append((offsets[spec.name] - 4, struct.pack("<I", spec.nbytes)))
         position = offsets[spec.name] + spec.nbytes
@@ -234,7 +240,7 @@ def _check_with_onnxruntime(descriptor: int, names: set[str]) -> None:
 
     path = f"/proc/self/fd/{descriptor}"
     if os.path.exists(path) and AdapterFormat.read_adapter(path).get_parameters().keys() != names:
-        raise IncompleteOutput("ONNX Runtime sees other tensors than we wrote", where=path)
+        raise IncompleteOutput("ONNX Runtime reads other tensors than we wrote", where=path)
 
 
 ORT = Form(_read, _lay_out, _check_with_onnxruntime)

@@ -52,7 +52,7 @@ def weights_of(path: str | Path) -> Path:
     if path.is_dir():
         return _weights_in(path)
     if not path.exists():
-        raise PathNotFound("no such file or folder", where=path)
+        raise PathNotFound("no such file or folder", where=path, then="check the path")
     return path
 
 
@@ -83,7 +83,7 @@ def _weights_in(folder: Path) -> Path:
         if found:
             break
     raise NotACheckpoint(
-        "which weights of this folder?" if found else "no safetensors or torch weights in this folder",
+        "this folder has several files of weights" if found else "no safetensors or torch weights in this folder",
         where=folder,
         expected=f"{WEIGHTS}, {TORCH_WEIGHTS}, an index of shards, or a single file of weights",
         found=", ".join(file.name for file in (found or sorted(folder.iterdir()))[:6]) or "an empty folder",

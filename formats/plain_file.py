@@ -81,9 +81,9 @@ class PlainFile:
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
-            raise PathNotFound("no such file", where=path) from error
+            raise PathNotFound("no such file", where=path, then="check the path") from error
         except IsADirectoryError as error:
-            raise NotACheckpoint("a folder where a file was expected", where=path) from error
+            raise NotACheckpoint("a folder where a file was expected", where=path, then="name a file") from error
         try:
             header = form.read(self._descriptor, path)
             self.specs, self.metadata, self._offsets = header.specs, header.metadata, header.offsets
@@ -208,7 +208,7 @@ class PlainWriter:
         def put(begin: int, piece: memoryview) -> None:
             nonlocal written
             if begin < 0 or begin + piece.nbytes > nbytes:
-                raise IncompleteOutput("a piece lies outside of its tensor", where=name, expected=f"{nbytes} bytes")
+                raise IncompleteOutput("a piece lies outside its tensor", where=name, expected=f"{nbytes} bytes")
             with disk_errors(self._staging.target):
                 write_at(self._descriptor, piece, offset + begin)
             written += piece.nbytes
@@ -216,7 +216,7 @@ class PlainWriter:
         yield put
         send(self._descriptor, offset, written)
         if written != nbytes:
-            raise IncompleteOutput("a payload came in part", where=name, expected=nbytes, found=written)
+            raise IncompleteOutput("a payload was written only in part", where=name, expected=nbytes, found=written)
 
     shared = True  # all that a copy of the process adds is in the file
 

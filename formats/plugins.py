@@ -62,7 +62,7 @@ class Plugin:
             where=f"{self.group}: {self.name} = {self.entry.value}",
             expected=expected,
             found=found,
-            then=f"mend {self.distribution}, or uninstall it",
+            then=f"fix {self.distribution}, or uninstall it",
         )
 
 

@@ -108,16 +108,16 @@ def scaled(name: str, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]
         if _method(config) is None or _is_left_alone(name, config):
             return None
         raise Quantised(
-            "a float8 weight without its scales",
+            "a float8 weight has no scales",
             where=f"{where}: {name}",
-            expected=f"{name}_scale_inv or {name}_scale beside it, as config.json's quantization_config says",
+            expected=f"{name}_scale_inv or {name}_scale next to it, as config.json's quantization_config says",
             then="download the model's shards and their index again",
         )
     if f"{name}_zero_point" in specs:
         raise Quantised("float8 with a zero point is not symmetric: W is not q · s", where=f"{where}: {name}")
     if scale.dtype not in _SCALE_DTYPES:
         raise Quantised(
-            "scales of this dtype are not handled",
+            "scales of this dtype are not supported",
             where=f"{where}: {scale.name}",
             expected=", ".join(map(str, _SCALE_DTYPES)),
             found=scale.dtype,

@@ -21,7 +21,12 @@ _DTYPES = {dtype.label: dtype for dtype in DType}
 def _read_header(descriptor: int, path: Path) -> Header:
     size = os.fstat(descriptor).st_size
     if size < 8:
-        raise NotACheckpoint("not a safetensors file: too short for a header", where=path, found=f"{size} bytes")
+        raise NotACheckpoint(
+            "not a safetensors file: too short for a header",
+            where=path,
+            found=f"{size} bytes",
+            then="download or copy the file again",
+        )
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     opening = os.pread(descriptor, 1, 8)
     if opening != b"{" or length > MAX_HEADER:
@@ -42,7 +47,9 @@ def _read_header(descriptor: int, path: Path) -> Header:
     try:
         entries = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"the header is no JSON object: {error}", where=path) from error
+        raise CorruptFile(
+            f"the header is not a JSON object: {error}", where=path, then="download or copy the file again"
+        ) from error
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CorruptFile("the header's __metadata__ must map strings to strings", where=path)
@@ -68,11 +75,14 @@ def _read_entries(
         except (TypeError, KeyError, ValueError):
             sound = False
         if not sound:
-            raise CorruptFile("an entry of the header is malformed", where=f"{path}: {name}", found=entry)
-        if label not in _DTYPES:
             raise CorruptFile(
-                "a dtype we do not know", where=f"{path}: {name}", expected=", ".join(_DTYPES), found=label
+                "a header entry is malformed",
+                where=f"{path}: {name}",
+                found=entry,
+                then="download or copy the file again",
             )
+        if label not in _DTYPES:
+            raise CorruptFile("an unknown dtype", where=f"{path}: {name}", expected=", ".join(_DTYPES), found=label)
         spec = TensorSpec(name, _DTYPES[label], shape)
         if end - begin != spec.nbytes:
             raise CorruptFile(
@@ -80,6 +90,7 @@ def _read_entries(
                 where=f"{path}: {name}",
                 expected=f"{spec.nbytes} bytes for {label} {shape_text(shape)}",
                 found=f"{end - begin} bytes",
+                then="download or copy the file again",
             )
         placed.append((begin, end, spec))
     placed.sort(key=lambda item: item[:2])
@@ -87,7 +98,11 @@ def _read_entries(
     for begin, end, spec in placed:
         if begin != position:
             raise CorruptFile(
-                "tensors overlap or leave a gap", where=f"{path}: {spec.name}", expected=position, found=begin
+                "tensors overlap or leave a gap",
+                where=f"{path}: {spec.name}",
+                expected=position,
+                found=begin,
+                then="download or copy the file again",
             )
         position = end
     if start + position != size:
@@ -110,7 +125,7 @@ def _check_with_reference(descriptor: int, names: set[str]) -> None:
     if os.path.exists(path):
         with safe_open(path, framework="np") as reference:
             if set(reference.keys()) != names:
-                raise IncompleteOutput("the reference reader sees other tensors than we wrote", where=path)
+                raise IncompleteOutput("the reference reader reads other tensors than we wrote", where=path)
 
 
 SAFETENSORS = Form(_read_header, layout, _check_with_reference)

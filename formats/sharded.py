@@ -45,7 +45,11 @@ class ShardedCheckpoint:
         try:
             for filename in sorted(set(self.shards.values())):
                 if not (index.parent / filename).exists():
-                    raise PathNotFound("the index names a shard that is not there", where=index.parent / filename)
+                    raise PathNotFound(
+                        "the index names a shard that does not exist",
+                        where=index.parent / filename,
+                        then="download the missing shard, or the whole folder again",
+                    )
                 self._files[filename] = _open_shard(index.parent / filename, read)
             self.specs = self._gather()
         except BaseException:
@@ -64,7 +68,7 @@ class ShardedCheckpoint:
                 if self.shards.get(name) != filename:
                     twice = name in self._files[self.shards[name]].specs if name in self.shards else False
                     raise CorruptFile(
-                        "a tensor lies in two shards" if twice else "the index and a shard disagree about a tensor",
+                        "a tensor is in two shards" if twice else "the index and a shard disagree about a tensor",
                         where=f"{file.path}: {name}",
                         expected=self.shards.get(name, "an entry in the index"),
                         found=filename,
@@ -77,6 +81,7 @@ class ShardedCheckpoint:
                 "the index names tensors that its shards do not hold",
                 where=self.path,
                 found=", ".join(absent[:5]),
+                then="download or copy the file again",
             )
         return specs
 
@@ -135,10 +140,15 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
-        raise CorruptFile("not an index of shards", where=path, expected="JSON with a weight_map of names to files")
+        raise CorruptFile(
+            "not an index of shards",
+            where=path,
+            expected="JSON with a weight_map of names to files",
+            then="download or copy the file again",
+        )
     for filename in set(shards.values()):
         if Path(filename).name != filename or filename in ("", ".", ".."):
-            raise CorruptFile("the index reaches outside its folder", where=path, found=filename)
+            raise CorruptFile("the index names a file outside its folder", where=path, found=filename)
     return shards, {key: value for key, value in own.items() if isinstance(value, str)}
 
 
@@ -151,6 +161,7 @@ def _once(pairs: list[tuple[str, object]], path: Path) -> dict[str, object]:
             "the index names a tensor twice",
             where=path,
             found=", ".join(sorted(name for name in found if names.count(name) > 1)[:5]),
+            then="download or copy the file again",
         )
     return found
 

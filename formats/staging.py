@@ -62,7 +62,11 @@ class Staging:
             self._refuse_existing()
         self._near = next(parent for parent in self.target.parents if parent.exists())
         if not self._near.is_dir():
-            raise PathNotFound("the output's parent is not a folder", where=self._near)
+            raise PathNotFound(
+                "the output's parent is not a folder",
+                where=self._near,
+                then="create it first, or choose another output with -o",
+            )
 
     def _refuse_inputs(self, inputs: Iterable[Path]) -> None:
         mine = self.target.resolve()
@@ -102,12 +106,12 @@ class Staging:
                 then="free some space or write elsewhere; nothing was written",
             )
         if not os.access(self._near, os.W_OK):
-            raise WriteFailed("this folder cannot be written to", where=self._near, then="write elsewhere with -o")
+            raise WriteFailed("no permission to write to this folder", where=self._near, then="write elsewhere with -o")
 
     def create(self, name: str = "", size: int = 0) -> int:
         """Opens a new file of the output and reserves its size; returns the descriptor, which stays ours."""
         if name in self._files:
-            raise OutputExists("two files of one name in one output", where=name)
+            raise OutputExists("two output files have the same name", where=name)
         with disk_errors(self.target):
             descriptor, temporary = self._open()
             self._files[name] = (descriptor, temporary)

@@ -1,8 +1,8 @@
-"""Which of the names of one tensor stand in a file that holds every tensor once.
+"""Which name of a tied tensor is kept in a file that holds every tensor once.
 
-transformers' save_pretrained leaves the names of a tied weight out but for the one that the others are tied to, and
-from_pretrained ties them again where config.json says so. Without config.json nothing would bring a name back, so all
-stay. Knows names only.
+transformers' save_pretrained writes a tied weight only under the name that the others are tied to, and from_pretrained
+ties them again where config.json says so. Without config.json a dropped name could not be restored, so all names stay.
+Knows names only.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def read_archive(descriptor: int, path: Path) -> Archive:
         where=path,
         expected="a zip archive with a data.pkl, or torch's older form",
         found=f"{os.fstat(descriptor).st_size} bytes that start with {opening[:8]!r}",
-        then="load it where it comes from, and save the model's state_dict() with torch.save or safetensors",
+        then="load it with the program that wrote it, and save the model's state_dict() with torch.save or safetensors",
     )
 
 
@@ -88,7 +88,7 @@ def _read_zip(stream: BinaryIO, path: Path) -> Archive:
     places = _places(stream, members, path)
     inside = {name.removeprefix(f"{folder}/"): places[name] for name in own}
     if "byteorder" in inside and (order := _member(stream, inside["byteorder"], path, 16)) != b"little":
-        raise CorruptFile("the numbers are not little-endian", where=path, expected="little", found=order)
+        raise CorruptFile("the weights are not little-endian", where=path, expected="little", found=order)
     root = read_pickle(io.BytesIO(_member(stream, inside["data.pkl"], path, MAX_PICKLE)), path)
     storages = {name.removeprefix("data/"): place for name, place in inside.items() if name.startswith("data/")}
     return Archive(root, storages)
@@ -101,7 +101,9 @@ def _places(stream: BinaryIO, members: list[zipfile.ZipInfo], path: Path) -> dic
     for member in members:
         where = f"{path}: {member.filename}"
         if member.filename in places:
-            raise CorruptFile("two members of one name in the archive", where=where)
+            raise CorruptFile(
+                "two members of the archive have the same name", where=where, then="download or copy the file again"
+            )
         if (
             member.compress_type != zipfile.ZIP_STORED
             or member.flag_bits & 1
@@ -115,7 +117,9 @@ def _places(stream: BinaryIO, members: list[zipfile.ZipInfo], path: Path) -> dic
             )
         header = os.pread(stream.fileno(), _LOCAL_HEADER, member.header_offset) if member.header_offset >= 0 else b""
         if len(header) < _LOCAL_HEADER or not header.startswith(_ZIP):
-            raise CorruptFile("the archive's directory points beside a member", where=where)
+            raise CorruptFile(
+                "the archive's directory points to no member", where=where, then="download or copy the file again"
+            )
         begin = member.header_offset + _LOCAL_HEADER + sum(struct.unpack("<HH", header[26:]))
         if begin + member.file_size > size:
             raise CorruptFile(
@@ -129,7 +133,12 @@ def _places(stream: BinaryIO, members: list[zipfile.ZipInfo], path: Path) -> dic
     end, previous = 0, ""
     for (begin, length), name in sorted((place, name) for name, place in places.items() if place[1]):
         if begin < end:
-            raise CorruptFile("members of the archive overlap", where=f"{path}: {name}", found=previous)
+            raise CorruptFile(
+                "members of the archive overlap",
+                where=f"{path}: {name}",
+                found=previous,
+                then="download or copy the file again",
+            )
         end, previous = begin + length, name
     return places
 
@@ -158,7 +167,7 @@ def _read_legacy(stream: BinaryIO, path: Path) -> Archive:
         nbytes = count * sizes.get(key, 1) if isinstance(key, str) else 0
         if not isinstance(key, str) or key in storages or position + 8 + nbytes > size:
             raise CorruptFile(
-                "the file's storages do not lie as it says",
+                "the file's storages are not where its header says",
                 where=f"{path}: storage {str(key)[:40]}",
                 expected=f"{nbytes} bytes from {position + 8} on",
                 found=f"{size} bytes in all",

@@ -62,7 +62,7 @@ class TorchFile:
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
-            raise PathNotFound("no such file", where=path) from error
+            raise PathNotFound("no such file", where=path, then="check the path") from error
         try:
             archive = read_archive(self._descriptor, path)
             self._storages = archive.storages
@@ -136,7 +136,9 @@ class TorchFile:
             if self._mapped is None:
                 self._mapped = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
             if os.fstat(self._descriptor).st_size < len(self._mapped):
-                raise CorruptFile("the file became shorter while it was read", where=f"{self.path}: {name}")
+                raise CorruptFile(
+                    "the file became shorter while it was read", where=f"{self.path}: {name}", then="copy it again"
+                )
             return self._mapped
 
     def _spec(self, name: str) -> TensorSpec:
@@ -224,18 +226,19 @@ def _checked(name: str, view: View, storages: Mapping[str, tuple[int, int]], siz
     spec = TensorSpec(name, dtype, view.shape)
     if view.extent * dtype.itemsize > nbytes:
         raise CorruptFile(
-            "a tensor reaches beyond its storage",
+            "a tensor extends beyond its storage",
             where=where,
             expected=f"at most {nbytes} bytes",
             found=f"{dtype} {shape_text(view.shape)} that ends at {view.extent * dtype.itemsize}",
+            then="download or copy the file again",
         )
     if spec.nbytes > max(nbytes, size):  # only by repeating elements
         raise CorruptFile(
-            "a tensor repeats its elements until it is larger than the file",
+            "a tensor with repeated elements is larger than the file",
             where=where,
             expected=f"at most {size} bytes",
             found=f"{dtype} {shape_text(view.shape)} from {nbytes} bytes",
-            then="save it in full, by .contiguous()",
+            then="save it as tensor.contiguous()",
         )
     return spec
 

@@ -192,7 +192,9 @@ def read_pickle(stream: BinaryIO, where: object) -> Any:
             machine.step(opcode.name, argument)
         (result,) = machine.stack
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise CorruptFile(f"the file's pickle is malformed: {error}", where=where) from error
+        raise CorruptFile(
+            f"the file's pickle is malformed: {error}", where=where, then="download or copy the file again"
+        ) from error
     return result
 
 
@@ -251,11 +253,11 @@ class _Machine:
             _expect(stack[-1], dict)
         elif name not in _IGNORED and name != "STOP":
             raise UnsafeFile(
-                "the file's pickle does what no state dict needs",
+                "the file's pickle uses an opcode that no state dict needs",
                 where=self._where,
                 expected="plain containers of tensors, numbers and strings",
                 found=f"the opcode {name}",
-                then="load it where it comes from, and save the model's state_dict() alone",
+                then="load it with the program that wrote it, and save the model's state_dict() alone",
             )
 
     def _marked(self) -> list[Any]:
@@ -269,11 +271,11 @@ class _Machine:
     def _named(self, name: str) -> _Call | Kind:
         if name not in _GLOBALS:
             raise UnsafeFile(
-                "the file's pickle names something that no state dict consists of; nothing of it was run",
+                "the file's pickle names something that is not part of a state dict; nothing of it was run",
                 where=self._where,
                 expected="tensors, numbers and strings in plain containers",
                 found=name[:200],
-                then="load it where you trust it, and save the model's state_dict() alone",
+                then="if you trust the file, load it with torch, and save the model's state_dict() alone",
             )
         return _GLOBALS[name]
 

@@ -54,7 +54,7 @@ class TorchWriter:
 
     def omit(self, name: str) -> None:
         """Refuses: the pickle names every tensor that was declared."""
-        raise IncompleteOutput("a tensor of a torch file cannot be left out", where=name)
+        raise IncompleteOutput("a tensor of a torch file cannot be omitted", where=name)
 
     def seal(self, metadata: Mapping[str, str]) -> None:
         """Does nothing: there is no room for metadata."""
@@ -77,7 +77,9 @@ class TorchWriter:
         with disk_errors(self._target):
             sink.raise_error()
         if (set(sink.skipped), sink.end) != (sink.there, layout.size):
-            raise IncompleteOutput("torch.save wants the tensors elsewhere than it said", where=self._target)
+            raise IncompleteOutput(
+                "torch.save expects the tensors at other offsets than it declared", where=self._target
+            )
 
 
 class _Sink:

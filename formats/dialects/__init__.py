@@ -128,13 +128,18 @@ def open_adapter_file(path: str | Path, files: OpenFiles) -> AdapterFile:
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     if not path.exists():
-        raise PathNotFound("no such adapter", where=path)
+        raise PathNotFound("no such adapter", where=path, then="check the path")
     weights = [path / name for name in _weights_files(DIALECTS) if (path / name).exists()]
     if path.is_dir() and not weights:
         weights = [path / name for name in _weights_files(_plugins()[0]) if (path / name).exists()]
     if path.is_dir() and not weights and (path / ADAPTER_CONFIG).exists():
         expected = " or ".join(_weights_files(DIALECTS))
-        raise PathNotFound("the adapter's folder has a config and no weights", where=path, expected=expected)
+        raise PathNotFound(
+            "the adapter's folder has a config but no weights",
+            where=path,
+            expected=expected,
+            then="download or copy the file again",
+        )
     checkpoint, config = files.checkpoint(weights[0] if weights else path), None
     beside = folder / ADAPTER_CONFIG
     # A lone file takes the config of its folder only under the name that the config belongs to.
@@ -195,7 +200,9 @@ def dialect_named(name: str) -> Dialect:
     ours = next((dialect for dialect in DIALECTS if dialect.name == name), None)
     dialect: Dialect | None = ours or plugin_named(GROUP, name, _OURS, (Dialect,))
     if dialect is None:
-        raise AdapterFormatError("no dialect of that name", expected=_names(DIALECTS), found=name)
+        raise AdapterFormatError(
+            "no dialect of that name", expected=_names(DIALECTS), found=name, then="name one of these"
+        )
     return dialect
 
 
@@ -209,7 +216,9 @@ def writer_named(name: str) -> DialectWriter:
     ours = next((writer for writer in WRITERS if writer.name == name), None)
     writer: DialectWriter | None = ours or plugin_named(GROUP, name, _OURS, (Dialect,))
     if writer is None or not hasattr(writer, "write"):
-        raise AdapterFormatError("no dialect of that name is written", expected=_names(WRITERS), found=name)
+        raise AdapterFormatError(
+            "no writer for a dialect of that name", expected=_names(WRITERS), found=name, then="name one of these"
+        )
     return writer
 
 
@@ -233,19 +242,17 @@ def refuse_unasked(told: Told, source: Collection[Dialect], where: object, targe
     asked = {field for dialect in source for field in dialect.asks}
     if replace(told, component=None) != NOTHING_TOLD and "alpha" not in asked:
         raise AdapterFormatError(
-            "the adapter's own config or file tells its alpha and its layers",
+            "the adapter's own config or file already gives its alpha and its layers",
             where=where,
             found=told,
-            then=f"leave --alpha, --enable-lora and --fan-in-fan-out out: they are for {names_asking('alpha')}'s files",
+            then=f"omit --alpha, --enable-lora and --fan-in-fan-out: they are for {names_asking('alpha')}'s files",
         )
     if told.component is not None and not any(dialect.in_parts for dialect in (*source, *target)):
         raise AdapterFormatError(
-            "neither dialect knows parts of a pipeline"
-            if target
-            else "the adapter's dialect knows no parts of a pipeline",
+            "neither dialect has parts of a pipeline" if target else "the adapter's dialect has no parts of a pipeline",
             where=where,
             found=", ".join([*sorted({dialect.name for dialect in source}), *(dialect.name for dialect in target)]),
-            then=f"leave --component out: it is for {names_asking('component')}",
+            then=f"omit --component: it is for {names_asking('component')}",
         )
 
 

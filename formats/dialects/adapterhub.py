@@ -78,7 +78,7 @@ class AdapterHub(Dialect):
                 modules.setdefault(match["module"], {})[match["role"]] = checkpoint.tensor(key)
             else:
                 raise AdapterFormatError(
-                    f"a tensor that is no factor of {'LoRA' if mode == 'add' else '(IA)³'}",
+                    f"a tensor that is not a factor of {'LoRA' if mode == 'add' else '(IA)³'}",
                     where=where,
                     expected=" or ".join(f"….loras.NAME.{role}" for role in roles),
                     found=key,
@@ -164,6 +164,7 @@ def _low_rank(module: str, factors: Factors, rank: int, reading: Reading) -> Ada
             where=f"{reading.context.where}: {adapted.target}",
             expected=f"r = {rank}",
             found=adapted.rank,
+            then="save the adapter again, from the library that trained it",
         )
     return adapted
 
@@ -175,7 +176,10 @@ def _other_product(
     context = reading.context
     if missing := [role for role in roles if role not in factors]:
         raise AdapterFormatError(
-            "a part of the adapter is missing", where=f"{context.where}: {module}", expected=", ".join(missing)
+            "a part of the adapter is missing",
+            where=f"{context.where}: {module}",
+            expected=", ".join(missing),
+            then="save the adapter again, from the library that trained it",
         )
     rank = factors["lora_B"].spec.shape[-1]
     if rank != own["r"]:
@@ -184,6 +188,7 @@ def _other_product(
             where=f"{context.where}: {module}",
             expected=f"r = {own['r']}",
             found=rank,
+            then="save the adapter again, from the library that trained it",
         )
     target, bias = (context.rename(f"{module}.{last}") for last in ("weight", "bias"))
     kind = context.kinds.get(owner(target), LayerKind.LINEAR)

@@ -63,7 +63,7 @@ def read_beside(checkpoint: Checkpoint, config: Mapping[str, Any], base: Mapping
     architectures = [part.get("architecture") for part in parts]
     if not set(architectures) <= set(_KINDS) or len(set(architectures)) < len(architectures):
         raise AdapterFormatError(
-            "not an adapter of bottlenecks, a prefix or a prompt, or of one of each",
+            "not an adapter of bottlenecks, a prefix or a prompt, or a union with at most one of each",
             where=checkpoint.ref.path,
             expected=f"architecture = {', '.join(map(str, _KINDS))}",
             found=f"architecture = {', '.join(map(str, architectures))}",
@@ -89,7 +89,7 @@ def _part(
     own_roles = [roles for holder, roles in held.items() if not holder.endswith(".pool")]
     if len(own_roles) != 1:
         raise AdapterFormatError(
-            "the file has another number of prefixes or prompts than one", where=ref.path, found=", ".join(held)
+            "the file must have exactly one prefix or prompt", where=ref.path, found=", ".join(held)
         )
     return (read_prefix if architecture == "prefix_tuning" else read_prompt)(ref, own_roles[0], own, base, model_type)
 

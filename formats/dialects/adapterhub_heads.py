@@ -77,10 +77,11 @@ def open_head(adapter: Path, files: OpenFiles) -> tuple[Checkpoint, dict[str, An
     config = folder / CONFIG
     if bool(weights) is not config.is_file():
         raise AdapterFormatError(
-            "half of a head beside the adapter",
+            "the head saved next to the adapter is incomplete",
             where=folder,
             expected=f"{CONFIG} and {' or '.join(_WEIGHTS)}",
             found=(weights or [config])[0].name,
+            then="add the missing file, or remove this one",
         )
     if not weights:
         return None
@@ -89,7 +90,9 @@ def open_head(adapter: Path, files: OpenFiles) -> tuple[Checkpoint, dict[str, An
         if not isinstance(document, dict) or not isinstance(document.get("config"), dict | None):
             raise ValueError("not a head's")
     except ValueError as error:
-        raise CorruptFile(f"the head's config cannot be read: {error}", where=config) from error
+        raise CorruptFile(
+            f"the head's config cannot be read: {error}", where=config, then="download or copy the file again"
+        ) from error
     return files.checkpoint(weights[0]), document
 
 
@@ -155,7 +158,7 @@ def _renamed(tensors: Mapping[str, TensorRef], known: _Class, where: str) -> dic
     numbers = sorted({int(match["number"]) for match in matches.values()})
     if len(matches) < len(tensors) or len(numbers) != len(known.modules):
         raise AdapterFormatError(
-            "the head's file has other tensors than its config says",
+            "the tensors of the head's file contradict its config",
             where=where,
             expected=f"heads.NAME.N.weight of {len(known.modules)} layers",
             found=", ".join(sorted(tensors)),

@@ -88,7 +88,7 @@ def _within_reach(
             raise cannot("adapterhub", what, module, DROP_LAYER)
     if not modules:
         raise AdapterFormatError(
-            "nothing is left that adapterhub can express", where=adapter.ref.path, found=", ".join(dropped[:3])
+            "adapterhub can express no part of this adapter", where=adapter.ref.path, found=", ".join(dropped[:3])
         )
     return modules, tuple(dropped)
 

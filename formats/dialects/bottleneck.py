@@ -162,7 +162,7 @@ def _found(holders: Iterable[str], ref: CheckpointRef, model_type: str | None) -
                 found[holder] = layout, place, int(match["number"]), match["path"]
         if holder not in found:
             raise AdapterFormatError(
-                "a bottleneck at a place that is not read",
+                "a bottleneck at a place that is not supported",
                 where=ref.path,
                 expected=f"a layer of {', '.join(name for layout in LAYOUTS for name in layout.types)}",
                 found=holder if model_type is None else f"{holder} of {model_type}",
@@ -174,7 +174,7 @@ def _check_norm(norm: str, layout: Layout, ref: CheckpointRef, base: Mapping[str
     """Refuses a base whose norms are elsewhere: a residual is another there, though the projections have its names."""
     if norm not in base:
         raise AdapterFormatError(
-            "the base has its norms elsewhere than the adapter's model",
+            "the base's norms are at other places than in the adapter's model",
             where=ref.path,
             expected=f"{norm}, as in {layout.types[0]}",
             then="check that the adapter was made for this base",
@@ -198,7 +198,7 @@ def _check_places(
     }
     for number, place in sorted(found ^ wanted):
         raise AdapterFormatError(
-            "the config and the file contradict each other about a bottleneck, or the base has another depth",
+            "config and file disagree about a bottleneck, or the base has another number of layers",
             where=f"{ref.path}: layer {number}, {place}",
             expected="one" if (number, place) in wanted else "none",
             found="none" if (number, place) in wanted else "one",
@@ -255,7 +255,12 @@ def refuse_others(roles: Roles, used: set[TensorRef], where: str) -> None:
     """Raises AdapterFormatError for tensors that nothing has used."""
     others = [ref.name for ref in roles.values() if ref not in used]
     if others:
-        raise AdapterFormatError("tensors that belong to no part of the adapter", where=where, found=", ".join(others))
+        raise AdapterFormatError(
+            "tensors that belong to no part of the adapter",
+            where=where,
+            found=", ".join(others),
+            then="save the adapter again, from the library that trained it",
+        )
 
 
 @dataclass(frozen=True)
@@ -292,7 +297,7 @@ class _Reading:
             factor = factor.get(str(layer), factor.get("default"))
         if not isinstance(factor, int | float) or factor <= 0:
             raise AdapterFormatError(
-                "the config does not say by what a layer's width is reduced",
+                "the config has no valid reduction factor for this layer",
                 where=f"{self.ref.path}: layer {layer}",
                 expected="reduction_factor > 0",
                 found=self.own.get("reduction_factor"),

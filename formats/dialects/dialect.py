@@ -80,7 +80,7 @@ class Dialect(Protocol):
             AdapterFormatError: they do not tell.
         """
         raise AdapterFormatError(
-            f"{self.name}'s files do not tell the names and shapes of what they adapt",
+            f"{self.name}'s files do not give the names and shapes of the weights that they adapt",
             where=checkpoint.ref.path,
             then=NAME_BASE,
         )

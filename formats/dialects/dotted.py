@@ -121,7 +121,7 @@ def _implied_part(checkpoint: Checkpoint, told: Told, prefixes: Mapping[str, str
             base[f"{group.name}.weight"] = TensorSpec(f"{group.name}.weight", diff.spec.dtype, diff.spec.shape)
         else:
             raise AdapterFormatError(
-                "these factors do not tell the shape of what they adapt",
+                "these factors do not determine the shape of the weight that they adapt",
                 where=f"{where}: {group.name}",
                 found=", ".join(group.factors),
                 then=NAME_BASE,

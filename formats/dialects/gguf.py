@@ -65,7 +65,7 @@ class Gguf(Dialect):
         where, metadata = checkpoint.ref.path, checkpoint.metadata
         if metadata.get(_METHOD) != "lora" or _ACTIVATED in metadata:
             raise AdapterFormatError(
-                "an adapter that is no LoRA for every token",
+                "only LoRA that applies to every token is supported",
                 where=where,
                 expected=f"{_METHOD} = lora, and no {_ACTIVATED}",
                 found=f"{_METHOD} = {metadata.get(_METHOD)}",
@@ -77,6 +77,7 @@ class Gguf(Dialect):
                 where=where,
                 expected=architecture.name,
                 found=metadata[ARCHITECTURE],
+                then="check that the adapter was made for this base",
             )
         alpha = _alpha(metadata, where)
         known = {name: base[weight] for weight, name in gguf_names(architecture, base).items()}
@@ -96,7 +97,7 @@ def _alpha(metadata: Mapping[str, str], where: str) -> float:
     except ValueError:
         alpha = math.nan
     if not math.isfinite(alpha):
-        raise AdapterFormatError("alpha is not a number to scale by", where=where, found=metadata[ALPHA])
+        raise AdapterFormatError("alpha is not a finite number other than 0", where=where, found=metadata[ALPHA])
     return alpha
 
 
@@ -107,7 +108,7 @@ def _pairs(checkpoint: Checkpoint) -> dict[str, Factors]:
         stem, end = key[: -len(_ENDS[0])], key[-len(_ENDS[0]) :]
         if end not in _ENDS:
             raise AdapterFormatError(
-                "a tensor that is no factor, which llama.cpp leaves aside",
+                "a tensor that is not a factor; llama.cpp ignores it",
                 where=f"{checkpoint.ref.path}: {key}",
                 expected=" or ".join(_ENDS),
             )
@@ -115,10 +116,11 @@ def _pairs(checkpoint: Checkpoint) -> dict[str, Factors]:
     for stem, factors in pairs.items():
         if len(factors) < 2:
             raise AdapterFormatError(
-                "half of a pair is missing",
+                "one factor of a pair is missing",
                 where=f"{checkpoint.ref.path}: {stem}",
                 expected=" and ".join(_ENDS),
                 found=", ".join(ref.name for ref in factors.values()),
+                then="save the adapter again, from the library that trained it",
             )
     return pairs
 
@@ -185,7 +187,7 @@ class GgufAdapterWriter:
             self._check_kind(name, product, architecture)
             products[name] = product
         if not products:
-            raise AdapterFormatError(f"nothing is left that {self.name} can express", where=adapter.ref.path)
+            raise AdapterFormatError(f"{self.name} can express no part of this adapter", where=adapter.ref.path)
         alpha = _common_alpha(product.alpha for product in products.values())
         if not alpha or not math.isfinite(alpha):
             raise AdapterFormatError(

@@ -110,15 +110,15 @@ def architecture_of(config: Mapping[str, Any], where: object) -> Architecture:
         return ARCHITECTURES[name]
     if not name:
         raise AdapterFormatError(
-            "llama.cpp's names and the order of its rows follow from the base's class, and nothing says which that is",
+            "llama.cpp's names and order of rows depend on the base's class, which is not given",
             where=where,
-            expected="a config.json with `architectures` beside the base's weights",
-            then="name the base's folder (convert --base), or put its config.json beside the file of weights",
+            expected="a config.json with `architectures` next to the base's weights",
+            then="name the base's folder (convert --base), or put its config.json next to the weights' file",
         )
     known = config.get("model_type") in gguf_package().MODEL_ARCH_NAMES.values()
     raise AdapterFormatError(
         f"llama.cpp {'knows such models, but ' if known else ''}may store the weights of this class in another order, "
-        "and which is not known here",
+        "and that order is not known here",
         where=where,
         expected=", ".join(ARCHITECTURES),
         found=name,

@@ -123,9 +123,9 @@ def _unknown(key: str, where: str) -> AdapterFormatError:
     ending = ".".join(key.rsplit(".", 2)[-2:]) if key.endswith(".weight") else key.rpartition(".")[2]
     near = difflib.get_close_matches(ending, SUFFIXES, n=3, cutoff=0.3)
     return AdapterFormatError(
-        "a key that no dialect of adapters has",
+        "a key that belongs to no dialect",
         where=where,
-        expected=", ".join(near or ["lora_down.weight", "lora_up.weight", "alpha"]) + " behind a layer's name",
+        expected=", ".join(near or ["lora_down.weight", "lora_up.weight", "alpha"]) + " after a layer's name",
         found=key,
     )
 
@@ -138,7 +138,7 @@ def scalar(group: Group, where: str) -> float | None:
     value, ref = group.numbers["alpha"], group.factors["alpha"]
     if not math.isfinite(value) or value == 0:
         raise AdapterFormatError(
-            "alpha is not a number to scale by",
+            "alpha is not a finite number other than 0",
             where=f"{where}: {ref.name}",
             expected="one finite number other than 0",
             found=f"{ref.spec.dtype} {shape_text(ref.spec.shape)}" if ref.spec.size != 1 else value,
@@ -193,7 +193,7 @@ def group_modules(
     methods = [names[0] for names in _METHODS if any(name in factors for name in names)]
     if len(methods) > 1 or not (methods or factors.keys() & {"diff_b", "b_norm", "lora_B.bias"}):
         raise AdapterFormatError(
-            "factors of several methods on one layer" if methods else "a layer without factors",
+            "one layer has factors of several methods" if methods else "a layer without factors",
             where=where,
             found=", ".join(factors),
         )
@@ -210,7 +210,12 @@ def group_modules(
             found.append(make(factors, spec, kind, scaling, where))
     beside = [factors[role] for role in ("diff_b", "b_norm", "lora_B.bias") if role in factors]
     if beside and bias not in base:
-        raise UnmatchedKeys("a change of a bias that the base does not have", where=where, expected=bias)
+        raise UnmatchedKeys(
+            "the adapter changes a bias that the base does not have",
+            where=where,
+            expected=bias,
+            then="check that the adapter was made for this base",
+        )
     for role in ("diff_b", "b_norm"):
         if role in factors:
             found.append(AdapterModule(bias, "full", LayerKind.LINEAR, {"diff": factors[role]}, 1, 1.0))
@@ -233,6 +238,7 @@ def _lora(factors: Factors, weight: TensorSpec, kind: LayerKind, scaling: Scalin
             where=where,
             expected=f"rank {scaling.rank or rank} of all",
             found=_shapes(factors),
+            then="save the adapter again, from the library that trained it",
         )
     kernel = a[2:] if mid is None else mid.spec.shape[2:]
     inner = () if mid is None else a[2:]
@@ -261,7 +267,7 @@ def _magnitude(factors: Factors, weight: TensorSpec, where: str) -> Factors:
     shape, (out, into) = magnitude.spec.shape, weight.shape[:2]
     if magnitude.spec.size != out or (len(shape) >= 2 and shape[:2] == (1, into) and into > 1):
         raise AdapterFormatError(
-            "DoRA's magnitudes are of the inputs, and only those of the outputs are known here",
+            "DoRA's magnitudes are per input; only magnitudes per output are supported",
             where=where,
             expected=f"{out} × 1",
             found=shape_text(shape),
@@ -308,7 +314,9 @@ def _full(factors: Factors, weight: TensorSpec, kind: LayerKind, scaling: Scalin
 def _no_dora(factors: Factors, where: str) -> None:
     if "dora_scale" in factors:
         raise AdapterFormatError(
-            "DoRA around this is not what LyCORIS writes, and not read", where=where, found=", ".join(factors)
+            "DoRA around this method is not supported, because LyCORIS does not write it",
+            where=where,
+            found=", ".join(factors),
         )
 
 
@@ -316,7 +324,11 @@ def _complete(factors: Factors, roles: Iterable[str], where: str) -> None:
     missing = [role for role in roles if role not in factors]
     if missing:
         raise AdapterFormatError(
-            "a layer lacks some of its factors", where=where, expected=", ".join(roles), found=", ".join(factors)
+            "a layer lacks some of its factors",
+            where=where,
+            expected=", ".join(roles),
+            found=", ".join(factors),
+            then="save the adapter again, from the library that trained it",
         )
 
 
@@ -324,7 +336,12 @@ def _rank(factors: Factors, roles: Iterable[str], where: str) -> int:
     """The common rank of factors (rank, …)."""
     ranks = {factors[role].spec.shape[0] if factors[role].spec.shape else 0 for role in roles}
     if len(ranks) != 1 or 0 in ranks:
-        raise AdapterFormatError("the factors' ranks contradict each other", where=where, found=_shapes(factors))
+        raise AdapterFormatError(
+            "the factors' ranks contradict each other",
+            where=where,
+            found=_shapes(factors),
+            then="save the adapter again, from the library that trained it",
+        )
     return ranks.pop()
 
 

@@ -86,9 +86,9 @@ def _split(checkpoint: Checkpoint) -> tuple[dict[str, Factors], dict[str, Tensor
     beside = [key for key in full if "bias" not in key]
     if beside:
         raise AdapterFormatError(
-            "a whole model with factors beside its weights is no adapter: whether they are merged already is not told",
+            "the file is a whole model with factors, and does not say whether they are merged into it already",
             where=checkpoint.ref.path,
-            expected="lora_A and lora_B, and biases at most",
+            expected="only lora_A, lora_B and biases",
             found=", ".join(beside[:3]) + (" …" if len(beside) > 3 else ""),
             then="save the adapter alone: loralib.lora_state_dict(model)",
         )
@@ -102,7 +102,7 @@ def _alpha(told: Told, where: str) -> float:
             where=where,
             expected="the lora_alpha that the adapter was trained with",
             found=told.alpha,
-            then="pass it: --alpha 16, say",
+            then="pass it, e.g. --alpha 16",
         )
     return told.alpha
 
@@ -196,10 +196,10 @@ def _enabled(weight: TensorSpec, slices: int, count: int, reading: Reading) -> t
     enabled = reading.told.enable_lora
     if len(enabled) != slices or sum(enabled) != count:
         raise AdapterFormatError(
-            "the factors are of some slices of a fused layer, and the file does not say of which",
+            "the factors adapt some slices of a fused layer, and the file does not say which",
             where=f"{reading.context.where}: {weight.name}",
             expected=f"{count} of {slices} slices of {shape_text(weight.shape)}",
             found=",".join(str(int(each)) for each in enabled) or None,
-            then="pass the enable_lora that it was trained with: --enable-lora 1,0,1, say",
+            then="pass the enable_lora that it was trained with, e.g. --enable-lora 1,0,1",
         )
     return enabled

@@ -57,7 +57,11 @@ def own_module(
     missing = [name for name in needed if name not in factors]
     if missing:
         raise AdapterFormatError(
-            "a layer lacks some of its factors", where=where, expected=", ".join(needed), found=", ".join(factors)
+            "a layer lacks some of its factors",
+            where=where,
+            expected=", ".join(needed),
+            found=", ".join(factors),
+            then="save the adapter again, from the library that trained it",
         )
     if len(weight.shape) < 2:
         raise ShapeMismatch("not a layer's weight", where=f"{where} → {weight.name}", found=shape_text(weight.shape))
@@ -66,7 +70,9 @@ def own_module(
         rank = shape[0] if shape else 0
         alpha = numbers.get("alpha", float(rank))
         if not rank or not alpha or alpha != alpha:
-            raise AdapterFormatError("no rank or alpha to scale by", where=where, found=f"rank {rank}, alpha {alpha}")
+            raise AdapterFormatError(
+                "the scaling needs a rank and an alpha other than 0", where=where, found=f"rank {rank}, alpha {alpha}"
+            )
         return AdapterModule(weight.name, method, kind, {name: factors[name] for name in needed}, rank, alpha)
     setting, number = ("constraint", "alpha") if role == "oft_blocks" else ("on_input", "on_input")
     value = numbers.get(number, 0.0)

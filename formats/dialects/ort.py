@@ -56,11 +56,11 @@ class Ort(Dialect):
             match = _FACTOR.match(key)
             if match is None:
                 raise AdapterFormatError(
-                    "a parameter that is no input of a graph of ours",
+                    "a parameter that is not an input of an exported graph",
                     where=where,
                     expected="….lora_A and ….lora_B",
                     found=key,
-                    then="only adapters for graphs by surgery export-onnx are read",
+                    then="use an adapter for a graph that surgery export-onnx wrote",
                 )
             modules.setdefault(match["module"], {})[match["role"]] = checkpoint.tensor(key)
         rename = resolver([f"{module}.weight" for module in modules], base, where)
@@ -117,7 +117,7 @@ class OrtWriter:
             dtype = wanted.base[module.target].dtype
             if last != "weight" or not dtype.is_weight:
                 raise AdapterFormatError(
-                    "no graph of ours multiplies by this tensor",
+                    "exported graphs do not multiply by this tensor",
                     where=module.target,
                     expected="a layer's weight in floating point",
                     found=dtype,

@@ -66,7 +66,9 @@ def chosen_part(present: Iterable[str], told: str | None, where: str) -> str:
     """
     found = sorted(set(present))
     if told is not None and told not in PARTS:
-        raise AdapterFormatError("no such part of a pipeline", expected=", ".join(PARTS), found=told)
+        raise AdapterFormatError(
+            "no such part of a pipeline", expected=", ".join(PARTS), found=told, then="pass one of these as --component"
+        )
     if told is None and len(found) == 1:
         return found[0]
     if told is not None and found == [""]:
@@ -74,7 +76,7 @@ def chosen_part(present: Iterable[str], told: str | None, where: str) -> str:
     matching = [part for part in found if told is not None and same_part(part, told)]
     if not matching:
         raise AdapterFormatError(
-            "the adapter is of several parts of a pipeline, and a base is one of them"
+            "the adapter changes several parts of a pipeline, and the base is only one of them"
             if told is None
             else "the adapter has nothing for this part of a pipeline",
             where=where,

@@ -129,7 +129,8 @@ def _checked(config: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
         raise AdapterFormatError(
             "the adapter has no config, so its alpha is unknown",
             where=where,
-            expected="adapter_config.json beside the weights, or the config in the file's metadata",
+            expected="adapter_config.json next to the weights, or the config in the file's metadata",
+            then="add the adapter_config.json that it was saved with",
         )
     for setting, reason in _REFUSED.items():
         if config.get(setting):
@@ -140,7 +141,7 @@ def _checked(config: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
     for changing, remedy in _BASE_CHANGING_INITS.items():
         if init.startswith(changing):
             raise AdapterFormatError(
-                "this adapter's initialisation changed its base, so it is wrong on the original",
+                "this adapter's initialisation changed its base, so its result on the original base is wrong",
                 where=where,
                 expected="init_lora_weights = true, as a converted adapter has it",
                 found=f"init_lora_weights = {init}",
@@ -182,7 +183,7 @@ def _check_rows_alone(adapted: list[AdapterModule], replaced: list[Replacement],
     for one in replaced:
         if one.rows and any(module.target == one.target for module in adapted):
             raise AdapterFormatError(
-                "factors and replaced rows on one embedding, which peft does not allow either",
+                "one embedding has both factors and replaced rows, which peft does not allow either",
                 where=f"{where}: {one.target}",
             )
 
@@ -208,8 +209,8 @@ def _drop_tied_heads(
             if any(all(_is_transpose(checkpoint, *pair) for pair in both) for both in pairs):
                 if "lora_magnitude_vector" in factors:
                     raise AdapterFormatError(
-                        "DoRA on a tied embedding: its columns have lengths as an embedding and its rows "
-                        "as a head, and the base stores it once",
+                        "DoRA on a tied embedding needs two weights, and the base stores one: the embedding's "
+                        "magnitudes are per column, the head's per row",
                         where=f"{checkpoint.ref.path}: {module}",
                     )
                 del modules[module]

@@ -87,10 +87,10 @@ class DiffusersWriter:
         adapter, dropped = without_dropped(adapter, self.name, wanted, biases=lambda module: True)
         if not wanted.component:
             raise AdapterFormatError(
-                "diffusers' files say which part of a pipeline they adapt, and this adapter does not",
+                "diffusers' files name the part of a pipeline that they adapt, and this adapter does not",
                 where=adapter.ref.path,
                 expected=", ".join(DOTTED.values()),
-                then="say it: --component unet",
+                then="name it, e.g. --component unet",
             )
         for module in adapter.modules:
             product = wanted.product(module)

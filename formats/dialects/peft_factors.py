@@ -92,6 +92,7 @@ def layer_modules(module: str, factors: Factors, context: Context, weights: Mapp
             where=f"{context.where}: {module}",
             expected=f"r = {rank}",
             found=_shapes(a, b),
+            then="save the adapter again, from the library that trained it",
         )
     kind = _kind(embedding, a.spec.shape, b.spec.shape, context.base[target], context)
     if kind is None:
@@ -129,7 +130,11 @@ def pair(factors: Factors, roles: tuple[str, str], where: str) -> tuple[TensorRe
     for role in roles:
         if role not in factors:
             raise AdapterFormatError(
-                "half of a pair is missing", where=where, expected=" and ".join(roles), found=list(factors)
+                "one factor of a pair is missing",
+                where=where,
+                expected=" and ".join(roles),
+                found=list(factors),
+                then="save the adapter again, from the library that trained it",
             )
     return factors[roles[0]], factors[roles[1]]
 

@@ -73,11 +73,12 @@ def replacements(full: Mapping[str, TensorRef], context: Context) -> list[Replac
                 where=f"{context.where}: {one.target}",
                 expected=f"the base's {shape_text(stored)}",
                 found=f"the adapter's {shape_text(one.source.spec.shape)}",
+                then="check that the adapter was made for this base",
             )
         left = [name for name, spec in context.base.items() if spec.shape == stored and name not in longer]
         if left and len(stored) == 2:
             raise ShapeMismatch(
-                "the adapter's vocabulary has grown, but it does not carry all tensors that grow with it",
+                "the adapter's vocabulary has grown, but the adapter lacks tensors that grow with it",
                 where=f"{context.where}: {one.target}",
                 expected=f"{left[0]} with {one.source.spec.shape[0]} rows",
                 found=f"the base's {left[0]} with {stored[0]} rows, and none in the adapter",
@@ -108,6 +109,7 @@ def row_replacements(rows: Mapping[str, TensorRef], context: Context) -> list[Re
                 where=f"{context.where}: {module}",
                 expected=f"a row of {width} for each of {len(indices)} different indices below {height}",
                 found=f"{shape_text(ref.spec.shape)}, indices up to {max(indices, default='none')}",
+                then="check that the adapter was made for this base",
             )
         found.append(Replacement(target, ref, added=False, rows=indices))
     return found

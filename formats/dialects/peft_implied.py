@@ -29,7 +29,7 @@ def implied_base(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> di
     untold = ("target_parameters", "layer_replication", "trainable_token_indices")
     if config.get("peft_type") != "LORA" or any(config.get(setting) for setting in untold):
         raise AdapterFormatError(
-            "this adapter's factors do not tell what it adapts",
+            "this adapter's factors do not determine the weights that they adapt",
             where=where,
             expected="LoRA in peft's names, without target_parameters, layer_replication or trainable tokens",
             found=str(config.get("peft_type", "no config")),
@@ -57,7 +57,12 @@ def _weight(name: str, factors: Mapping[str, TensorSpec], transposed: bool) -> T
     embedding = "lora_embedding_A" in factors
     a, b = (factors.get(f"lora_{'embedding_' if embedding else ''}{role}") for role in "AB")
     if a is None or b is None or len(a.shape) < 2 or len(b.shape) < 2:
-        raise AdapterFormatError("a factor has no partner", where=name, found=", ".join(sorted(factors)))
+        raise AdapterFormatError(
+            "a factor has no partner",
+            where=name,
+            found=", ".join(sorted(factors)),
+            then="save the adapter again, from the library that trained it",
+        )
     out, into = b.shape[0], a.shape[1]
     if embedding or transposed:
         return TensorSpec(name, a.dtype, (into, out))

@@ -190,11 +190,11 @@ def scheme_of(config: Mapping[str, Any], where: str) -> Scheme | None:
         raise AdapterFormatError(
             f"{peft_type} cannot be merged into weights: {REFUSED[peft_type]}",
             where=where,
-            then="keep base and adapter apart, and load both with peft",
+            then="keep the adapter unmerged, and load base and adapter with peft",
         )
     if peft_type not in SCHEMES:
         raise AdapterFormatError(
-            "not a method of peft that we know",
+            "an unknown method of peft",
             where=where,
             expected=", ".join(["LORA", *SCHEMES, *REPLACING]),
             found=peft_type,
@@ -253,6 +253,7 @@ def scheme_modules(
                 where=f"{context.where}: {module}",
                 expected=", ".join(scheme.factors),
                 found=", ".join(factors),
+                then="save the adapter again, from the library that trained it",
             )
         settings = _settings(scheme, module, context)
         method = _mathematics(scheme, settings)

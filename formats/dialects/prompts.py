@@ -144,7 +144,7 @@ def read_prompt(
     combine = own.get("combine", "prefix")
     if combine not in ("prefix", "prefix_after_bos"):
         raise AdapterFormatError(
-            "no known place for a prompt", where=ref.path, expected="prefix, prefix_after_bos", found=combine
+            "an unknown place for a prompt", where=ref.path, expected="prefix, prefix_after_bos", found=combine
         )
     shape = (setting(own, "prompt_length", int, ref), _Sizes.of(ref, base, model_type).width)
     embedding = shaped("prompt_embedding.weight", roles, shape, ref.path)
@@ -202,7 +202,7 @@ class _Sizes:
         layout = layout_of(base)
         if layout is not None and model_type not in (None, *layout.types):
             raise AdapterFormatError(
-                "the adapter is of another type of model than the base, or of one that is not read",
+                "the adapter is for another type of model than the base, or for one that is not supported",
                 where=ref.path,
                 expected=" or ".join(layout.types),
                 found=model_type,
@@ -210,10 +210,11 @@ class _Sizes:
             )
         if layout is None:
             raise AdapterFormatError(
-                "prefixes and prompts are read of models whose layers are known",
+                "prefixes and prompts are supported only for models whose layers are known",
                 where=ref.path,
                 expected=f"a base like {', '.join(each.types[0] for each in LAYOUTS)}",
                 found=", ".join(list(base)[:3]),
+                then="name such a base",
             )
         attention = layout.places[0]
         paths = dict(layout.layers(base, attention))

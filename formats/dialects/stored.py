@@ -82,7 +82,7 @@ def whole_in_the_file(replaced: Iterable[Replacement], stored: Mapping[str, Stor
         pieces = stored[full.target].pieces if full.target in stored else ((full.target, None),)
         if len(pieces) > 1:
             raise AdapterFormatError(
-                "the adapter replaces a stack of experts that the base's file has in pieces",
+                "the adapter replaces a stack of experts that the base's file stores as separate tensors",
                 where=full.target,
                 expected="factors",
                 found=f"{len(pieces)} tensors, {pieces[0][0]} the first",

@@ -43,7 +43,7 @@ def restored(wanted: Iterable[str], base: Mapping[str, TensorSpec], where: objec
     for name in wanted:
         if len(index[name]) > 1:
             raise AdapterFormatError(
-                "a layer's name stands for several modules of the base, which differ in dots and underscores only",
+                "a layer's name matches several modules of the base, which differ only in dots and underscores",
                 where=f"{where}: {name}",
                 expected="one module",
                 found=", ".join(index[name]),
@@ -104,7 +104,7 @@ def _unmatched(names: list[str], total: int, index: Mapping[str, list[str]], whe
         f"{len(names)} of {total} layers of the adapter match nothing in the base",
         where=where,
         found="\n            ".join(lines),
-        then="such layers are the original checkpoint's, in which query, key and value are one: give that as the base"
+        then="use the original checkpoint as the base: in these layers query, key and value are one tensor"
         if fused
         else "check that the adapter was made for this base",
     )

@@ -103,7 +103,7 @@ class Names:
         if self.form is Form.ORIGINAL and not unet:
             then = "--to diffusers: ComfyUI reads those files of such models"
         raise AdapterFormatError(
-            f"{self.dialect}'s readers call this layer otherwise, and nothing here tells how",
+            f"{self.dialect}'s readers use another name for this layer, which is not known here",
             where=module,
             expected="the original checkpoint's names" if self.form is Form.ORIGINAL else "diffusers' names",
             then=then,

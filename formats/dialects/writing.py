@@ -274,7 +274,7 @@ def without_dropped(
             dropped += [ref.name for ref in module.factors.values()]
         elif module.method == "full" and not module.target.endswith(".bias") and not whole:
             if "full" not in wanted.drop:
-                raise cannot(dialect, "a whole difference", module, "leave such tensors behind: --drop full")
+                raise cannot(dialect, "a whole difference", module, "drop such tensors with --drop full")
             dropped += [ref.name for ref in module.factors.values()]
         else:
             modules.append(module)
@@ -290,12 +290,12 @@ def without_dropped(
                 f"{dialect} cannot express a tensor that the adapter carries in full",
                 where=one.target,
                 found=one.source.name,
-                then=f"leave such tensors behind: --drop {flag}",
+                then=f"drop such tensors with --drop {flag}",
             )
         dropped.append(one.source.name)
     if not modules:
         raise AdapterFormatError(
-            f"nothing is left that {dialect} can express", where=adapter.ref.path, found=", ".join(dropped[:3])
+            f"{dialect} can express no part of this adapter", where=adapter.ref.path, found=", ".join(dropped[:3])
         )
     return replace(adapter, modules=tuple(modules), replacements=tuple(replacements)), tuple(dropped)
 

@@ -46,7 +46,7 @@ def test_what_is_written_is_read(tmp_path: Path, sites: tuple[Graft, ...]) -> No
 def test_shapes_that_do_not_fit_are_refused(tmp_path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """Each other, or what they are for."""
     path = written(tmp_path / "grafts.st", Grafts("", "", (BRANCH, PREFIX)), **shapes)
-    with open_checkpoint(path) as checkpoint, pytest.raises(CorruptFile, match="not one of ours"):
+    with open_checkpoint(path) as checkpoint, pytest.raises(CorruptFile, match="of its grafts is invalid"):
         read_grafts(checkpoint)
 
 
@@ -65,7 +65,7 @@ def test_a_description_that_is_not_ours_is_refused(tmp_path: Path, change: dict[
     if own:
         document["sites"][0] |= own
     save_file(tensors, path, {KEY: json.dumps(document)})
-    with open_checkpoint(path) as checkpoint, pytest.raises(CorruptFile, match="not one of ours"):
+    with open_checkpoint(path) as checkpoint, pytest.raises(CorruptFile, match="of its grafts is invalid"):
         read_grafts(checkpoint)
 
 

@@ -59,7 +59,7 @@ def test_metadata_is_written_in_sorted_order() -> None:
 def test_two_tensors_of_one_name_are_refused() -> None:
     """A header cannot hold a name twice."""
     spec = TensorSpec("a", DType.F32, (1,))
-    with pytest.raises(CorruptFile, match="one name"):
+    with pytest.raises(CorruptFile, match="same name"):
         layout([spec, spec], {})
 
 

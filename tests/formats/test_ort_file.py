@@ -104,11 +104,11 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "kind", "message"),
     [
-        (0, 1 << 30, CorruptFile, "out of the file"),
-        (20, -(1 << 30), CorruptFile, "out of the file"),
+        (0, 1 << 30, CorruptFile, "outside the file"),
+        (20, -(1 << 30), CorruptFile, "outside the file"),
         (40, 1 << 30, CorruptFile, "longer than the file"),
         (60, 99, UnsupportedDType, "dtype"),
-        (68, 0, CorruptFile, "no name"),
+        (68, 0, CorruptFile, "empty or too long"),
         (72, 0xFF, CorruptFile, "not text"),
         (76, -1, CorruptFile, "longer than the file"),
         (84, 7, CorruptFile, "extent"),

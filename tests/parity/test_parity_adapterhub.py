@@ -78,10 +78,10 @@ def test_older_files_are_scaled_as_they_were_trained(tmp_path: Path) -> None:
         ({"architecture": "other"}, "only LoRA and"),
         ({"architecture": "prefix_tuning"}, "surgery fold"),
         ({"composition_mode": "other"}, "only LoRA and"),
-        ({"composition_mode": "scale"}, "no factor of"),
+        ({"composition_mode": "scale"}, "not a factor of"),
         ({"use_gating": True}, "depends on the input"),
         ({"use_dora": True}, "a part of the adapter is missing"),
-        ({"vera_d": 0.1}, "no factor of LoRA"),
+        ({"vera_d": 0.1}, "not a factor of LoRA"),
         ({"r": 4}, "rank contradicts the config"),
     ],
     ids=str,
@@ -169,7 +169,7 @@ def test_other_tensors_beside_the_factors_are_refused(tmp_path: Path) -> None:
     adapter = edited(tmp_path, "bert")
     weights = adapter / "adapter.safetensors"
     save_file({**load_file(weights), "prefix_tunings.style.wte": torch.zeros(2)}, weights)
-    with pytest.raises(AdapterFormatError, match="no factor of LoRA"):
+    with pytest.raises(AdapterFormatError, match="not a factor of LoRA"):
         surgery.merge(GOLDEN / "bert" / "base.st", adapter, tmp_path / "m.st")
 
 

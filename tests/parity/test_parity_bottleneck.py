@@ -215,10 +215,10 @@ def without(*names: str) -> Callable[[dict[str, torch.Tensor]], None]:
     ("name", "change", "settings", "kind", "message"),
     [
         ("seq_bn", without(f"{LAYER}.adapter_up.weight"), {}, AdapterFormatError, "a part of the adapter is missing"),
-        ("seq_bn", without(LAYER), {}, AdapterFormatError, "contradict each other about a bottleneck"),
-        ("seq_bn", without(), {"leave_out": [0]}, AdapterFormatError, "contradict each other about a bottleneck"),
+        ("seq_bn", without(LAYER), {}, AdapterFormatError, "disagree about a bottleneck"),
+        ("seq_bn", without(), {"leave_out": [0]}, AdapterFormatError, "disagree about a bottleneck"),
         ("seq_bn", without(), {"reduction_factor": 4}, ShapeMismatch, "does not fit the base"),
-        ("seq_bn", without(), {"reduction_factor": {"0": 2}}, AdapterFormatError, "by what a layer's width"),
+        ("seq_bn", without(), {"reduction_factor": {"0": 2}}, AdapterFormatError, "no valid reduction factor"),
         ("seq_bn", without(), {"use_gating": True}, AdapterFormatError, "depends on the input"),
         ("seq_bn", without(), {"inv_adapter": "nice"}, AdapterFormatError, "invertible"),
         ("seq_bn", without(), {"architecture": "reft"}, AdapterFormatError, "not an adapter of bottlenecks"),

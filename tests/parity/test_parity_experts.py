@@ -148,7 +148,7 @@ def test_experts_that_are_not_all_there_are_refused(tmp_path: Path) -> None:
         surgery.merge(tmp_path / "lacking.st", tmp_path / "adapter", tmp_path / "merged.st")
     key = "base_model.model.model.layers.0.mlp.experts.gate_up_proj"
     save_file({key: torch.zeros(12, 16, 16)}, tmp_path / "adapter/adapter_model.safetensors")
-    with pytest.raises(AdapterFormatError, match="in pieces"):
+    with pytest.raises(AdapterFormatError, match="as separate tensors"):
         surgery.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 
 

@@ -175,7 +175,7 @@ def test_wrong_files_are_refused_while_planning(tmp_path: Path) -> None:
     """Half a pair, another architecture's names, other shapes, a bias of no layer."""
     error = _wrong(tmp_path, lambda tensors: {k: v for k, v in tensors.items() if k != "up.lora_B"})
     assert isinstance(error, AdapterFormatError)
-    assert "half of a pair" in error.what
+    assert "one factor of a pair" in error.what
     error = _wrong(tmp_path, lambda tensors: {f"else.where.{k}": v for k, v in tensors.items()})
     assert isinstance(error, UnmatchedKeys)
     for key, shape in [("up.lora_A", (4, 13)), ("up.lora_B", (21, 4)), ("up.lora_A", (3, 12)),
@@ -212,7 +212,7 @@ def test_they_go_together_with_adapters_of_peft(tmp_path: Path, cli: Callable[..
     surgery.merge(base, [tmp_path / "lora.st", (tmp_path / "peft.st", 0.5)], tmp_path / "merged.st", told=told)
     delta = ALPHA / R * ours["up.lora_B"] @ ours["up.lora_A"] + 0.5 * factors["lora_B"] @ factors["lora_A"]
     torch.testing.assert_close(load_file(tmp_path / "merged.st")["up.weight"], load_file(base)["up.weight"] + delta)
-    with pytest.raises(AdapterFormatError, match="tells its alpha"):
+    with pytest.raises(AdapterFormatError, match="gives its alpha"):
         surgery.merge(base, tmp_path / "peft.st", tmp_path / "other.st", told=TOLD)
     assert "loralib" in cli("inspect", tmp_path / "lora.st").stdout
 

@@ -100,12 +100,12 @@ def test_what_is_no_adapter_is_told(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "how", "kind", "message"),
     [
-        (ROWS, {"said": {"general.type": "adapter", "adapter.type": "control"}}, AdapterFormatError, "no LoRA"),
-        (ROWS, {"tokens": [1, 2]}, AdapterFormatError, "for every token"),
+        (ROWS, {"said": {"general.type": "adapter", "adapter.type": "control"}}, AdapterFormatError, "only LoRA"),
+        (ROWS, {"tokens": [1, 2]}, AdapterFormatError, "to every token"),
         (ROWS, {"architecture": "qwen2"}, AdapterFormatError, "another architecture"),
-        (ROWS, {"alpha": float("nan")}, AdapterFormatError, "not a number to scale by"),
-        ({**ROWS, "output_norm.weight": np.ones(24, np.float32)}, {}, AdapterFormatError, "no factor"),
-        ({f"{Q}.lora_a": ROWS[f"{Q}.lora_a"]}, {}, AdapterFormatError, "half of a pair"),
+        (ROWS, {"alpha": float("nan")}, AdapterFormatError, "not a finite number"),
+        ({**ROWS, "output_norm.weight": np.ones(24, np.float32)}, {}, AdapterFormatError, "not a factor"),
+        ({f"{Q}.lora_a": ROWS[f"{Q}.lora_a"]}, {}, AdapterFormatError, "one factor of a pair"),
         ({**ROWS, f"{Q}.lora_b": np.ones((24, 3), np.float32)}, {}, ShapeMismatch, "does not fit"),
         ({**ROWS, f"{Q}.lora_b": np.ones((12, 2), np.float32)}, {}, ShapeMismatch, "does not fit"),
         ({**ROWS, f"{Q}.lora_a": np.ones(24, np.float32)}, {}, ShapeMismatch, "does not fit"),
@@ -155,10 +155,10 @@ def test_the_base_must_say_its_class(base: Path, tmp_path: Path, cli: Callable[.
     alone = tmp_path / "alone" / "model.safetensors"
     alone.parent.mkdir()
     shutil.copy(base / "model.safetensors", alone)
-    with pytest.raises(AdapterFormatError, match=r"follow from the base's class"):
+    with pytest.raises(AdapterFormatError, match=r"depend on the base's class"):
         surgery.convert(adapter, out, "gguf", base=alone)
     surgery.convert(adapter, out, "gguf", base=base)
-    with pytest.raises(AdapterFormatError, match=r"follow from the base's class"):
+    with pytest.raises(AdapterFormatError, match=r"depend on the base's class"):
         surgery.merge(alone, out, tmp_path / "m.st")
     result = cli("convert", out, "--to", "peft", "-o", tmp_path / "p")
     assert "name the base: --base" in result.stderr

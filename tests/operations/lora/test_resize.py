@@ -120,7 +120,7 @@ def test_experts_one_by_one(tmp_path: Path, transposed: bool) -> None:
 
     settings: dict[str, Any] = {"target_modules": ["into"], "target_parameters": ["experts.up", "experts.down"]}
     before = adapter(tmp_path, "a", build=build, r=3, **settings)
-    with pytest.raises(surgery.FormatError, match="do not tell what it adapts"):
+    with pytest.raises(surgery.FormatError, match="do not determine the weights"):
         surgery.resize(before, tmp_path / "b", rank=1)
     report = surgery.resize(before, tmp_path / "b", rank=2, base=tmp_path / "base.st", overrides={"experts.up": 1})
     old, new = deltas(tmp_path, before), deltas(tmp_path, tmp_path / "b")

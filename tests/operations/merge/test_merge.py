@@ -174,10 +174,10 @@ def test_one_unmatched_key_among_many_is_an_error(tmp_path: Path, pair: tuple[Pa
 
 
 CONTRADICTIONS = {
-    "half a pair": ({"layers.0.up.lora_A.weight": torch.zeros(2, 16)}, {}, AdapterFormatError, "half of a pair"),
-    "the other half": ({"layers.0.up.lora_B.weight": torch.zeros(48, 2)}, {}, AdapterFormatError, "half of a pair"),
+    "half a pair": ({"layers.0.up.lora_A.weight": torch.zeros(2, 16)}, {}, AdapterFormatError, "factor of a pair"),
+    "the other half": ({"layers.0.up.lora_B.weight": torch.zeros(48, 2)}, {}, AdapterFormatError, "factor of a pair"),
     "half an embedding": (
-        {"embed.token_embeddings.lora_embedding_B": torch.zeros(16, 2)}, {}, AdapterFormatError, "half of a pair",
+        {"embed.token_embeddings.lora_embedding_B": torch.zeros(16, 2)}, {}, AdapterFormatError, "factor of a pair",
     ),
     "half of one pair among whole ones": (
         up() | {"layers.0.down.lora_A.weight": torch.zeros(2, 48)}, {}, AdapterFormatError, "layers.0.down",
