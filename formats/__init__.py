@@ -1,4 +1,7 @@
-"""Names and bytes: containers and dialects of saved weights. Knows no mathematics and never imports `surgery`."""
+"""Containers and adapter dialects: how saved weights are stored and named.
+
+This package does no mathematics and never imports `surgery`.
+"""
 
 from formats.checkpoint import Checkpoint, CheckpointWriter
 from formats.destination import Destination, create_checkpoint, destination_like

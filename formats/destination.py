@@ -1,6 +1,6 @@
-"""How an output is shaped after its input, and how it appears: whole under its name, or not at all.
+"""Output destinations: laid out like the input, and written whole or not at all.
 
-The one place that turns a destination into writers.
+This is the only module that turns a destination into writers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from formats.spec import TensorSpec
 from formats.staging import Staging, disk_errors, write_at
 from formats.torch_writer import TorchWriter
 
-# Files of a model's folder that hold weights, in whatever container: never copied along as "the rest".
+# Files in a model's folder that hold weights, in any container: these are never copied to the output folder.
 _WEIGHT_PATTERNS = (
     *(f"*{suffix}" for container in Container for suffix in container.suffixes),
     f"*{INDEX_SUFFIX}", f"*{TORCH_INDEX_SUFFIX}", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", ADAPTER_CONFIG,
@@ -39,16 +39,16 @@ _WEIGHT_PATTERNS = (
 
 @dataclass(frozen=True)
 class Destination:
-    """An output: where, in which shape, and what comes along.
+    """Where an output goes, how it is sharded, and which other files are copied with it.
 
     Attributes:
-        path: a folder, or a file whose name tells the container; an adapter for llama.cpp is no folder.
-        weights: the name of the weights' file or index in a folder.
-        shards: tensor → shard's filename, for a sharded folder.
-        companions: files copied along into a folder as they are (config, tokenizer, …).
+        path: a folder, or a file whose suffix names the container. An adapter for llama.cpp is always a file.
+        weights: name of the weights file, or of the index, in an output folder.
+        shards: file name of the shard of each tensor, for a sharded folder.
+        companions: files copied unchanged into an output folder (config, tokenizer, …).
         inputs: paths that the output must not replace.
-        force: whether what stands at `path` may be replaced.
-        container: what the weights are stored in. Torch's holds no metadata, and so no receipt.
+        force: whether an existing file or folder at `path` may be replaced.
+        container: container of the weights. Torch's container holds no metadata and so no receipt.
     """
 
     path: Path
@@ -65,11 +65,11 @@ class Destination:
         return container_named(self.path) is None
 
     def check(self) -> None:
-        """Refuses what `create_checkpoint` would refuse, before long work. Raises OutputExists or FormatError."""
+        """Raises the OutputExists or FormatError that `create_checkpoint` would raise, before any long work."""
         self.staging().discard()
 
     def staging(self) -> Staging:
-        """The output, begun. Raises OutputExists, or FormatError for a container that it must not be."""
+        """Starts the output. Raises OutputExists, or FormatError if the path's suffix names another container."""
         named = container_named(self.path)
         if named is not self.container and (named is not None or self.container is Container.GGUF):
             raise _another(self.path, self.container)
@@ -77,25 +77,35 @@ class Destination:
 
 
 def _another(path: Path, container: Container) -> FormatError:
-    """What is wrong with a name that tells another container than the one that is written."""
+    """The error for a path whose suffix names another container than the one that is written."""
     plain = ", ".join(Container.SAFETENSORS.suffixes).replace(", ", " or ")
     named = container_named(path)
     if container is Container.GGUF:
-        return FormatError("an adapter for llama.cpp is one GGUF file", where=path, expected="a .gguf file")
+        return FormatError(
+            "an adapter for llama.cpp is one GGUF file",
+            where=path,
+            expected="a .gguf file",
+            then="name a .gguf file with -o",
+        )
     if Container.ORT in (container, named):
         return FormatError(
-            ".onnx_adapter is what convert --to ort writes, and nothing else",
+            "only convert --to ort writes .onnx_adapter files, and it writes nothing else",
             where=path,
             expected="a .onnx_adapter file, or a folder" if container is Container.ORT else "another name",
             then="choose another output with -o",
         )
     if named is Container.GGUF:
-        return FormatError("only convert --to gguf writes GGUF", where=path, expected=f"a folder, or a {plain} file")
+        return FormatError(
+            "only convert --to gguf writes GGUF",
+            where=path,
+            expected=f"a folder, or a {plain} file",
+            then="choose another output with -o",
+        )
     return FormatError(
-        "torch's container has no room for what this output says of itself, so only convert without --to writes it",
+        "torch's container cannot hold this output's metadata, so only convert without --to writes it",
         where=path,
         expected=f"a folder, or a {plain} file",
-        then="write that, and turn it into this by surgery convert without --to",
+        then=f"write a {plain} file first, then run surgery convert on it without --to",
     )
 
 
@@ -109,10 +119,11 @@ def destination_like(
     max_shard: int | None = None,
     container: Container = Container.SAFETENSORS,
 ) -> Destination:
-    """An output shaped like its source: a file for a file, a folder with the same shards and companions for a folder.
+    """A destination laid out like its source: a file for a file, a folder with the same shards and companions for a
+    folder.
 
-    Tensors of `specs` that the source's shards do not know go into its last shard. With `max_shard` the folder gets
-    shards of at most so many bytes instead of the source's. Raises FormatError for shards of a single file.
+    Tensors in `specs` that the source does not have go into its last shard. With `max_shard`, the output folder gets
+    new shards of at most that many bytes instead. Raises FormatError if `max_shard` is given for a single file.
     """
     source, out = Path(source), Path(out)
     specs = tuple(specs)
@@ -124,7 +135,7 @@ def destination_like(
                 "a single file has no shards",
                 where=out,
                 expected="a folder",
-                then="name a folder with -o, or leave it whole",
+                then="name a folder with -o, or leave out --max-shard-size",
             )
         return plain
     indexes = (INDEX_SUFFIX, TORCH_INDEX_SUFFIX)
@@ -145,9 +156,10 @@ def destination_like(
 
 
 def named_in(name: str, container: Container) -> str:
-    """What a file of weights, or an index of shards, is called in safetensors or in torch's container.
+    """The name of a weights file, or of an index of shards, in safetensors or in torch's container.
 
-    Names of that container stay; `model.safetensors` is torch's `pytorch_model.bin`, as transformers calls both.
+    A name that fits the container is kept. `model.safetensors` becomes `pytorch_model.bin` and back: these are the
+    names that transformers uses.
     """
     ours, theirs = Container.SAFETENSORS, Container.TORCH
     index, other = (INDEX_SUFFIX, TORCH_INDEX_SUFFIX) if container is ours else (TORCH_INDEX_SUFFIX, INDEX_SUFFIX)
@@ -162,13 +174,13 @@ def named_in(name: str, container: Container) -> str:
 
 
 def _companions(folder: Path) -> tuple[Path, ...]:
-    """A model folder's files that hold no weights."""
+    """The files of a model's folder that hold no weights."""
     files = [file for file in folder.iterdir() if file.is_file()]
     return tuple(sorted(file for file in files if not any(file.match(pattern) for pattern in _WEIGHT_PATTERNS)))
 
 
 class _Output:
-    """A CheckpointWriter over one staged destination: passes tensors to the container, adds the files beside it."""
+    """A CheckpointWriter for one staged destination: passes tensors to the container and adds the other files."""
 
     def __init__(
         self, destination: Destination, specs: Iterable[TensorSpec], metadata: Mapping[str, str], reserve: bool
@@ -215,7 +227,12 @@ class _Output:
 
     def _refuse_file(self, filename: str) -> None:
         if not self._staging.folder:
-            raise FormatError("a single file has no room for another file beside it", where=filename)
+            raise FormatError(
+                "a single file has no room for another file beside it",
+                where=filename,
+                expected="a folder as output",
+                then="name a folder with -o",
+            )
 
     def settle(self) -> None:
         self._complete()
@@ -243,13 +260,13 @@ def create_checkpoint(
     *,
     reserve: bool = True,
 ) -> Iterator[CheckpointWriter]:
-    """Opens an output for writing. It appears whole when the context is left normally, and not at all otherwise.
+    """Opens an output for writing. It appears whole if the context ends normally, and not at all otherwise.
 
-    `reserve` takes the disk space of all the specs at once; without it they are upper bounds.
+    `reserve` allocates the disk space of all `specs` at once. Without it, the specs are upper bounds.
 
     Raises:
-        OutputExists: the output is there already, or is an input.
-        WriteFailed: the disk is full (its space is reserved before work begins) or refuses.
+        OutputExists: the output exists already, or is an input.
+        WriteFailed: the disk is full (its space is reserved before work begins), or cannot be written to.
         IncompleteOutput: a declared tensor was neither written nor omitted.
     """
     if not isinstance(destination, Destination):

@@ -1,7 +1,7 @@
-"""The header of a GGUF file (ggml/docs/gguf.md): key-values, then each tensor's name, shape, type and place.
+"""Reads the header of a GGUF file (ggml/docs/gguf.md): key-values, then each tensor's name, shape, type and offset.
 
-Every count and size is checked against the file before anything is made of it, and lists are stepped over: the gguf
-package's own reader takes seconds for the vocabulary of a model. Knows one file, no dialect.
+Every count and size is checked against the file's size before it is used. Lists are skipped: the gguf package's own
+reader takes seconds for a model's vocabulary. This module knows one file and no dialect.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ _DIMENSIONS = 4  # the most that GGML has
 
 
 def read_header(descriptor: int, size: int, where: object) -> Header:
-    """Reads the header of an adapter. Metadata: the key-values as texts: strings as they are, numbers as JSON writes
-    them, of lists the length.
+    """Reads the header of an adapter.
+
+    The metadata holds the key-values as strings: strings unchanged, scalars as JSON, and only the length of a list.
 
     Args:
-        descriptor, size: of the file.
-        where: its path, for errors.
+        descriptor, size: the open file and its size in bytes.
+        where: the file's path, for errors.
 
     Raises:
-        NotACheckpoint: no GGUF file, one of another version or byte order, or one of a model.
-        CorruptFile: header and file contradict each other.
-        UnsupportedDType: a tensor in a quantised type.
+        NotACheckpoint: the file is not GGUF, has another version or byte order, or holds a model.
+        CorruptFile: the header and the file contradict each other.
+        UnsupportedDType: a tensor has a quantised type.
     """
     if size < 4:
         raise NotACheckpoint("not a GGUF file: too short for a header", where=where, found=f"{size} bytes")
@@ -58,7 +59,7 @@ def read_header(descriptor: int, size: int, where: object) -> Header:
         tensors, pairs = cursor.number("Q"), cursor.number("Q")
         metadata = dict(cursor.pair() for _ in range(pairs))
         if len(metadata) != pairs:
-            raise CorruptFile("a key stands there twice", where=where)
+            raise CorruptFile("the header has a key twice", where=where, then="download or convert the adapter again")
         _check_adapter(metadata, where)
         specs, relative = _tensors(cursor, tensors)
         alignment = _alignment(metadata, where)
@@ -67,10 +68,10 @@ def read_header(descriptor: int, size: int, where: object) -> Header:
     for name, spec in specs.items():
         if relative[name] % alignment or offsets[name] + spec.nbytes > size:
             raise CorruptFile(
-                "a tensor lies outside of the file, or not where tensors begin",
+                "a tensor ends beyond the file, or its offset is not aligned",
                 where=f"{where}: {name}",
                 expected=f"{spec.nbytes} bytes for {spec.dtype} {shape_text(spec.shape)}",
-                found=f"{size} bytes in all, the tensor from {offsets[name]} on",
+                found=f"a file of {size} bytes, with the tensor at offset {offsets[name]}",
                 then="download or copy the file again",
             )
     return Header(specs, metadata, offsets)
@@ -82,7 +83,7 @@ def _check_adapter(metadata: Mapping[str, str], where: object) -> None:
             "a GGUF file of a model holds weights quantised for llama.cpp",
             where=where,
             expected=f"{TYPE} = {ADAPTER}; for a model a .safetensors or .st file, or a folder with one",
-            found=f"{TYPE} = {metadata.get(TYPE, 'not said')}",
+            found=f"{TYPE} = {metadata.get(TYPE, 'missing')}",
             then="use the model that it was converted from, and convert the result again",
         )
 
@@ -90,46 +91,53 @@ def _check_adapter(metadata: Mapping[str, str], where: object) -> None:
 def _alignment(metadata: Mapping[str, str], where: object) -> int:
     text = metadata.get(_ALIGNMENT_KEY, str(ALIGNMENT))
     if not text.isdecimal() or int(text).bit_count() != 1:
-        raise CorruptFile(f"{_ALIGNMENT_KEY} is no power of two", where=where, found=text)
+        raise CorruptFile(
+            f"{_ALIGNMENT_KEY} is not a power of two",
+            where=where,
+            found=text,
+            then="download or convert the adapter again",
+        )
     return int(text)
 
 
 class _Cursor:
-    """Steps through a mapped file. Every step raises CorruptFile where the file ends before."""
+    """Steps through a mapped file. Every step raises CorruptFile if it would pass the end of the file."""
 
     def __init__(self, mapped: mmap.mmap, size: int, where: object) -> None:
         self._mapped, self._size, self.where = mapped, size, where
         self.position = 4
 
     def step(self, count: int) -> int:
-        """Goes on by so many bytes; returns where it stood."""
+        """Advances by `count` bytes and returns the position before."""
         here = self.position
         if count > self._size - here:
             raise CorruptFile(
                 "the header claims more than the file holds",
                 where=self.where,
-                expected=f"{count} bytes from {here} on",
-                found=f"{self._size} bytes in all",
+                expected=f"{count} bytes at offset {here}",
+                found=f"a file of {self._size} bytes",
                 then="download or copy the file again",
             )
         self.position += count
         return here
 
     def number(self, code: str) -> Any:
-        """A little-endian number, by struct's letter."""
+        """Reads a little-endian number; `code` is struct's format letter."""
         width = struct.calcsize(f"<{code}")
         return struct.unpack_from(f"<{code}", self._mapped, self.step(width))[0]
 
     def text(self) -> str:
-        """A string and its length before it."""
+        """Reads a string, which is preceded by its length."""
         begin = self.step(self.number("Q"))
         try:
             return self._mapped[begin : self.position].decode()
         except UnicodeDecodeError as error:
-            raise CorruptFile("a text in the header is not UTF-8", where=self.where) from error
+            raise CorruptFile(
+                "a string in the header is not UTF-8", where=self.where, then="download or copy the file again"
+            ) from error
 
     def pair(self) -> tuple[str, str]:
-        """A key and its value as a text."""
+        """Reads a key and its value, both as strings."""
         return self.text(), self._value(self.number("I"))
 
     def _value(self, kind: int) -> str:
@@ -138,7 +146,12 @@ class _Cursor:
         if kind in _SCALARS:
             return json.dumps(self.number(_SCALARS[kind]))
         if kind != _ARRAY:
-            raise CorruptFile("a key's value of a type that GGUF does not have", where=self.where, found=kind)
+            raise CorruptFile(
+                "a key's value has a type that GGUF does not have",
+                where=self.where,
+                found=kind,
+                then="download or copy the file again",
+            )
         kind, count = self.number("I"), self.number("Q")
         if kind in _SCALARS:
             self.step(count * struct.calcsize(f"<{_SCALARS[kind]}"))
@@ -146,28 +159,34 @@ class _Cursor:
             for _ in range(count):
                 self.step(self.number("Q"))
         else:
-            raise CorruptFile("a list of a type that GGUF does not have", where=self.where, found=kind)
+            raise CorruptFile(
+                "a list has a type that GGUF does not have",
+                where=self.where,
+                found=kind,
+                then="download or copy the file again",
+            )
         return f"a list of {count}"
 
 
 def _tensors(cursor: _Cursor, count: int) -> tuple[dict[str, TensorSpec], dict[str, int]]:
-    """The tensors, and where each begins in the payload."""
+    """The tensors, and the offset of each in the payload."""
     specs: dict[str, TensorSpec] = {}
     offsets: dict[str, int] = {}
     for _ in range(count):
         name, dimensions = cursor.text(), cursor.number("I")
         if name in specs or not 1 <= dimensions <= _DIMENSIONS:
             raise CorruptFile(
-                "a tensor that stands there twice, or of too many dimensions",
+                "a tensor is listed twice, or has too many dimensions",
                 where=f"{cursor.where}: {name}",
-                expected=f"1 to {_DIMENSIONS} dimensions",
-                found=dimensions,
+                expected=f"one entry with 1 to {_DIMENSIONS} dimensions",
+                found=f"{dimensions} dimensions",
+                then="download or convert the adapter again",
             )
-        shape = tuple(reversed([cursor.number("Q") for _ in range(dimensions)]))  # GGML has the innermost first
+        shape = tuple(reversed([cursor.number("Q") for _ in range(dimensions)]))  # GGML puts the innermost first
         kind = cursor.number("I")
         if kind not in TYPES:
             raise UnsupportedDType(
-                "factors in a type that is no plain float",
+                "the factors have a type that is not a plain float",
                 where=f"{cursor.where}: {name}",
                 expected=", ".join(f"{dtype} ({number})" for number, dtype in TYPES.items()),
                 found=f"GGML's type {kind}",

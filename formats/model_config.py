@@ -1,4 +1,4 @@
-"""The config.json beside a model's weights. Knows nothing of what it says."""
+"""Reads the config.json in a model's folder. Does not interpret it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def model_config(path: str | Path) -> Mapping[str, Any]:
-    """The config.json of a model's folder, or beside its file; empty where there is none, or none that is an object."""
+    """The config.json in a model's folder, or next to its file. Empty if it is missing, broken or not an object."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     try:
         config = json.loads((folder / "config.json").read_bytes())

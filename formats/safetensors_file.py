@@ -1,6 +1,6 @@
-"""Safetensors as a form of plain files: its header read, laid out, and checked by the reference reader.
+"""Safetensors files: reads and lays out the header, and checks written files with the reference reader.
 
-Reading checks every size in the header against the file before anything is allocated.
+Every size in a header is checked against the file before anything is allocated.
 """
 
 from __future__ import annotations
@@ -35,17 +35,23 @@ def _read_header(descriptor: int, path: Path) -> Header:
         raise CorruptFile(
             "the header claims more than the file holds",
             where=path,
-            expected=f"{8 + length} bytes of header",
-            found=f"{size} bytes in all",
+            expected=f"a header of {8 + length} bytes",
+            found=f"a file of {size} bytes",
             then="download or copy the file again",
         )
     try:
         entries = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"the header is no JSON object: {error}", where=path) from error
+        raise CorruptFile(
+            f"the header is not a JSON object: {error}", where=path, then="download or copy the file again"
+        ) from error
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CorruptFile("the header's __metadata__ must map strings to strings", where=path)
+        raise CorruptFile(
+            "the header's __metadata__ must map strings to strings",
+            where=path,
+            then="write the file again with the safetensors library",
+        )
     specs, offsets = _read_entries(entries, path, start=8 + length, size=size)
     return Header(specs, metadata, offsets)
 
@@ -53,7 +59,7 @@ def _read_header(descriptor: int, path: Path) -> Header:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        raise ValueError("a name stands there twice")
+        raise ValueError("a name appears twice")
     return entries
 
 
@@ -68,18 +74,29 @@ def _read_entries(
         except (TypeError, KeyError, ValueError):
             sound = False
         if not sound:
-            raise CorruptFile("an entry of the header is malformed", where=f"{path}: {name}", found=entry)
+            raise CorruptFile(
+                "an entry of the header is malformed",
+                where=f"{path}: {name}",
+                expected="dtype, shape and data_offsets",
+                found=entry,
+                then="download or copy the file again",
+            )
         if label not in _DTYPES:
             raise CorruptFile(
-                "a dtype we do not know", where=f"{path}: {name}", expected=", ".join(_DTYPES), found=label
+                "a tensor has an unknown dtype",
+                where=f"{path}: {name}",
+                expected=", ".join(_DTYPES),
+                found=label,
+                then="convert the tensor to one of these dtypes",
             )
         spec = TensorSpec(name, _DTYPES[label], shape)
         if end - begin != spec.nbytes:
             raise CorruptFile(
-                "a tensor's extent contradicts its shape",
+                "a tensor's data_offsets contradict its shape",
                 where=f"{path}: {name}",
                 expected=f"{spec.nbytes} bytes for {label} {shape_text(shape)}",
                 found=f"{end - begin} bytes",
+                then="download or copy the file again",
             )
         placed.append((begin, end, spec))
     placed.sort(key=lambda item: item[:2])
@@ -87,7 +104,11 @@ def _read_entries(
     for begin, end, spec in placed:
         if begin != position:
             raise CorruptFile(
-                "tensors overlap or leave a gap", where=f"{path}: {spec.name}", expected=position, found=begin
+                "tensors overlap or leave a gap",
+                where=f"{path}: {spec.name}",
+                expected=f"offset {position}",
+                found=f"offset {begin}",
+                then="download or copy the file again",
             )
         position = end
     if start + position != size:
@@ -103,14 +124,14 @@ def _read_entries(
 
 
 def _check_with_reference(descriptor: int, names: set[str]) -> None:
-    """Opens what we wrote with the safetensors library itself, header only, before anybody else does."""
+    """Opens what we wrote with the safetensors library itself, header only, and compares the names."""
     from safetensors import safe_open
 
     path = f"/proc/self/fd/{descriptor}"
     if os.path.exists(path):
         with safe_open(path, framework="np") as reference:
             if set(reference.keys()) != names:
-                raise IncompleteOutput("the reference reader sees other tensors than we wrote", where=path)
+                raise IncompleteOutput("the safetensors library reads other tensors than surgery wrote", where=path)
 
 
 SAFETENSORS = Form(_read_header, layout, _check_with_reference)

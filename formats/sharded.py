@@ -1,6 +1,6 @@
-"""Several safetensors or torch files that are one checkpoint, by an index file.
+"""Checkpoints that consist of several safetensors or torch files, listed in an index file.
 
-The index may name files in its own folder only. Knows nothing of what the folder holds besides.
+The index may name files in its own folder only. Other files in the folder are ignored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 class ShardedCheckpoint:
     """A readable set of shards.
 
-    `shards` maps every tensor to its file's name. The metadata is the index's (strings only) over the shards'.
+    `shards` maps each tensor to its file's name. `metadata` merges the shards' metadata with the strings in the index's
+    metadata, which win.
 
     Raises:
         CorruptFile: the index is malformed, points outside its folder, or contradicts the shards.
@@ -44,7 +45,11 @@ class ShardedCheckpoint:
         try:
             for filename in sorted(set(self.shards.values())):
                 if not (index.parent / filename).exists():
-                    raise PathNotFound("the index names a shard that is not there", where=index.parent / filename)
+                    raise PathNotFound(
+                        "the index names a shard that does not exist",
+                        where=index.parent / filename,
+                        then="download the missing shard",
+                    )
                 self._files[filename] = _open_shard(index.parent / filename)
             self.specs = self._gather()
         except BaseException:
@@ -63,10 +68,11 @@ class ShardedCheckpoint:
                 if self.shards.get(name) != filename:
                     twice = name in self._files[self.shards[name]].specs if name in self.shards else False
                     raise CorruptFile(
-                        "a tensor lies in two shards" if twice else "the index and a shard disagree about a tensor",
+                        "a tensor is in two shards" if twice else "the index and a shard disagree about a tensor",
                         where=f"{file.path}: {name}",
                         expected=self.shards.get(name, "an entry in the index"),
                         found=filename,
+                        then="download the shards and their index again",
                     )
                 specs[name] = spec
         tied = {name for file in self._files.values() if isinstance(file, TorchFile) for name in chain(*file.shared)}
@@ -76,12 +82,13 @@ class ShardedCheckpoint:
                 "the index names tensors that its shards do not hold",
                 where=self.path,
                 found=", ".join(absent[:5]),
+                then="download the shards and their index again",
             )
         return specs
 
     @property
     def ref(self) -> CheckpointRef:
-        """What it takes to open it again."""
+        """A reference from which the checkpoint can be opened again."""
         return CheckpointRef(str(self.path))
 
     def tensor(self, name: str) -> TensorRef:
@@ -89,11 +96,11 @@ class ShardedCheckpoint:
         return TensorRef(self.ref, self._file(name).specs[name])
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, in its stored dtype and shape."""
+        """Reads the tensor to the CPU in its stored dtype and shape."""
         return self._file(name).read(name)
 
     def read_bytes(self, name: str) -> Bytes:
-        """The tensor's payload as stored."""
+        """Reads the tensor's payload as stored."""
         return self._file(name).read_bytes(name)
 
     def read_into(self, name: str, begin: int, buffer: Bytes) -> None:
@@ -101,7 +108,7 @@ class ShardedCheckpoint:
         self._file(name).read_into(name, begin, buffer)
 
     def place(self, name: str) -> Place | None:
-        """Where the payload lies; None where a torch file has its elements scattered."""
+        """The file and offset of the payload; None where a torch file stores it non-contiguously."""
         return self._file(name).place(name)
 
     def _file(self, name: str) -> PlainFile | TorchFile:
@@ -134,15 +141,26 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
-        raise CorruptFile("not an index of shards", where=path, expected="JSON with a weight_map of names to files")
+        raise CorruptFile(
+            "not an index of shards",
+            where=path,
+            expected="JSON with a weight_map of names to files",
+            then="download the index again",
+        )
     for filename in set(shards.values()):
         if Path(filename).name != filename or filename in ("", ".", ".."):
-            raise CorruptFile("the index reaches outside its folder", where=path, found=filename)
+            raise CorruptFile(
+                "the index reaches outside its folder",
+                where=path,
+                expected="names of files in the index's folder",
+                found=filename,
+                then="put the shards next to the index, and list them by name alone",
+            )
     return shards, {key: value for key, value in own.items() if isinstance(value, str)}
 
 
 def _once(pairs: list[tuple[str, object]], path: Path) -> dict[str, object]:
-    """A JSON object whose names are all different: of two alike JSON itself would take the last."""
+    """A JSON object without duplicate names. Python's json would silently keep the last duplicate."""
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
@@ -150,6 +168,7 @@ def _once(pairs: list[tuple[str, object]], path: Path) -> dict[str, object]:
             "the index names a tensor twice",
             where=path,
             found=", ".join(sorted(name for name in found if names.count(name) > 1)[:5]),
+            then="download the index again",
         )
     return found
 
@@ -157,7 +176,7 @@ def _once(pairs: list[tuple[str, object]], path: Path) -> dict[str, object]:
 class ShardedWriter:
     """Fills the shards of one staged folder and writes their index.
 
-    The shards carry no metadata of ours; the index does, because it is written last.
+    Our metadata goes into the index only, because the index is written last.
     """
 
     def __init__(
@@ -190,20 +209,20 @@ class ShardedWriter:
         self._writers[self._shards[name]].write(name, tensor, smaller=smaller)
 
     def write_bytes(self, name: str, payload: Bytes) -> None:
-        """Writes one tensor's payload as it is."""
+        """Writes one tensor's payload unchanged."""
         self._writers[self._shards[name]].write_bytes(name, payload)
 
     def parts(self, name: str) -> AbstractContextManager[Callable[[int, memoryview], None]]:
-        """Writes one tensor's payload piece by piece."""
+        """Writes one tensor's payload in pieces."""
         return self._writers[self._shards[name]].parts(name)
 
     @property
     def shared(self) -> bool:
-        """Whether a copy of this process can write a tensor in this writer's stead."""
+        """Whether a forked copy of this process may write tensors for this writer."""
         return all(writer.shared for writer in self._writers.values())
 
     def written(self, name: str) -> None:
-        """Says that such a copy has."""
+        """Records that a forked copy of this process has written this tensor."""
         self._writers[self._shards[name]].written(name)
 
     def omit(self, name: str) -> None:
@@ -216,7 +235,7 @@ class ShardedWriter:
         self._metadata = dict(metadata)
 
     def finish(self) -> None:
-        """Completes every shard and writes the index, whose `total_size` counts bytes."""
+        """Completes every shard and writes the index, whose `total_size` is the payload in bytes."""
         for writer in self._writers.values():
             writer.finish()
         metadata: dict[str, object] = {"total_size": sum(writer.nbytes for writer in self._writers.values())}
