@@ -1,7 +1,7 @@
-"""The tensors of a base that an adapter's own shapes imply, for work that needs no base: its factors alone.
+"""Infers the base's tensors from an adapter's own shapes, for operations that need no base.
 
-Of LoRA in dotted names (peft's, diffusers', ComfyUI's), where a module's factors tell its weight's shape. Knows no
-mathematics.
+This works for LoRA in dotted names (peft, diffusers, ComfyUI), where a module's factors give its weight's shape. This
+module does no mathematics.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def implied_base(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> di
     """The weights that a LoRA in peft's names adapts, and the tensors that it carries in full, by the base's names.
 
     Raises:
-        AdapterFormatError: another method or dialect, whose factors do not tell.
+        AdapterFormatError: the method or dialect is another, whose factors do not determine the weights.
     """
     where, config = checkpoint.ref.path, config or {}
     untold = ("target_parameters", "layer_replication", "trainable_token_indices")
@@ -58,10 +58,10 @@ def implied_base(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> di
 
 
 def implied_part(checkpoint: Checkpoint, told: Told, dialect: str) -> dict[str, TensorSpec]:
-    """The weights that LoRA in diffusers' or ComfyUI's names adapts, within the part that is told.
+    """The weights that a LoRA in diffusers' or ComfyUI's names adapts, within the chosen part.
 
     Raises:
-        AdapterFormatError: another dialect or method, whose factors do not tell.
+        AdapterFormatError: the method or dialect is another, whose factors do not determine the weights.
     """
     prefixes = {"diffusers": DOTTED, "comfyui": COMFYUI}.get(dialect)
     where = checkpoint.ref.path
@@ -97,7 +97,13 @@ def _weight(name: str, factors: Mapping[str, TensorSpec], transposed: bool) -> T
     embedding = "lora_embedding_A" in factors
     a, b = (factors.get(f"lora_{'embedding_' if embedding else ''}{role}") for role in "AB")
     if a is None or b is None or len(a.shape) < 2 or len(b.shape) < 2:
-        raise AdapterFormatError("a factor has no partner", where=name, found=", ".join(sorted(factors)))
+        raise AdapterFormatError(
+            "a factor has no partner",
+            where=name,
+            expected="both A and B",
+            found=", ".join(sorted(factors)),
+            then="download or save the adapter again",
+        )
     out, into = b.shape[0], a.shape[1]
     if embedding or transposed:
         return TensorSpec(name, a.dtype, (into, out))

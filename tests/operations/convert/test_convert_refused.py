@@ -107,7 +107,7 @@ def test_unknown_keys_name_the_nearest(kohya: Path, tmp_path: Path) -> None:
             ShapeMismatch,
             "GLoRA's factors do not fit",
         ),
-        ({"bm.weight": torch.ones(2, 2)}, AdapterFormatError, "read by nobody"),
+        ({"bm.weight": torch.ones(2, 2)}, AdapterFormatError, "no program reads"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else getattr(value, "__name__", "_"),
 )  # fmt: skip
@@ -135,7 +135,7 @@ def test_forms_of_lycoris_that_do_not_fit_are_refused(
         ("oft_blocks", torch.ones(2, 4, 4), AdapterFormatError, "several methods"),
         ("on_input", torch.ones(2), AdapterFormatError, "several methods"),
         ("oft", torch.ones(2), AdapterFormatError, "no dialect of adapters"),
-        ("dora_scale", torch.ones(1, 12), AdapterFormatError, "magnitudes are of the inputs"),
+        ("dora_scale", torch.ones(1, 12), AdapterFormatError, "magnitudes are per input"),
         ("lora_up.weight", None, AdapterFormatError, "lacks some of its factors"),
         ("diff_b", torch.ones(9), ShapeMismatch, "do not fit"),
     ],
@@ -175,7 +175,7 @@ def test_loralib_asks_for_its_alpha(tmp_path: Path, cli: Callable[..., Result]) 
     surgery.convert(tmp_path / "peft", lora, "loralib", base=base)
     result = cli("convert", lora, "--to", "kohya", "--base", base, "-o", tmp_path / "k.safetensors")
     assert result.exit_code == 1
-    assert "pass it: --alpha" in result.stderr
+    assert "pass it, for example --alpha" in result.stderr
     result = cli("convert", tmp_path / "peft", "--to", "kohya", "--alpha", "3", "-o", tmp_path / "k.safetensors")
     assert "leave --alpha" in result.stderr
     result = cli("convert", lora, "--to", "peft", "--alpha", "6", "-o", tmp_path / "p", "--component", "unet")

@@ -194,7 +194,7 @@ def test_the_whole_way_on_the_command_line(tmp_path: Path, cli: Callable[..., Re
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
     alone = tmp_path / "alone.st"
     assert cli("merge", base, out, "-o", alone).exit_code == 0
-    assert "put its config.json beside" in cli("unmerge", alone, out, "-o", tmp_path / "once-more.st").stderr
+    assert "put its config.json next to" in cli("unmerge", alone, out, "-o", tmp_path / "once-more.st").stderr
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, "LoHa"])

@@ -100,8 +100,8 @@ def test_what_is_no_adapter_is_told(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "how", "kind", "message"),
     [
-        (ROWS, {"said": {"general.type": "adapter", "adapter.type": "control"}}, AdapterFormatError, "no LoRA"),
-        (ROWS, {"tokens": [1, 2]}, AdapterFormatError, "for every token"),
+        (ROWS, {"said": {"general.type": "adapter", "adapter.type": "control"}}, AdapterFormatError, "not a LoRA"),
+        (ROWS, {"tokens": [1, 2]}, AdapterFormatError, "to every token"),
         (ROWS, {"architecture": "qwen2"}, AdapterFormatError, "another architecture"),
         (ROWS, {"alpha": float("nan")}, AdapterFormatError, "not a number to scale by"),
         ({**ROWS, "output_norm.weight": np.ones(24, np.float32)}, {}, AdapterFormatError, "no factor"),
