@@ -1,6 +1,6 @@
-"""The two seams of the package: something that tensors are read from, something they are written to.
+"""The protocols for reading and writing checkpoints.
 
-Protocols only. Containers implement them; operations and the engine see nothing else.
+This module holds protocols only. Containers implement them; operations and the engine see nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Checkpoint(Protocol):
 
     @property
     def ref(self) -> CheckpointRef:
-        """What it takes to open it again."""
+        """A reference from which the checkpoint can be opened again."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -33,25 +33,25 @@ class Checkpoint(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of how it was read: what in it is no tensor, or a tensor under two names."""
+        """Remarks for the user about the file, such as entries that are not tensors, or a tensor with two names."""
 
     def tensor(self, name: str) -> TensorRef:
-        """A reference to one tensor. Raises UnknownTensor with the nearest names."""
+        """A reference to one tensor. Raises UnknownTensor, which lists the nearest names."""
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor, on the CPU, in its stored dtype and shape; the caller owns the memory."""
+        """Reads the tensor to the CPU in its stored dtype and shape. The caller owns the memory."""
 
     def read_bytes(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The tensor's payload as stored, as a flat array of bytes."""
+        """Reads the tensor's payload as stored, as a flat array of bytes."""
 
     def read_into(self, name: str, begin: int, buffer: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Fills a buffer with the payload from byte `begin` on."""
 
     def place(self, name: str) -> Place | None:
-        """Where the payload lies in one piece of a file; None where it is put together when it is read."""
+        """The file and offset of the payload; None where it is not contiguous and is gathered when it is read."""
 
     def close(self) -> None:
-        """Releases the files; reading afterwards is an error."""
+        """Closes the files. Reading afterwards is an error."""
 
     def __enter__(self) -> Checkpoint: ...
 
@@ -59,46 +59,50 @@ class Checkpoint(Protocol):
 
 
 class TensorWriter(Protocol):
-    """A set of named tensors on its way to disk: `write` or `omit` once a name, in any order, from any thread."""
+    """Writes named tensors. Call `write` or `omit` once for each name, in any order, from any thread."""
 
     def write(self, name: str, tensor: torch.Tensor, *, smaller: bool = False) -> None:
-        """Writes one tensor. Its dtype and shape must be those declared; if it may be `smaller`, its bytes at most as
-        many: the output is then laid out again."""
+        """Writes one tensor, whose dtype and shape must be as declared.
+
+        With `smaller`, the tensor may have fewer bytes than declared; the output is then laid out again.
+        """
 
     def omit(self, name: str) -> None:
-        """Says that a declared tensor will not come after all; the output is laid out without it."""
+        """Leaves out a declared tensor. The output is then laid out without it."""
 
     def seal(self, metadata: Mapping[str, str]) -> None:
-        """Replaces the metadata. Costs nothing where the header's length stays what was declared."""
+        """Replaces the metadata. This is free if the header keeps its declared length."""
 
 
 class CheckpointWriter(TensorWriter, Protocol):
-    """A whole output on its way to disk: its tensors, and what lies beside them.
+    """Writes a whole output: its tensors and the other files of its folder.
 
-    The bytes never depend on order or threads. `create_checkpoint` opens one: leaving its context normally makes the
-    output appear whole; leaving it by an exception leaves nothing.
+    The bytes never depend on the order of calls or on threads. `create_checkpoint` opens a writer: if its context ends
+    normally, the output appears whole; if it ends with an exception, nothing is left behind.
     """
 
     @property
     def shared(self) -> bool:
-        """Whether a copy of this process, made by fork, can write a tensor in this writer's stead."""
+        """Whether a forked copy of this process may write tensors for this writer."""
 
     def written(self, name: str) -> None:
-        """Says that such a copy has."""
+        """Records that a forked copy of this process has written this tensor."""
 
     def write_bytes(self, name: str, payload: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        """Writes one tensor's payload as it is."""
+        """Writes one tensor's payload unchanged."""
 
     def parts(self, name: str) -> AbstractContextManager[Callable[[int, memoryview], None]]:
-        """Writes one tensor's payload piece by piece: the context gives a function that takes the piece's first byte
-        and the piece. All bytes must have come, each once, when it is left."""
+        """Writes one tensor's payload in pieces.
+
+        The context returns a function that takes a piece and the offset at which it begins, in bytes. When the context
+        ends, every byte must have been written exactly once.
+        """
 
     def attach(self, filename: str, content: bytes) -> None:
-        """Adds a small file beside the weights, where the output is a folder."""
+        """Adds a small file to the output folder."""
 
     def beside(self, filename: str, specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> TensorWriter:
-        """Adds another safetensors file beside the weights, where the output is a folder; it is complete when the
-        output is."""
+        """Adds another safetensors file to the output folder. It is completed together with the output."""
 
     def settle(self) -> None:
-        """Puts everything on disk once nothing more will come, so that only the name is missing."""
+        """Completes the output and syncs it to disk, so that only the final rename is left to do."""

@@ -1,4 +1,4 @@
-"""The containers that tensors are stored in, and how a file's name tells its own. Knows names only."""
+"""The containers that tensors are stored in, and the file name suffixes of each. Opens no file."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 
 
 class Container(StrEnum):
-    """A form of file that holds tensors."""
+    """A file format that holds tensors."""
 
     SAFETENSORS = "safetensors"
-    TORCH = "torch"  # zip archives of a pickle and storages, and their older form
-    GGUF = "gguf"  # of adapters for llama.cpp alone
-    ORT = "onnx_adapter"  # of adapters for ONNX Runtime alone
+    TORCH = "torch"  # torch.save: a zip archive of a pickle and storages, or the format before torch 1.6
+    GGUF = "gguf"  # only for llama.cpp's adapters
+    ORT = "onnx_adapter"  # only for ONNX Runtime's adapters
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Of its files' names, the usual one first."""
+        """The suffixes of its files' names, the usual one first."""
         return _SUFFIXES[self]
 
 
@@ -29,6 +29,6 @@ _SUFFIXES = {
 
 
 def container_named(path: str | Path) -> Container | None:
-    """Which container a file of this name is in; None for any other name, such as a folder's."""
+    """The container that a file name stands for, by its suffix; None for any other name, such as a folder's."""
     suffix = Path(path).suffix
     return next((container for container, suffixes in _SUFFIXES.items() if suffix in suffixes), None)

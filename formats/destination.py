@@ -1,6 +1,6 @@
-"""How an output is shaped after its input, and how it appears: whole under its name, or not at all.
+"""Output destinations: laid out like the input, and written whole or not at all.
 
-The one place that turns a destination into writers.
+This is the only module that turns a destination into writers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from formats.spec import TensorSpec
 from formats.staging import Staging, disk_errors, write_at
 from formats.torch_writer import TorchWriter
 
-# Files of a model's folder that hold weights, in whatever container: never copied along as "the rest".
+# Files in a model's folder that hold weights, in any container: these are never copied to the output folder.
 _WEIGHT_PATTERNS = (
     *(f"*{suffix}" for container in Container for suffix in container.suffixes),
     f"*{INDEX_SUFFIX}", f"*{TORCH_INDEX_SUFFIX}", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", ADAPTER_CONFIG,
@@ -39,7 +39,7 @@ _WEIGHT_PATTERNS = (
 
 @dataclass(frozen=True)
 class Destination:
-    """An output: where, in which shape, and what comes along.
+    """Where an output goes, how it is sharded, and which other files are copied with it.
 
     Attributes:
         path: a folder, or a file whose name tells the container; an adapter for llama.cpp is no folder.
@@ -48,8 +48,8 @@ class Destination:
         companions: files copied along into a folder as they are (tokenizer, model card, …).
         attachments: files that are written into a folder with this content (config.json), by name.
         inputs: paths that the output must not replace.
-        force: whether what stands at `path` may be replaced.
-        container: what the weights are stored in. Torch's holds no metadata, and so no receipt.
+        force: whether an existing file or folder at `path` may be replaced.
+        container: container of the weights. Torch's container holds no metadata and so no receipt.
     """
 
     path: Path
@@ -77,7 +77,7 @@ class Destination:
         self.staging().check_room(nbytes)
 
     def staging(self) -> Staging:
-        """The output, begun. Raises OutputExists, or FormatError for a container that it must not be."""
+        """Starts the output. Raises OutputExists, or FormatError if the path's suffix names another container."""
         named = container_named(self.path)
         if named is not self.container and (named is not None or self.container is Container.GGUF):
             raise _another(self.path, self.container)
@@ -85,7 +85,7 @@ class Destination:
 
 
 def _another(path: Path, container: Container) -> FormatError:
-    """What is wrong with a name that tells another container than the one that is written."""
+    """The error for a path whose suffix names another container than the one that is written."""
     plain = ", ".join(Container.SAFETENSORS.suffixes).replace(", ", " or ")
     named = container_named(path)
     if container is Container.GGUF:
@@ -128,7 +128,8 @@ def destination_like(
     max_shard: int | None = None,
     container: Container = Container.SAFETENSORS,
 ) -> Destination:
-    """An output shaped like its source: a file for a file, a folder with the same shards and companions for a folder.
+    """A destination laid out like its source: a file for a file, a folder with the same shards and companions for a
+    folder.
 
     Args:
         source: a file, an index of shards, or a folder.
@@ -171,9 +172,10 @@ def destination_like(
 
 
 def named_in(name: str, container: Container) -> str:
-    """What a file of weights, or an index of shards, is called in safetensors or in torch's container.
+    """The name of a weights file, or of an index of shards, in safetensors or in torch's container.
 
-    Names of that container stay; `model.safetensors` is torch's `pytorch_model.bin`, as transformers calls both.
+    A name that fits the container is kept. `model.safetensors` becomes `pytorch_model.bin` and back: these are the
+    names that transformers uses.
     """
     ours, theirs = Container.SAFETENSORS, Container.TORCH
     index, other = (INDEX_SUFFIX, TORCH_INDEX_SUFFIX) if container is ours else (TORCH_INDEX_SUFFIX, INDEX_SUFFIX)
@@ -188,13 +190,13 @@ def named_in(name: str, container: Container) -> str:
 
 
 def _companions(folder: Path) -> tuple[Path, ...]:
-    """A model folder's files that hold no weights."""
+    """The files of a model's folder that hold no weights."""
     files = [file for file in folder.iterdir() if file.is_file()]
     return tuple(sorted(file for file in files if not any(file.match(pattern) for pattern in _WEIGHT_PATTERNS)))
 
 
 class _Output:
-    """A CheckpointWriter over one staged destination: passes tensors to the container, adds the files beside it."""
+    """A CheckpointWriter for one staged destination: passes tensors to the container and adds the other files."""
 
     def __init__(
         self, destination: Destination, specs: Iterable[TensorSpec], metadata: Mapping[str, str], reserve: bool
@@ -273,13 +275,13 @@ def create_checkpoint(
     *,
     reserve: bool = True,
 ) -> Iterator[CheckpointWriter]:
-    """Opens an output for writing. It appears whole when the context is left normally, and not at all otherwise.
+    """Opens an output for writing. It appears whole if the context ends normally, and not at all otherwise.
 
-    `reserve` takes the disk space of all the specs at once; without it they are upper bounds.
+    `reserve` allocates the disk space of all `specs` at once. Without it, the specs are upper bounds.
 
     Raises:
-        OutputExists: the output is there already, or is an input.
-        WriteFailed: the disk is full (its space is reserved before work begins) or refuses.
+        OutputExists: the output exists already, or is an input.
+        WriteFailed: the disk is full (its space is reserved before work begins), or cannot be written to.
         IncompleteOutput: a declared tensor was neither written nor omitted.
     """
     if not isinstance(destination, Destination):

@@ -3,22 +3,22 @@
     ReportedError                 what, where, expected, found, next: made to be read by a person
     ├── PluginError               a method or dialect that an installed distribution registers, and that is not usable
     └── FormatError
-        ├── PathNotFound          nothing at that path
-        ├── NotACheckpoint        something is there, but no container we read
-        ├── CorruptFile           a container whose header and bytes contradict each other
-        ├── UnsafeFile            a pickle that names what no state dict consists of, such as a function
-        ├── UnsupportedDType      a dtype the operation cannot handle
-        ├── Quantised             weights in a quantised form that nothing can be added to, or without their scales
-        ├── UnknownTensor         a name the checkpoint does not have
-        ├── AdapterFormatError    an adapter whose config and keys contradict each other
-        │   └── NotExpressible    a change that a dialect has no place for
-        ├── UnmatchedKeys         adapter keys that match nothing in the base
-        ├── ShapeMismatch         tensors that belong together and differ in shape
-        ├── OutputExists          the output is there already, or is an input
-        ├── WriteFailed           the disk is full, or refuses
+        ├── PathNotFound          nothing exists at that path
+        ├── NotACheckpoint        the file or folder is in no container that we read
+        ├── CorruptFile           the header and the bytes of a container contradict each other
+        ├── UnsafeFile            a pickle names something that no state dict contains, such as a function
+        ├── UnsupportedDType      the operation cannot handle this dtype
+        ├── Quantised             the weights are quantised so that nothing can be added to them, or lack their scales
+        ├── UnknownTensor         the checkpoint has no tensor of that name
+        ├── AdapterFormatError    an adapter's config and keys contradict each other
+        │   └── NotExpressible    a dialect cannot store this change
+        ├── UnmatchedKeys         adapter keys match nothing in the base
+        ├── ShapeMismatch         tensors that belong together differ in shape
+        ├── OutputExists          the output exists already, or is an input
+        ├── WriteFailed           the disk is full, or cannot be written to
         └── IncompleteOutput      a writer was closed before every tensor had been written
 
-`surgery.errors` continues the tree. This module knows nothing of either package's other modules.
+`surgery.errors` continues the tree. This module imports nothing from either package.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class ReportedError(Exception):
     """An error a user can act on.
 
     Args:
-        what: one sentence, what went wrong.
-        where: the file or tensor it concerns.
-        expected, found: the two sides of a contradiction.
+        what: what went wrong, in one sentence.
+        where: the file or tensor that is affected.
+        expected, found: what should be there, and what is.
         then: what the user can do next.
     """
 
@@ -66,56 +66,56 @@ class FormatError(ReportedError):
 
 
 class PathNotFound(FormatError):
-    """Nothing at that path."""
+    """Nothing exists at that path."""
 
 
 class NotACheckpoint(FormatError):
-    """Something is there, but no container we read."""
+    """The file or folder is in no container that we read."""
 
 
 class CorruptFile(FormatError):
-    """A container whose header and bytes contradict each other."""
+    """The header and the bytes of a container contradict each other."""
 
 
 class UnsafeFile(FormatError):
-    """A pickle that names what no state dict consists of, such as a function. Nothing of it was run."""
+    """A pickle names something that no state dict contains, such as a function. Nothing in it was run."""
 
 
 class UnsupportedDType(FormatError):
-    """A dtype the operation cannot handle."""
+    """The operation cannot handle this dtype."""
 
 
 class Quantised(FormatError):
-    """Weights in a quantised form that nothing can be added to, or without their scales."""
+    """The weights are quantised so that nothing can be added to them, or they lack their scales."""
 
 
 class UnknownTensor(FormatError):
-    """A name the checkpoint does not have."""
+    """The checkpoint has no tensor of that name."""
 
 
 class AdapterFormatError(FormatError):
-    """An adapter whose config and keys contradict each other."""
+    """An adapter's config and keys contradict each other."""
 
 
 class NotExpressible(AdapterFormatError):
-    """A change of a layer that a dialect has no place for."""
+    """A dialect cannot store this change of a layer."""
 
 
 class UnmatchedKeys(FormatError):
-    """Adapter keys that match nothing in the base."""
+    """Adapter keys match nothing in the base."""
 
 
 class ShapeMismatch(FormatError):
-    """Tensors that belong together and differ in shape."""
+    """Tensors that belong together differ in shape."""
 
 
 class OutputExists(FormatError):
-    """The output is there already, or is an input."""
+    """The output exists already, or is an input."""
 
 
 class WriteFailed(FormatError):
-    """The disk is full, or refuses."""
+    """The disk is full, or cannot be written to."""
 
 
 class IncompleteOutput(FormatError):
-    """A writer was closed before every tensor had been written: a fault of ours, not of the user's."""
+    """A writer was closed before every tensor had been written. This is a bug in surgery, not a mistake of the user."""

@@ -1,4 +1,4 @@
-"""The form of each container whose files hold their tensors whole: all but torch's."""
+"""How to read and write each container that stores every tensor contiguously: all containers except torch's."""
 
 from __future__ import annotations
 

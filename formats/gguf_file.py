@@ -1,8 +1,8 @@
-"""GGUF files that hold an adapter for llama.cpp, as a form of plain files; and the gguf package, where it is needed.
+"""GGUF files that hold an adapter for llama.cpp.
 
-Their key-values are the metadata, as texts. A file of a model is none of ours: llama.cpp's weights are quantised, and
-in orders of its own. The package writes the header of a file, from which all places follow, and reads every file before
-anybody else does. Knows no dialect and no mathematics.
+The file's key-values become the checkpoint's metadata, as strings. GGUF files of models are refused: llama.cpp's
+weights are quantised and stored in an order of their own. The gguf package writes the header, which fixes every offset,
+and reads each file back before the output appears. This module knows no dialect and no mathematics.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NUMBERS = {dtype: number for number, dtype in TYPES.items()}
 
 
 def gguf_package() -> Any:
-    """The gguf package. Raises FormatError where it is not installed."""
+    """Imports the gguf package. Raises FormatError if it is not installed."""
     try:
         import gguf
     except ImportError as error:
@@ -41,7 +41,7 @@ def _read(descriptor: int, path: Path) -> Header:
 
 
 def _laid_out(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> Layout:
-    """The metadata are key-values, all of them strings but for the alpha, a float32; they name the architecture."""
+    """Lays out the file. Every metadata value is a string except alpha, a float32; the architecture is required."""
     ordered = tuple(specs)
     header = _header(ordered, metadata)
     offsets: dict[str, int] = {}
@@ -49,12 +49,12 @@ def _laid_out(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> Layou
     for spec in ordered:
         position = offsets[spec.name] = position + -position % ALIGNMENT
         position = end = position + spec.nbytes
-    size = end + -end % ALIGNMENT  # the last tensor is padded too, as the package does it
+    size = end + -end % ALIGNMENT  # the gguf package pads the last tensor too
     return Layout(header, offsets, size, ((end, b"\0" * (size - end)),))
 
 
 def _header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """Everything before the payload, without the padding: the package writes it to a path, so to a file of its own."""
+    """Everything before the payload, without padding. The package writes to a path only, hence the temporary file."""
     gguf = gguf_package()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "header"
@@ -62,7 +62,7 @@ def _header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
         for key, text in sorted(metadata.items()):
             if key == ALPHA:
                 writer.add_float32(key, float(text))
-            elif key != ARCHITECTURE:  # written by the package first of all
+            elif key != ARCHITECTURE:  # the package writes this one itself, first
                 writer.add_string(key, text)
         for spec in specs:
             kind = gguf.GGMLQuantizationType(_NUMBERS[spec.dtype])
@@ -75,7 +75,7 @@ def _header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
 
 
 def _check(descriptor: int, names: set[str]) -> None:
-    """Opens what we wrote with the gguf package's own reader before anybody else does."""
+    """Opens what we wrote with the gguf package's own reader, and compares the names."""
     path = f"/proc/self/fd/{descriptor}"
     if os.path.exists(path):
         found = {tensor.name for tensor in gguf_package().GGUFReader(path).tensors}

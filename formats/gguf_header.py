@@ -1,7 +1,7 @@
-"""The header of a GGUF file (ggml/docs/gguf.md): key-values, then each tensor's name, shape, type and place.
+"""Reads the header of a GGUF file (ggml/docs/gguf.md): key-values, then each tensor's name, shape, type and offset.
 
-Every count and size is checked against the file before anything is made of it, and lists are stepped over: the gguf
-package's own reader takes seconds for the vocabulary of a model. Knows one file, no dialect.
+Every count and size is checked against the file's size before it is used. Lists are skipped: the gguf package's own
+reader takes seconds for a model's vocabulary. This module knows one file and no dialect.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ _DIMENSIONS = 4  # the most that GGML has
 
 
 def read_header(descriptor: int, size: int, where: object) -> Header:
-    """Reads the header of an adapter. Metadata: the key-values as texts: strings as they are, numbers as JSON writes
-    them, of lists the length.
+    """Reads the header of an adapter.
+
+    The metadata holds the key-values as strings: strings unchanged, scalars as JSON, and only the length of a list.
 
     Args:
-        descriptor, size: of the file.
-        where: its path, for errors.
+        descriptor, size: the open file and its size in bytes.
+        where: the file's path, for errors.
 
     Raises:
-        NotACheckpoint: no GGUF file, one of another version or byte order, or one of a model.
-        CorruptFile: header and file contradict each other.
-        UnsupportedDType: a tensor in a quantised type.
+        NotACheckpoint: the file is not GGUF, has another version or byte order, or holds a model.
+        CorruptFile: the header and the file contradict each other.
+        UnsupportedDType: a tensor has a quantised type.
     """
     if size < 4:
         raise NotACheckpoint(
@@ -75,7 +76,7 @@ def read_header(descriptor: int, size: int, where: object) -> Header:
                 "a tensor lies outside the file, or is misaligned",
                 where=f"{where}: {name}",
                 expected=f"{spec.nbytes} bytes for {spec.dtype} {shape_text(spec.shape)}",
-                found=f"{size} bytes in all, the tensor from {offsets[name]} on",
+                found=f"a file of {size} bytes, with the tensor at offset {offsets[name]}",
                 then="download or copy the file again",
             )
     return Header(specs, metadata, offsets)
@@ -87,7 +88,7 @@ def _check_adapter(metadata: Mapping[str, str], where: object) -> None:
             "a GGUF file of a model holds weights quantised for llama.cpp",
             where=where,
             expected=f"{TYPE} = {ADAPTER}; for a model a .safetensors or .st file, or a folder with one",
-            found=f"{TYPE} = {metadata.get(TYPE, 'not said')}",
+            found=f"{TYPE} = {metadata.get(TYPE, 'missing')}",
             then="use the model that it was converted from, and convert the result again",
         )
 
@@ -100,33 +101,33 @@ def _alignment(metadata: Mapping[str, str], where: object) -> int:
 
 
 class _Cursor:
-    """Steps through a mapped file. Every step raises CorruptFile where the file ends before."""
+    """Steps through a mapped file. Every step raises CorruptFile if it would pass the end of the file."""
 
     def __init__(self, mapped: mmap.mmap, size: int, where: object) -> None:
         self._mapped, self._size, self.where = mapped, size, where
         self.position = 4
 
     def step(self, count: int) -> int:
-        """Goes on by so many bytes; returns where it stood."""
+        """Advances by `count` bytes and returns the position before."""
         here = self.position
         if count > self._size - here:
             raise CorruptFile(
                 "the header claims more than the file holds",
                 where=self.where,
-                expected=f"{count} bytes from {here} on",
-                found=f"{self._size} bytes in all",
+                expected=f"{count} bytes at offset {here}",
+                found=f"a file of {self._size} bytes",
                 then="download or copy the file again",
             )
         self.position += count
         return here
 
     def number(self, code: str) -> Any:
-        """A little-endian number, by struct's letter."""
+        """Reads a little-endian number; `code` is struct's format letter."""
         width = struct.calcsize(f"<{code}")
         return struct.unpack_from(f"<{code}", self._mapped, self.step(width))[0]
 
     def text(self) -> str:
-        """A string and its length before it."""
+        """Reads a string, which is preceded by its length."""
         begin = self.step(self.number("Q"))
         try:
             return self._mapped[begin : self.position].decode()
@@ -136,7 +137,7 @@ class _Cursor:
             ) from error
 
     def pair(self) -> tuple[str, str]:
-        """A key and its value as a text."""
+        """Reads a key and its value, both as strings."""
         return self.text(), self._value(self.number("I"))
 
     def _value(self, kind: int) -> str:
@@ -158,7 +159,7 @@ class _Cursor:
 
 
 def _tensors(cursor: _Cursor, count: int) -> tuple[dict[str, TensorSpec], dict[str, int]]:
-    """The tensors, and where each begins in the payload."""
+    """The tensors, and the offset of each in the payload."""
     specs: dict[str, TensorSpec] = {}
     offsets: dict[str, int] = {}
     for _ in range(count):
@@ -167,10 +168,11 @@ def _tensors(cursor: _Cursor, count: int) -> tuple[dict[str, TensorSpec], dict[s
             raise CorruptFile(
                 "a tensor is listed twice, or has too many dimensions",
                 where=f"{cursor.where}: {name}",
-                expected=f"1 to {_DIMENSIONS} dimensions",
-                found=dimensions,
+                expected=f"one entry with 1 to {_DIMENSIONS} dimensions",
+                found=f"{dimensions} dimensions",
+                then="download or convert the adapter again",
             )
-        shape = tuple(reversed([cursor.number("Q") for _ in range(dimensions)]))  # GGML has the innermost first
+        shape = tuple(reversed([cursor.number("Q") for _ in range(dimensions)]))  # GGML puts the innermost first
         kind = cursor.number("I")
         if kind not in TYPES:
             raise UnsupportedDType(

@@ -1,7 +1,7 @@
 """The parts of an adapter that no weight can hold: nodes of the graph, described so that they can be inserted there.
 
-A grafts file is a safetensors file whose metadata says where each of its tensors belongs in the model that it names by
-its content digest. Plain data, a reader and a writer; knows no mathematics and no graph.
+A grafts file is a safetensors file whose metadata says where each of its tensors belongs in a model. It identifies the
+model by its content digest. This module holds plain data, a reader and a writer; it knows no mathematics and no graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _VERSION = 1
 
 
 class Value(StrEnum):
-    """A value of the graph around a projection W x + b = h, to which the model adds a residual r."""
+    """A value in the graph near a projection h = W x + b, to which the model adds a residual r."""
 
     INPUT = "input"  # x
     PRODUCT = "product"  # W x
@@ -34,20 +34,22 @@ class Value(StrEnum):
 
 @dataclass(frozen=True)
 class BranchGraft:
-    """In place of h the model goes on with adds_to + up f(down reads + down_bias) + up_bias.
+    """A bottleneck branch: replaces h by adds_to + up f(down reads + down_bias) + up_bias.
 
-    What the model does after h (adding r, its norm) stays as it is. All scalings are multiplied into up and up_bias.
+    What the model does after h (adding r, its norm) does not change. All scalings are already multiplied into up and
+    up_bias.
 
     Attributes:
-        module: the projection, by the path of its weight in the model's file.
-        layer, place: the layer's number, and "mh_adapter" behind its attention or "output_adapter" behind its MLP.
-        reads: what f's projection reads. Where that is INPUT, down's rows may be appended to the projection's own: one
-            product gives both h and what f takes. Where it is PRODUCT, up_bias may join the projection's.
-        adds_to: OUTPUT, SUM or NORMED.
-        norm: the norm that NORMED means, by its path; None elsewhere.
-        non_linearity: f, as transformers' activations are called.
-        down, down_bias, up, up_bias: names of tensors: (rank, in), (rank), (out, rank), (out), all as (out, in)
-            whichever way the model stores its own.
+        module: path of the projection's weight in the model's file.
+        layer, place: the layer's number, and "mh_adapter" after its attention or "output_adapter" after its MLP.
+        reads: the input of the down projection. If it is INPUT, down's rows may be appended to the projection's weight,
+            so that one product gives both h and f's input. If it is PRODUCT, up_bias may be added to the projection's
+            bias.
+        adds_to: the value that the branch is added to: OUTPUT, SUM or NORMED.
+        norm: path of the norm that NORMED refers to; None for other values.
+        non_linearity: name of f among transformers' activations.
+        down, down_bias, up, up_bias: names of tensors of shapes (rank, in), (rank), (out, rank), (out). Matrices are
+            always (out, in), even where the model stores its own as (in, out).
     """
 
     module: str
@@ -65,13 +67,13 @@ class BranchGraft:
 
 @dataclass(frozen=True)
 class PrefixGraft:
-    """Keys and values before those of one layer's attention; every token attends to all of them.
+    """A prefix of keys and values in one layer's attention. Every token attends to all of them.
 
     Attributes:
-        module: the projection of the attention's outputs, by the path of its weight in the model's file.
+        module: path of the weight of the attention's output projection in the model's file.
         layer: the layer's number.
-        moves_positions: whether the input's positions begin behind the prefix, rather than at 0.
-        keys, values: names of tensors (length, width), heads one after the other.
+        moves_positions: whether the input's positions begin after the prefix, rather than at 0.
+        keys, values: names of tensors (length, width), with the heads concatenated along the width.
     """
 
     module: str
@@ -83,13 +85,13 @@ class PrefixGraft:
 
 @dataclass(frozen=True)
 class PromptGraft:
-    """Embeddings before those of the input.
+    """A soft prompt: embeddings inserted before those of the input.
 
     Attributes:
-        among_words: whether they are put among the embeddings of words, so that positions and the norm of embeddings
-            are theirs too; else they come behind everything that embeds.
-        after_first: whether the input's first token stays before them.
-        embedding: the name of a tensor (length, width).
+        among_words: whether the prompt joins the word embeddings, so that it too gets position embeddings and the
+            embedding norm. If not, it is inserted after the whole embedding block.
+        after_first: whether the input's first token stays before the prompt.
+        embedding: name of a tensor (length, width).
     """
 
     among_words: bool
@@ -108,12 +110,12 @@ _TENSORS: Mapping[type[Graft], Mapping[str, int]] = {  # the fields that name te
 
 @dataclass(frozen=True)
 class Grafts:
-    """What belongs into a model.
+    """The content of a grafts file.
 
     Attributes:
-        model: content digest of the tensors of the model that it belongs into, and no other.
-        adapter: content digest of the adapter that it comes from.
-        sites: in the order of layers.
+        model: content digest of the model's tensors. The grafts fit this model only.
+        adapter: content digest of the adapter that the grafts come from.
+        sites: the grafts, in the order of the layers.
     """
 
     model: str
@@ -129,20 +131,25 @@ class Grafts:
 
 
 def tensor_names(site: Graft) -> dict[str, str]:
-    """The names of a site's tensors, by what they are to it."""
+    """The names of a graft's tensors, by field name."""
     return {role: getattr(site, role) for role in _TENSORS[type(site)]}
 
 
 def read_grafts(checkpoint: Checkpoint) -> Grafts:
-    """What a grafts file says.
+    """Reads a grafts file.
 
     Raises:
-        NotACheckpoint: a file of something else.
-        CorruptFile: a description that is not ours, or that its tensors contradict.
+        NotACheckpoint: the file holds something else.
+        CorruptFile: the description was not written by surgery, or its tensors contradict it.
     """
     where = checkpoint.ref.path
     if KEY not in checkpoint.metadata:
-        raise NotACheckpoint("not a grafts file", where=where, expected=f"{KEY} in its metadata")
+        raise NotACheckpoint(
+            "not a grafts file",
+            where=where,
+            expected=f"{KEY} in its metadata",
+            then=f"give the {GRAFTS_FILE} that surgery fold wrote",
+        )
     try:
         document: dict[str, Any] = json.loads(checkpoint.metadata[KEY])
         if document["version"] != _VERSION:
@@ -178,7 +185,7 @@ def _site(document: dict[str, Any]) -> Graft:
 
 
 def _faults(site: Graft, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
-    """What is wrong with the shapes of a site's tensors."""
+    """Describes each fault in the shapes of a graft's tensors."""
     found = {role: specs[name] for role, name in tensor_names(site).items()}
     for role, dimensions in _TENSORS[type(site)].items():
         if len(found[role].shape) != dimensions:

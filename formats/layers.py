@@ -1,8 +1,8 @@
-"""What kind of layer owns a weight, learned from names and shapes alone.
+"""Finds the kind of layer that owns a weight, from names and shapes alone.
 
 A linear layer stores (out, in), GPT-2's Conv1D stores (in, out), an embedding stores (vocabulary, width), a convolution
-(out, in / groups, *kernel); their adapters differ in layout. No list of architectures: the evidence is the number of
-dimensions, then the length of the bias, then the neighbours.
+stores (out, in / groups, *kernel), and their adapters differ in layout. No list of architectures is needed: the
+evidence is the number of dimensions, then the length of the bias, then neighbouring layers.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ class LayerKind(StrEnum):
     TRANSPOSED = "transposed"  # (in, out)
     EMBEDDING = "embedding"  # (vocabulary, width)
     CONV = "conv"  # (out, in / groups, *kernel)
-    PARAMETER = "parameter"  # no layer's: (rows, columns), or (experts, rows, columns)
+    PARAMETER = "parameter"  # not a layer's weight: (rows, columns), or (experts, rows, columns)
 
 
 def owner(tensor: str) -> str:
-    """The module that holds a tensor: its name without the last part; empty at the root."""
+    """The module that holds a tensor: the tensor's name without its last part. Empty at the root."""
     return tensor.rpartition(".")[0]
 
 
 def ancestors(module: str) -> list[str]:
-    """The modules around a module, the outermost first."""
+    """The modules that contain a module, outermost first."""
     parts = module.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts))]
 
@@ -40,9 +40,9 @@ def ancestors(module: str) -> list[str]:
 def layer_kinds(specs: Mapping[str, TensorSpec]) -> dict[str, LayerKind]:
     """The kind of every module with a `.weight` of two to five dimensions, by module name.
 
-    More than two dimensions are a convolution's (names alone do not tell a stack of experts called `weight`). A bias
-    tells by its length which side is the output. Square weights follow their nearest neighbours: a layer with a
-    square weight and a bias is taken to be stored like the layers beside it whose bias did tell. Without any evidence
+    A weight with more than two dimensions counts as a convolution's: names alone cannot identify a stack of experts
+    called `weight`. The length of the bias shows which side is the output. A square weight with a bias leaves that
+    open; such a layer is assumed to be stored like its nearest neighbours whose bias did show it. Without any evidence,
     a layer is linear.
     """
     told, square = _evidence(specs)
@@ -51,14 +51,14 @@ def layer_kinds(specs: Mapping[str, TensorSpec]) -> dict[str, LayerKind]:
 
 
 def untold(specs: Mapping[str, TensorSpec]) -> frozenset[str]:
-    """Modules whose square weight might as well be stored the other way round: no neighbour tells either."""
+    """Modules with a square weight whose layout, (out, in) or (in, out), no neighbouring layer reveals either."""
     told, square = _evidence(specs)
     votes = _votes(told, specs)
     return frozenset(module for module in square if _nearest_vote(module, votes) is None)
 
 
 def _evidence(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, LayerKind], list[str]]:
-    """The modules whose own tensors tell their kind, and those with a square weight and a bias, which do not."""
+    """The modules whose own tensors show their kind, and those with a square weight and a bias, which do not."""
     told: dict[str, LayerKind] = {}
     square: list[str] = []
     for name, spec in specs.items():
@@ -81,7 +81,7 @@ def _evidence(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, LayerKind], li
 
 
 def _votes(told: Mapping[str, LayerKind], specs: Mapping[str, TensorSpec]) -> dict[str, int]:
-    """For every scope, transposed layers minus linear ones below it, as far as a bias told."""
+    """For every scope, the number of transposed minus linear layers in it, counting layers that have a bias."""
     votes: dict[str, int] = {}
     for module, kind in told.items():
         if kind not in (LayerKind.LINEAR, LayerKind.TRANSPOSED) or f"{module}.bias" not in specs:

@@ -1,7 +1,7 @@
-"""From specs to a safetensors header and offsets. Pure: no file, no torch.
+"""Computes a safetensors header and offsets from tensor specs. Uses neither files nor torch.
 
-The order is the reference writer's (widest dtype first, then by name), so our bytes are its bytes; unlike it, we
-write metadata in sorted order, so that the same input always gives the same file.
+The order is that of the reference writer (widest dtype first, then by name), so the bytes are the same as its bytes.
+Unlike the reference writer, we sort the metadata, so that the same input always gives the same file.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ _RANK = {dtype: rank for rank, dtype in enumerate(DType)}
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where everything goes: `header` (8-byte length and JSON), absolute `offsets` by name, file `size` in bytes, and
-    `marks`, which are what another container has between its payloads, each with its place."""
+    """Where everything goes in a file.
+
+    Attributes:
+        header: the bytes at the beginning; for safetensors the 8-byte length and the JSON.
+        offsets: offset of each tensor from the beginning of the file, in bytes.
+        size: size of the file in bytes.
+        marks: offsets and bytes of what other containers store between payloads.
+    """
 
     header: bytes
     offsets: Mapping[str, int]
@@ -32,7 +38,7 @@ def layout(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> Layout:
     """Lays out a safetensors file.
 
     Raises:
-        CorruptFile: two tensors of one name, or a header beyond the format's 100 MB.
+        CorruptFile: two tensors have one name, or the header exceeds the format's limit of 100 MB.
     """
     ordered = sorted(specs, key=lambda spec: (-_RANK[spec.dtype], spec.name))
     entries: dict[str, object] = {}
@@ -53,15 +59,23 @@ def layout(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> Layout:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
-        raise CorruptFile("the header would be larger than the format allows", expected=MAX_HEADER, found=len(text))
+        raise CorruptFile(
+            "the header would be larger than the format allows",
+            expected=f"at most {MAX_HEADER} bytes",
+            found=f"{len(text)} bytes",
+            then="split the tensors over several files",
+        )
     start = 8 + len(text)
     offsets = {name: start + offset for name, offset in relative.items()}
     return Layout(len(text).to_bytes(8, "little") + text, offsets, start + begin)
 
 
 def shards_by_size(specs: Iterable[TensorSpec], limit: int, whole: str) -> dict[str, str]:
-    """Which shard each tensor goes to: filled in the order given, none beyond `limit` bytes of payload but for a tensor
-    that is larger by itself. Named as transformers names those of the file `whole`; none where all fits into that."""
+    """Assigns each tensor to a shard, in the order given.
+
+    No shard holds more than `limit` bytes of payload, unless a single tensor is larger. Shards are named after the file
+    `whole` as transformers names them. The result is empty if everything fits into one file.
+    """
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in specs:

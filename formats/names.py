@@ -1,4 +1,4 @@
-"""Names that were not found, and the ones that were perhaps meant."""
+"""Suggests the nearest names for a name that was not found."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from formats.errors import UnknownTensor
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """Up to `count` of the known names that look most like `name`, the likeliest first.
 
-    Names that share a tail are compared first: a wrong prefix is the commonest mistake, and a model has thousands
-    of names that differ by a digit.
+    Names with the same last two parts are compared first: a wrong prefix is the most common mistake, and a model has
+    thousands of names that differ by a digit.
     """
     known = list(known)
     tail = name.rsplit(".", 2)[-2:]
@@ -21,7 +21,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 
 def unknown_tensor(name: str, known: Iterable[str], where: object) -> UnknownTensor:
-    """The error for a tensor that is not there, with the nearest names."""
+    """The error for a missing tensor, with the nearest names."""
     close = nearest(name, known)
     return UnknownTensor(
         "no tensor of that name",

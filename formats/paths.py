@@ -1,6 +1,6 @@
-"""What a path means: which container stands there, and which of a folder's files are its weights.
+"""Opens the checkpoint at a path: finds the container of a file, and the weights in a folder.
 
-The one place that turns paths into checkpoints.
+This is the only module that turns paths into checkpoints.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INDEX_SUFFIX, TORCH_INDEX_SUFFIX = ".safetensors.index.json", ".bin.index.json"
 WEIGHTS, TORCH_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 ADAPTER_CONFIG = "adapter_config.json"
-# What transformers' Trainer leaves beside the weights in torch's container.
+# Files in torch's container that transformers' Trainer writes next to the weights.
 _TRAINING = ("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*")
 
 
@@ -33,11 +33,11 @@ def open_checkpoint(path: str | Path, read: Read = Path.read_bytes) -> Checkpoin
     `read` reads the config beside a torch file, which tells which tensors are tied.
 
     Raises:
-        PathNotFound: nothing there.
-        NotACheckpoint: nothing there that we read.
-        CorruptFile: header and bytes contradict each other.
-        UnsafeFile: a torch file whose pickle names what no state dict consists of.
-        UnsupportedDType: a GGUF adapter's quantised factors.
+        PathNotFound: nothing exists at the path.
+        NotACheckpoint: the path holds no container that we read.
+        CorruptFile: the header and the bytes contradict each other.
+        UnsafeFile: the pickle of a torch file names something that no state dict contains.
+        UnsupportedDType: a GGUF adapter has quantised factors.
     """
     path = weights_of(path)
     if path.name.endswith((INDEX_SUFFIX, TORCH_INDEX_SUFFIX)):
@@ -57,7 +57,7 @@ def weights_of(path: str | Path) -> Path:
 
 
 def container_of(checkpoint: Checkpoint) -> str:
-    """What it is stored in, for people: `safetensors`, `torch`, `torch, 2 shards`, `gguf`, `onnx_adapter`."""
+    """The container as shown to users: `safetensors`, `torch`, `torch, 2 shards`, `gguf`, `onnx_adapter`."""
     shards = set(checkpoint.shards.values()) if isinstance(checkpoint, ShardedCheckpoint) else set()
     first, *others = {container_named(file) for file in shards or {checkpoint.ref.path}}
     name = Container.SAFETENSORS if others or first is None else first
@@ -87,5 +87,5 @@ def _weights_in(folder: Path) -> Path:
         where=folder,
         expected=f"{WEIGHTS}, {TORCH_WEIGHTS}, an index of shards, or a single file of weights",
         found=", ".join(file.name for file in (found or sorted(folder.iterdir()))[:6]) or "an empty folder",
-        then="name the file itself" if found else None,
+        then="give the path of one file" if found else "give the folder or file that holds the weights",
     )

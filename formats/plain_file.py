@@ -1,8 +1,8 @@
-"""One file whose tensors lie whole at places that its header tells, read and written by offsets.
+"""Reads and writes one file that stores each tensor contiguously, at an offset that its header gives.
 
-What the header is belongs to the container: a `Form` reads it and lays it out. Reading goes to the tensors' places;
-writing lays the header out first and then fills the file from any thread. Knows one file only: no folder, no adapter,
-no mathematics.
+The header depends on the container: a `Form` reads it and lays it out. Reading goes straight to a tensor's offset.
+Writing lays out the header first and then fills the file from any thread. This module knows one file only: no folder,
+no adapter, no mathematics.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself: its tensors, in its order, its metadata, and where each payload begins."""
+    """The content of a file's header: its tensors in order, its metadata, and the offset of each payload in bytes."""
 
     specs: Mapping[str, TensorSpec]
     metadata: Mapping[str, str]
@@ -40,12 +40,12 @@ class Header:
 
 @dataclass(frozen=True)
 class Form:
-    """A container.
+    """How to read and write one container.
 
     Attributes:
         read: reads the header of an open file, and checks every size in it against the file.
-        lay_out: from specs and metadata to where everything goes.
-        check: opens what was written by the container's own library, headers only, and compares the names.
+        lay_out: computes the layout of a file from specs and metadata.
+        check: opens a written file with the container's own library, header only, and compares the names.
     """
 
     read: Callable[[int, Path], Header]
@@ -66,12 +66,12 @@ class WrittenForm(Protocol):
 
 
 class PlainFile:
-    """A readable file of a form. It says nothing beside its tensors, so `notes` is empty.
+    """A readable file in the container that `form` describes. Such files hold only tensors, so `notes` is empty.
 
     Raises:
-        PathNotFound: no such file.
-        NotACheckpoint: not a file of this form.
-        CorruptFile: header and payload contradict each other.
+        PathNotFound: there is no such file.
+        NotACheckpoint: the file is not in this container.
+        CorruptFile: the header and the payload contradict each other.
     """
 
     notes: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ class PlainFile:
 
     @property
     def ref(self) -> CheckpointRef:
-        """What it takes to open it again."""
+        """A reference from which the file can be opened again."""
         return CheckpointRef(str(self.path))
 
     def tensor(self, name: str) -> TensorRef:
@@ -101,7 +101,7 @@ class PlainFile:
         return TensorRef(self.ref, self._spec(name))
 
     def read_bytes(self, name: str) -> Bytes:
-        """The tensor's payload as stored."""
+        """Reads the tensor's payload as stored."""
         payload = np.empty(self._spec(name).nbytes, dtype=np.uint8)
         self.read_into(name, 0, payload)
         return payload
@@ -111,11 +111,11 @@ class PlainFile:
         fill(self._descriptor, self.place(name).offset + begin, buffer, f"{self.path}: {name}")
 
     def place(self, name: str) -> Place:
-        """Where the payload lies."""
+        """The file and offset of the payload."""
         return Place(self.path, self._offsets[self._spec(name).name])
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, in its stored dtype and shape."""
+        """Reads the tensor to the CPU in its stored dtype and shape."""
         return tensor_from_bytes(self.read_bytes(name), self._spec(name))
 
     def _spec(self, name: str) -> TensorSpec:
@@ -139,9 +139,9 @@ class PlainFile:
 class PlainWriter:
     """Fills one file of a staged output, from any thread, in any order.
 
-    Positions come from the declared specs and metadata. Where the file is closed with other metadata of another
-    length, without some of the tensors or with smaller ones, it is laid out again and the payload copied inside the
-    kernel. Space is reserved at once, unless what is declared is an upper bound only.
+    Offsets follow from the declared specs and metadata. If in the end the metadata has another length, or tensors were
+    omitted or are smaller than declared, the file is laid out again and the payload is copied inside the kernel. With
+    `reserve`, the disk space is allocated at once; without it, the declared sizes are upper bounds.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class PlainWriter:
 
     @property
     def nbytes(self) -> int:
-        """Payload bytes of what was not omitted."""
+        """Payload bytes of the tensors that were not omitted."""
         return sum(spec.nbytes for name, spec in self._specs.items() if name not in self._omitted)
 
     def write(self, name: str, tensor: torch.Tensor, *, smaller: bool = False) -> None:
@@ -185,7 +185,7 @@ class PlainWriter:
         self.write_bytes(name, bytes_from_tensor(tensor))
 
     def write_bytes(self, name: str, payload: Bytes) -> None:
-        """Writes one tensor's payload as it is."""
+        """Writes one tensor's payload unchanged."""
         self._settle(name)
         spec = self._specs[name]
         if payload.nbytes != spec.nbytes:
@@ -201,7 +201,7 @@ class PlainWriter:
 
     @contextlib.contextmanager
     def parts(self, name: str) -> Iterator[Callable[[int, memoryview], None]]:
-        """Writes one tensor's payload piece by piece."""
+        """Writes one tensor's payload in pieces."""
         self._settle(name)
         nbytes, offset, written = self._specs[name].nbytes, self._layout.offsets[name], 0
 
@@ -218,10 +218,10 @@ class PlainWriter:
         if written != nbytes:
             raise IncompleteOutput("a payload was written only in part", where=name, expected=nbytes, found=written)
 
-    shared = True  # all that a copy of the process adds is in the file
+    shared = True  # a forked copy of the process writes to the same file and nowhere else
 
     def written(self, name: str) -> None:
-        """Says that a copy of this process has written one tensor, whole and as declared."""
+        """Records that a forked copy of this process has written this tensor, whole and as declared."""
         self._settle(name)
 
     def omit(self, name: str) -> None:
@@ -241,7 +241,7 @@ class PlainWriter:
         self._metadata = dict(metadata)
 
     def finish(self) -> None:
-        """Writes the header; afterwards the file is complete. Raises IncompleteOutput if a tensor is missing."""
+        """Writes the header, which completes the file. Raises IncompleteOutput if a tensor is missing."""
         if self._pending:
             raise IncompleteOutput("tensors were never written", found=", ".join(sorted(self._pending)[:5]))
         kept = [spec for name, spec in self._specs.items() if name not in self._omitted]

@@ -1,9 +1,9 @@
-"""How quantised weights lie in a file: float8 with scales, and the forms that hold no floating-point weight at all.
+"""Recognises quantised weights: float8 with scales, and formats that store no floating-point weight at all.
 
-A float8 weight W = q · s has its scales beside it: one for the tensor, one for each row, or one for each block of rows
-and columns. Names, dtypes and shapes tell which; config.json tells the block's size where several would fit. Everything
-else (GPTQ, AWQ, bitsandbytes …) is recognised by the tensors that it puts beside or in place of a weight. Reads headers
-and config.json only.
+A float8 weight W = q · s is stored with its scales: one for the tensor, one per row, or one per block of rows and
+columns. Names, dtypes and shapes show which; config.json gives the block size where several would fit. All other
+formats (GPTQ, AWQ, bitsandbytes …) are recognised by the tensors that they store next to a weight or instead of it.
+This module reads headers and config.json only.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from formats.errors import Quantised, ShapeMismatch
 from formats.spec import DType, TensorSpec, shape_text
 
 FLOAT8 = (DType.F8_E4M3, DType.F8_E5M2)
-# What the scales of `weight` are called, despite `_inv` a factor: transformers' and DeepSeek's fine-grained float8;
-# compressed-tensors, FBGEMM, vLLM; ComfyUI.
+# Names of the scales of `weight`, by origin: transformers' and DeepSeek's fine-grained float8 (a factor, despite
+# `_inv`); compressed-tensors, FBGEMM and vLLM; ComfyUI.
 _SCALES = ("{}_scale_inv", "{}_scale", "{}.scale_weight")
 _ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "activation_scale")
 _SCALE_DTYPES = (DType.F32, DType.BF16, DType.F16, DType.F64)
 _BLOCK = (128, 128)
-# Tensors that quantised weights consist of, by what follows the module's name, and whose they are.
+# Suffixes after the module's name of the tensors that quantised weights consist of, and the format each belongs to.
 _FOREIGN = (
     (".qweight", "GPTQ or AWQ"),
     (".weight.absmax", "bitsandbytes 4-bit"),
@@ -53,11 +53,11 @@ class Scaled:
     """A float8 weight and its scales.
 
     Attributes:
-        weight: (…, rows, columns) as stored.
-        scale: of any shape with one value for each block, the last two dimensions first by rows, then by columns.
-        block: rows and columns that share a scale, of the weight seen as a matrix with its leading dimensions among
-            the rows.
-        power_of_two: whether scales may only be powers of two (config.json's scale_fmt ue8m0).
+        weight: spec of the weight, (…, rows, columns) as stored.
+        scale: spec of the scales: any shape with one value per block, in row-major order of the blocks.
+        block: number of rows and columns that share a scale. The weight counts as a matrix here, with its leading
+            dimensions flattened into the rows.
+        power_of_two: whether scales must be powers of two (scale_fmt ue8m0 in config.json).
     """
 
     weight: TensorSpec
@@ -73,35 +73,35 @@ def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def scale_of(name: str, specs: Mapping[str, TensorSpec]) -> TensorSpec | None:
-    """The scales beside a weight, if there are any."""
+    """The scales of a weight, if the file has any."""
     stem = name.removesuffix(".weight")
     candidates = (pattern.format(stem if pattern.startswith("{}.") else name) for pattern in _SCALES)
     return next((specs[each] for each in candidates if each in specs), None)
 
 
 def is_scale(name: str) -> bool:
-    """Whether a tensor is called like scales."""
+    """Whether a tensor's name is that of scales."""
     return name.endswith(("_scale", "_scale_inv", "_scale_2", ".scale_weight"))
 
 
 def activations_of(name: str, specs: Mapping[str, TensorSpec]) -> list[str]:
-    """The tensors of a weight's module that quantise its activations, not itself."""
+    """The tensors of a weight's module that quantise activations rather than the weight."""
     stem = name.removesuffix(".weight")
     return [f"{stem}.{each}" for each in _ACTIVATIONS if f"{stem}.{each}" in specs]
 
 
 def scaled(name: str, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: object) -> Scaled | None:
-    """How a float8 weight is scaled; None where neither a scale nor config.json says that it is.
+    """How a float8 weight is scaled; None if neither a tensor of scales nor config.json says that it is.
 
     Args:
-        name: of a float8 tensor.
+        name: name of a float8 tensor.
         specs: all tensors of the file.
-        config: its `quantization_config`.
+        config: the model's `quantization_config`.
         where: the file, for messages.
 
     Raises:
-        Quantised: its scales are missing, of a dtype that is none of scales, or come with a zero point.
-        ShapeMismatch: scales that do not divide the weight into blocks.
+        Quantised: the scales are missing, have an unsupported dtype, or come with a zero point.
+        ShapeMismatch: the scales do not divide the weight into blocks.
     """
     weight, scale = specs[name], scale_of(name, specs)
     if scale is None:
@@ -114,20 +114,24 @@ def scaled(name: str, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]
             then="download the model's shards and their index again",
         )
     if f"{name}_zero_point" in specs:
-        raise Quantised("float8 with a zero point is not symmetric: W is not q · s", where=f"{where}: {name}")
+        raise Quantised(
+            "float8 with a zero point is not symmetric: W is not q · s",
+            where=f"{where}: {name}",
+            then="dequantise the model first, and merge into the result",
+        )
     if scale.dtype not in _SCALE_DTYPES:
         raise Quantised(
             "scales of this dtype are not supported",
             where=f"{where}: {scale.name}",
             expected=", ".join(map(str, _SCALE_DTYPES)),
             found=scale.dtype,
-            then="dequantise the model first, and merge into that",
+            then="dequantise the model first, and merge into the result",
         )
     return Scaled(weight, scale, _block(weight, scale, config, where), config.get("scale_fmt") == "ue8m0")
 
 
 def _block(weight: TensorSpec, scale: TensorSpec, config: Mapping[str, Any], where: object) -> tuple[int, int]:
-    """The rows and columns of a block, from the shapes; from config.json, or else 128 × 128, where they leave open."""
+    """The rows and columns of a block, from the shapes; if these leave it open, from config.json, else 128 × 128."""
     rows, columns = (1, 1, *weight.shape)[-2:]
     stack = weight.size // max(1, rows * columns)
     if scale.size == 1:
@@ -144,18 +148,18 @@ def _block(weight: TensorSpec, scale: TensorSpec, config: Mapping[str, Any], whe
             if fits and (stack == 1 or rows % size[0] == 0):
                 return size
     if len(scale.shape) in (1, len(weight.shape)) and scale.size == stack > 1:
-        return rows, columns  # one for each matrix of a stack
+        return rows, columns  # one scale per matrix of a stack
     raise ShapeMismatch(
         "the scales do not divide this weight into blocks",
         where=f"{where}: {scale.name}",
-        expected=f"one, one for each row, or one for each block of {shape_text(candidates[0])} of {weight}",
+        expected=f"one scale, one per row, or one per block of {shape_text(candidates[0])} of {weight}",
         found=shape_text(scale.shape),
-        then="the weight and its scales must come from one file",
+        then="take the weight and its scales from the same download of the model",
     )
 
 
 def _configured(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The size of a block that config.json names: transformers' way, or compressed-tensors'."""
+    """The block size that config.json gives, in transformers' or in compressed-tensors' form."""
     groups = config.get("config_groups")
     weights = (
         [group.get("weights") for group in groups.values() if isinstance(group, dict)]
@@ -171,7 +175,7 @@ def _configured(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _is_left_alone(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether config.json excepts a module from its quantisation."""
+    """Whether config.json excludes a module from quantisation."""
     left = [*(config.get("modules_to_not_convert") or ()), *(config.get("ignore") or ())]
     return any(isinstance(each, str) and each and (each in name) for each in left)
 
@@ -182,8 +186,8 @@ def _method(config: Mapping[str, Any]) -> str | None:
 
 
 def foreign(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> dict[str, str]:
-    """Weights that the file holds in a form that is not a floating-point number each: by the weight's name in the
-    unquantised model, whose form it is."""
+    """Weights that the file does not store as floating-point tensors: the quantisation format by the weight's name in
+    the unquantised model."""
     found: dict[str, str] = {}
     told = _NAMES.get(str(_method(config)).lower())
     for name, spec in specs.items():
@@ -204,7 +208,7 @@ def foreign(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> dict[
 
 
 def refuse_foreign(forms: Mapping[str, str], names: Iterable[str], where: object) -> None:
-    """Raises Quantised for the first of these weights that is in such a form."""
+    """Raises Quantised for the first of these weights that `forms` lists."""
     for name in names:
         if name in forms:
             raise Quantised(

@@ -1,4 +1,4 @@
-"""Reading a file's bytes at a position. Knows nothing of what they mean."""
+"""Reads a file's bytes at an offset, whatever they mean."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def fill(descriptor: int, offset: int, buffer: Bytes, where: object) -> None:
     """Fills a buffer with the file's bytes from `offset` on, from any thread.
 
     Raises:
-        CorruptFile: the file ends before; `where` says of what.
+        CorruptFile: the file ends before the buffer is full. `where` names the file or tensor in the error.
     """
     done = 0
     while done < buffer.nbytes:
         got = os.preadv(descriptor, [buffer.data[done : done + _CHUNK]], offset + done)
         if not got:
-            raise CorruptFile("the file became shorter while it was read", where=where, then="copy it again")
+            raise CorruptFile("the file became shorter while it was read", where=where, then="copy the file again")
         done += got

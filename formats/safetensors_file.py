@@ -1,6 +1,6 @@
-"""Safetensors as a form of plain files: its header read, laid out, and checked by the reference reader.
+"""Safetensors files: reads and lays out the header, and checks written files with the reference reader.
 
-Reading checks every size in the header against the file before anything is allocated.
+Every size in a header is checked against the file before anything is allocated.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def _read_header(descriptor: int, path: Path) -> Header:
         raise CorruptFile(
             "the header claims more than the file holds",
             where=path,
-            expected=f"{8 + length} bytes of header",
-            found=f"{size} bytes in all",
+            expected=f"a header of {8 + length} bytes",
+            found=f"a file of {size} bytes",
             then="download or copy the file again",
         )
     try:
@@ -52,7 +52,11 @@ def _read_header(descriptor: int, path: Path) -> Header:
         ) from error
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CorruptFile("the header's __metadata__ must map strings to strings", where=path)
+        raise CorruptFile(
+            "the header's __metadata__ must map strings to strings",
+            where=path,
+            then="write the file again with the safetensors library",
+        )
     specs, offsets = _read_entries(entries, path, start=8 + length, size=size)
     return Header(specs, metadata, offsets)
 
@@ -60,7 +64,7 @@ def _read_header(descriptor: int, path: Path) -> Header:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        raise ValueError("a name stands there twice")
+        raise ValueError("a name appears twice")
     return entries
 
 
@@ -86,7 +90,7 @@ def _read_entries(
         spec = TensorSpec(name, _DTYPES[label], shape)
         if end - begin != spec.nbytes:
             raise CorruptFile(
-                "a tensor's extent contradicts its shape",
+                "a tensor's data_offsets contradict its shape",
                 where=f"{path}: {name}",
                 expected=f"{spec.nbytes} bytes for {label} {shape_text(shape)}",
                 found=f"{end - begin} bytes",
@@ -118,7 +122,7 @@ def _read_entries(
 
 
 def _check_with_reference(descriptor: int, names: set[str]) -> None:
-    """Opens what we wrote with the safetensors library itself, header only, before anybody else does."""
+    """Opens what we wrote with the safetensors library itself, header only, and compares the names."""
     from safetensors import safe_open
 
     path = f"/proc/self/fd/{descriptor}"

@@ -1,6 +1,6 @@
-"""Several safetensors or torch files that are one checkpoint, by an index file.
+"""Checkpoints that consist of several safetensors or torch files, listed in an index file.
 
-The index may name files in its own folder only. Knows nothing of what the folder holds besides.
+The index may name files in its own folder only. Other files in the folder are ignored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 class ShardedCheckpoint:
     """A readable set of shards.
 
-    `shards` maps every tensor to its file's name. The metadata is the index's (strings only) over the shards'.
+    `shards` maps each tensor to its file's name. `metadata` merges the shards' metadata with the strings in the index's
+    metadata, which win.
 
     Raises:
         CorruptFile: the index is malformed, points outside its folder, or contradicts the shards.
@@ -72,6 +73,7 @@ class ShardedCheckpoint:
                         where=f"{file.path}: {name}",
                         expected=self.shards.get(name, "an entry in the index"),
                         found=filename,
+                        then="download the shards and their index again",
                     )
                 specs[name] = spec
         tied = {name for file in self._files.values() if isinstance(file, TorchFile) for name in chain(*file.shared)}
@@ -87,7 +89,7 @@ class ShardedCheckpoint:
 
     @property
     def ref(self) -> CheckpointRef:
-        """What it takes to open it again."""
+        """A reference from which the checkpoint can be opened again."""
         return CheckpointRef(str(self.path))
 
     def tensor(self, name: str) -> TensorRef:
@@ -95,11 +97,11 @@ class ShardedCheckpoint:
         return TensorRef(self.ref, self._file(name).specs[name])
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, in its stored dtype and shape."""
+        """Reads the tensor to the CPU in its stored dtype and shape."""
         return self._file(name).read(name)
 
     def read_bytes(self, name: str) -> Bytes:
-        """The tensor's payload as stored."""
+        """Reads the tensor's payload as stored."""
         return self._file(name).read_bytes(name)
 
     def read_into(self, name: str, begin: int, buffer: Bytes) -> None:
@@ -107,7 +109,7 @@ class ShardedCheckpoint:
         self._file(name).read_into(name, begin, buffer)
 
     def place(self, name: str) -> Place | None:
-        """Where the payload lies; None where a torch file has its elements scattered."""
+        """The file and offset of the payload; None where a torch file stores it non-contiguously."""
         return self._file(name).place(name)
 
     def _file(self, name: str) -> PlainFile | TorchFile:
@@ -153,7 +155,7 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _once(pairs: list[tuple[str, object]], path: Path) -> dict[str, object]:
-    """A JSON object whose names are all different: of two alike JSON itself would take the last."""
+    """A JSON object without duplicate names. Python's json would silently keep the last duplicate."""
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
@@ -169,7 +171,7 @@ def _once(pairs: list[tuple[str, object]], path: Path) -> dict[str, object]:
 class ShardedWriter:
     """Fills the shards of one staged folder and writes their index.
 
-    The shards carry no metadata of ours; the index does, because it is written last.
+    Our metadata goes into the index only, because the index is written last.
     """
 
     def __init__(
@@ -202,20 +204,20 @@ class ShardedWriter:
         self._writers[self._shards[name]].write(name, tensor, smaller=smaller)
 
     def write_bytes(self, name: str, payload: Bytes) -> None:
-        """Writes one tensor's payload as it is."""
+        """Writes one tensor's payload unchanged."""
         self._writers[self._shards[name]].write_bytes(name, payload)
 
     def parts(self, name: str) -> AbstractContextManager[Callable[[int, memoryview], None]]:
-        """Writes one tensor's payload piece by piece."""
+        """Writes one tensor's payload in pieces."""
         return self._writers[self._shards[name]].parts(name)
 
     @property
     def shared(self) -> bool:
-        """Whether a copy of this process can write a tensor in this writer's stead."""
+        """Whether a forked copy of this process may write tensors for this writer."""
         return all(writer.shared for writer in self._writers.values())
 
     def written(self, name: str) -> None:
-        """Says that such a copy has."""
+        """Records that a forked copy of this process has written this tensor."""
         self._writers[self._shards[name]].written(name)
 
     def omit(self, name: str) -> None:
@@ -228,7 +230,7 @@ class ShardedWriter:
         self._metadata = dict(metadata)
 
     def finish(self) -> None:
-        """Completes every shard and writes the index, whose `total_size` counts bytes."""
+        """Completes every shard and writes the index, whose `total_size` is the payload in bytes."""
         for writer in self._writers.values():
             writer.finish()
         metadata: dict[str, object] = {"total_size": sum(writer.nbytes for writer in self._writers.values())}

@@ -1,6 +1,6 @@
-"""What a tensor is before anyone reads it: a name, a dtype, a shape; and where it can be read from.
+"""Describes tensors without reading them: name, dtype, shape, and where the data can be read from.
 
-Pure data. Imports no torch, opens no file.
+This module holds plain data. It imports no torch and opens no file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class DType(Enum):
-    """The safetensors dtypes we carry, in the order (increasing alignment) in which its writer sorts them."""
+    """The safetensors dtypes that we support, in the order (increasing alignment) of the safetensors writer."""
 
     BOOL = ("BOOL", 1)
     U8 = ("U8", 1)
@@ -37,12 +37,12 @@ class DType(Enum):
 
     @property
     def is_float(self) -> bool:
-        """Whether the dtype is a floating-point one."""
+        """Whether this is a floating-point dtype."""
         return self.label.startswith(("F", "BF"))
 
     @property
     def is_weight(self) -> bool:
-        """Whether arithmetic on it is ours to do: F16, BF16, F32 or F64."""
+        """Whether we do arithmetic in this dtype: F16, BF16, F32 or F64."""
         return self in (DType.F16, DType.BF16, DType.F32, DType.F64)
 
     def __str__(self) -> str:
@@ -73,14 +73,14 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRef:
-    """What it takes to open a checkpoint again, in this process or another."""
+    """A reference from which a checkpoint can be opened again, in this process or another."""
 
     path: str
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a payload lies as it is: a file, and the first byte in it."""
+    """Where a contiguous payload is stored: the file, and the offset of the first byte."""
 
     path: Path
     offset: int
@@ -88,7 +88,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """One tensor of one checkpoint."""
+    """A reference to one tensor of one checkpoint."""
 
     checkpoint: CheckpointRef
     spec: TensorSpec
@@ -100,5 +100,5 @@ class TensorRef:
 
 
 def shape_text(shape: Any) -> str:
-    """A shape as people write it: `384 × 1536`, `scalar`."""
+    """A shape as shown to users: `384 × 1536`, `scalar`."""
     return " × ".join(str(n) for n in shape) if len(shape) else "scalar"

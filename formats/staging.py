@@ -1,8 +1,8 @@
 """Outputs that appear whole or not at all.
 
-Files are written without a name where the system has that (Linux: O_TMPFILE), so that a kill leaves nothing; they
-get their names in the last step, when everything is on disk. Elsewhere a hidden temporary file beside the target is
-used and removed on every exit short of a kill. Knows nothing of what the files hold.
+Where the system supports it (Linux: O_TMPFILE), files are written without a name, so that a killed process leaves
+nothing behind. They get their names in the last step, when everything is on disk. Elsewhere, a hidden temporary file
+next to the target is used; it is removed on every exit except a kill. This module does not know what the files hold.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from formats.errors import OutputExists, PathNotFound, WriteFailed
 
 _WORKING_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2
 _CHUNK = 1 << 30  # the kernel moves at most 2 GiB a call
-_SENT = 1 << 18  # bytes; less is not worth a call of its own
+_SENT = 1 << 18  # bytes; smaller writes are not worth a system call
 
 
 @contextlib.contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Turns what the disk says (full, over quota, read-only) into WriteFailed."""
+    """Turns errors of the disk (full, over quota, read-only) into WriteFailed."""
     try:
         yield
     except OSError as error:
@@ -34,22 +34,25 @@ def disk_errors(target: Path) -> Iterator[None]:
         raise WriteFailed(
             "the disk is full" if full else f"cannot write: {error.strerror}",
             where=target,
-            then="free some space or write elsewhere; nothing was written" if full else "nothing was written",
+            then="free some space or write elsewhere; nothing was written"
+            if full
+            else "write elsewhere; nothing was written",
         ) from error
 
 
 class Staging:
-    """One output, a file or a folder of files, not yet visible under its name.
+    """One output, a file or a folder of files, that is not yet visible under its name.
 
     Args:
-        target: where it will appear.
-        folder: whether the target is a folder (files are added by name) or the one file itself.
+        target: path at which the output will appear.
+        folder: whether the target is a folder, to which files are added by name, or a single file.
         inputs: paths that the target must not name, contain or replace.
-        force: whether something that stands at the target may be replaced.
+        force: whether an existing file or folder at the target may be replaced.
 
     Raises:
-        OutputExists: the target is an input, or is there already and `force` is not given.
-        WriteFailed: the place cannot be written to.
+        OutputExists: the target is an input, or it exists and `force` is not given.
+        PathNotFound: the target's parent is a file.
+        WriteFailed: the target cannot be written to.
     """
 
     def __init__(self, target: Path, *, folder: bool, inputs: Iterable[Path] = (), force: bool = False) -> None:
@@ -70,7 +73,7 @@ class Staging:
 
     def _refuse_inputs(self, inputs: Iterable[Path]) -> None:
         mine = self.target.resolve()
-        replaces = not self.folder and os.path.lexists(self.target)  # a file, which in an input's folder is part of it
+        replaces = not self.folder and os.path.lexists(self.target)  # a file in an input's folder belongs to that input
         for path in inputs:
             theirs = path.resolve()
             if mine == theirs or mine in theirs.parents or (replaces and theirs == self.target.parent.resolve()):
@@ -109,7 +112,7 @@ class Staging:
             raise WriteFailed("no permission to write to this folder", where=self._near, then="write elsewhere with -o")
 
     def create(self, name: str = "", size: int = 0) -> int:
-        """Opens a new file of the output and reserves its size; returns the descriptor, which stays ours."""
+        """Opens a new file of the output and reserves `size` bytes. The caller must not close the descriptor."""
         if name in self._files:
             raise OutputExists("two output files have the same name", where=name)
         with disk_errors(self.target):
@@ -130,7 +133,7 @@ class Staging:
         return f".{self.target.name}.{secrets.token_hex(4)}.tmp"
 
     def copy(self, name: str, source: Path) -> None:
-        """Adds a copy of a file as it is."""
+        """Adds an unchanged copy of a file."""
         with source.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             descriptor = self.create(name, size)
@@ -138,21 +141,23 @@ class Staging:
                 copy_range(stream.fileno(), 0, descriptor, 0, size)
 
     def replace(self, name: str, size: int) -> tuple[int, int]:
-        """Starts a file over: returns the old descriptor, which the caller must close, and the new one."""
+        """Starts a file again. Returns the old descriptor, which the caller must close, and the new one."""
         old, temporary = self._files.pop(name)
         if temporary is not None:
             temporary.unlink()
         return old, self.create(name, size)
 
     def sync(self) -> None:
-        """Puts the content on disk, whatever becomes of it."""
+        """Flushes the content to disk, whether or not it is committed later."""
         with disk_errors(self.target):
             for descriptor, _ in self._files.values():
                 os.fsync(descriptor)
 
     def commit(self) -> None:
-        """Puts everything on disk and makes it appear under its name. Renaming comes last: it is the one step that
-        either happened or did not."""
+        """Flushes everything to disk and makes it appear under its name.
+
+        Renaming comes last, because it is atomic: it either happened or did not.
+        """
         self.sync()
         with disk_errors(self.target):
             self.target.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +185,7 @@ class Staging:
             os.rename(temporary, path)
             return
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:  # dst_dir_fd makes Python call linkat, the one that follows /proc's link to the unnamed file
+        try:  # dst_dir_fd makes Python call linkat, which follows /proc's link to the unnamed file
             os.link(f"/proc/self/fd/{descriptor}", path.name, dst_dir_fd=folder, follow_symlinks=True)
         finally:
             os.close(folder)
@@ -190,7 +195,7 @@ class Staging:
             self._refuse_existing()  # somebody may have put something there while we worked
         if os.path.lexists(self.target) and (self.folder or self.target.is_dir()):
             if _exchanged(beside, self.target):
-                return  # what stood there is now `beside`, which commit removes
+                return  # the old output is now at `beside`, which commit removes
             aside = self.target.parent / self._hidden()
             os.rename(self.target, aside)
             try:
@@ -203,7 +208,7 @@ class Staging:
             os.replace(beside, self.target)
 
     def discard(self) -> None:
-        """Lets go of everything that is not committed."""
+        """Removes everything that is not committed."""
         for descriptor, temporary in self._files.values():
             os.close(descriptor)
             if temporary is not None:
@@ -224,7 +229,7 @@ class Staging:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Whether two paths have changed their names in one step, which some file systems and systems do not know."""
+    """Swaps two paths in one step. Returns False where the system or the file system cannot."""
     try:
         rename = ctypes.CDLL(None).renameat2  # Linux's; Python has no function for it
     except AttributeError:
@@ -249,7 +254,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Writes all of `data` at `offset`, in as many calls as the system wants."""
+    """Writes all of `data` at `offset`, in as many calls as the system needs."""
     view = memoryview(data)
     while view:
         written = os.pwrite(descriptor, view[:_CHUNK], offset)
@@ -257,9 +262,9 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def send(descriptor: int, offset: int, size: int) -> None:
-    """Lets the system put what was written there on disk while we go on, so that `commit` finds little left to do.
+    """Starts flushing a written range to disk in the background, so that `commit` has little left to do.
 
-    Linux does on this advice, and keeps the pages, which are not clean yet.
+    Linux starts writeback on this advice. It keeps the pages in memory, because they are still dirty.
     """
     if size >= _SENT and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
@@ -270,7 +275,7 @@ def copy_range(source: int, source_offset: int, target: int, target_offset: int,
     while size:
         moved = 0
         if hasattr(os, "copy_file_range"):
-            with contextlib.suppress(OSError):  # across file systems, say: then through memory
+            with contextlib.suppress(OSError):  # for example across file systems: then copied through memory
                 moved = os.copy_file_range(source, target, min(size, _CHUNK), source_offset, target_offset)
         if not moved:
             data = os.pread(source, min(size, 1 << 24), source_offset)

@@ -1,4 +1,4 @@
-"""The bridge between stored bytes and torch tensors. The one place that maps our dtypes to torch's."""
+"""Converts between stored bytes and torch tensors. This is the only module that maps our dtypes to torch's."""
 
 from __future__ import annotations
 
@@ -40,16 +40,18 @@ def _torch_dtypes() -> dict[DType, torch.dtype]:
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """The torch dtype of ours."""
+    """The torch dtype that corresponds to one of ours."""
     return _torch_dtypes()[dtype]
 
 
 def dtype_of(tensor: torch.Tensor) -> DType:
-    """Our dtype of a torch tensor. Raises UnsupportedDType for those the format does not have."""
+    """The dtype of a torch tensor as one of ours. Raises UnsupportedDType if safetensors does not have it."""
     for ours, theirs in _torch_dtypes().items():
         if theirs == tensor.dtype:
             return ours
-    raise UnsupportedDType("safetensors cannot hold this dtype", found=tensor.dtype)
+    raise UnsupportedDType(
+        "safetensors cannot hold this dtype", found=tensor.dtype, then="convert the tensor to a dtype that it has"
+    )
 
 
 def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
@@ -58,10 +60,10 @@ def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
 
 
 def tensor_from_bytes(payload: Bytes, spec: TensorSpec) -> torch.Tensor:
-    """A tensor over the payload's own memory, in the spec's dtype and shape."""
+    """A tensor that shares the payload's memory, in the spec's dtype and shape."""
     import torch
 
-    if not payload.nbytes:  # torch finds no way to see nothing as another dtype
+    if not payload.nbytes:  # torch cannot view an empty tensor as another dtype
         return torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
     return torch.from_numpy(payload).view(torch_dtype(spec.dtype)).view(spec.shape)
 

@@ -19,12 +19,13 @@ def kept_once(shared: Iterable[Sequence[str]], config: Mapping[str, Any]) -> dic
     """The names to leave out, each with the name that it is tied to.
 
     Args:
-        shared: groups of names of one tensor.
-        config: the model's config.json; its `tie_word_embeddings` is true unless it says otherwise, as transformers
-            has it. Empty without one, then nothing is left out.
+        shared: groups of names that stand for one tensor.
+        config: the model's config.json. Its `tie_word_embeddings` defaults to true, as in transformers. If there is no
+            config, pass an empty one: then nothing is left out.
 
-    The one kept is the input embedding, by its name; of several the shortest, as in T5, where encoder.embed_tokens and
-    lm_head are tied to shared. A group without an embedding is kept whole: what ties it is not that setting.
+    The name of the input embedding is kept. If there are several, the shortest is kept: in T5, encoder.embed_tokens and
+    lm_head are tied to shared. A group without an embedding keeps all its names, because `tie_word_embeddings` is not
+    what ties it.
     """
     tied = config.get("tie_word_embeddings", True) is True and ("architectures" in config or "model_type" in config)
     left: dict[str, str] = {}

@@ -1,9 +1,9 @@
-"""Where things lie in a torch file: its pickle, and the bytes of each storage.
+"""Locates the pickle and the bytes of each storage in a torch file.
 
-Two forms: the zip archive that torch writes since 1.6 (members stored as they are, `NAME/data.pkl` and one
-`NAME/data/KEY` a storage), and the older one, five pickles in a row followed by the storages. Sizes and positions come
-from headers and are checked against the file; nothing is unpacked, so that names in an archive reach nowhere. Knows no
-tensor.
+There are two formats: the zip archive that torch has written since 1.6 (uncompressed members, `NAME/data.pkl` and one
+`NAME/data/KEY` per storage), and the older one, five pickles in a row followed by the storages. Sizes and offsets come
+from headers and are checked against the file. Nothing is unpacked, so names in an archive cannot reach other files.
+This module knows no tensors.
 """
 
 from __future__ import annotations
@@ -21,25 +21,30 @@ from formats.errors import CorruptFile, NotACheckpoint
 from formats.torch_pickle import MAX_PICKLE, StorageEntry, View, read_pickle
 
 _ZIP, _LOCAL_HEADER = b"PK\x03\x04", 30
-_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the number that opens the older form, pickled
+_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number that begins the older format
 _PROTOCOL = 1001
 _DAMAGED = (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, EOFError, OverflowError, IndexError)
 
 
 @dataclass(frozen=True)
 class Archive:
-    """What a torch file holds: `root`, what its pickle builds; `storages`, by key the first byte and the bytes."""
+    """The content of a torch file.
+
+    Attributes:
+        root: the object that the pickle builds.
+        storages: offset and number of bytes of each storage, by key.
+    """
 
     root: Any
     storages: Mapping[str, tuple[int, int]]
 
 
 def read_archive(descriptor: int, path: Path) -> Archive:
-    """The pickle and the places of the storages of a torch file in either form.
+    """Reads the pickle of a torch file in either format, and locates its storages.
 
     Raises:
-        NotACheckpoint: neither form, or a TorchScript program.
-        CorruptFile: cut short, compressed, or contradicting itself.
+        NotACheckpoint: the file is in neither format, or holds a TorchScript program.
+        CorruptFile: the file is truncated or compressed, or contradicts itself.
         UnsafeFile: see `read_pickle`.
     """
     with open(descriptor, "rb", closefd=False) as stream:
@@ -51,7 +56,7 @@ def read_archive(descriptor: int, path: Path) -> Archive:
             return _read_legacy(stream, path)
     tar = os.pread(descriptor, 5, 257) == b"ustar"
     raise NotACheckpoint(
-        "a tar archive, as torch before 0.2 wrote them: torch too loads those only by running their pickles"
+        "a tar archive, as written by torch before 0.2: even torch loads those only by running their pickles"
         if tar
         else "not a file that torch.save wrote",
         where=path,
@@ -78,12 +83,13 @@ def _read_zip(stream: BinaryIO, path: Path) -> Archive:
             where=path,
             expected=f"{folder}/data.pkl",
             found=", ".join(sorted(names)[:4]) or "an empty archive",
+            then="unpack it, and give the file inside that holds the weights",
         )
     if "constants.pkl" in names:
         raise NotACheckpoint(
             "a TorchScript program, not a state dict",
             where=path,
-            then="save the state_dict() of the module that it was made from",
+            then="save the state_dict() of the module that the program was made from",
         )
     places = _places(stream, members, path)
     inside = {name.removeprefix(f"{folder}/"): places[name] for name in own}
@@ -95,7 +101,7 @@ def _read_zip(stream: BinaryIO, path: Path) -> Archive:
 
 
 def _places(stream: BinaryIO, members: list[zipfile.ZipInfo], path: Path) -> dict[str, tuple[int, int]]:
-    """Each member's first byte and bytes, which lie in the file, apart from each other, and not compressed."""
+    """Offset and size of each member, checked to be inside the file, uncompressed and without overlap."""
     size = os.fstat(stream.fileno()).st_size
     places: dict[str, tuple[int, int]] = {}
     for member in members:
@@ -112,7 +118,7 @@ def _places(stream: BinaryIO, members: list[zipfile.ZipInfo], path: Path) -> dic
             raise CorruptFile(
                 "a member of the archive is compressed or encrypted",
                 where=where,
-                expected="stored, as torch.save writes them",
+                expected="uncompressed, as torch.save writes them",
                 then="load it and save it again with torch.save",
             )
         header = os.pread(stream.fileno(), _LOCAL_HEADER, member.header_offset) if member.header_offset >= 0 else b""
@@ -125,7 +131,7 @@ def _places(stream: BinaryIO, members: list[zipfile.ZipInfo], path: Path) -> dic
             raise CorruptFile(
                 "the archive claims more than the file holds",
                 where=where,
-                expected=f"{begin + member.file_size} bytes",
+                expected=f"at least {begin + member.file_size} bytes",
                 found=f"{size} bytes",
                 then="download or copy the file again",
             )
@@ -146,7 +152,13 @@ def _places(stream: BinaryIO, members: list[zipfile.ZipInfo], path: Path) -> dic
 def _member(stream: BinaryIO, place: tuple[int, int], path: Path, limit: int) -> bytes:
     begin, size = place
     if size > limit:
-        raise CorruptFile("a member of the archive is too large", where=path, expected=f"{limit} bytes", found=size)
+        raise CorruptFile(
+            "a member of the archive is too large",
+            where=path,
+            expected=f"at most {limit} bytes",
+            found=f"{size} bytes",
+            then="save the model's state_dict() alone with torch.save",
+        )
     return os.pread(stream.fileno(), size, begin)
 
 
@@ -154,7 +166,7 @@ def _read_legacy(stream: BinaryIO, path: Path) -> Archive:
     _, protocol, system, root, keys = (read_pickle(stream, path) for _ in range(5))
     if protocol != _PROTOCOL or not (isinstance(system, dict) and system.get("little_endian") is True):
         raise CorruptFile(
-            "an unknown variant of torch's older form",
+            "an unknown variant of torch's older format",
             where=path,
             expected=f"protocol {_PROTOCOL}, little-endian",
             then="load it and save it again with torch.save",
@@ -169,8 +181,8 @@ def _read_legacy(stream: BinaryIO, path: Path) -> Archive:
             raise CorruptFile(
                 "the file's storages are not where its header says",
                 where=f"{path}: storage {str(key)[:40]}",
-                expected=f"{nbytes} bytes from {position + 8} on",
-                found=f"{size} bytes in all",
+                expected=f"{nbytes} bytes at offset {position + 8}",
+                found=f"a file of {size} bytes",
                 then="download or copy the file again",
             )
         storages[key] = position + 8, nbytes
@@ -179,7 +191,7 @@ def _read_legacy(stream: BinaryIO, path: Path) -> Archive:
 
 
 def _element_sizes(root: Any) -> dict[str, int]:
-    """Bytes of an element of every storage anywhere in `root`: the older form counts elements."""
+    """Bytes per element of every storage in `root`; the older format gives sizes in elements."""
     sizes: dict[str, int] = {}
     seen: set[int] = set()
     waiting = [root]

@@ -1,8 +1,8 @@
-"""One torch file (`.bin`, `.pt`, `.pth`, `.ckpt`), read by offsets: a state dict whose tensors are views of storages.
+"""Reads one torch file (`.bin`, `.pt`, `.pth`, `.ckpt`): a state dict whose tensors are views of storages.
 
-Nothing in it is executed and nothing is loaded to learn what it holds; a tensor's bytes are read from where its storage
-lies, also where its strides are not those of its shape. A training checkpoint is read as the state dict inside it.
-Knows one file and the config.json beside it; no adapter, no mathematics.
+Nothing in the file is executed, and listing its tensors loads none of them. A tensor's bytes are read straight from its
+storage, even if its strides are not contiguous. A training checkpoint is read as the state dict inside it. This module
+knows one file and the config.json next to it; no adapter, no mathematics.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from formats.torch_pickle import View
 if TYPE_CHECKING:
     import torch
 
-# Under which keys training scripts keep the state dict, the likeliest first.
+# Keys under which training scripts store the state dict, the likeliest first.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
-_DEEPEST = 3  # wrappers around each other
+_DEEPEST = 3  # nested wrappers
 
 
 class TorchFile:
     """A readable torch file.
 
-    Names that are one and the same view of one storage are `shared`; each is a tensor here, unless config.json says
-    that they are tied: then the embedding's name stands for all (see formats/tied.py).
+    Names that are the same view of the same storage are `shared`. Each is listed as a tensor, unless config.json says
+    that they are tied: then only the embedding's name is listed (see formats/tied.py).
 
     Attributes:
         specs: the tensors, in the state dict's order.
-        metadata: the container has none; what a safetensors file of such tensors says.
-        shared: groups of names that are one tensor in the file, those left out included.
+        metadata: what a safetensors file of such tensors would say; the container itself has no metadata.
+        shared: groups of names that are one tensor in the file, including names that are left out.
         notes: what was unwrapped, what was left behind, what is shared.
 
     Raises:
-        PathNotFound: no such file.
-        NotACheckpoint: no torch file, or nothing in it is a state dict.
-        CorruptFile: its parts contradict each other.
-        UnsafeFile: its pickle names what no state dict consists of.
-        UnsupportedDType: complex, quantised, and others that safetensors does not have.
+        PathNotFound: there is no such file.
+        NotACheckpoint: the file is not a torch file, or holds no state dict.
+        CorruptFile: the parts of the file contradict each other.
+        UnsafeFile: the pickle names something that no state dict contains.
+        UnsupportedDType: a tensor is complex, quantised, or of another dtype that safetensors does not have.
     """
 
     def __init__(self, path: Path, read: Read = Path.read_bytes) -> None:
@@ -75,9 +75,12 @@ class TorchFile:
         self.shared = _shared(self._views)
         once = kept_once(self.shared, model_config(path, read))
         self.specs = {name: spec for name, spec in specs.items() if name not in once}
-        notes += [f"{left} is {kept} in this file, and config.json ties them: kept once" for left, kept in once.items()]
         notes += [
-            f"{', '.join(group)} are one tensor in this file: here each is one of its own"
+            f"{left} and {kept} are one tensor in this file, and config.json ties them: kept once, as {kept}"
+            for left, kept in once.items()
+        ]
+        notes += [
+            f"{', '.join(group)} are one tensor in this file: each name is treated as a tensor of its own"
             for group in self.shared
             if not any(name in once for name in group)
         ]
@@ -85,7 +88,7 @@ class TorchFile:
 
     @property
     def ref(self) -> CheckpointRef:
-        """What it takes to open it again."""
+        """A reference from which the file can be opened again."""
         return CheckpointRef(str(self.path))
 
     def tensor(self, name: str) -> TensorRef:
@@ -93,11 +96,11 @@ class TorchFile:
         return TensorRef(self.ref, self._spec(name))
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, in its stored dtype and shape, contiguous."""
+        """Reads the tensor to the CPU, contiguous, in its stored dtype and shape."""
         return tensor_from_bytes(self.read_bytes(name), self._spec(name))
 
     def read_bytes(self, name: str) -> Bytes:
-        """The tensor's elements in C order."""
+        """Reads the tensor's elements in C order."""
         payload = np.empty(self._spec(name).nbytes, dtype=np.uint8)
         self.read_into(name, 0, payload)
         return payload
@@ -120,10 +123,10 @@ class TorchFile:
         gathered = elements.flat[first:last].view(np.uint8)
         buffer[:] = gathered[begin - first * width :][: buffer.nbytes]
         if last == view.size and self._mapped is not None:
-            self._mapped.madvise(mmap.MADV_DONTNEED)  # one tensor's pages are enough in memory
+            self._mapped.madvise(mmap.MADV_DONTNEED)  # drop the pages: keep at most one tensor's in memory
 
     def place(self, name: str) -> Place | None:
-        """Where the tensor lies; None where its elements are scattered."""
+        """The file and offset of the payload; None where the tensor is not contiguous."""
         return Place(self.path, self._start(name)) if self._views[name].is_contiguous else None
 
     def _start(self, name: str) -> int:
@@ -131,7 +134,7 @@ class TorchFile:
         return self._storages[view.storage.key][0] + view.offset * spec.dtype.itemsize
 
     def _map(self, name: str) -> mmap.mmap:
-        """The file mapped, for tensors whose elements lie scattered: reading these one by one would take for ever."""
+        """Maps the file, for tensors that are not contiguous: one read per element would be far too slow."""
         with self._lock:
             if self._mapped is None:
                 self._mapped = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
@@ -163,7 +166,7 @@ class TorchFile:
 
 
 def _state_dict(root: Any, path: Path) -> tuple[dict[str, View], list[str]]:
-    """The tensors by name, and notes of what was unwrapped and left behind."""
+    """The tensors by name, and notes about what was unwrapped and left behind."""
     notes: list[str] = []
     inside = root
     for _ in range(_DEEPEST):
@@ -181,13 +184,13 @@ def _state_dict(root: Any, path: Path) -> tuple[dict[str, View], list[str]]:
         raise NotACheckpoint(
             "no state dict in this file",
             where=path,
-            expected=f"tensors by name, by themselves or under {', '.join(_WRAPPERS[:3])} …",
+            expected=f"a dict of tensors, at the top or under {', '.join(_WRAPPERS[:3])} …",
             found=", ".join(str(key)[:40] for key in list(inside)[:6]) if isinstance(inside, dict) else _kind(inside),
             then="save the model's state_dict() alone",
         )
     others = [str(key) for key in inside if key not in views]
     if others:
-        notes.append("not all of the file are tensors" + _left(others))
+        notes.append("not everything in the file is a tensor" + _left(others))
     for name in views:
         _check_name(name, path)
     return views, notes
@@ -205,15 +208,26 @@ def _check_name(name: Any, path: Path) -> None:
     try:
         name.encode()
     except (AttributeError, UnicodeEncodeError) as error:
-        raise CorruptFile("a tensor's name is not text", where=path, found=ascii(name)[:80]) from error
+        raise CorruptFile(
+            "a tensor's name is not text",
+            where=path,
+            expected="a string that UTF-8 can encode",
+            found=ascii(name)[:80],
+            then="rename the tensor, and save the state dict again",
+        ) from error
 
 
 def _checked(name: str, view: View, storages: Mapping[str, tuple[int, int]], size: int, path: Path) -> TensorSpec:
-    """The tensor's spec, its dtype one of ours and its elements inside of its storage."""
+    """The tensor's spec, after checking that we support its dtype and that its elements lie inside its storage."""
     where = f"{path}: {name}"
     dtype, entry = view.kind.dtype, view.storage
     if dtype is None:
-        raise UnsupportedDType("safetensors cannot hold this dtype", where=where, found=view.kind.name)
+        raise UnsupportedDType(
+            "safetensors cannot hold this dtype",
+            where=where,
+            found=view.kind.name,
+            then="save the state dict again without this tensor, or in another dtype",
+        )
     nbytes = storages.get(entry.key, (0, 0))[1]
     if (entry.key not in storages and entry.count) or nbytes != entry.count * entry.itemsize:
         raise CorruptFile(
@@ -244,7 +258,7 @@ def _checked(name: str, view: View, storages: Mapping[str, tuple[int, int]], siz
 
 
 def _shared(views: Mapping[str, View]) -> tuple[tuple[str, ...], ...]:
-    """Names that are the same view of the same storage."""
+    """Groups of names that are the same view of the same storage."""
     groups: dict[View, list[str]] = {}
     for name, view in views.items():
         if view.size:

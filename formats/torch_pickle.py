@@ -1,9 +1,9 @@
-"""What the pickle in a torch file says, found without running it.
+"""Reads the pickle in a torch file without running it.
 
-A pickle is a program: torch's, run by Python's own `pickle`, may call anything. Here its opcodes are read by
-`pickletools` and followed by a machine that knows plain containers, numbers and strings, and the few names that a state
-dict consists of; these become descriptions, no function is ever called by name, and any other name is refused. The
-layout is that of torch/serialization.py and torch/_utils.py (torch 2.9). Knows no file.
+A pickle is a program: run by Python's own `pickle`, it may call anything. Here `pickletools` reads its opcodes, and a
+small interpreter follows them that knows plain containers, numbers, strings, and the few names that a state dict
+contains. These names become descriptions; no function is ever called by name, and any other name is refused. The layout
+follows torch/serialization.py and torch/_utils.py (torch 2.9). This module opens no file.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, BinaryIO, cast
 from formats.errors import CorruptFile, UnsafeFile
 from formats.spec import DType
 
-MAX_PICKLE = 32_000_000  # bytes; more than a hundred thousand tensors
-MAX_STEPS = 8_000_000  # opcodes; a tensor takes 32, and the smallest makes an object of 64 bytes
+MAX_PICKLE = 32_000_000  # bytes; enough for more than 100,000 tensors
+MAX_STEPS = 8_000_000  # opcodes; a tensor takes 32, and the smallest opcode makes an object of 64 bytes
 _MAX_SIDE = 1 << 63
 _MAX_DIMENSIONS = 64
-# The classes of storages that torch writes by name; all other dtypes lie in an UntypedStorage, counted in bytes.
+# The storage classes that torch writes by name. All other dtypes use an UntypedStorage, whose size is in bytes.
 STORAGES = {
     DType.F64: "DoubleStorage",
     DType.F32: "FloatStorage",
@@ -34,7 +34,7 @@ STORAGES = {
     DType.U8: "ByteStorage",
     DType.BOOL: "BoolStorage",
 }
-_UNHELD_STORAGES = {  # bytes of an element
+_UNHELD_STORAGES = {  # bytes per element
     "ComplexDoubleStorage": 16,
     "ComplexFloatStorage": 8,
     "QInt8Storage": 1,
@@ -44,7 +44,7 @@ _UNHELD_STORAGES = {  # bytes of an element
     "QUInt2x4Storage": 1,
 }
 UNTYPED = "UntypedStorage"
-# What torch calls our dtypes, and those that it has besides.
+# torch's names of our dtypes, and of the dtypes that we do not support.
 NAMES = {
     DType.BOOL: "bool",
     DType.U8: "uint8",
@@ -70,8 +70,13 @@ _UNHELD_NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A dtype as torch names it, by a storage's class or by itself: `dtype` is None for those that we do not hold;
-    `itemsize` is in bytes."""
+    """A dtype as torch names it, directly or by a storage class.
+
+    Attributes:
+        name: torch's name.
+        dtype: our dtype; None if we do not support it.
+        itemsize: bytes per element.
+    """
 
     name: str
     dtype: DType | None
@@ -80,7 +85,7 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class StorageEntry:
-    """A run of bytes in the file: its key there, its kind (None: plain bytes), the number of its elements."""
+    """A storage in the file: its key, its kind (None for plain bytes), and its number of elements."""
 
     key: str
     kind: Kind | None
@@ -88,7 +93,7 @@ class StorageEntry:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of what it counts."""
+        """Bytes per element."""
         return self.kind.itemsize if self.kind is not None else 1
 
 
@@ -109,14 +114,14 @@ class View:
 
     @property
     def extent(self) -> int:
-        """Elements of the storage from its start to the view's last one; 0 for an empty view."""
+        """Number of elements from the start of the storage to the view's last one; 0 for an empty view."""
         if not self.size:
             return 0
         return self.offset + 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether its elements lie in the order in which they are counted, without gaps."""
+        """Whether its elements are stored in C order, without gaps."""
         expected = 1
         for n, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if n != 1 and stride != expected:
@@ -127,7 +132,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One of the functions that may stand in a state dict's pickle."""
+    """One of the functions that a state dict's pickle may name."""
 
     name: str
 
@@ -158,7 +163,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class _Limited:
-    """A stream of which no more is read than a pickle may be long, whatever it claims of itself."""
+    """A stream that yields at most MAX_PICKLE bytes, whatever lengths the pickle claims."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -177,12 +182,14 @@ class _Limited:
 
 
 def read_pickle(stream: BinaryIO, where: object) -> Any:
-    """What one pickle builds, from where the stream stands to just behind it: dicts (ordered ones too), lists, tuples,
-    numbers, strings, bytes, None, and a View for every tensor.
+    """Reads one pickle from the stream and returns the object that it builds.
+
+    The object consists of dicts (also for ordered ones), lists, tuples, numbers, strings, bytes, None, and a View for
+    every tensor. Afterwards the stream is just past the pickle.
 
     Raises:
-        UnsafeFile: it names something that a state dict does not consist of.
-        CorruptFile: it is no pickle, ends early, or contradicts itself.
+        UnsafeFile: the pickle names something that no state dict contains.
+        CorruptFile: it is not a pickle, ends early, or contradicts itself.
     """
     machine = _Machine(where)
     try:
@@ -199,7 +206,7 @@ def read_pickle(stream: BinaryIO, where: object) -> Any:
 
 
 class _Machine:
-    """Follows a pickle's opcodes. Builds plain containers and descriptions; calls nothing that the pickle names."""
+    """Interprets a pickle's opcodes: builds plain containers and descriptions, and calls nothing the pickle names."""
 
     def __init__(self, where: object) -> None:
         self.stack: list[Any] = []
@@ -263,7 +270,7 @@ class _Machine:
     def _marked(self) -> list[Any]:
         begin = self._marks.pop()
         if begin < 0 or begin > len(self.stack):
-            raise ValueError("its stack runs empty")
+            raise ValueError("its stack is empty")
         items = self.stack[begin:]
         del self.stack[begin:]
         return items
@@ -321,7 +328,7 @@ def _called(call: Any, arguments: Any) -> Any:
         _expect(storage, StorageEntry)
         _expect(kind, Kind)
     else:
-        raise ValueError("something is called that is no function")
+        raise ValueError("it calls something that is not a function")
     if any(bits):
         raise ValueError("a tensor is stored conjugated or negated, which only torch can undo")
     shape, strides = tuple(map(_natural, shape)), tuple(map(_natural, strides))

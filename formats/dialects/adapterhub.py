@@ -1,9 +1,9 @@
-"""Reading AdapterHub's LoRA, (IA)³, VeRA and DoRA (the library adapters). Tested against files that it made.
+"""Reads LoRA, (IA)³, VeRA and DoRA of AdapterHub (the library adapters). Tested against files that the library wrote.
 
-Keys are `<module>.loras.<name>.lora_A` and `lora_B`, laid out as loralib's, fused query, key and value included;
-(IA)³ has lora_B alone, a factor of each output. VeRA has square matrices, vera_B and vera_D, and lora_A and lora_B once
-for all layers; DoRA has m.weight beside the others. The config says alpha and which slices are adapted. Knows no
-mathematics.
+Keys are `<module>.loras.<name>.lora_A` and `lora_B`, laid out as in loralib, also for fused query, key and value.
+(IA)³ has only lora_B, one factor per output. VeRA has the square matrices vera_B and vera_D per layer, and one lora_A
+and lora_B that all layers share. DoRA also has m.weight. The config gives alpha and says which slices are adapted. This
+module does no mathematics.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from formats.spec import TensorSpec, shape_text
 _FACTOR = re.compile(r"^(?P<module>.+)\.loras\.(?P<name>[^.]+)\.(?P<role>lora_[AB]|vera_[BD]|m\.weight)$")
 _SHARED = re.compile(r"^(?:.+\.)?shared_parameters\.[^.]+\.(?P<role>lora_[AB])$")
 _VERSION = re.compile(r"^adapters\.(?P<major>\d+)\.(?P<minor>\d+)")
-# The factors that the config's composition_mode makes of every layer, and those of VeRA and DoRA.
+# The factors of each layer by the config's composition_mode, and the factors of VeRA and DoRA.
 _ROLES = {"add": ("lora_A", "lora_B"), "scale": ("lora_B",)}
 _VERA, _MAGNITUDE = ("vera_B", "vera_D"), "m.weight"
-# Other settings than LoRA's plain ones, each with the reason that a user needs.
+# Settings that are refused, each with the reason that the user is shown.
 _REFUSED = {"use_gating": "its gate depends on the input, which no weight can express"}
-# Other methods, each with the reason that a user needs.
-_BESIDE = "the method is no change of a weight: surgery fold says what of it can go into weights"
+# Methods that are refused, each with the reason that the user is shown.
+_BESIDE = "the method does not change a weight: surgery fold reports which parts of it can go into weights"
 _OTHERS = {
     **dict.fromkeys((None, "prefix_tuning", "prompt_tuning", "union"), _BESIDE),
     "mtl_lora": "MTL-LoRA mixes its up-projections by the task, which no weight can express",
@@ -51,7 +51,7 @@ class AdapterHub(Dialect):
     weights_files = ("adapter.safetensors", "pytorch_adapter.bin")
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
-        """A config that holds another, as its library writes it."""
+        """Whether the config contains a nested config, as the library writes it."""
         return config is not None and "peft_type" not in config and isinstance(config.get("config"), Mapping)
 
     def read(
@@ -62,7 +62,7 @@ class AdapterHub(Dialect):
         names: Mapping[str, str],
         told: Told,
     ) -> Adapter:
-        """The adapter, resolved against the base's tensors; its config says everything."""
+        """Reads the adapter and resolves it against the base's tensors."""
         where, config = checkpoint.ref.path, config or {}
         own = _checked(config["config"], where)
         mode = own.get("composition_mode", "add")
@@ -88,7 +88,7 @@ class AdapterHub(Dialect):
                 "the file lacks the matrices that all layers share",
                 where=where,
                 expected=", ".join(missing),
-                then="save it from a model with a head: from one without, the library leaves them out",
+                then="save it from a model with a head: the library leaves them out of a model without one",
             )
         rename = resolver([f"{module}.weight" for module in modules], base, where)
         context = Context.of({}, rename, base, where)
@@ -139,7 +139,7 @@ def _checked(own: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 
 def _roles(own: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The factors of each layer, and those that all share."""
+    """The factors of each layer, and the factors that all layers share."""
     roles: tuple[str, ...] = _ROLES[own.get("composition_mode", "add")]
     shared: tuple[str, ...] = ()
     if own.get("vera_d") is not None or own.get("vera_b") is not None:
@@ -148,15 +148,15 @@ def _roles(own: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _alpha(config: Mapping[str, Any], own: Mapping[str, Any]) -> float:
-    """Alpha as trained: before 1.1.0 the library scaled by 1 whatever the config said, and reads such files so too
-    (adapters.loading, _fix_backward_compat)."""
+    """Alpha as used in training. Before version 1.1.0 the library always scaled by 1, whatever the config said, and it
+    still reads such files that way (adapters.loading, _fix_backward_compat)."""
     version = _VERSION.match(str(config.get("version", "")))
     faulty = version is not None and (int(version["major"]), int(version["minor"])) < (1, 1)
     return float(own["r"] if faulty else own["alpha"])
 
 
 def _low_rank(module: str, factors: Factors, rank: int, reading: Reading) -> AdapterModule:
-    """The weight of one layer with LoRA."""
+    """The adapted weight of one layer with LoRA."""
     adapted = adapted_layer(module, factors, reading.context.rename(f"{module}.weight"), reading)
     if adapted.rank != rank:
         raise AdapterFormatError(
@@ -172,7 +172,7 @@ def _low_rank(module: str, factors: Factors, rank: int, reading: Reading) -> Ada
 def _other_product(
     module: str, factors: Factors, roles: tuple[str, ...], own: Mapping[str, Any], reading: Reading
 ) -> list[AdapterModule]:
-    """The weight of one layer with VeRA or DoRA, and the bias, which the latter scales too."""
+    """The adapted weight of one layer with VeRA or DoRA; for DoRA also the bias, which it scales too."""
     context = reading.context
     if missing := [role for role in roles if role not in factors]:
         raise AdapterFormatError(
@@ -202,8 +202,8 @@ def _other_product(
 
 
 def _scaled(module: str, factors: Factors, reading: Reading) -> list[AdapterModule]:
-    """The weight of one layer with (IA)³, and its bias: the library multiplies the layer's outputs, though its merge
-    leaves the bias as it is (adapters.methods.lora, LoRALinear.merge_adapter, 1.3)."""
+    """The adapted weight of one layer with (IA)³, and its bias: the library scales the layer's outputs and so the bias,
+    although its own merge does not change the bias (adapters.methods.lora, LoRALinear.merge_adapter, 1.3)."""
     context = reading.context
     target, bias = (context.rename(f"{module}.{last}") for last in ("weight", "bias"))
     weight, vector = context.base[target], factors["lora_B"]
@@ -218,7 +218,7 @@ def _scaled(module: str, factors: Factors, reading: Reading) -> list[AdapterModu
         raise ShapeMismatch(
             "the adapter does not fit the base's weight",
             where=f"{context.where}: {target}",
-            expected=f"a factor for each of {out} outputs, or for those of the attn_matrices",
+            expected=f"one factor for each of {out} outputs, or for the outputs of the attn_matrices",
             found=f"lora_B {shape_text(vector.spec.shape)}",
             then="check that the adapter was made for this base",
         )

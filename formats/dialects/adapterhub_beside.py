@@ -1,6 +1,7 @@
-"""Reading adapters that are no change of a weight: AdapterHub's, whichever they are, and peft's prompts and prefixes.
+"""Reads adapters that add something to a model rather than change its weights: AdapterHub's bottlenecks, prefixes and
+prompts, and peft's prompts and prefixes.
 
-Knows no mathematics.
+This module does no mathematics.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ _KEY = re.compile(
 
 
 Part = Bottlenecks | Prefix | Prompt | Whole
-_EARLY = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # what files without a version mean (adapters.utils, 1.3)
+_EARLY = {
+    "gelu": "gelu_new",
+    "gelu_orig": "gelu",
+}  # old files: other names (adapters.utils, 1.3)
 _PEFT = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 
 
 def lies_beside(config: Mapping[str, Any] | None) -> bool:
-    """Whether a config is of an adapter that adds something beside the base's weights."""
+    """Whether a config belongs to an adapter that adds something to the model rather than change its weights."""
     if config is None:
         return False
     own = config.get("config")
@@ -38,19 +42,19 @@ def lies_beside(config: Mapping[str, Any] | None) -> bool:
 
 
 def read_beside(checkpoint: Checkpoint, config: Mapping[str, Any], base: Mapping[str, TensorSpec]) -> tuple[Part, ...]:
-    """An adapter that adds something beside the base's weights, resolved against the base's tensors: its parts, of
-    which only a union (MAM) and one with trained heads have several.
+    """Reads the parts of an adapter that adds something to the model, resolved against the base's tensors.
+
+    Only a union (MAM) and an adapter with trained heads have more than one part.
 
     Args:
-        checkpoint: the adapter's.
-        config: its adapter_config.json.
+        checkpoint: the adapter's tensors.
+        config: the adapter's adapter_config.json.
         base: the base's tensors.
 
     Raises:
-        AdapterFormatError: another method, settings or models that are not read, tensors that are missing or belong to
-            nothing.
-        ShapeMismatch: tensors that do not fit the base or the config.
-        UnmatchedKeys: layers that the base does not have.
+        AdapterFormatError: the method, a setting or the model is not supported, or tensors are missing or unknown.
+        ShapeMismatch: tensors do not fit the base or the config.
+        UnmatchedKeys: the base does not have a layer that the adapter needs.
     """
     if config.get("peft_type") in _PEFT:
         return read_peft_prompt(checkpoint, config, base)
@@ -58,7 +62,7 @@ def read_beside(checkpoint: Checkpoint, config: Mapping[str, Any], base: Mapping
     if "version" not in config and own.get("non_linearity") in _EARLY:
         own = {**own, "non_linearity": _EARLY[own["non_linearity"]]}
     parts = own["configs"] if own.get("architecture") == _UNION else [own]
-    for part in parts:  # for they have tensors of their own, which would only look like another method's
+    for part in parts:  # first, because such settings add tensors that would look like another method's
         refuse_settings(REFUSED, part, checkpoint.ref)
     architectures = [part.get("architecture") for part in parts]
     if not set(architectures) <= set(_KINDS) or len(set(architectures)) < len(architectures):
@@ -67,6 +71,7 @@ def read_beside(checkpoint: Checkpoint, config: Mapping[str, Any], base: Mapping
             where=checkpoint.ref.path,
             expected=f"architecture = {', '.join(map(str, _KINDS))}",
             found=f"architecture = {', '.join(map(str, architectures))}",
+            then="use the library adapters itself: surgery does not support this method",
         )
     held = _held(checkpoint, [_KINDS[each] for each in architectures])
     model_type = config.get("model_type")
@@ -85,7 +90,7 @@ def _part(
     held = tensors[_KINDS[architecture]]
     if architecture is None:
         return read_bottlenecks(ref, held, tensors[_SHARED].get("", {}), own, base, model_type)
-    # The model holds a prefix or a prompt, and each layer the same prefix again, which has a name in the file too.
+    # The model holds a prefix or a prompt. Each layer holds the same prefix again, under a name of its own in the file.
     own_roles = [roles for holder, roles in held.items() if not holder.endswith(".pool")]
     if len(own_roles) != 1:
         raise AdapterFormatError(
@@ -95,16 +100,17 @@ def _part(
 
 
 def _held(checkpoint: Checkpoint, kinds: Sequence[str]) -> dict[str, dict[str, Roles]]:
-    """The tensors of each of the kinds by the module that holds them and by role; what all modules share has none."""
+    """The tensors of each kind by the module that holds them and by role. Shared tensors have an empty module."""
     held: dict[str, dict[str, dict[str, TensorRef]]] = {kind: {} for kind in (*kinds, _SHARED)}
     for key in checkpoint.specs:
         match = _KEY.match(key)
         if match is None or match["kind"] not in held:
             raise AdapterFormatError(
-                "a tensor of another method than the config's",
+                "a tensor belongs to another method than the config",
                 where=checkpoint.ref.path,
                 expected=" or ".join(f"….{kind}.NAME.…" for kind in kinds),
                 found=key,
+                then="use the adapter_config.json that was saved with these weights",
             )
         holder = "" if match["kind"] == _SHARED else match["holder"] or ""
         held[match["kind"]].setdefault(holder, {})[match["role"]] = checkpoint.tensor(key)

@@ -1,7 +1,7 @@
-"""Reading the heads that the library adapters saves beside an adapter: head_config.json and a file of weights.
+"""Reads the head that the library adapters saves with an adapter: head_config.json and a file of weights.
 
-A head of transformers' own class keeps its names. One of the library's flexible heads is a list of layers; it belongs
-into a base whose class has the same head (adapters.head_utils, 1.3). Plain data; knows no mathematics.
+A head of one of transformers' classes keeps its names. A flexible head of the library is a list of layers; it fits a
+base whose class has the same head (adapters.head_utils, 1.3). This module holds plain data and does no mathematics.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class _Class:
     """The head of one of transformers' classes.
 
     Attributes:
-        head_type: what the library calls such a head.
-        modules: those with weights, in order.
-        activation: between them.
-        use_pooler: whether it reads the pooled output; None where the library does not ask.
+        head_type: the library's name for such a head.
+        modules: the head's modules that have weights, in order.
+        activation: the activation between them.
+        use_pooler: whether the head reads the pooled output; None where the library does not check.
     """
 
     head_type: str
@@ -69,8 +69,8 @@ def open_head(adapter: Path, files: OpenFiles) -> tuple[Checkpoint, dict[str, An
     """The tensors and the config of the head beside an adapter; None where there is none.
 
     Raises:
-        AdapterFormatError: one without the other.
-        CorruptFile: a config that is no JSON object.
+        AdapterFormatError: the weights or the config are missing.
+        CorruptFile: the config is not a JSON object.
     """
     folder = adapter if adapter.is_dir() else adapter.parent
     weights = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
@@ -88,7 +88,7 @@ def open_head(adapter: Path, files: OpenFiles) -> tuple[Checkpoint, dict[str, An
     try:
         document = json.loads(files.content(config))
         if not isinstance(document, dict) or not isinstance(document.get("config"), dict | None):
-            raise ValueError("not a head's")
+            raise ValueError("not the config of a head")
     except ValueError as error:
         raise CorruptFile(
             f"the head's config cannot be read: {error}", where=config, then="download or copy the file again"
@@ -102,13 +102,13 @@ def read_head(
     """The head beside an adapter, by the base's names; or without tensors, and with the reason why it is left.
 
     Args:
-        adapter: its folder, or its file of weights.
+        adapter: the adapter's folder, or its file of weights.
         base: the base's tensors.
         model: its config.json, which says what class it is; empty where there is none.
         files: that are open already.
 
     Raises:
-        AdapterFormatError: half of a head, or tensors of something else.
+        AdapterFormatError: half of the head is missing, or its tensors are not those of a head.
         CorruptFile: as `open_head`.
     """
     found = open_head(adapter, files)
@@ -121,7 +121,7 @@ def read_head(
     base_class, own = str(classes[0]), config["config"]
     kind = str(own.get("head_type")) if own else str(config.get("model_class"))
     if classes == [None]:
-        return Whole(ref, {}, kind, "no config.json says what class the base is")
+        return Whole(ref, {}, kind, "the base's class is unknown, because it has no config.json that names it")
     if own:
         known = _CLASSES.get(base_class)
         if known is None or not _same(known, own):
@@ -134,12 +134,12 @@ def read_head(
             return Whole(ref, {}, kind, f"the base has no {name} of its own")
         if base[name].shape != tensor.spec.shape:
             shapes = f"{shape_text(base[name].shape)}, the head's {shape_text(tensor.spec.shape)}"
-            return Whole(ref, {}, kind, f"the base's {name} is {shapes}: give the base as many labels first")
+            return Whole(ref, {}, kind, f"the base's {name} is {shapes}: give the base the same number of labels first")
     return Whole(ref, tensors, kind)
 
 
 def _same(known: _Class, own: Mapping[str, Any]) -> bool:
-    """Whether a flexible head is that of a class."""
+    """Whether a flexible head is the same as a class's head."""
     layers = own.get("layers")
     if own.get("head_type") != known.head_type or layers != len(known.modules):
         return False
@@ -153,7 +153,7 @@ def _described(own: Mapping[str, Any]) -> str:
 
 
 def _renamed(tensors: Mapping[str, TensorRef], known: _Class, where: str) -> dict[str, TensorRef]:
-    """The tensors of a list of layers by a class's names. Raises AdapterFormatError for others."""
+    """Renames the tensors of a flexible head to a class's names. Raises AdapterFormatError for other tensors."""
     matches = {name: match for name in tensors if (match := _LAYER.fullmatch(name))}
     numbers = sorted({int(match["number"]) for match in matches.values()})
     if len(matches) < len(tensors) or len(numbers) != len(known.modules):
@@ -162,6 +162,7 @@ def _renamed(tensors: Mapping[str, TensorRef], known: _Class, where: str) -> dic
             where=where,
             expected=f"heads.NAME.N.weight of {len(known.modules)} layers",
             found=", ".join(sorted(tensors)),
+            then="download or save the adapter again",
         )
     modules = dict(zip(numbers, known.modules, strict=True))
     return {f"{modules[int(match['number'])]}.{match['last']}": tensors[name] for name, match in matches.items()}

@@ -1,6 +1,7 @@
-"""The layers of the models that the library adapters puts bottlenecks and prefixes into, by the names of their files.
+"""The layers into which the library adapters puts bottlenecks and prefixes, by their names in the model's file.
 
-Read from the models' mixins and layers (adapters 1.3), tested on each. Plain data; knows no adapter and no mathematics.
+Taken from the models' mixins and layers (adapters 1.3), and tested on each model. This module holds plain data; it
+knows no adapter and no mathematics.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ from dataclasses import dataclass
 
 from formats.spec import TensorSpec
 
-ATTENTION, MLP = "mh_adapter", "output_adapter"  # the places of bottlenecks, as an adapter's config calls them
+ATTENTION, MLP = "mh_adapter", "output_adapter"  # the config's names for where bottlenecks go
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer may have a bottleneck; all paths are inside of the layer.
+    """Where a layer may have a bottleneck. All paths are relative to the layer.
 
     Attributes:
         name: ATTENTION or MLP.
-        holder: the module that the library gives the bottleneck to.
-        behind: the projection whose outputs it follows.
-        norm: that of the residual: of h plus r where it comes behind, else of r alone.
-        first: of an MLP, the first of its projections; empty for an attention.
+        holder: the module that holds the bottleneck in the library.
+        behind: the projection whose output h the bottleneck follows.
+        norm: the norm of h + r, with the residual r, in models whose norms follow; in other models the norm of r.
+        first: the first projection of the MLP; empty for an attention.
     """
 
     name: str
@@ -38,11 +39,12 @@ class Layout:
     """A family of models whose layers have the same names.
 
     Attributes:
-        types: the model types that are of it.
-        numbered: what stands before a layer's number.
-        places: of a layer.
-        norm_behind: whether the norms are of h plus the residual, and not of the residual before the sublayer.
-        keys: the projection whose outputs are the attention's keys; empty where these are as wide as the model.
+        types: the model types in the family.
+        numbered: the path before a layer's number.
+        places: where each layer may have bottlenecks.
+        norm_behind: whether the norms apply to h plus the residual (post-norm) rather than to the residual before the
+            sublayer (pre-norm).
+        keys: the projection that computes the attention's keys; empty if the keys are as wide as the model.
     """
 
     types: tuple[str, ...]
@@ -53,11 +55,11 @@ class Layout:
 
     @property
     def path(self) -> str:
-        """A pattern of a layer's path."""
+        """A regular expression for a layer's path."""
         return rf"(?P<path>(?:\w+\.)?{re.escape(self.numbered)}\.(?P<number>\d+)\.)"
 
     def layers(self, base: Mapping[str, TensorSpec], place: Place) -> Iterator[tuple[int, str]]:
-        """The layers of a base that have the place, by number and path."""
+        """The number and path of each layer of a base that has this place."""
         pattern = re.compile(self.path + re.escape(f"{place.behind}.weight"))
         for name in base:
             match = pattern.fullmatch(name)
@@ -65,7 +67,7 @@ class Layout:
                 yield int(match["number"]), match["path"]
 
     def _others(self, path: str, base: Mapping[str, TensorSpec]) -> bool:
-        """Whether a layer has what only models with other sums have: Gemma's norms behind, BEiT's factors."""
+        """Whether a layer computes its sums differently, which Gemma's post-norms and BEiT's factors show."""
         return any(f"{path}{name}" in base for name in _OTHERS)
 
 
@@ -121,7 +123,7 @@ LAYOUTS = (
 
 
 def layout_of(base: Mapping[str, TensorSpec]) -> Layout | None:
-    """The layout of a base's layers; None where its names, or its norms, are of no model that is known."""
+    """The layout of a base's layers; None if no known model has these names and norms."""
     return next(
         (each for each in LAYOUTS if any(next(each.layers(base, place), None) for place in each.places)),
         None,

@@ -1,7 +1,7 @@
-"""Where the library adapters puts LoRA and (IA)³ into a model: query, key, value, and the two layers of the MLP.
+"""The layers that the library adapters adapts with LoRA and (IA)³: query, key, value, and the two layers of the MLP.
 
-An adapter's config chooses among these places, for all layers at once. Read from the models' mixins (adapters 1.3),
-tested on BERT, DistilBERT, ViT, GPT-2 and Llama. Knows no adapter and no mathematics.
+An adapter's config chooses among them for all layers at once. Taken from the models' mixins (adapters 1.3), and tested
+on BERT, DistilBERT, ViT, GPT-2 and Llama. This module knows no adapter and no mathematics.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from formats.layers import owner
 from formats.spec import TensorSpec
 
-SELFATTN, INTERMEDIATE, OUTPUT = "selfattn_lora", "intermediate_lora", "output_lora"  # the config's settings
-SLICES = ("q", "k", "v")  # the attention's matrices, in the order in which a fused layer has them
+SELFATTN, INTERMEDIATE, OUTPUT = "selfattn_lora", "intermediate_lora", "output_lora"  # settings of the config
+SLICES = ("q", "k", "v")  # the attention's matrices, in the order of a fused layer
 FUSED = "qkv"
 
 
 @dataclass(frozen=True)
 class Site:
-    """A layer that the library adapts.
+    """A linear layer that the library can adapt.
 
     Attributes:
-        layer: the number of the layer that it is in.
-        settings: of a config, those that reach it.
-        matrix: of an attention, one of q, k, v, or qkv where they are fused; empty elsewhere.
+        layer: the number of the transformer layer that contains it.
+        settings: the config's settings that switch it on.
+        matrix: q, k or v in an attention, or qkv if they are fused; empty elsewhere.
     """
 
     layer: int
@@ -46,8 +46,8 @@ def _mlp(first: str, second: str) -> Inner:
 
 _WORDS = ("query", "key", "value")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-# The library has Llama's up_proj for the output and its down_proj for the intermediate layer, models that it adapts by
-# a list of names have them the other way round: a config with both settings means the same to all.
+# The library takes Llama's up_proj for the output and its down_proj for the intermediate layer. Models that it adapts
+# by a list of names have them the other way round. A config with both settings means the same to all.
 _BOTH = (INTERMEDIATE, OUTPUT)
 _LAYOUTS: tuple[tuple[re.Pattern[str], Inner], ...] = (
     (  # BERT, RoBERTa, ELECTRA; ViT, BEiT
@@ -75,8 +75,8 @@ _LAYOUTS: tuple[tuple[re.Pattern[str], Inner], ...] = (
 
 
 def sites_of(base: Mapping[str, TensorSpec]) -> dict[str, Site]:
-    """The layers of a model that the library adapts, by their names in the base's file; none in a model whose names are
-    of another layout."""
+    """The layers of a model that the library can adapt, by their names in the base's file. Empty for a model whose
+    names do not fit a known layout."""
     found: dict[str, Site] = {}
     for name, spec in base.items():
         if not name.endswith(".weight") or len(spec.shape) != 2:

@@ -1,8 +1,8 @@
-"""Writing AdapterHub's LoRA and (IA)³ (the library adapters). Tested against what the library itself loads and merges.
+"""Writes LoRA and (IA)³ for AdapterHub (the library adapters). Tested against what the library loads and merges.
 
-One config rules all layers: the rank, alpha, and which places of every layer are adapted. Smaller ranks are filled up
-with zeros, other alphas multiplied into B, and what the config reaches beyond the adapter gets factors that change
-nothing; layers without any adapted place are left out by their numbers. Knows no mathematics.
+One config sets the rank, alpha and adapted places for all layers. So smaller ranks are padded with zeros, a different
+alpha is multiplied into B, and places that the config adapts but the adapter does not get factors that change nothing.
+Layers without any adapted place are excluded by number. This module does no mathematics.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from formats.errors import AdapterFormatError
 from formats.layers import LayerKind, layer_kinds, owner
 from formats.spec import DType, TensorSpec
 
-_NAME = "adapter"  # whoever loads it may choose another: load_as
-_VERSION = "adapters.1.3.0"  # whose form this is; before 1.1 alpha had no effect
+_NAME = "adapter"  # the adapter's name in the file; load_as overrides it when loading
+_VERSION = "adapters.1.3.0"  # the version whose format this is; before 1.1, alpha had no effect
 _THREE = (True,) * len(SLICES)
 _STORED = (LayerKind.LINEAR, LayerKind.TRANSPOSED)
 
 
 @dataclass(frozen=True)
 class AdapterHubWriter:
-    """The dialect of AdapterHub's adapters: LoRA or (IA)³ of the layers that the library adapts."""
+    """Writes AdapterHub's dialect: LoRA or (IA)³ on the layers that the library can adapt."""
 
     name: str = "adapterhub"
     weights: str = "adapter.safetensors"
 
     def write(self, adapter: Adapter, metadata: Mapping[str, str], wanted: Wanted) -> Written:
-        """The adapter in this dialect. Raises AdapterFormatError too where nobody names the base."""
+        """The adapter in this dialect. Also raises AdapterFormatError if no base is named."""
         if not wanted.base_name:
             raise AdapterFormatError(
                 f"{self.name}'s config says which layers of the whole model are adapted",
@@ -62,7 +62,7 @@ class AdapterHubWriter:
             "name": _NAME,
             "version": _VERSION,
         }
-        notes = ("the library loads it by load_adapter(PATH, use_safetensors=True)", *notes)
+        notes = ("load it with load_adapter(PATH, use_safetensors=True)", *notes)
         described = {"format": "pt", **kept_metadata(metadata)}
         return Written(pieces, described, config, (*dropped, *unreached), notes)
 
@@ -70,7 +70,7 @@ class AdapterHubWriter:
 def _within_reach(
     adapter: Adapter, sites: Mapping[str, Site], wanted: Wanted
 ) -> tuple[dict[str, AdapterModule], tuple[str, ...]]:
-    """The adapted layers, by name, and the names of the tensors of those that the user lets go."""
+    """The adapted layers by name, and the names of tensors that the user allows to be dropped."""
     modules: dict[str, AdapterModule] = {}
     dropped: list[str] = []
     for module in adapter.modules:
@@ -95,13 +95,13 @@ def _within_reach(
 
 @dataclass(frozen=True)
 class _Reach:
-    """What a config reaches that has at least the adapted layers.
+    """The smallest config that covers all adapted layers, and everything that it adapts.
 
     Attributes:
-        settings: that config's, of the places.
-        sites: every layer that it reaches.
-        sides: of these (out, in); of fused ones the outputs of one slice.
-        slices: which slices of a fused layer it reaches.
+        settings: the config's settings that choose layers.
+        sites: every layer that the config adapts.
+        sides: (out, in) of these layers; for a fused layer, out is the number of outputs of one slice.
+        slices: which slices of a fused layer the config adapts.
     """
 
     settings: Mapping[str, Any]
@@ -113,7 +113,7 @@ class _Reach:
     def of(
         cls, modules: Mapping[str, AdapterModule], sites: Mapping[str, Site], base: Mapping[str, TensorSpec]
     ) -> _Reach:
-        """That of these adapted layers among all sites of the base."""
+        """Finds the config for these adapted layers among all sites of the base."""
         adapted = {layer: sites[layer] for layer in modules}
         chosen = {setting for site in adapted.values() for setting in site.settings}
         numbers = {site.layer for site in adapted.values()}
@@ -144,7 +144,7 @@ class _Reach:
         )
 
     def blocks(self, layer: str) -> tuple[bool, ...]:
-        """The slices of a layer; of one that is not fused the whole."""
+        """Which slices of a layer are adapted; a layer that is not fused counts as one slice."""
         return self.slices if self.sites[layer].matrix == FUSED else (True,)
 
 
@@ -158,7 +158,7 @@ Made = tuple[tuple[Piece, ...], dict[str, Any], tuple[str, ...]]  # tensors, set
 
 
 def _scaled(modules: Mapping[str, AdapterModule], reach: _Reach, wanted: Wanted) -> Made:
-    """(IA)³: a factor for each output. The adapter's alpha stays, which other slices of fused layers are scaled by."""
+    """(IA)³: one factor per output. The adapter's alpha is kept, because it scales the other slices of fused layers."""
     alpha = commonest(module.scaling for module in modules.values())
     dtype = next(iter(modules.values())).factors["ia3_l"].spec.dtype
     pieces = []
@@ -175,14 +175,14 @@ def _scaled(modules: Mapping[str, AdapterModule], reach: _Reach, wanted: Wanted)
 
 @dataclass(frozen=True)
 class _Factored:
-    """A layer's factors as the source has them.
+    """A layer's factors as in the source.
 
     Attributes:
-        module: the layer's.
-        a, b: how to make them.
-        rank: of both.
-        slices: those of the layer that B has, one below the other; of a layer that is not fused the whole.
-        own: whether A has one for each of them, rather than one for all.
+        module: the adapted layer.
+        a, b: how to make the factors.
+        rank: rank of both factors.
+        slices: which slices of the layer B contains, stacked by rows; a layer that is not fused counts as one slice.
+        own: whether A has a block for each slice, rather than one that all slices share.
     """
 
     module: AdapterModule
@@ -204,13 +204,13 @@ class _Factored:
         return cls(module, product.a, product.b, product.rank, _THREE if site.matrix == FUSED else (True,), False)
 
     def alpha(self, rank: int) -> float:
-        """Alpha with which alpha/rank is the scaling."""
+        """The alpha for which alpha/rank is the module's scaling."""
         module = self.module
         own = rank == self.rank == module.rank and not module.rslora
         return module.alpha if own else module.scaling * rank
 
     def laid(self, layer: str, reach: _Reach, rank: int, factor: float) -> tuple[Piece, Piece]:
-        """Both factors for a config of that rank."""
+        """Both factors, laid out for a config of that rank."""
         spec_a, spec_b = _specs(layer, reach, rank, self.a.output.dtype, self.b.output.dtype)
         left = iter(range(sum(self.slices)))
         numbers = [next(left) if on else None for on in self.slices]
@@ -229,12 +229,12 @@ def _specs(layer: str, reach: _Reach, rank: int, dtype_a: DType, dtype_b: DType)
 
 
 def _laid(piece: Piece, output: TensorSpec, blocks: Sequence[int | None]) -> Piece:
-    """A factor as an output, filled up where that is larger."""
+    """A factor as an output tensor, padded where the output is larger."""
     return replace(piece, output=output, laid=() if piece.output.shape == output.shape else tuple(blocks))
 
 
 def _low_rank(modules: Mapping[str, AdapterModule], reach: _Reach, wanted: Wanted) -> Made:
-    """LoRA: the factors of each layer, and of a fused one those of its slices one below the other."""
+    """LoRA: the factors of each layer; the slices of a fused layer are stacked by rows."""
     factored = {layer: _Factored.of(module, reach.sites[layer], wanted) for layer, module in modules.items()}
     rank = max(each.rank for each in factored.values())
     alphas = {layer: each.alpha(rank) for layer, each in factored.items()}
@@ -250,7 +250,7 @@ def _low_rank(modules: Mapping[str, AdapterModule], reach: _Reach, wanted: Wante
     notes = []
     filled = sum(each.rank < rank for each in factored.values())
     if filled:
-        notes.append(f"{filled} layers have a smaller rank: filled up with zeros to {rank}")
+        notes.append(f"{filled} layers have a smaller rank: padded with zeros to rank {rank}")
     folded = sum(each != alpha for each in alphas.values())
     if folded:
         notes.append(f"{folded} layers have another alpha: the difference is multiplied into their lora_B")
@@ -259,6 +259,6 @@ def _low_rank(modules: Mapping[str, AdapterModule], reach: _Reach, wanted: Wante
 
 
 def _idle(modules: Mapping[str, AdapterModule], reach: _Reach) -> tuple[str, ...]:
-    """The note on layers with factors that change nothing."""
+    """The note about layers whose factors change nothing."""
     count = len(reach.sites.keys() - modules.keys())
-    return (f"{count} layers that the config reaches too have factors that change nothing",) if count else ()
+    return (f"{count} more layers are adapted by the config: they get factors that change nothing",) if count else ()

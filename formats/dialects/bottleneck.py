@@ -1,8 +1,8 @@
-"""Reading AdapterHub's bottlenecks: Houlsby's, Pfeiffer's, parallel ones, compacters. Tested against files that the
-library adapters made of all models in `adapterhub_layers`.
+"""Reads AdapterHub's bottlenecks: Houlsby, Pfeiffer, parallel, compacter. Tested against files that the library
+adapters wrote for all models in `adapterhub_layers`.
 
-What is read is plain data, with the names of the base's weights around each bottleneck: what of it can go into weights
-is for others to say. Knows no mathematics.
+The result is plain data, with the names of the base's weights around each bottleneck. Other modules decide what can go
+into weights. This module does no mathematics.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Hypercomplex:
     """A compacter's projection yᵀ = xᵀ Σᵢ ruleᵢ ⊗ (leftᵢ rightᵢ) + bᵀ (Mahabadi et al., arXiv 2106.04647, equation 5).
 
     Attributes:
-        rule: (n, n, n), of all projections or its own.
+        rule: (n, n, n), shared by all projections or of this one.
         left, right: (n, in / n, rank) and (n, rank, out / n).
-        bias: (out); None without one.
+        bias: (out); None if there is no bias.
     """
 
     rule: TensorRef
@@ -45,17 +45,17 @@ class Hypercomplex:
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """One bottleneck, scaling · up(f(down(x))), of a layer.
+    """One bottleneck, scaling · up(f(down(x))), in a layer.
 
     Attributes:
-        layer: its number.
-        place: ATTENTION or MLP, behind which of them it is.
-        behind: the base's weight whose outputs h it follows.
-        first: the base's first weight of the MLP, of those that have a gate the one that is not its; None behind an
+        layer: the layer's number.
+        place: ATTENTION or MLP: the sublayer that the bottleneck follows.
+        behind: the base's weight whose output h the bottleneck follows.
+        first: the base's first weight of the MLP; if the MLP has a gate, the one that is not the gate. None after an
             attention.
-        norm: the base's weight of the norm of h plus the residual; None where a model has its norms elsewhere.
+        norm: the base's weight of the norm of h plus the residual; None in models with pre-norm.
         down, up: the projections.
-        scaling: a number, or learned: one, or one for each output.
+        scaling: a number, or a learned tensor with one value, or with one value per output.
     """
 
     layer: int
@@ -70,18 +70,18 @@ class Bottleneck:
 
 @dataclass(frozen=True)
 class Bottlenecks:
-    """An adapter of bottlenecks.
+    """An adapter made of bottlenecks.
 
     Attributes:
-        ref: its file.
-        non_linearity: f, as the config calls it, in lower case.
-        parallel: whether x is the residual that h will be added to, rather than made of h.
-        original_ln_before: where it is not parallel, whether x is h plus that residual, and the norm of both in a model
-            that has its norm there; else x is h.
-        residual_before_ln: what the bottleneck is added to: True for h, False for x, "post_add" for h plus the residual
-            before the norm. A parallel one is added to h.
-        original_ln_after: whether the residual, and the norm, follow.
-        modules: by layer and place.
+        ref: the adapter's file.
+        non_linearity: the config's name of f, in lower case.
+        parallel: whether the input x is the residual to which h will be added, rather than computed from h.
+        original_ln_before: if not parallel, whether x is h plus the residual (normed, in models with post-norm) rather
+            than h.
+        residual_before_ln: what the bottleneck's output is added to: True for h, False for x, "post_add" for h plus the
+            residual before the norm. A parallel bottleneck is added to h.
+        original_ln_after: whether adding the residual, and the norm, follow.
+        modules: the bottlenecks, sorted by layer and place.
     """
 
     ref: CheckpointRef
@@ -93,14 +93,14 @@ class Bottlenecks:
     modules: tuple[Bottleneck, ...]
 
 
-# Settings that make something else of a bottleneck, each with the reason that a user needs.
+# Settings that are refused, each with the reason that the user is shown.
 REFUSED = {
-    "use_gating": "its gate depends on the input",
-    "inv_adapter": "invertible adapters change the embeddings, and are not read",
-    "ln_before": "a norm of its own before the bottleneck is not read",
-    "ln_after": "a norm of its own after the bottleneck is not read",
-    "shared_W_phm": "projections that all layers share are not read",
-    "factorized_phm_rule": "a rule of two factors is not read",
+    "use_gating": "the gate depends on the input",
+    "inv_adapter": "invertible adapters, which change the embeddings, are not supported",
+    "ln_before": "a separate norm before the bottleneck is not supported",
+    "ln_after": "a separate norm after the bottleneck is not supported",
+    "shared_W_phm": "projections that all layers share are not supported",
+    "factorized_phm_rule": "a rule that is a product of two factors is not supported",
 }
 Roles = Mapping[str, TensorRef]  # one module's tensors
 Setting = TypeVar("Setting")
@@ -114,20 +114,20 @@ def read_bottlenecks(
     base: Mapping[str, TensorSpec],
     model_type: str | None = None,
 ) -> Bottlenecks:
-    """The adapter, resolved against the base's tensors.
+    """Reads the adapter and resolves it against the base's tensors.
 
     Args:
-        ref: its file.
-        modules: the bottlenecks' tensors by the module that holds them.
-        shared: those that all of them share.
-        own: the config of the method.
+        ref: the adapter's file.
+        modules: the bottlenecks' tensors, by the module that holds them.
+        shared: the tensors that all bottlenecks share.
+        own: the method's config.
         base: the base's tensors.
-        model_type: of the model that it was trained in; None where nobody says.
+        model_type: model type of the model that the adapter was trained in; None if unknown.
 
     Raises:
-        AdapterFormatError: settings or models that are not read, tensors that are missing or belong to nothing.
-        ShapeMismatch: tensors that do not fit the base or the config.
-        UnmatchedKeys: layers that the base does not have.
+        AdapterFormatError: a setting or the model is not supported, or tensors are missing or unknown.
+        ShapeMismatch: tensors do not fit the base or the config.
+        UnmatchedKeys: the base does not have a layer that the adapter needs.
     """
     refuse_settings(REFUSED, own, ref)
     places = _found(modules, ref, model_type)
@@ -149,11 +149,11 @@ def read_bottlenecks(
     )
 
 
-Found = tuple[Layout, Place, int, str]  # where a bottleneck is, by the adapter's names: its layer's number and path
+Found = tuple[Layout, Place, int, str]  # where a bottleneck is; the layer's number and its path in the adapter's names
 
 
 def _found(holders: Iterable[str], ref: CheckpointRef, model_type: str | None) -> dict[str, Found]:
-    """Where each module's bottleneck is. Raises AdapterFormatError for one that is in no model that is known."""
+    """Where each module's bottleneck is. Raises AdapterFormatError if no known model has one there."""
     found = {}
     for holder in holders:
         for layout, place in ((each, place) for each in LAYOUTS for place in each.places):
@@ -166,12 +166,13 @@ def _found(holders: Iterable[str], ref: CheckpointRef, model_type: str | None) -
                 where=ref.path,
                 expected=f"a layer of {', '.join(name for layout in LAYOUTS for name in layout.types)}",
                 found=holder if model_type is None else f"{holder} of {model_type}",
+                then="use the library adapters itself: surgery does not support bottlenecks there",
             )
     return found
 
 
 def _check_norm(norm: str, layout: Layout, ref: CheckpointRef, base: Mapping[str, TensorSpec]) -> None:
-    """Refuses a base whose norms are elsewhere: a residual is another there, though the projections have its names."""
+    """Refuses a base whose norms are elsewhere: its residual is a different value, even if its projections match."""
     if norm not in base:
         raise AdapterFormatError(
             "the base's norms are at other places than in the adapter's model",
@@ -188,7 +189,7 @@ def _check_places(
     own: Mapping[str, Any],
     base: Mapping[str, TensorSpec],
 ) -> None:
-    """Refuses an adapter that does not have just the bottlenecks that its config puts into the base."""
+    """Refuses an adapter whose bottlenecks are not exactly those that its config puts into the base."""
     wanted = {
         (number, place.name)
         for place in layout.places
@@ -202,35 +203,42 @@ def _check_places(
             where=f"{ref.path}: layer {number}, {place}",
             expected="one" if (number, place) in wanted else "none",
             found="none" if (number, place) in wanted else "one",
+            then="check that the adapter was made for this base, and that its config was saved with it",
         )
 
 
 def refuse_settings(refused: Mapping[str, str], own: Mapping[str, Any], ref: CheckpointRef) -> None:
-    """Raises AdapterFormatError for a setting with a reason against it."""
+    """Raises AdapterFormatError, with the reason, if the config has one of the refused settings."""
     for setting, reason in refused.items():
         if own.get(setting):
-            raise AdapterFormatError(f"{setting}: {reason}", where=ref.path, found=f"{setting} = {own[setting]}")
+            raise AdapterFormatError(
+                f"{setting}: {reason}",
+                where=ref.path,
+                found=f"{setting} = {own[setting]}",
+                then=f"use the library adapters itself, or train the adapter without {setting}",
+            )
 
 
 def setting(own: Mapping[str, Any], name: str, kind: type[Setting], ref: CheckpointRef) -> Setting:
-    """A setting that a config must have. Raises AdapterFormatError where it is missing or of another kind."""
+    """A setting that the config must have. Raises AdapterFormatError if it is missing or of another type."""
     value = own.get(name)
     if not isinstance(value, kind):
         raise AdapterFormatError(
-            "the config lacks a setting",
+            "the adapter's config lacks a setting",
             where=ref.path,
             expected=f"{name}, of type {kind.__name__}",
             found=repr(value),
+            then="download or save the adapter again",
         )
     return value
 
 
 def shaped(role: str, roles: Roles, shape: tuple[int, ...], where: str, then: str | None = None) -> TensorRef:
-    """A module's tensor of this shape.
+    """A module's tensor, which must have this shape.
 
     Raises:
-        AdapterFormatError: it is missing.
-        ShapeMismatch: it has another shape.
+        AdapterFormatError: the tensor is missing.
+        ShapeMismatch: the tensor has another shape.
     """
     if role not in roles:
         raise AdapterFormatError(
@@ -238,7 +246,7 @@ def shaped(role: str, roles: Roles, shape: tuple[int, ...], where: str, then: st
             where=where,
             expected=role,
             found=", ".join(sorted(roles)) or "nothing",
-            then=then,
+            then=then or "download or save the adapter again",
         )
     if roles[role].spec.shape != shape:
         raise ShapeMismatch(
@@ -252,7 +260,7 @@ def shaped(role: str, roles: Roles, shape: tuple[int, ...], where: str, then: st
 
 
 def refuse_others(roles: Roles, used: set[TensorRef], where: str) -> None:
-    """Raises AdapterFormatError for tensors that nothing has used."""
+    """Raises AdapterFormatError for tensors that were not used."""
     others = [ref.name for ref in roles.values() if ref not in used]
     if others:
         raise AdapterFormatError(
@@ -265,7 +273,7 @@ def refuse_others(roles: Roles, used: set[TensorRef], where: str) -> None:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What reading a bottleneck needs to know."""
+    """The context for reading a bottleneck."""
 
     ref: CheckpointRef
     own: Mapping[str, Any]
@@ -291,7 +299,7 @@ class _Reading:
         return Bottleneck(number, place.name, behind, first, norm, down, up, scaling)
 
     def _inner(self, layer: int, width: int) -> int:
-        """The bottleneck's own width: the config divides by one number for all layers, or by one for each."""
+        """The bottleneck's inner width. The config has one reduction factor for all layers, or one per layer."""
         factor = self.own.get("reduction_factor")
         if isinstance(factor, Mapping):
             factor = factor.get(str(layer), factor.get("default"))
@@ -301,6 +309,7 @@ class _Reading:
                 where=f"{self.ref.path}: layer {layer}",
                 expected="reduction_factor > 0",
                 found=self.own.get("reduction_factor"),
+                then="download or save the adapter again",
             )
         return max(int(width // factor), 1)
 
@@ -317,7 +326,7 @@ class _Reading:
             return Dense(shaped(f"{role}.weight", roles, shape, where), shaped(f"{role}.bias", roles, (out,), where))
         n, rank = int(self.own.get("phm_dim", 4)), int(self.own.get("phm_rank", 1))
         if self.own.get("shared_phm_rule", True):
-            then = "save it from a model with a head: from one without, the library leaves the shared rule out"
+            then = "save it from a model with a head: the library leaves the shared rule out of a model without one"
             rule = shaped("phm_rule", self.shared, (n, n, n), self.ref.path, then)
         else:
             rule = shaped(f"{role}.phm_rule", roles, (n, n, n), where)

@@ -1,6 +1,6 @@
-"""Reading what diffusers and ComfyUI write: a part's prefix, the layer's own dotted name, and the factor.
+"""Reads adapters in diffusers' and ComfyUI's names: a part's prefix, the layer's dotted name, and the factor.
 
-Knows no mathematics.
+This module does no mathematics.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from formats.errors import AdapterFormatError, CorruptFile, UnmatchedKeys
 from formats.layers import owner
 from formats.spec import TensorSpec
 
-CONFIGS = "lora_adapter_metadata"  # where diffusers keeps each part's config, in the header's metadata
-# The names of diffusers' attention processors, which held the layers' factors once.
+CONFIGS = "lora_adapter_metadata"  # the metadata key under which diffusers keeps each part's config
+# Names of diffusers' attention processors, which held the factors in older versions.
 _PROCESSOR = re.compile(r"\.processor\.(?P<layer>to_\w+?)_lora\.(?P<side>down|up)\.weight$")
 _INSIDE = {"to_out": "to_out.0"}
 
@@ -37,7 +37,7 @@ class Diffusers(Dialect):
     lays_out_by_weight = True
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
-        """The metadata that diffusers writes, or keys that start with a part of a pipeline and end as factors do."""
+        """Whether the file has diffusers' metadata, or keys that begin with a pipeline's part and end like factors."""
         return config is None and (CONFIGS in checkpoint.metadata or _all_split(checkpoint, DOTTED))
 
     def read(
@@ -68,7 +68,7 @@ class ComfyUi(Dialect):
     lays_out_by_weight = True
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
-        """Keys that start with a part as ComfyUI calls it."""
+        """Whether all keys begin with ComfyUI's name of a part."""
         return config is None and _all_split(checkpoint, COMFYUI)
 
     def read(
@@ -91,7 +91,7 @@ class ComfyUi(Dialect):
 
 
 def part_groups(checkpoint: Checkpoint, prefixes: Mapping[str, str], told: Told) -> tuple[list[Group], str]:
-    """The layers of the part that is meant, and its name.
+    """The layers of the chosen part, and the part's name.
 
     Raises:
         AdapterFormatError: as `groups_of` and `chosen_part`.
@@ -156,20 +156,24 @@ def _read(
 
 
 def _config(checkpoint: Checkpoint, groups: list[Group]) -> dict[str, Any]:
-    """The config of a part as diffusers keeps it: all parts' settings in one object, each behind its part's name."""
+    """The config of a part. diffusers keeps the settings of all parts in one object, each prefixed with its part."""
     if CONFIGS not in checkpoint.metadata:
         return {}
     try:
         settings = json.loads(checkpoint.metadata[CONFIGS])
         items = list(settings.items())
     except (ValueError, AttributeError) as error:
-        raise CorruptFile(f"{CONFIGS} is not a JSON object: {error}", where=checkpoint.ref.path) from error
+        raise CorruptFile(
+            f"{CONFIGS} is not a JSON object: {error}",
+            where=checkpoint.ref.path,
+            then="download or save the adapter again",
+        ) from error
     prefixes = {group.prefix for group in groups}
     return {key[len(prefix) :]: value for key, value in items for prefix in prefixes if key.startswith(prefix)}
 
 
 def _resolved(groups: list[Group], base: Mapping[str, TensorSpec], where: str) -> Rename:
-    """The way from a layer's name to the base's module; a base that is a whole pipeline has the part before it."""
+    """Maps a layer's name to the base's module. In a base that is a whole pipeline, the part's name comes first."""
     wanted = [f"{group.name}.weight" for group in groups]
     prefix = ""
     try:
@@ -188,7 +192,7 @@ def _resolved(groups: list[Group], base: Mapping[str, TensorSpec], where: str) -
 
 
 def _all_split(checkpoint: Checkpoint, prefixes: Mapping[str, str]) -> bool:
-    """Whether all keys start with such a prefix and some end as factors do; those of old processors have none."""
+    """Whether all keys begin with such a prefix and some end like factors; keys of old processors have no prefix."""
     keys = list(checkpoint.specs)
     if prefixes is DOTTED and keys and all(_PROCESSOR.search(key) for key in keys):
         return True
@@ -196,7 +200,7 @@ def _all_split(checkpoint: Checkpoint, prefixes: Mapping[str, str]) -> bool:
 
 
 def _modern(key: str) -> str:
-    """A key in today's form."""
+    """A key in the form of today's versions."""
     match = _PROCESSOR.search(key)
     if match is None:
         return key

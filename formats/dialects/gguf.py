@@ -1,8 +1,8 @@
-"""Reading and writing LoRA for llama.cpp, as its convert_lora_to_gguf.py writes and its llama-adapter.cpp reads it.
+"""Reads and writes LoRA for llama.cpp, in the form that convert_lora_to_gguf.py writes and llama-adapter.cpp reads.
 
-Keys are gguf's name of the weight and `.lora_a` (rank, in) or `.lora_b` (out, rank); one alpha stands for all, divided
-by each lora_b's own rank. The factors are of llama.cpp's weights: rows of lora_b stand in their order, and the token
-embedding's lora_a has a row for each token. Knows no mathematics.
+Keys are gguf's name of the weight plus `.lora_a` (rank, in) or `.lora_b` (out, rank). One alpha applies to all; it is
+divided by the rank of each lora_b. The factors belong to llama.cpp's weights: the rows of lora_b are in llama.cpp's
+order, and the token embedding's lora_a has one row per token. This module does no mathematics.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from formats.layers import LayerKind
 from formats.spec import DType, TensorSpec, shape_text
 
 _METHOD = "adapter.type"
-_ACTIVATED = "adapter.alora.invocation_tokens"  # of adapters that only some tokens switch on
+_ACTIVATED = "adapter.alora.invocation_tokens"  # present in adapters that only certain tokens activate
 _ENDS = (".lora_a", ".lora_b")
-_KEPT = (DType.F32, DType.F16, DType.BF16)  # what llama.cpp multiplies; others become float32
+_KEPT = (DType.F32, DType.F16, DType.BF16)  # dtypes that llama.cpp multiplies; others become float32
 
 
 class Gguf(Dialect):
@@ -50,7 +50,7 @@ class Gguf(Dialect):
     name = "gguf"
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
-        """Key-values that say it is an adapter."""
+        """Whether the file's key-values say that it is an adapter."""
         return checkpoint.metadata.get(TYPE) == ADAPTER and ARCHITECTURE in checkpoint.metadata
 
     def read(
@@ -61,7 +61,7 @@ class Gguf(Dialect):
         names: Mapping[str, str],
         told: Told,
     ) -> Adapter:
-        """The adapter, resolved against the base's tensors by way of the base's class."""
+        """Reads the adapter and resolves it against the base's tensors, whose names depend on the base's class."""
         where, metadata = checkpoint.ref.path, checkpoint.metadata
         if metadata.get(_METHOD) != "lora" or _ACTIVATED in metadata:
             raise AdapterFormatError(
@@ -69,6 +69,7 @@ class Gguf(Dialect):
                 where=where,
                 expected=f"{_METHOD} = lora, and no {_ACTIVATED}",
                 found=f"{_METHOD} = {metadata.get(_METHOD)}",
+                then="load it with llama.cpp: no weight can express it",
             )
         architecture = architecture_of(told.model, f"{where}'s base")
         if metadata[ARCHITECTURE] != architecture.name:
@@ -91,7 +92,7 @@ class Gguf(Dialect):
 
 
 def _alpha(metadata: Mapping[str, str], where: str) -> float:
-    """The alpha of all modules; 0, which llama.cpp takes for no scaling at all, where there is none."""
+    """The alpha of all modules. It is 0 if the file has none: llama.cpp then does not scale."""
     try:
         alpha = float(metadata.get(ALPHA, "0"))
     except ValueError:
@@ -110,7 +111,8 @@ def _pairs(checkpoint: Checkpoint) -> dict[str, Factors]:
             raise AdapterFormatError(
                 "a tensor that is not a factor; llama.cpp ignores it",
                 where=f"{checkpoint.ref.path}: {key}",
-                expected=" or ".join(_ENDS),
+                expected=f"names that end in {' or '.join(_ENDS)}",
+                then="convert the adapter to GGUF again",
             )
         pairs.setdefault(stem, {})["lora_A" if end == _ENDS[0] else "lora_B"] = checkpoint.tensor(key)
     for stem, factors in pairs.items():
@@ -127,7 +129,7 @@ def _pairs(checkpoint: Checkpoint) -> dict[str, Factors]:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What reading a module needs to know."""
+    """The context for reading a module."""
 
     architecture: Architecture
     model: Mapping[str, Any]
@@ -135,7 +137,7 @@ class _Reading:
     where: str
 
     def module(self, name: str, factors: Factors, weight: TensorSpec) -> AdapterModule:
-        """The adapted weight of gguf's name. Raises ShapeMismatch for factors that do not fit it."""
+        """The adapted weight that gguf calls `name`. Raises ShapeMismatch for factors that do not fit it."""
         a, b = factors["lora_A"].spec.shape, factors["lora_B"].spec.shape
         kind = self.architecture.kind(name, weight.name)
         out, into = weight.shape[0], weight.shape[-1]
@@ -165,7 +167,7 @@ class GgufAdapterWriter:
     weights: str = "adapter.gguf"
 
     def write(self, adapter: Adapter, metadata: Mapping[str, str], wanted: Wanted) -> Written:
-        """The adapter in this dialect. Raises AdapterFormatError too for a class of models that is not known here."""
+        """The adapter in this dialect. Also raises AdapterFormatError for a class of models that is not known here."""
         architecture = architecture_of(wanted.model, wanted.base_name or adapter.ref.path)
         names = gguf_names(architecture, wanted.base)
         adapter, dropped = without_dropped(adapter, self.name, wanted)
@@ -193,8 +195,9 @@ class GgufAdapterWriter:
             raise AdapterFormatError(
                 f"{self.name} cannot express this scaling",
                 where=adapter.ref.path,
-                expected="an alpha in float32's range; llama.cpp takes 0 for no scaling at all",
+                expected="a nonzero alpha in float32's range: llama.cpp does not scale if alpha is 0",
                 found=alpha,
+                then="merge the adapter, and convert the merged model",
             )
         pieces: list[Piece] = []
         folded = 0
@@ -218,16 +221,16 @@ class GgufAdapterWriter:
 
 
 def _unadapted(target: str, names: Mapping[str, str], architecture: Architecture) -> str:
-    """What it is about a weight that llama.cpp cannot adapt; empty if it can."""
+    """Why llama.cpp cannot adapt a weight; empty if it can."""
     if target not in names:
         return "a weight to which llama.cpp applies no adapter"
     if names[target] == TOKENS and HEAD not in names.values() and not architecture.encoder:
-        return "an embedding that is the head too: llama.cpp aborts on its factors"
+        return "an embedding that is tied to the head too: llama.cpp aborts on its factors"
     return ""
 
 
 def _common_alpha(alphas: Iterable[float]) -> float:
-    """The commonest of the alphas as float32 holds them; 0 if all are."""
+    """The most common alpha, rounded to float32; 0 if all are 0."""
     return float(commonest([alpha for alpha in map(_single, alphas) if alpha] or [0.0]))
 
 
@@ -237,6 +240,6 @@ def _single(value: float) -> float:
 
 
 def _stored(piece: Piece, name: str) -> Piece:
-    """A factor under its name, in a dtype that llama.cpp multiplies."""
+    """A factor under a name, in a dtype that llama.cpp multiplies."""
     dtype = piece.output.dtype if piece.output.dtype in _KEPT else DType.F32
     return replace(piece, output=replace(piece.output, name=name, dtype=dtype))

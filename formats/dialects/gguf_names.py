@@ -1,8 +1,8 @@
-"""What llama.cpp calls a model's weights, and where it stores one in another order than the model's own file does.
+"""llama.cpp's names of a model's weights, and the weights whose rows it reorders.
 
-The names are the gguf package's, by architecture. What else llama.cpp's conversion (convert_hf_to_gguf.py, conversion/)
-does to a weight follows from the model's class: `ARCHITECTURES` has the classes that were looked up there. Knows no
-factors.
+The names are those of the gguf package, by architecture. What else llama.cpp's conversion (convert_hf_to_gguf.py,
+conversion/) does to a weight depends on the model's class: `ARCHITECTURES` lists the classes that were checked there.
+This module knows no factors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from formats.gguf_file import gguf_package
 from formats.layers import LayerKind, owner
 
 TOKENS, HEAD = "token_embd.weight", "output.weight"
-# Lookup tables and layers to which llama.cpp applies no adapter, though it has the weights.
+# Lookup tables and layers whose weights llama.cpp has, but to which it applies no adapter.
 _UNADAPTED = re.compile(r"^(position_embd|token_types|cls|blk\.\d+\.ffn_gate_inp_shexp)\b|_norm\.weight$")
 _CONV1D = (".c_attn", ".c_proj", ".c_fc")
 _PAIRED = re.compile(r"^blk\.\d+\.attn_(?P<which>[qk])\.weight$")
@@ -25,15 +25,15 @@ _PAIRED = re.compile(r"^blk\.\d+\.attn_(?P<which>[qk])\.weight$")
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model's class, as llama.cpp converts it.
+    """How llama.cpp converts a model class.
 
     Attributes:
-        name: llama.cpp's.
-        strip, add: the leading part of the file's names that is taken away, or put before them, to find gguf's.
-        pairs: whether the rows of queries and keys stand in pairs (LlamaModel.permute).
-        turned: ends of layers that the model stores (in, out).
-        lacks: what it leaves out, or cuts.
-        encoder: whether it has no head, so that none can be tied to the embedding.
+        name: llama.cpp's name of the architecture.
+        strip, add: prefix that is removed from the file's names, or added to them, to look up gguf's names.
+        pairs: whether the rows of queries and keys are reordered into pairs (LlamaModel.permute).
+        turned: name endings of the layers that the model stores as (in, out).
+        lacks: name parts of the weights that the conversion leaves out or cuts.
+        encoder: whether the model has no head, so that none can be tied to the embedding.
     """
 
     name: str
@@ -45,16 +45,17 @@ class Architecture:
     encoder: bool = False
 
     def kind(self, weight: str, target: str) -> LayerKind:
-        """How the model stores a weight, by gguf's name and its own."""
+        """How the model stores a weight, given gguf's name and the model's own."""
         if weight == TOKENS:
             return LayerKind.EMBEDDING
         return LayerKind.TRANSPOSED if owner(target).endswith(self.turned) else LayerKind.LINEAR
 
     def heads(self, weight: str, config: Mapping[str, Any], rows: int) -> int:
-        """Among how many heads the rows of a weight, by gguf's name, are put in pairs; 0 where they are not.
+        """Number of heads within which the rows of a weight, by gguf's name, are reordered into pairs; 0 if they are
+        not.
 
         Raises:
-            AdapterFormatError: a config.json without that number, or with one that does not divide the rows.
+            AdapterFormatError: config.json lacks the number, or the number does not divide the rows.
         """
         match = _PAIRED.match(weight)
         if not self.pairs or match is None:
@@ -66,14 +67,15 @@ class Architecture:
             raise AdapterFormatError(
                 "config.json's number of heads does not divide the weight's rows",
                 where=weight,
-                expected=f"heads of an even number of rows, {rows} in all",
+                expected=f"heads with an even number of rows, {rows} rows in all",
                 found=heads,
+                then="check that config.json belongs to this base",
             )
         return heads
 
 
 _BERT = Architecture("bert", strip="bert.", lacks=("pooler.", "cls.", "classifier"), encoder=True)
-# Gemma's head is its embedding; Gemma 3's embedding is cut to the tokenizer's words.
+# Gemma's head is tied to its embedding; Gemma 3's embedding is cut to the size of the tokenizer's vocabulary.
 _GEMMA = ("lm_head.",)
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture("llama", pairs=True),
@@ -102,7 +104,7 @@ def architecture_of(config: Mapping[str, Any], where: object) -> Architecture:
     """The architecture of a base, by the class that its config.json names.
 
     Raises:
-        AdapterFormatError: no config.json, or a class whose weights llama.cpp stores in ways that were not looked up.
+        AdapterFormatError: there is no config.json, or llama.cpp's conversion of this class was not checked.
     """
     classes = config.get("architectures")
     name = str(classes[0]) if isinstance(classes, list) and classes else ""
@@ -122,11 +124,12 @@ def architecture_of(config: Mapping[str, Any], where: object) -> Architecture:
         where=where,
         expected=", ".join(ARCHITECTURES),
         found=name,
+        then="use llama.cpp's own convert_lora_to_gguf.py, or surgery merge",
     )
 
 
 def gguf_names(architecture: Architecture, base: Collection[str]) -> dict[str, str]:
-    """gguf's names of those of the base's weights that llama.cpp applies adapters to, by their names in the base."""
+    """gguf's names of the base's weights to which llama.cpp applies adapters, by their names in the base."""
     gguf = gguf_package()
     numbers = [int(part) for name in base for part in name.split(".") if part.isdigit()]
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)

@@ -1,7 +1,7 @@
-"""The factors of one layer under the names that kohya, LyCORIS, diffusers and ComfyUI give them, and what they are.
+"""Groups an adapter's tensors by layer, for the factor names that kohya, LyCORIS, diffusers and ComfyUI share.
 
-They share their factors and differ in how they name a layer, so that is all that their own files say. Tested against
-LyCORIS and peft. Knows no mathematics.
+These dialects differ only in how they name a layer, which their own modules handle. Tested against LyCORIS and peft.
+This module does no mathematics.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SAME = (
     "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm",
     "lora_B.bias",
 )  # fmt: skip
-# Endings of a key behind the layer's name, and the role of the tensor.
+# Endings of a key after the layer's name, and the role of the tensor.
 SUFFIXES: Mapping[str, str] = {
     **_PAIRS,
     **_OLDER,
@@ -49,10 +49,10 @@ SUFFIXES: Mapping[str, str] = {
 }
 LORA_ROLES = frozenset({"lora_A", "lora_B", "alpha"})
 _REFUSED = {
-    "bm.weight": "a core in LyCORIS's GLoRA is read by nobody",
-    "reshape_weight": "it gives a weight another shape, which a base's checkpoint cannot have",
-    "set_weight": "it replaces a weight, which ComfyUI does without regard to the base",
-    "lokr_t1": "a core in LoKr's first factor is read by nobody",
+    "bm.weight": "no program reads a core in LyCORIS's GLoRA",
+    "reshape_weight": "this gives a weight another shape, which the base's checkpoint cannot have",
+    "set_weight": "this replaces a weight, which ComfyUI does without regard to the base",
+    "lokr_t1": "no program reads a core in LoKr's first factor",
 }
 _METHODS = (
     ("lora_A", "lora_B"), ("hada_w1_a",), ("lokr_w1", "lokr_w1_a"), ("diff",), ("w_norm",), ("oft_blocks",),
@@ -67,10 +67,10 @@ class Group:
     """The factors of one layer.
 
     Attributes:
-        name: the layer's, as the file has it behind the part's prefix.
-        prefix: of its part.
-        factors: by role.
-        numbers: what those of one number say, by role; NaN for one that is no finite number.
+        name: the layer's name in the file, without the part's prefix.
+        prefix: the part's prefix.
+        factors: tensors by role.
+        numbers: values of the scalar factors by role; NaN if not a finite number.
     """
 
     name: str
@@ -83,16 +83,17 @@ Split = Callable[[str], tuple[str, str] | None]  # a key → the part's prefix, 
 
 
 def suffix_of(key: str) -> str | None:
-    """The longest ending of a key that is a factor's; None where it has none."""
+    """The longest ending of a key that is a factor's; None if there is none."""
     found = [suffix for suffix in SUFFIXES if key.endswith(f".{suffix}")]
     return max(found, key=len, default=None)
 
 
 def groups_of(checkpoint: Checkpoint, split: Split) -> list[Group]:
-    """Every layer's factors, in the order of their names.
+    """The factors of every layer, sorted by the layers' names.
 
     Raises:
-        AdapterFormatError: a key that is no factor's, with the nearest; two of one role; one that is not supported.
+        AdapterFormatError: a key is not a factor's (the error lists the nearest), is not supported, or two keys have
+            one role.
     """
     found: dict[tuple[str, str], Factors] = {}
     where = checkpoint.ref.path
@@ -107,7 +108,12 @@ def groups_of(checkpoint: Checkpoint, split: Split) -> list[Group]:
         factors = found.setdefault((prefix, rest.removesuffix(f".{suffix}")), {})
         role = SUFFIXES.get(suffix, lycoris.SCALE)
         if role in factors:
-            raise AdapterFormatError("the same factor twice", where=where, found=f"{factors[role].name} and {key}")
+            raise AdapterFormatError(
+                "the same factor twice",
+                where=where,
+                found=f"{factors[role].name} and {key}",
+                then="remove one of the two tensors",
+            )
         factors[role] = checkpoint.tensor(key)
     groups = []
     for (prefix, name), factors in sorted(found.items()):
@@ -119,7 +125,9 @@ def groups_of(checkpoint: Checkpoint, split: Split) -> list[Group]:
 def _unknown(key: str, where: str) -> AdapterFormatError:
     for ending, reason in _REFUSED.items():
         if key.endswith(f".{ending}"):
-            return AdapterFormatError(reason, where=f"{where}: {key}")
+            return AdapterFormatError(
+                reason, where=f"{where}: {key}", then="remove this layer's tensors from the file, or train it without"
+            )
     ending = ".".join(key.rsplit(".", 2)[-2:]) if key.endswith(".weight") else key.rpartition(".")[2]
     near = difflib.get_close_matches(ending, SUFFIXES, n=3, cutoff=0.3)
     return AdapterFormatError(
@@ -127,13 +135,14 @@ def _unknown(key: str, where: str) -> AdapterFormatError:
         where=where,
         expected=", ".join(near or ["lora_down.weight", "lora_up.weight", "alpha"]) + " after a layer's name",
         found=key,
+        then="correct the key, or remove the tensor if it belongs to no adapter",
     )
 
 
 def scalar(group: Group, where: str) -> float | None:
-    """The number that scales a layer's product, None where the file has none. Raises AdapterFormatError for one that
-    scales nothing."""
-    if "alpha" not in group.factors or "oft_blocks" in group.factors:  # whose alpha is a constraint
+    """The alpha that scales a layer's product; None if the file has none. Raises AdapterFormatError if it is zero or
+    not finite."""
+    if "alpha" not in group.factors or "oft_blocks" in group.factors:  # OFT's alpha is a constraint
         return None
     value, ref = group.numbers["alpha"], group.factors["alpha"]
     if not math.isfinite(value) or value == 0:
@@ -142,12 +151,13 @@ def scalar(group: Group, where: str) -> float | None:
             where=f"{where}: {ref.name}",
             expected="one finite number other than 0",
             found=f"{ref.spec.dtype} {shape_text(ref.spec.shape)}" if ref.spec.size != 1 else value,
+            then="correct the tensor, or remove it: without it alpha equals the rank",
         )
     return value
 
 
 def _number(checkpoint: Checkpoint, ref: TensorRef) -> float:
-    """A tensor of one number; NaN for another."""
+    """The value of a scalar tensor; NaN for any other tensor."""
     spec, payload = ref.spec, checkpoint.read_bytes(ref.name)
     plain = {
         DType.F64: np.float64,
@@ -166,11 +176,11 @@ def _number(checkpoint: Checkpoint, ref: TensorRef) -> float:
 
 @dataclass(frozen=True)
 class Scaling:
-    """How a layer's product is scaled: alpha None means its rank, that is a factor of 1."""
+    """How a layer's product is scaled. If alpha is None, it equals the rank, so the scaling is 1."""
 
     alpha: float | None = None
     rslora: bool = False
-    rank: int | None = None  # as a config says; None where none does
+    rank: int | None = None  # the rank in the config; None if no config gives one
 
 
 def group_modules(
@@ -179,15 +189,16 @@ def group_modules(
     """The weights that a layer's factors adapt.
 
     Args:
-        group: the factors.
+        group: the layer's factors.
         module: the layer's name in the base.
-        base: the base's tensors, with the layer's weight among them.
-        scaling: of the layer.
-        where: the file.
+        base: the base's tensors, including the layer's weight.
+        scaling: the layer's scaling.
+        where: the file, for errors.
 
     Raises:
-        AdapterFormatError: factors that are not complete, of several methods, or of contradictory ranks.
-        ShapeMismatch: factors that do not fit the base's weight.
+        AdapterFormatError: factors are missing, belong to several methods, or have contradictory ranks.
+        ShapeMismatch: factors do not fit the base's weight.
+        UnmatchedKeys: a bias is changed that the base does not have.
     """
     where, factors = f"{where}: {group.name}", group.factors
     methods = [names[0] for names in _METHODS if any(name in factors for name in names)]
@@ -196,6 +207,7 @@ def group_modules(
             "one layer has factors of several methods" if methods else "a layer without factors",
             where=where,
             found=", ".join(factors),
+            then="remove the tensors that do not belong to this layer's method",
         )
     target, bias = f"{module}.weight", f"{module}.bias"
     found: list[AdapterModule] = []
@@ -236,14 +248,14 @@ def _lora(factors: Factors, weight: TensorSpec, kind: LayerKind, scaling: Scalin
         raise AdapterFormatError(
             "the factors' ranks contradict each other",
             where=where,
-            expected=f"rank {scaling.rank or rank} of all",
+            expected=f"rank {scaling.rank or rank} for all factors",
             found=_shapes(factors),
             then="save the adapter again, from the library that trained it",
         )
     kernel = a[2:] if mid is None else mid.spec.shape[2:]
     inner = () if mid is None else a[2:]
     fits = weight.shape == (b[0], a[1], *kernel) and {*b[2:], *inner} <= {1}
-    # A convolution of one point is saved as a linear layer by some, and the other way round.
+    # Some programs save a 1 × 1 convolution as a linear layer, and the other way round.
     point = mid is None and {*kernel, *weight.shape[2:]} <= {1} and weight.shape[:2] == (b[0], a[1])
     if not fits and not point:
         raise _misfit(factors, weight, where)
@@ -260,7 +272,7 @@ def _lora(factors: Factors, weight: TensorSpec, kind: LayerKind, scaling: Scalin
 
 
 def _magnitude(factors: Factors, weight: TensorSpec, where: str) -> Factors:
-    """DoRA's, one for each output; empty where there is none. Raises AdapterFormatError for those of the inputs."""
+    """DoRA's magnitudes, one per output; empty without DoRA. Raises AdapterFormatError for magnitudes per input."""
     magnitude = factors.get("dora_scale")
     if magnitude is None:
         return {}
@@ -271,6 +283,7 @@ def _magnitude(factors: Factors, weight: TensorSpec, where: str) -> Factors:
             where=where,
             expected=f"{out} × 1",
             found=shape_text(shape),
+            then="train with magnitudes per output (wd_on_output in LyCORIS)",
         )
     return {"lora_magnitude_vector": magnitude}
 
@@ -293,10 +306,11 @@ def _lokr(factors: Factors, weight: TensorSpec, kind: LayerKind, scaling: Scalin
     low = [role for role in ("lokr_w1_b", "lokr_w2_b") if role in named]
     if "lokr_w2" in named and len(named["lokr_w2"].spec.shape) == 3:
         raise AdapterFormatError(
-            "LoKr with a whole w2 on a one-dimensional convolution: LyCORIS and peft put its parts in different places",
+            "LoKr with a whole w2 on a one-dimensional convolution: LyCORIS and peft apply it differently",
             where=where,
+            then="merge the adapter with the library that trained it",
         )
-    if not low:  # two whole factors: no rank, and a scale of 1 whatever alpha says
+    if not low:  # two whole factors: there is no rank, and the scaling is 1 whatever alpha is
         return AdapterModule(weight.name, method, kind, named | magnitude, 1, 1.0)
     rank = _rank(factors, low, where)
     alpha = float(rank) if scaling.alpha is None else scaling.alpha

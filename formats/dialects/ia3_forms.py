@@ -1,8 +1,8 @@
-"""(IA)³ as peft and AdapterHub have it, l, and as LyCORIS has it, the difference to 1.
+"""Converts (IA)³ between two forms: peft and AdapterHub store the factor l, LyCORIS stores l − 1.
 
-Both scale a layer's inputs, or its outputs; then peft's scales the bias too and LyCORIS's does not. So they are the
-same of inputs, and of a layer without a bias. What is computed is float32 at least, in which a small difference to 1
-lasts. Knows no names.
+Both scale a layer's inputs or its outputs. When scaling outputs, peft scales the bias too and LyCORIS does not. So the
+forms agree for inputs, and for layers without a bias. Results are at least float32, in which a small difference from 1
+is not lost. This module knows no names.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from formats.spec import DType, TensorSpec
 
 
 def scales_bias(module: AdapterModule, base: Mapping[str, TensorSpec]) -> bool:
-    """Whether peft's form of a weight's scaling would scale a bias with it."""
+    """Whether peft's form of this (IA)³ would also scale a bias."""
     inputs = module.settings.get("feedforward", module.settings.get("on_input"))
     return not inputs and f"{owner(module.target)}.bias" in base
 
 
 def difference(name: str, module: AdapterModule, weight: TensorSpec) -> Piece:
-    """LyCORIS's vector, s · l − 1, of peft's; (channels,), of a convolution (1, channels, 1, …)."""
+    """LyCORIS's vector s · l − 1 from peft's l. Shape (channels,); for a convolution (1, channels, 1, …)."""
     ref = module.factors["ia3_l"]
     size = ref.spec.size
     shape = (1, size, *(1 for _ in weight.shape[2:])) if len(weight.shape) > 2 else (size,)
@@ -32,7 +32,7 @@ def difference(name: str, module: AdapterModule, weight: TensorSpec) -> Piece:
 
 
 def multiple(name: str, module: AdapterModule, weight: TensorSpec) -> Piece:
-    """peft's vector, 1 + w, of LyCORIS's; (out, 1) or (1, in), of a convolution (1, channels, 1, …)."""
+    """peft's vector 1 + w from LyCORIS's w. Shape (out, 1) or (1, in); for a convolution (1, channels, 1, …)."""
     ref = module.factors[SCALE]
     size = ref.spec.size
     shape: tuple[int, ...] = (1, size) if module.settings["on_input"] else (size, 1)

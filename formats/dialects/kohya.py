@@ -1,7 +1,8 @@
-"""Reading kohya's files (sd-scripts' networks.lora), and LyCORIS's, which name layers as kohya does.
+"""Reads kohya's files (sd-scripts' networks.lora), and LyCORIS's, which name layers as kohya does.
 
 Keys are a part's prefix, the layer with underscores for dots, and the factor: `lora_unet_mid_block_….lora_down.weight`.
-Alpha is a tensor of its own; without one it is the rank. `lycoris_writing` is the way back. Knows no mathematics.
+Alpha is a tensor; without one it equals the rank. `lycoris_writing` writes these files. This module does no
+mathematics.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Kohya(Dialect):
     lays_out_by_weight = True
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
-        """Keys with kohya's prefixes, LoRA's factors and nothing else."""
+        """Whether all keys have kohya's prefixes and are LoRA's factors."""
         roles = _roles(checkpoint)
         return bool(roles) and roles <= LORA_ROLES and not any(key.startswith("lycoris_") for key in checkpoint.specs)
 
@@ -50,7 +51,7 @@ class Lycoris(Dialect):
     lays_out_by_weight = True
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
-        """Keys with kohya's or LyCORIS's prefixes, and any factors."""
+        """Whether all keys have kohya's or LyCORIS's prefixes, whatever the factors."""
         return bool(_roles(checkpoint))
 
     def read(
@@ -80,7 +81,7 @@ def _read(dialect: str, checkpoint: Checkpoint, base: Mapping[str, TensorSpec], 
 
 
 def _roles(checkpoint: Checkpoint) -> set[str]:
-    """The roles of all factors whose keys have kohya's or LyCORIS's prefixes; empty where another key has none."""
+    """The roles of all tensors; empty if any key lacks kohya's and LyCORIS's prefixes."""
     roles = set()
     for key in checkpoint.specs:
         parts = split_part(key, UNDERSCORED)

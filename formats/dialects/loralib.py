@@ -1,8 +1,8 @@
-"""Reading loralib's state dicts (microsoft/LoRA, `loralib.lora_state_dict`). Tested against loralib itself.
+"""Reads loralib's state dicts (microsoft/LoRA, `loralib.lora_state_dict`). Tested against loralib itself.
 
-Keys are `<module>.lora_A`, `<module>.lora_B` and biases carried in full. There is no config: the rank shows in the
-shapes, alpha is told by the caller, and so is which slices of a fused layer are adapted where the shapes do not decide.
-Knows no mathematics.
+Keys are `<module>.lora_A`, `<module>.lora_B` and biases carried in full. There is no config: the rank follows from the
+shapes, and the caller gives alpha. Where the shapes leave open which slices of a fused layer are adapted, the caller
+says that too. This module does no mathematics.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from formats.layers import LayerKind, owner
 from formats.spec import TensorRef, TensorSpec, shape_text
 
 _FACTOR = re.compile(r"^(?:(?P<module>.+)\.)?(?P<role>lora_[AB])$")
-_INNER = "conv"  # the module in which loralib's convolutions keep their weight and bias
+_INNER = "conv"  # the submodule that holds the weight and bias of loralib's convolutions
 
 
 class Loralib(Dialect):
@@ -35,7 +35,7 @@ class Loralib(Dialect):
     asks = ("alpha", "enable_lora", "fan_in_fan_out")
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
-        """Keys that end in lora_A or lora_B, without `.weight` behind, and no config."""
+        """Whether there is no config, and some keys end in lora_A or lora_B without `.weight`."""
         return config is None and any(_FACTOR.match(key) for key in checkpoint.specs)
 
     def read(
@@ -46,7 +46,7 @@ class Loralib(Dialect):
         names: Mapping[str, str],
         told: Told,
     ) -> Adapter:
-        """The adapter, resolved against the base's tensors."""
+        """Reads the adapter and resolves it against the base's tensors."""
         where = checkpoint.ref.path
         modules, full = _split(checkpoint)
         alpha = _alpha(told, where)
@@ -66,7 +66,7 @@ class Loralib(Dialect):
 
 @dataclass(frozen=True)
 class Reading:
-    """What reading a module needs to know."""
+    """The context for reading a module."""
 
     alpha: float
     told: Told
@@ -98,7 +98,7 @@ def _split(checkpoint: Checkpoint) -> tuple[dict[str, Factors], dict[str, Tensor
 def _alpha(told: Told, where: str) -> float:
     if told.alpha is None or not math.isfinite(told.alpha):
         raise AdapterFormatError(
-            "loralib's files do not say their alpha, and ΔW = alpha / rank · BA",
+            "loralib's files do not store alpha, and ΔW = alpha / rank · BA",
             where=where,
             expected="the lora_alpha that the adapter was trained with",
             found=told.alpha,
@@ -108,7 +108,7 @@ def _alpha(told: Told, where: str) -> float:
 
 
 def _weight_of(module: str, base: Mapping[str, TensorSpec]) -> str:
-    """The name of the weight, which a base that loralib's own model was saved as has inside its convolution."""
+    """The name of the weight. A base saved from loralib's own model has it inside the convolution's submodule."""
     plain, inner = (f"{module}.{last}".removeprefix(".") for last in ("weight", f"{_INNER}.weight"))
     if plain in base or inner in base:
         return plain if plain in base else inner
@@ -117,7 +117,7 @@ def _weight_of(module: str, base: Mapping[str, TensorSpec]) -> str:
 
 
 def _bias_of(name: str, targets: Mapping[str, str]) -> str:
-    """The base's name of a bias: that of a convolution lies in the module itself where the weight does."""
+    """The base's name of a bias. A convolution's bias is in the module itself if its weight is."""
     holder, _, last = owner(name).rpartition(".")
     inside = last == _INNER and targets.get(holder) == f"{holder}.weight".removeprefix(".")
     return f"{holder}.bias".removeprefix(".") if inside else name
@@ -146,7 +146,7 @@ def adapted_layer(module: str, factors: Factors, target: str, reading: Reading) 
 def _convolution(
     a: tuple[int, ...], b: tuple[int, ...], factors: Factors, weight: TensorSpec, reading: Reading
 ) -> AdapterModule | None:
-    """A (rank · k, in · k) and B (out / groups · k, rank · k), whose product is the weight in another shape."""
+    """A (rank · k, in · k) and B (out / groups · k, rank · k); their product is reshaped to the weight's shape."""
     kernel = weight.shape[2]
     whole = a[0] == b[1] and b[0] * a[1] == weight.size and not any(side % kernel for side in (*a, *b))
     if not whole or set(weight.shape[2:]) != {kernel}:
@@ -160,7 +160,7 @@ def _convolution(
 def _matrix(
     a: tuple[int, ...], b: tuple[int, ...], factors: Factors, weight: TensorSpec, reading: Reading
 ) -> AdapterModule | None:
-    """A (rank · n, in) and B (height · n, rank) for n adapted slices of `height` outputs; a plain layer has one."""
+    """A (rank · n, in) and B (height · n, rank) for n adapted slices of `height` outputs; a plain layer has n = 1."""
     rank, count = b[1], a[0] // b[1]
     if len(weight.shape) != 2 or a[0] % rank or not count or b[0] % count:
         return None
@@ -182,7 +182,8 @@ def _matrix(
 
 
 def _square_kind(weight: TensorSpec, reading: Reading) -> LayerKind:
-    """How a square weight is stored: an embedding by its name, a layer like its neighbours, or as the caller says."""
+    """How a square weight is stored. An embedding is known by its name; a layer is stored like its neighbours, or as
+    the caller says."""
     kinds = reading.context.kinds
     kind = kinds.get(owner(weight.name), LayerKind.LINEAR)
     if kind is LayerKind.EMBEDDING:
@@ -192,7 +193,7 @@ def _square_kind(weight: TensorSpec, reading: Reading) -> LayerKind:
 
 
 def _enabled(weight: TensorSpec, slices: int, count: int, reading: Reading) -> tuple[bool, ...]:
-    """Which slices are adapted, as the caller says. Raises AdapterFormatError where that is missing or another."""
+    """Which slices are adapted, as the caller says. Raises AdapterFormatError if that is missing or does not fit."""
     enabled = reading.told.enable_lora
     if len(enabled) != slices or sum(enabled) != count:
         raise AdapterFormatError(

@@ -1,7 +1,7 @@
-"""Writing loralib's state dicts (microsoft/LoRA). `loralib` is the way back.
+"""Writes loralib's state dicts (microsoft/LoRA). `loralib` reads them.
 
-The file holds no alpha, and a model's layers are as a rule built with one: all scalings are brought to it. Knows no
-mathematics.
+The file holds no alpha, and a model's layers are usually built with a single alpha. So all scalings are converted to
+one alpha. This module does no mathematics.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from formats.layers import LayerKind, owner
 
 @dataclass(frozen=True)
 class LoralibWriter:
-    """The dialect of microsoft/LoRA: linear layers and embeddings, and biases in full."""
+    """Writes the dialect of microsoft/LoRA: linear layers and embeddings, and biases in full."""
 
     name: str = "loralib"
     weights: str = "lora.safetensors"
 
     def write(self, adapter: Adapter, metadata: Mapping[str, str], wanted: Wanted) -> Written:
-        """The adapter in this dialect. Raises AdapterFormatError too for convolutions, which it lays out otherwise."""
+        """The adapter in this dialect. Also raises AdapterFormatError for convolutions, whose layout differs."""
         adapter, dropped = without_dropped(adapter, self.name, wanted, replaced_biases=True)
         products = {}
         for module in adapter.modules:
@@ -41,7 +41,11 @@ class LoralibWriter:
             if product is None or module.method == "dora" or module.kind is LayerKind.CONV:
                 raise cannot(self.name, {"dora": "DoRA"}.get(module.method, ""), module)
             if not module.target.endswith(".weight"):
-                raise AdapterFormatError(f"{self.name} has no name for this weight", where=module.target)
+                raise AdapterFormatError(
+                    f"{self.name} has no name for this weight",
+                    where=module.target,
+                    then="choose another dialect with --to, such as peft",
+                )
             products[owner(module.target)] = product
         alpha = commonest(product.alpha for product in products.values())
         pieces: list[Piece] = []
@@ -51,7 +55,7 @@ class LoralibWriter:
             folded += factor != 1.0
             pieces += (named(product.a, f"{layer}.lora_A"), named(product.b, f"{layer}.lora_B", factor=factor))
         pieces += [taken(one.target, one.source) for one in adapter.replacements]
-        notes = [f"the file cannot say it: load it with lora_alpha = {alpha}"]
+        notes = [f"the file cannot store alpha: load it with lora_alpha = {alpha}"]
         if folded:
             notes.append(f"{folded} layers have another alpha: the difference is multiplied into their lora_B")
         return Written(tuple(pieces), kept_metadata(metadata), None, dropped, tuple(notes))

@@ -1,7 +1,7 @@
-"""LyCORIS's own forms of OFT, BOFT, GLoRA and (IA)³ among the factors of a layer.
+"""Recognises LyCORIS's own forms of OFT, BOFT, GLoRA and (IA)³ among the factors of a layer.
 
-A layer of OFT or BOFT has `oft_blocks`, perhaps `rescale`, and as `alpha` a constraint; GLoRA has `a1`, `a2`, `b1`,
-`b2`; (IA)³ has `weight` and `on_input`. Knows no mathematics.
+OFT and BOFT have `oft_blocks`, sometimes `rescale`, and a constraint stored as `alpha`; GLoRA has `a1`, `a2`, `b1`,
+`b2`; (IA)³ has `weight` and `on_input`. This module does no mathematics.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from formats.errors import AdapterFormatError, ShapeMismatch
 from formats.layers import LayerKind
 from formats.spec import TensorSpec, shape_text
 
-# Endings of keys, and the roles of their tensors; `weight` is one only beside `on_input`.
+# Endings of keys, and the roles of their tensors. `weight` counts only together with `on_input`.
 SUFFIXES = {
     "oft_blocks": "oft_blocks",
     "rescale": "rescale",
@@ -39,16 +39,16 @@ def own_module(
     """The adapted weight of a layer.
 
     Args:
-        role: the factor that tells the method.
-        factors: of the layer.
-        numbers: its tensors of one number, as numbers.
-        weight: the base's.
-        kind: of the layer.
-        where: the file and the layer.
+        role: the factor that identifies the method.
+        factors: the layer's factors.
+        numbers: the values of its scalar factors.
+        weight: the base's weight.
+        kind: the layer's kind.
+        where: the file and the layer, for errors.
 
     Raises:
-        AdapterFormatError: factors that are missing, or a number that is none.
-        ShapeMismatch: a weight that is no matrix.
+        AdapterFormatError: a factor is missing, or a scalar is not a number.
+        ShapeMismatch: the weight has fewer than two dimensions.
     """
     method = _METHODS[role]
     if method == "lycoris_oft" and len(factors[role].spec.shape) == 4:
@@ -64,7 +64,13 @@ def own_module(
             then="save the adapter again, from the library that trained it",
         )
     if len(weight.shape) < 2:
-        raise ShapeMismatch("not a layer's weight", where=f"{where} → {weight.name}", found=shape_text(weight.shape))
+        raise ShapeMismatch(
+            "not a layer's weight",
+            where=f"{where} → {weight.name}",
+            expected="at least two dimensions",
+            found=shape_text(weight.shape),
+            then="check that the adapter was made for this base",
+        )
     if method == "lycoris_glora":
         shape = factors["a2"].spec.shape
         rank = shape[0] if shape else 0
@@ -77,7 +83,13 @@ def own_module(
     setting, number = ("constraint", "alpha") if role == "oft_blocks" else ("on_input", "on_input")
     value = numbers.get(number, 0.0)
     if value != value:
-        raise AdapterFormatError(f"{number} is not a number", where=where, found=factors[number].spec.dtype)
+        raise AdapterFormatError(
+            f"{number} is not a number",
+            where=where,
+            expected="a finite number",
+            found=factors[number].spec.dtype,
+            then="download or save the adapter again",
+        )
     ours = {name: ref for name, ref in factors.items() if name in (*needed, "rescale", number)}
     settings = {setting: bool(value) if setting == "on_input" else value}
     return AdapterModule(weight.name, method, kind, ours, 1, 1.0, settings=settings)

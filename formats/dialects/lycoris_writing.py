@@ -1,6 +1,6 @@
-"""Writing the dialects that keep alpha in a tensor: kohya, LyCORIS, ComfyUI. `kohya` and `dotted` are the way back.
+"""Writes the dialects that store alpha as a tensor: kohya, LyCORIS, ComfyUI. `kohya` and `dotted` read them.
 
-Knows no mathematics.
+This module does no mathematics.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from formats.spec import TensorSpec
 _PLAIN = (LayerKind.LINEAR, LayerKind.CONV)
 _MODULES = {"kohya": "networks.lora", "lycoris": "lycoris.kohya"}
 _UNRANKED = ("full", "lora_bias", "lycoris_oft", "lycoris_boft", "lycoris_ia3", "ia3")
-# LyCORIS's names of algorithms, and the methods that they mean here.
+# The algorithm names of LyCORIS, and the methods here that each covers.
 _ALGORITHMS = {
     "loha": {"loha", "dora_loha"},
     "lokr": {"lokr", "dora_lokr"},
@@ -48,20 +48,21 @@ _ALGORITHMS = {
     "full": {"full"},
 }
 _COMFYUI_DORA = (
-    "ComfyUI divides DoRA by the length of the base's weights, not by that of the changed ones as its trainers and "
-    "surgery merge do: there the adapter has another effect; merge it into the model for the exact one"
+    "ComfyUI computes DoRA differently: it divides by the norm of the base's weights, while trainers and surgery merge "
+    "divide by the norm of the changed weights; merge the adapter into the model for the exact effect"
 )
 
 
 @dataclass(frozen=True)
 class AlphaWriter:
-    """A dialect of `lora_up`, `lora_down` and `alpha`.
+    """Writes a dialect that has `lora_up`, `lora_down` and `alpha`.
 
     Attributes:
-        name: of the dialect.
-        lyco: whether it has LyCORIS's factors and DoRA too.
-        dotted: whether it names layers as the base does; its readers then add to any weight by name, so that layers
-            that store (in, out) can be written as their weights lie there, and biases go along.
+        name: name of the dialect.
+        lyco: whether it also has LyCORIS's factors and DoRA.
+        dotted: whether it names layers as the base does. Programs that read it then add to any weight by name, so
+            layers stored as (in, out) are written in that layout, and biases are written too.
+        weights: name of the weights file in an output folder.
     """
 
     name: str
@@ -73,7 +74,7 @@ class AlphaWriter:
         """The adapter in this dialect."""
         whole = {owner(module.target) for module in adapter.modules if module.method == "full" and _is_weight(module)}
 
-        def has(bias: AdapterModule) -> bool:  # LyCORIS reads a bias beside a whole difference only
+        def has(bias: AdapterModule) -> bool:  # LyCORIS reads a bias only together with a whole difference
             return self.lyco and (self.dotted or (bias.method == "full" and owner(bias.target) in whole))
 
         adapter, dropped = without_dropped(adapter, self.name, wanted, biases=has, whole=self.lyco)
@@ -91,28 +92,29 @@ class AlphaWriter:
                 kept["ss_network_module"] = _MODULES[self.name]
         notes = []
         if not wanted.component and prefix != "lycoris_":
-            notes.append(
-                f"nobody says which part of a pipeline this is: written as {prefix}…; --component says another"
-            )
+            notes.append(f"the part of the pipeline is unknown: written as {prefix}…; choose another with --component")
         if self.dotted and any(module.method.startswith("dora") for module in adapter.modules):
             notes.append(_COMFYUI_DORA)
         return Written(tuple(pieces), kept, None, dropped, tuple(notes))
 
     def _prefix(self, wanted: Wanted) -> str:
-        """The prefix of the part; the denoiser's where nobody says, and LyCORIS's own for any model."""
+        """The prefix of the part. If it is unknown: the denoiser's, or for lycoris its prefix for any model."""
         table = COMFYUI if self.dotted else UNDERSCORED
         if not wanted.component:
             return "lycoris_" if self.name == "lycoris" else next(iter(table))
         found = prefix_of(wanted.component, table)
         if found is None:
             raise AdapterFormatError(
-                f"{self.name} has no name for this part", expected=", ".join(table.values()), found=wanted.component
+                f"{self.name} has no name for this part",
+                expected=", ".join(filter(None, table.values())),
+                found=wanted.component,
+                then="choose a part that the dialect has with --component, or another dialect with --to",
             )
         return found
 
     def _names(self, wanted: Wanted) -> Names:
-        """The names of layers that readers know: ComfyUI the original's, kohya's trainer diffusers' of a UNet without
-        SDXL's second embedding, and of SDXL's either."""
+        """The layer names that readers know. ComfyUI knows those of the original checkpoint. kohya's trainer knows
+        diffusers' names, and for SDXL (a UNet with a second embedding) either."""
         modules = {owner(name) for name in wanted.base}
         if self.dotted:
             return Names.of(self.name, Form.ORIGINAL, modules)
@@ -144,7 +146,7 @@ class AlphaWriter:
             yield from self._kronecker(layer, module)
         elif self.lyco and module.method == "full":
             norm, plain = ("b_norm", "diff_b") if module.target.endswith(".bias") else ("w_norm", "diff")
-            # ComfyUI reads b_norm only beside w_norm, and the plain names of any weight and bias.
+            # ComfyUI reads b_norm only together with w_norm, but the plain names for any weight and bias.
             yield taken(f"{layer}.{norm if vector and not self.dotted else plain}", module.factors["diff"])
         elif self.dotted and module.method == "lora_bias":
             yield taken(f"{layer}.diff_b", module.factors["lora_B.bias"], factor=module.scaling)
@@ -160,7 +162,7 @@ class AlphaWriter:
                 raise cannot(self.name, "layers that are neither linear nor a convolution", module)
             if product.magnitude is not None:
                 raise cannot(self.name, "DoRA of a weight stored (in, out)", module)
-            a, b = turned(b), turned(a)  # ΔWᵀ = Aᵀ Bᵀ, as the weight lies in the base
+            a, b = turned(b), turned(a)  # ΔWᵀ = Aᵀ Bᵀ, in the base's layout
         yield named(b, f"{layer}.lora_up.weight")
         yield named(a, f"{layer}.lora_down.weight")
         yield constant(f"{layer}.alpha", product.alpha)
@@ -169,7 +171,7 @@ class AlphaWriter:
             yield taken(f"{layer}.dora_scale", product.magnitude, shape)
 
     def _kronecker(self, layer: str, module: AdapterModule) -> Iterator[Piece]:
-        """LoHa or LoKr. No reader scales two whole factors of LoKr by alpha, so their scaling goes into the first."""
+        """LoHa or LoKr. No reader scales LoKr with two whole factors by alpha, so the scaling goes into the first."""
         whole = {"lokr_w1", "lokr_w2"} <= module.factors.keys()
         if "lokr_w2" in module.factors and len(module.factors["lokr_w2"].spec.shape) == 3:
             raise cannot(self.name, "LoKr with a whole w2 on a one-dimensional convolution", module)
@@ -180,16 +182,16 @@ class AlphaWriter:
         yield constant(f"{layer}.alpha", 1.0 if whole else module.scaling * module.rank)
 
     def _own(self, layer: str, module: AdapterModule) -> Iterator[Piece]:
-        """LyCORIS's OFT, BOFT, GLoRA or (IA)³; OFT's alpha is a constraint and stays what it is."""
+        """LyCORIS's OFT, BOFT, GLoRA or (IA)³. OFT's alpha is a constraint and is copied unchanged."""
         for role, ref in sorted(module.factors.items()):
             yield taken(f"{layer}.{KEYS.get(role, role)}", ref)
         if module.method == "lycoris_glora":
             yield constant(f"{layer}.alpha", module.alpha)
         elif module.method == "lycoris_boft" and "alpha" not in module.factors:
-            yield constant(f"{layer}.alpha", 0.0)  # without one ComfyUI leaves the layer aside
+            yield constant(f"{layer}.alpha", 0.0)  # without alpha, ComfyUI ignores the layer
 
     def _ia3(self, layer: str, module: AdapterModule, weight: TensorSpec) -> Iterator[Piece]:
-        """peft's (IA)³ as the difference to 1; the bias that it scales too has been refused or dropped."""
+        """peft's (IA)³ as the difference from 1. The bias that it also scales has been refused or dropped before."""
         if module.kind not in _PLAIN or not all(module.settings.get("enabled", (True,))):
             raise cannot(self.name, "(IA)³ of a part of a layer, or of one that stores (in, out)", module)
         yield difference(f"{layer}.{KEYS[SCALE]}", module, weight)
@@ -208,7 +210,7 @@ class AlphaWriter:
                 )
 
     def _training(self, adapter: Adapter, wanted: Wanted) -> dict[str, str]:
-        """The metadata by which web interfaces tell the network's module, rank and alpha."""
+        """The metadata from which web interfaces read the network's module, rank and alpha."""
         methods = {module.method for module in adapter.modules}
         made = {"ss_network_module": _MODULES[self.name]}
         ranked = [module for module in adapter.modules if module.method not in _UNRANKED]
@@ -227,14 +229,14 @@ class AlphaWriter:
 
 
 def _check_comfyui(module: AdapterModule, weight: TensorSpec | None) -> None:
-    """Raises AdapterFormatError for what ComfyUI leaves aside, or reads as something else."""
+    """Raises AdapterFormatError for what ComfyUI ignores or reads differently."""
     kernel = () if weight is None else weight.shape[2:]
     cored = {"lora_mid", "hada_t1", "lokr_t2"} & module.factors.keys()
     reason = ""
     if module.method in ("lycoris_ia3", "ia3"):
         reason = "(IA)³, which ComfyUI does not read"
     elif module.method == "lycoris_oft" and "rescale" in module.factors:
-        reason = "OFT's rescale, which ComfyUI leaves aside"
+        reason = "OFT's rescale, which ComfyUI ignores"
     elif module.method in ("lycoris_oft", "lycoris_boft") and module.settings["constraint"]:
         reason = "OFT's constraint, which ComfyUI does not multiply by the number of outputs"
     elif cored and len(kernel) != 2:

@@ -1,9 +1,9 @@
-"""ONNX Runtime's `.onnx_adapter`: LoRA that a graph takes as inputs, read and written.
+"""Reads and writes ONNX Runtime's `.onnx_adapter`: LoRA factors that a graph takes as inputs.
 
-Parameters are named as the inputs of the graph that `surgery export-onnx --as inputs` makes: `<module>.lora_A` (in,
-rank) and `<module>.lora_B` (rank, out), the module as the model's file names it, the scaling multiplied into lora_B.
-There is no config. A product x·A·B changes the weight by (AB)ᵀ, so that read as factors of ours the two change places:
-nothing is transposed for it. Knows no graph and no mathematics.
+Parameters are named like the inputs of a graph that `surgery export-onnx --as inputs` makes: `<module>.lora_A` (in,
+rank) and `<module>.lora_B` (rank, out), with the module's name in the model's file. The scaling is multiplied into
+lora_B. There is no config. The product x·A·B changes the weight by (AB)ᵀ = Bᵀ Aᵀ, so A and B swap roles when they are
+read, and nothing is transposed. This module knows no graph and does no mathematics.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Ort(Dialect):
     weights_files = (_FILE,)
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
-        """ONNX Runtime's own file; its names are those of any dialect."""
+        """Whether the file is an `.onnx_adapter`; its names could be those of any dialect."""
         return container_named(checkpoint.ref.path) is Container.ORT
 
     def read(
@@ -49,7 +49,7 @@ class Ort(Dialect):
         names: Mapping[str, str],
         told: Told,
     ) -> Adapter:
-        """The adapter, resolved against the base's tensors."""
+        """Reads the adapter and resolves it against the base's tensors."""
         where = checkpoint.ref.path
         modules: dict[str, Factors] = {}
         for key in checkpoint.specs:
@@ -74,7 +74,7 @@ class Ort(Dialect):
 
 
 def _module(a: TensorRef, b: TensorRef, weight: TensorSpec, kind: LayerKind, where: str) -> AdapterModule:
-    """An adapted weight. `kind`: its layer's, which decides where the weight is square."""
+    """An adapted weight. `kind` is its layer's kind, which decides the layout of a square weight."""
     first, second = a.spec.shape, b.spec.shape
     product = (*first[:1], *second[1:])  # (in, out)
     fits = len(first) == len(second) == 2 and first[1] == second[0] > 0
@@ -94,16 +94,16 @@ def _module(a: TensorRef, b: TensorRef, weight: TensorSpec, kind: LayerKind, whe
 
 @dataclass(frozen=True)
 class OrtWriter:
-    """The dialect of ONNX Runtime's adapters: LoRA of linear layers, in the dtype of the graph."""
+    """Writes the dialect of ONNX Runtime's adapters: LoRA on linear layers, in the graph's dtype."""
 
     name: str = "ort"
     weights: str = _FILE
 
     def write(self, adapter: Adapter, metadata: Mapping[str, str], wanted: Wanted) -> Written:
-        """The adapter in this dialect. Raises AdapterFormatError too without a base, which names a graph's inputs."""
+        """The adapter in this dialect. Also raises AdapterFormatError without a base, which names a graph's inputs."""
         if not wanted.base_name:
             raise AdapterFormatError(
-                "a graph's inputs have the names and the dtype of its model's weights",
+                "a graph's inputs have the names and the dtype of its model's weights, so the base is needed",
                 where=adapter.ref.path,
                 then="name the model that was exported: --base",
             )
@@ -119,7 +119,7 @@ class OrtWriter:
                 raise AdapterFormatError(
                     "exported graphs do not multiply by this tensor",
                     where=module.target,
-                    expected="a layer's weight in floating point",
+                    expected="a layer's floating-point weight",
                     found=dtype,
                     then=_MERGE,
                 )

@@ -1,6 +1,6 @@
-"""The parts of a pipeline (denoiser, text encoders) that one file may adapt together, and how each dialect marks them.
+"""The parts of a pipeline (denoiser, text encoders) that one file may adapt together, and each dialect's prefixes.
 
-A base is one part's checkpoint, so an adapter is read for one part at a time. Knows no factors.
+A base is the checkpoint of one part, so an adapter is read for one part at a time. This module knows no factors.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 
 from formats.errors import AdapterFormatError
 
-PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # as diffusers calls them
-_DENOISERS = ("unet", "transformer")  # the others make no difference between the two
-# The prefix of a key, and the part it stands for; the first of several is the one that is written.
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # diffusers' names
+_DENOISERS = ("unet", "transformer")  # the other dialects do not distinguish the two
+# Prefixes of keys, and the part that each stands for. If a part has several, the first one is written.
 UNDERSCORED = {
     "lora_unet_": "unet",
     "lora_te1_": "text_encoder",
@@ -30,13 +30,13 @@ COMFYUI = {
 }
 
 _SEVERAL = (
-    "a checkpoint of the whole pipeline is merged with one after the other, "
-    "and convert takes all with a base for each, --base PART=PATH"
+    "to merge into a checkpoint of the whole pipeline, merge one part after the other; "
+    "convert takes all parts at once with a base for each, --base PART=PATH"
 )
 
 
 def split_part(key: str, prefixes: Mapping[str, str]) -> tuple[str, str] | None:
-    """A key's prefix, and the rest of the key; None where it has none of these prefixes."""
+    """A key's prefix and the rest of the key; None if it has none of these prefixes."""
     for prefix in prefixes:
         if key.startswith(prefix):
             return prefix, key[len(prefix) :]
@@ -44,25 +44,25 @@ def split_part(key: str, prefixes: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def same_part(one: str, other: str) -> bool:
-    """Whether two names mean the same part."""
+    """Whether two names stand for the same part."""
     return one == other or {one, other} == set(_DENOISERS)
 
 
 def prefix_of(part: str, prefixes: Mapping[str, str]) -> str | None:
-    """The prefix that a part's keys are written with; None where the dialect has none for it."""
+    """The prefix with which a part's keys are written; None if the dialect has none."""
     return next((prefix for prefix, meant in prefixes.items() if same_part(meant, part)), None)
 
 
 def chosen_part(present: Iterable[str], told: str | None, where: str) -> str:
-    """The part that is meant.
+    """Chooses the part of a pipeline to read.
 
     Args:
-        present: those that the file's keys are of; an empty name where they do not say.
-        told: what the caller says; None where nobody did.
-        where: the file.
+        present: the parts that the file's keys name; empty names for keys that name none.
+        told: the part that the caller chose; None if the caller did not choose.
+        where: the file, for errors.
 
     Raises:
-        AdapterFormatError: several and none is told, or one that is not there.
+        AdapterFormatError: the file has several parts and none was chosen, or it lacks the chosen one.
     """
     found = sorted(set(present))
     if told is not None and told not in PARTS:

@@ -1,6 +1,6 @@
-"""Reading peft's names and config. Tested against peft itself.
+"""Reads adapters in peft's names with peft's config. Tested against peft itself.
 
-Maps keys to base tensors; `peft_writing` is the way back. Knows no mathematics.
+Maps keys to base tensors; `peft_writing` does the reverse. This module does no mathematics.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FACTOR = re.compile(
     r"^(?P<module>.+)\.(?P<role>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?P<tail>\.weight|\.bias|)$"
 )
-# Settings that change the mathematics and that we do not carry out, each with the reason a user needs.
+# Settings that change the mathematics and are not supported, each with the reason that the user is shown.
 _REFUSED = {
     "use_qalora": "QALoRA pools its input",
     "alora_invocation_tokens": "aLoRA acts on some positions only, which no weight can express",
@@ -39,14 +39,14 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA samples its factors",
     "velora_config": "VeLoRA changes the base layer",
 }
-# Initialisations that take the first BA off the base, or quantise it; the others leave it alone.
+# Initialisations that subtract the first BA from the base, or quantise the base. All others do not change the base.
 _CONVERTED = "save it in converted form, save_pretrained(path_initial_model_for_weight_conversion=…)"
 _BASE_CHANGING_INITS = {
     "pissa": _CONVERTED,
     "olora": _CONVERTED,
     "corda": _CONVERTED,
     "lora_ga": _CONVERTED,
-    "loftq": "merge it into the base that LoftQ left, saved by itself, with init_lora_weights true in the config",
+    "loftq": "save the base as LoftQ changed it, set init_lora_weights to true in the config, and merge into that base",
 }
 
 
@@ -58,7 +58,7 @@ class Peft(Dialect):
     weights_files = (ADAPTER_WEIGHTS, TORCH_ADAPTER_WEIGHTS)
 
     def recognises(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> bool:
-        """A config with a `peft_type`, or keys that start as peft's do."""
+        """Whether the config has a `peft_type`, or some keys begin with peft's prefix."""
         return (config is not None and "peft_type" in config) or any(key.startswith(PREFIX) for key in checkpoint.specs)
 
     def read(
@@ -69,7 +69,7 @@ class Peft(Dialect):
         names: Mapping[str, str],
         told: Told,
     ) -> Adapter:
-        """The adapter, resolved against the base's tensors; its config says everything."""
+        """Reads the adapter and resolves it against the base's tensors."""
         where = checkpoint.ref.path
         config = _checked(config, where)
         scheme = scheme_of(config, where)
@@ -135,7 +135,10 @@ def _checked(config: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
     for setting, reason in _REFUSED.items():
         if config.get(setting):
             raise AdapterFormatError(
-                f"{setting} is not supported yet: {reason}", where=where, found=f"{setting} = {config[setting]}"
+                f"{setting} is not supported yet: {reason}",
+                where=where,
+                found=f"{setting} = {config[setting]}",
+                then="load base and adapter with peft instead",
             )
     init = str(config.get("init_lora_weights")).lower()
     for changing, remedy in _BASE_CHANGING_INITS.items():
@@ -153,8 +156,8 @@ def _checked(config: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
 def _split(
     checkpoint: Checkpoint, scheme: Scheme | None
 ) -> tuple[dict[str, Factors], dict[str, TensorRef], dict[str, TensorRef]]:
-    """Factors by module and role, the tensors carried in full by their plain name, and the single rows of
-    embeddings by module."""
+    """Factors by module and role, tensors carried in full by their plain name, and single rows of embeddings by
+    module."""
     modules: dict[str, Factors] = {}
     full: dict[str, TensorRef] = {}
     rows: dict[str, TensorRef] = {}
@@ -179,12 +182,13 @@ def _split(
 
 
 def _check_rows_alone(adapted: list[AdapterModule], replaced: list[Replacement], where: str) -> None:
-    """Refuses factors on an embedding of which single rows are replaced: which come first is nowhere said."""
+    """Refuses factors on an embedding whose single rows are replaced: nothing says which of the two comes first."""
     for one in replaced:
         if one.rows and any(module.target == one.target for module in adapted):
             raise AdapterFormatError(
                 "one embedding has both factors and replaced rows, which peft does not allow either",
                 where=f"{where}: {one.target}",
+                then="remove either the factors or trainable_token_indices",
             )
 
 
@@ -194,7 +198,7 @@ def _drop_tied_heads(
     full: dict[str, TensorRef],
     base: Mapping[str, TensorSpec],
 ) -> None:
-    """Takes out the second copy of a tied embedding's factors: head A = embedding Bᵀ, head B = embedding Aᵀ.
+    """Removes the second copy of a tied embedding's factors: head A = embedding Bᵀ, head B = embedding Aᵀ.
 
     peft writes both. A base that stores the tied weight once must get the delta once.
     """
@@ -212,13 +216,14 @@ def _drop_tied_heads(
                         "DoRA on a tied embedding needs two weights, and the base stores one: the embedding's "
                         "magnitudes are per column, the head's per row",
                         where=f"{checkpoint.ref.path}: {module}",
+                        then="train DoRA without the embedding, or load base and adapter with peft instead",
                     )
                 del modules[module]
                 full.pop(f"{module}.weight", None)
 
 
 def _drop_tied_copies(checkpoint: Checkpoint, full: dict[str, TensorRef], context: Context) -> None:
-    """Takes out the second copy of an embedding carried in full: a base that ties its head stores both once."""
+    """Removes the second copy of an embedding carried in full: a base with a tied head stores the two once."""
     stored = {name for name in full if {name, context.rename(name)} & context.base.keys()}
     embeddings = [
         full[name] for name in stored if context.kinds.get(owner(context.rename(name))) is LayerKind.EMBEDDING
@@ -239,7 +244,7 @@ def _is_transpose(checkpoint: Checkpoint, ours: TensorRef, other: TensorRef) -> 
 
 
 def _renaming(weights: list[str], full: Iterable[str], base: Mapping[str, TensorSpec], where: str) -> Rename:
-    """The renaming that explains every adapted weight; with none, the one that explains most full tensors."""
+    """The renaming that fits every adapted weight; without adapted weights, the one that fits most full tensors."""
     if weights:
         return resolver(weights, base, where)
     known = [name for name in full if any(owner(name).endswith(owner(other)) for other in base if owner(other))]

@@ -1,7 +1,8 @@
-"""Writing an adapter of any dialect in peft's names, with its config, and in diffusers', which are peft's behind the
-name of a pipeline's part. Tested against peft itself.
+"""Writes an adapter of any dialect in peft's names with peft's config, or in diffusers' names, which are peft's with
+the name of a pipeline's part as prefix. Tested against peft itself.
 
-One config says the method, so all layers must have the same one; ranks and alphas may differ. Knows no mathematics.
+One config gives the method, so all layers must have the same one; ranks and alphas may differ. This module does no
+mathematics.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _PRODUCTS = ("lora", "dora", "lora_fused", "lora_tucker")
 
 @dataclass(frozen=True)
 class PeftWriter:
-    """The dialect of Hugging Face's peft: LoRA, DoRA, LoHa, LoKr and (IA)³, biases and other tensors in full."""
+    """Writes the dialect of Hugging Face's peft: LoRA, DoRA, LoHa, LoKr, (IA)³, biases and other tensors in full."""
 
     name: str = "peft"
     weights: str = ADAPTER_WEIGHTS
@@ -77,13 +78,13 @@ class PeftWriter:
 
 @dataclass(frozen=True)
 class DiffusersWriter:
-    """The dialect of Hugging Face's diffusers: peft's LoRA and DoRA behind the name of a pipeline's part."""
+    """Writes the dialect of Hugging Face's diffusers: peft's LoRA and DoRA, prefixed with a pipeline's part."""
 
     name: str = "diffusers"
     weights: str = "pytorch_lora_weights.safetensors"
 
     def write(self, adapter: Adapter, metadata: Mapping[str, str], wanted: Wanted) -> Written:
-        """The adapter in this dialect. Raises AdapterFormatError too where nobody says which part it is."""
+        """The adapter in this dialect. Also raises AdapterFormatError if the part is unknown."""
         adapter, dropped = without_dropped(adapter, self.name, wanted, biases=lambda module: True)
         if not wanted.component:
             raise AdapterFormatError(
@@ -97,7 +98,7 @@ class DiffusersWriter:
             kind = product.module.kind if product else module.kind
             if kind not in (LayerKind.LINEAR, LayerKind.CONV):
                 raise cannot(self.name, "layers that are neither linear nor a convolution", module)
-        # diffusers' own name: unet and transformer are two.
+        # diffusers distinguishes unet from transformer.
         prefix = f"{wanted.component}." if f"{wanted.component}." in DOTTED else prefix_of(wanted.component, DOTTED)
         pieces, config = lora_form(*_in_their_names(adapter, wanted), self.name)
         pieces = tuple(named(piece, f"{prefix}{piece.output.name.removeprefix(PREFIX)}") for piece in pieces)
@@ -107,7 +108,7 @@ class DiffusersWriter:
 
 
 def _in_their_names(adapter: Adapter, wanted: Wanted) -> tuple[Adapter, Wanted]:
-    """An adapter and its base by diffusers' names of layers. Raises AdapterFormatError as Names.adapted."""
+    """An adapter and its base with layers renamed to diffusers' names. Raises AdapterFormatError as Names.adapted."""
     names = Names.of("diffusers", Form.DIFFUSERS, map(owner, wanted.base))
 
     def renamed(tensor: str) -> str:
@@ -125,7 +126,7 @@ def lora_form(adapter: Adapter, wanted: Wanted, dialect: str) -> tuple[tuple[Pie
     """The tensors of LoRA or DoRA under peft's names, and their config.
 
     Raises:
-        AdapterFormatError: another method; DoRA, or changes of biases, on some of the layers only.
+        AdapterFormatError: the method is another, or only some of the layers have DoRA or a change of the bias.
     """
     products: dict[str, Product] = {}
     biases: dict[str, AdapterModule] = {}
@@ -137,7 +138,7 @@ def lora_form(adapter: Adapter, wanted: Wanted, dialect: str) -> tuple[tuple[Pie
         if product is None or not module.target.endswith(".weight"):
             if module.method in _PRODUCTS:
                 raise cannot(dialect, "this weight", module)
-            raise cannot(dialect, f"{module.method} beside LoRA" if products else "", module)
+            raise cannot(dialect, f"{module.method} together with LoRA" if products else "", module)
         products[owner(module.target)] = product
     for what, some in (
         ("DoRA", {layer for layer, product in products.items() if product.magnitude is not None}),

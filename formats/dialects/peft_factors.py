@@ -1,7 +1,7 @@
-"""From the factors of one module in a peft file to adapted weights, with the rank and alpha of the config.
+"""Turns the factors of one module in a peft file into adapted weights, with the config's rank and alpha.
 
-Layers whose weight peft knows by its layer's class; parameters that a config names are `peft_parameters`' business.
-Knows no mathematics.
+This covers layers whose weight peft finds by the layer's class. `peft_parameters` covers parameters that a config
+names. This module does no mathematics.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ _INSIDE = "out_proj"  # its layer, which peft adapts along with it
 
 @dataclass(frozen=True)
 class Context:
-    """What reading a module needs to know: the config, the base, the way from one's names to the other's."""
+    """The context for reading a module: the config, the base, and the mapping from the adapter's to the base's names.
+
+    Attributes:
+        config: the adapter's config.
+        rename: maps a name in the adapter to the base's.
+        base: the base's tensors.
+        kinds: the kind of every layer of the base.
+        where: the adapter's file, for errors.
+    """
 
     config: Mapping[str, Any]
     rename: Rename
@@ -43,7 +51,7 @@ class Context:
         return int(first_match(self.config.get("rank_pattern"), name, self.config.get("r", 8)))
 
     def alpha(self, name: str) -> float:
-        """Its alpha."""
+        """The alpha of a module or parameter."""
         return float(first_match(self.config.get("alpha_pattern"), name, self.config.get("lora_alpha", 8)))
 
     @property
@@ -53,7 +61,7 @@ class Context:
 
 
 def first_match(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The first pattern that matches the module's name or a tail of it, as peft resolves them."""
+    """The value of the first pattern that matches the module's name or a tail of it, as peft resolves patterns."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -61,7 +69,7 @@ def first_match(patterns: Mapping[str, Any] | None, module: str, default: Any) -
 
 
 def weight_names(modules: Iterable[str], base: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The weight that each module's factors adapt: torch's own attention has query, key and value in one parameter."""
+    """The weight that each module's factors adapt. torch's MultiheadAttention has query, key and value in one."""
     fused = [name for name in base if name.endswith(f".{_FUSED}")]
     found = {}
     for module in modules:
@@ -72,10 +80,10 @@ def weight_names(modules: Iterable[str], base: Mapping[str, TensorSpec]) -> dict
 
 
 def layer_modules(module: str, factors: Factors, context: Context, weights: Mapping[str, str]) -> list[AdapterModule]:
-    """The adapted weight of a layer and, with `lora_bias`, its bias; `weights` names that of every adapted module.
+    """The adapted weight of a layer and, with `lora_bias`, its bias. `weights` gives each adapted module's weight.
 
-    The out_proj inside an adapted attention has the attention's rank and alpha, and peft adds its product twice, in
-    training as in merging (lora.MultiheadAttention.merge, peft 0.21): that is what its factors were trained for.
+    The out_proj inside an adapted attention has the attention's rank and alpha. peft adds its product twice, both in
+    training and in merging (lora.MultiheadAttention.merge, peft 0.21), so its factors were trained for that.
     """
     holder, _, last = module.rpartition(".")
     inside = last == _INSIDE and weights.get(holder, "").endswith(_FUSED)
@@ -109,8 +117,9 @@ def layer_modules(module: str, factors: Factors, context: Context, weights: Mapp
         raise AdapterFormatError(
             "use_dora in the config and the magnitudes in the file contradict each other",
             where=f"{context.where}: {module}",
-            expected="lora_magnitude_vector for every module with use_dora, and for none without",
+            expected="lora_magnitude_vector in every module with use_dora, and in none without",
             found=f"use_dora = {context.config.get('use_dora')}, {', '.join(sorted(factors))}",
+            then="use the adapter_config.json that was saved with these weights",
         )
     if magnitude is not None:
         named["lora_magnitude_vector"] = magnitude
@@ -144,8 +153,8 @@ def _shapes(a: TensorRef, b: TensorRef) -> str:
 
 
 def _check_groups(a: TensorSpec, b: TensorSpec, weight: TensorSpec, rank: int) -> None:
-    """Refuses LoRA on a grouped convolution: peft's A (rank, in, *kernel) reads every channel and its B
-    (out, rank / groups, 1, …) is grouped, so BA connects channels for which the weight has no place."""
+    """Refuses LoRA on a grouped convolution. peft's A (rank, in, *kernel) reads every channel and its B
+    (out, rank / groups, 1, …) is grouped, so BA connects channels that the weight (out, in / groups, …) does not."""
     dims = len(weight.shape)
     if dims < 3 or not len(a.shape) == len(b.shape) == dims or a.shape[0] != rank:
         return
@@ -155,21 +164,23 @@ def _check_groups(a: TensorSpec, b: TensorSpec, weight: TensorSpec, rank: int) -
             "LoRA on a grouped convolution connects channels of different groups, which the convolution's weight "
             "cannot express; peft does not merge it either",
             where=weight.name,
+            expected="1 group",
             found=f"{groups} groups",
+            then="load base and adapter with peft instead, or train without this layer",
         )
 
 
 def _kind(
     embedding: bool, a: tuple[int, ...], b: tuple[int, ...], weight: TensorSpec, context: Context
 ) -> LayerKind | None:
-    """How the base stores the weight that factors of these shapes belong to; None if in no way."""
+    """How the base stores the weight that factors of these shapes belong to; None if they do not fit it."""
     if len(a) > 2:
         return LayerKind.CONV if weight.shape == (b[0], *a[1:]) and set(b[2:]) == {1} else None
     shape = (b[0], a[1])  # (out, in)
     if embedding:
         return LayerKind.EMBEDDING if weight.shape == shape[::-1] else None
     fits, fits_transposed = weight.shape == shape, weight.shape == shape[::-1]
-    if fits and fits_transposed:  # square: the config speaks for all layers at once, the neighbours for this one
+    if fits and fits_transposed:  # square: neighbours say it for this layer, the config only for all layers at once
         neighbours = context.kinds.get(owner(weight.name), LayerKind.LINEAR)
         told = any(kind is LayerKind.TRANSPOSED for kind in context.kinds.values())
         fits_transposed = neighbours is LayerKind.TRANSPOSED if told else bool(context.config.get("fan_in_fan_out"))

@@ -1,7 +1,7 @@
-"""The tensors that a peft file carries in full: what they replace in the base, or add to it.
+"""Reads the tensors that a peft file carries in full: which tensors they replace in the base, or add to it.
 
-Saved modules and biases, embeddings, single rows of an embedding (`trainable_token_indices`), and embeddings of a
-vocabulary that has grown. Knows no mathematics.
+These are saved modules and biases, embeddings, single rows of an embedding (`trainable_token_indices`), and embeddings
+of a vocabulary that has grown. This module does no mathematics.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from formats.layers import LayerKind, owner
 from formats.spec import TensorRef, TensorSpec, shape_text
 
 TOKENS = "token_adapter"  # peft's wrapper of an embedding with trainable rows
-ROWS = ".trainable_tokens_delta"  # the rows themselves, in spite of the name
-_WRAPPERS = (TOKENS, "ln_tuning_layers")  # of a module that peft trains whole
-_COPIES = ("original_module", "modules_to_save")  # of a saved module, which peft writes beside the module itself
+ROWS = ".trainable_tokens_delta"  # the rows themselves, not differences, despite the name
+_WRAPPERS = (TOKENS, "ln_tuning_layers")  # peft's wrappers of a module that it trains whole
+_COPIES = ("original_module", "modules_to_save")  # copies of a saved module that peft writes in addition
 
 
 def plain_name(path: str, present: frozenset[str]) -> str | None:
     """The model's name of a tensor carried in full; None for peft's second copy of one.
 
     Args:
-        path: its name in the file, free of `base_layer`.
-        present: all such names.
+        path: the tensor's name in the file, without `base_layer`.
+        present: all such names in the file.
     """
     parts = path.split(".")
     if len(parts) > 2 and parts[-2] in _COPIES and ".".join([*parts[:-2], parts[-1]]) in present:
@@ -37,7 +37,7 @@ def plain_name(path: str, present: frozenset[str]) -> str | None:
 
 
 def grown(replacements: list[Replacement], base: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """The base's tensors as they are once replaced: those of a grown vocabulary have more rows."""
+    """The base's tensors that change shape when they are replaced: a grown vocabulary has more rows."""
     return {
         full.target: replace(base[full.target], shape=full.source.spec.shape)
         for full in replacements
@@ -46,15 +46,15 @@ def grown(replacements: list[Replacement], base: Mapping[str, TensorSpec]) -> di
 
 
 def replacements(full: Mapping[str, TensorRef], context: Context) -> list[Replacement]:
-    """What the tensors carried in full do to the base.
+    """The replacements that the tensors carried in full make in the base.
 
     Args:
-        full: them by the model's names.
-        context: of the adapter.
+        full: the tensors by the model's names.
+        context: the adapter's context.
 
     Raises:
-        UnmatchedKeys: a tensor that is neither the base's nor of a module to save.
-        ShapeMismatch: one of another shape than the base's, unless it is the vocabulary's and that has grown.
+        UnmatchedKeys: a tensor is neither in the base nor in one of the modules_to_save.
+        ShapeMismatch: a tensor's shape differs from the base's, and it is not a vocabulary that has grown.
     """
     found = [_replacement(name, ref, context) for name, ref in sorted(full.items())]
     longer = {full.target: full for full in found if not full.added and _is_longer(full, context.base)}
@@ -91,8 +91,8 @@ def row_replacements(rows: Mapping[str, TensorRef], context: Context) -> list[Re
     """The single rows of embeddings that the adapter replaces.
 
     Args:
-        rows: their tensors by module.
-        context: of the adapter, its base grown.
+        rows: the tensors of rows by module.
+        context: the adapter's context, with a grown vocabulary already applied to its base.
 
     Raises:
         AdapterFormatError: the config's indices and the rows contradict each other or the base.
@@ -121,12 +121,12 @@ def rows_module(path: str) -> str:
 
 
 def _configured(config: Mapping[str, Any]) -> Any:
-    """The rows' indices: an option of LoRA, or all that a TRAINABLE_TOKENS adapter has."""
+    """The config's row indices, whose key differs between LoRA and a TRAINABLE_TOKENS adapter."""
     return config.get("token_indices" if config.get("peft_type") == "TRAINABLE_TOKENS" else "trainable_token_indices")
 
 
 def _indices(module: str, configured: Any) -> tuple[int, ...]:
-    """The indices for a module: one list for all, or one for each tail of a name."""
+    """The indices for a module. The config has one list for all modules, or one per tail of a module's name."""
     if isinstance(configured, Mapping):
         tails = [tail for tail in configured if module == tail or module.endswith(f".{tail}")]
         configured = configured[tails[0]] if len(tails) == 1 else ()

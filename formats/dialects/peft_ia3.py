@@ -1,4 +1,4 @@
-"""Writing (IA)³ in peft's names, with its config. Tested against peft itself. Knows no mathematics."""
+"""Writes (IA)³ in peft's names, with its config. Tested against peft itself. This module does no mathematics."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from formats.layers import LayerKind, owner
 
 
 def ia3_form(adapter: Adapter, wanted: Wanted) -> tuple[tuple[Piece, ...], dict[str, Any]]:
-    """The tensors and the adapter_config.json of an adapter whose layers all have (IA)³; their biases go with them."""
+    """The tensors and adapter_config.json of an adapter whose layers all have (IA)³. peft scales biases with them."""
     modules = [module for module in adapter.modules if module.target.endswith(".weight")]
     for module in modules:
         if module.method == "lycoris_ia3" and scales_bias(module, wanted.base):
-            raise cannot("peft", "(IA)³ that scales outputs and leaves the bias, which its own scales too", module)
+            raise cannot("peft", "(IA)³ that scales outputs but not the bias: peft's (IA)³ scales both", module)
     layers = {owner(module.target): bool(_of_inputs(module)) for module in modules}
     config: dict[str, Any] = {
         "peft_type": "IA3",
@@ -38,8 +38,8 @@ def _of_inputs(module: AdapterModule) -> Any:
 
 
 def _vector(module: AdapterModule, wanted: Wanted) -> Piece:
-    """The factors of all outputs or inputs; where a fused layer has them for some slices, the others are scaled too, by
-    alpha alone."""
+    """The factors of all outputs or inputs. If a fused layer has them for some slices only, the other slices are scaled
+    by alpha alone."""
     key = f"{PREFIX}{owner(module.target)}.ia3_l"
     if module.method == "lycoris_ia3":
         return multiple(key, module, wanted.base[module.target])

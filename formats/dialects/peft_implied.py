@@ -23,7 +23,7 @@ def implied_base(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> di
     """The weights that a LoRA in peft's names adapts, and the tensors that it carries in full, by the base's names.
 
     Raises:
-        AdapterFormatError: another method or dialect, whose factors do not tell.
+        AdapterFormatError: the method or dialect is another, whose factors do not determine the weights.
     """
     where, config = checkpoint.ref.path, config or {}
     untold = ("target_parameters", "layer_replication", "trainable_token_indices")

@@ -1,6 +1,6 @@
-"""The configs with which peft rebuilds the factors of LoHa and LoKr, whose shapes follow from a few settings.
+"""Finds the config from which peft rebuilds factors of LoHa or LoKr with the right shapes.
 
-Tested against peft itself. Knows no mathematics.
+In peft the shapes follow from a few settings. Tested against peft itself. This module does no mathematics.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _SAME = {"rank_dropout": 0.0, "module_dropout": 0.0, "init_weights": True, "infe
 
 
 def kronecker_config(method: str, adapter: Adapter, base: Mapping[str, TensorSpec]) -> dict[str, Any]:
-    """The adapter_config.json of an adapter whose layers all have one of the two methods.
+    """The adapter_config.json of an adapter whose layers all have LoHa, or all LoKr.
 
     Raises:
-        AdapterFormatError: a layer whose factors peft builds in other shapes, whatever the settings.
+        AdapterFormatError: no settings make peft build a layer's factors in these shapes.
     """
     for module in adapter.modules:
         if module.kind not in (LayerKind.LINEAR, LayerKind.CONV):
@@ -59,7 +59,7 @@ def _has_kernel(module: AdapterModule, base: Mapping[str, TensorSpec]) -> bool:
 
 @dataclass(frozen=True)
 class _Split:
-    """How one layer's LoKr is split: w1 (a, c) and w2 (b, d), each whole or of two factors."""
+    """How one layer's LoKr is split: w1 (a, c) and w2 (b, d), each whole or a product of two factors."""
 
     module: AdapterModule
     first: tuple[int, int]
@@ -75,7 +75,7 @@ class _Split:
         return cls(module, (first[0], first[1]), (out // first[0], into // first[1]), whole)
 
     def rank(self, both: bool) -> int | None:
-        """The rank with which peft splits the layer so; None if it never does."""
+        """The rank with which peft splits the layer in this way; None if there is none."""
         least = max(self.second) / 2  # from this rank on, peft keeps w2 whole
         low = max(self.first) / 2  # and w1, even with decompose_both
         rank = self.module.rank
@@ -98,13 +98,14 @@ def _lokr_settings(adapter: Adapter, base: Mapping[str, TensorSpec]) -> tuple[di
 
 
 def _builds(split: _Split, factor: int) -> bool:
-    """Whether peft's rule splits both sides of the weight so."""
+    """Whether peft's rule splits both sides of the weight in this way."""
     sides = zip(split.first, split.second, strict=True)
     return all(_factorization(one * other, factor) == (one, other) for one, other in sides)
 
 
 def _factorization(dimension: int, factor: int) -> tuple[int, int]:
-    """peft.tuners.lokr.layer.factorization: two numbers, the first near `factor`, or both near the square root."""
+    """peft.tuners.lokr.layer.factorization: splits a dimension into two divisors, the first near `factor`, or both near
+    the square root."""
     if factor > 0 and dimension % factor == 0:
         return factor, dimension // factor
     limit = dimension if factor == -1 else factor

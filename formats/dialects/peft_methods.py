@@ -1,7 +1,7 @@
-"""How peft writes its methods other than LoRA: which tensors a module has, which settings its mathematics needs.
+"""Describes how peft stores its methods other than LoRA: the tensors of a module, and the settings the method needs.
 
-And the methods that cannot be merged, each with its reason. A new method is a line in one of the two tables; a test
-holds them against the installed peft. Knows no mathematics.
+Also lists the methods that cannot be merged, each with its reason. A new method is one line in one of the two tables; a
+test compares them with the installed peft. This module does no mathematics.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from formats.spec import TensorRef
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one method lies in a file.
+    """How one method is stored in a file.
 
     Attributes:
-        method: the name of its mathematics.
-        factors: suffixes of the keys that every adapted module has; they are the roles too.
-        optional: suffixes that it may have.
-        shared: tensors of all modules together, by their names behind `base_model.`.
-        alpha: the config's key of alpha, if the method scales by alpha over rank.
-        settings: what the mathematics needs of the config, with peft's defaults.
-        sizes: whether it needs the sizes of the layer and of the largest of all layers too.
-        bias: those of the factors that change the layer's bias as well.
-        alone: whether it changes the bias and not the weight.
-        reads: whether what it does to the bias depends on the weight.
+        method: the method's name in surgery.methods.
+        factors: key suffixes that every adapted module has; they also name the factors' roles.
+        optional: key suffixes that a module may have.
+        shared: tensors that all modules share, by their names after `base_model.`.
+        alpha: the config's key of alpha, if the method scales by alpha / rank.
+        settings: the config's settings that the method needs, with peft's defaults.
+        sizes: whether the method also needs the sizes of the layer and of the largest layer.
+        bias: the factors that also change the layer's bias.
+        alone: whether the method changes the bias and not the weight.
+        reads: whether the change of the bias depends on the weight.
     """
 
     method: str
@@ -48,7 +48,7 @@ class Scheme:
     reads: bool = False
 
 
-_DEEPEST = 16  # of PEANuT's inner layers
+_DEEPEST = 16  # the most inner layers of PEANuT that are read
 _GLORA = tuple(f"glora_{path}.{part}" for path in "ABCDE" for part in ("X", "Xd", "Xu", "zeros"))
 _DRAWN = {"r": 256, "projection_prng_key": 0}
 SCHEMES: Mapping[str, Scheme] = {
@@ -108,7 +108,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "RANDLORA": Scheme(
         "randlora",
         ("randlora_lambda", "randlora_gamma"),
-        ("randlora_A", "randlora_B"),  # peft writes the shared bases once more for each module
+        ("randlora_A", "randlora_B"),  # peft also writes the shared bases for each module
         shared=("randlora_A", "randlora_B"),
         settings={"randlora_alpha": 640},
         sizes=True,
@@ -149,39 +149,40 @@ SCHEMES: Mapping[str, Scheme] = {
         sizes=True,
     ),
 }
-# Settings that make other mathematics of a method: type, setting, its value, the mathematics.
+# Settings that select another method: peft_type, setting, its value, the method's name in surgery.methods.
 VARIANTS = (("MISS", "init_weights", "bat", "miss_bat"),)
-# Methods whose files hold nothing but tensors that replace the base's: no factors, no mathematics.
+# Methods whose files hold only tensors that replace the base's: no factors, no mathematics.
 REPLACING = ("LN_TUNING", "TRAINABLE_TOKENS")
 _PREFIX = "it puts learned vectors before the input, and the attention to them depends on the input"
 _GATE = "it mixes adapters by weights that depend on the input"
 REFUSED: Mapping[str, str] = {
     "ADAMSS": "the outputs that each of its parts acts on come from a clustering of the base and are not in the file",
-    "ADAPTION_PROMPT": "it adds an attention to learned vectors behind a gate, which depends on the input",
+    "ADAPTION_PROMPT": "it adds a gated attention to learned vectors, which depends on the input",
     "CARTRIDGE": "it is a learned cache of keys and values, and the attention to it depends on the input",
     "CPT": _PREFIX,
-    "FROD": "its left factor is not in the file: peft solves it from the base, and the solver decides its last bits",
+    "FROD": "its left factor is not in the file: peft solves it from the base, and its last bits depend on the solver",
     "LILY": _GATE,
     "MULTITASK_PROMPT_TUNING": _PREFIX,
-    "OSF": "it replaces the base's lower singular directions, which peft computes anew from the base, and where "
-    "singular values lie close any routine finds others",
+    "OSF": "it replaces the base's lower singular directions, which peft recomputes from the base; where singular "
+    "values are close, each SVD routine finds others",
     "POLY": "it mixes adapters by weights that depend on the task, which is part of the input",
     "PREFIX_TUNING": _PREFIX,
     "PROMPT_TUNING": _PREFIX,
-    "PSOFT": "it turns singular vectors of the base, which are not in the file and have any routine's choice of signs",
+    "PSOFT": "it rotates singular vectors of the base, which are not in the file and whose signs depend on the SVD "
+    "routine",
     "P_TUNING": _PREFIX,
-    "SHADOW": "it runs a network beside the base and adds its hidden states, which are no function of one weight",
+    "SHADOW": "it runs a second network and adds its hidden states, which are not a function of one weight",
     "TINYLORA": "which of its vectors belongs to which layer follows from the order of the model's layers, which is "
-    "in no file, and its factors are singular vectors of the base, which have any routine's choice of signs",
+    "in no file, and its factors are singular vectors of the base, whose signs depend on the SVD routine",
     "XLORA": _GATE,
 }
 
 
 def scheme_of(config: Mapping[str, Any], where: str) -> Scheme | None:
-    """How the config's method lies in the file; None for LoRA and for methods that only replace.
+    """How the config's method is stored in the file; None for LoRA and for methods that only replace tensors.
 
     Raises:
-        AdapterFormatError: a method that cannot be merged, with the reason, or one we do not know.
+        AdapterFormatError: the method cannot be merged (the error gives the reason), or is unknown.
     """
     peft_type = str(config.get("peft_type"))
     if peft_type == "LORA" or peft_type in REPLACING:
@@ -198,19 +199,20 @@ def scheme_of(config: Mapping[str, Any], where: str) -> Scheme | None:
             where=where,
             expected=", ".join(["LORA", *SCHEMES, *REPLACING]),
             found=peft_type,
+            then="correct peft_type in adapter_config.json, or merge this adapter with peft itself",
         )
     return SCHEMES[peft_type]
 
 
 def factor_pattern(scheme: Scheme) -> re.Pattern[str]:
-    """What the path of a factor looks like: groups `module` and `role`."""
+    """A regular expression for the path of a factor, with the groups `module` and `role`."""
     roles = "|".join(sorted((re.escape(role) for role in (*scheme.factors, *scheme.optional)), key=len, reverse=True))
     return re.compile(rf"^(?P<module>.+)\.(?P<role>{roles})$")
 
 
 def no_factors(scheme: Scheme, where: str) -> AdapterFormatError:
-    """The error for a file without any, such as Uni-LoRA's without its indices, which peft draws layer by layer in the
-    order of the model."""
+    """The error for a file without factors, such as a Uni-LoRA saved without its indices, which peft draws layer by
+    layer in the model's order."""
     return AdapterFormatError(
         "the file has no factors of any layer",
         where=where,
@@ -220,7 +222,7 @@ def no_factors(scheme: Scheme, where: str) -> AdapterFormatError:
 
 
 def shared_tensors(scheme: Scheme, checkpoint: Checkpoint) -> dict[str, TensorRef]:
-    """The tensors that belong to all modules, by role."""
+    """The tensors that all modules share, by role."""
     return {
         role: checkpoint.tensor(f"base_model.{role}")
         for role in scheme.shared
@@ -234,13 +236,13 @@ def scheme_modules(
     """The adapted weights and biases.
 
     Args:
-        scheme: of the method.
+        scheme: how the method is stored.
         modules: the factors by module and role.
-        shared: the factors of all modules.
-        context: of the adapter.
+        shared: the factors that all modules share.
+        context: the adapter's context.
 
     Raises:
-        AdapterFormatError: a module that lacks a factor.
+        AdapterFormatError: a module lacks a factor.
     """
     sizes = {module: _sizes(module, context) for module in modules} if scheme.sizes else {}
     largest = {f"largest_{side}": max(size[side] for size in sizes.values()) for side in ("out", "in") if sizes}
@@ -294,7 +296,7 @@ def _mathematics(scheme: Scheme, settings: Mapping[str, Any]) -> str:
 
 
 def _rank(module: str, context: Context) -> int:
-    pattern = context.config.get("rank_pattern")  # AdaLoRA's is another thing, and its rank is not used
+    pattern = context.config.get("rank_pattern")  # AdaLoRA's rank_pattern has another meaning; its rank is not used
     return context.rank(module) if isinstance(pattern, Mapping) or not pattern else int(context.config.get("r", 8))
 
 
@@ -303,7 +305,7 @@ def _alpha(scheme: Scheme, module: str, context: Context) -> float:
 
 
 def _kind(target: str, factors: Factors, context: Context) -> LayerKind:
-    """How the base stores the weight: a square one like its neighbours, or as the config says of all."""
+    """How the base stores the weight. A square one is stored like its neighbours, or as the config says for all."""
     shape, module = context.base[target].shape, owner(target)
     if any("embedding" in role for role in factors):
         return LayerKind.EMBEDDING

@@ -1,8 +1,9 @@
-"""LoRA on parameters that a peft config names (`target_parameters`): stacks of experts, and what no layer holds.
+"""Reads LoRA on parameters that a peft config names (`target_parameters`), such as stacks of experts.
 
-The keys name the module only. Several parameters of one module nest: the first in the module's own order is innermost
-and has most `.base_layer` in its keys. That order is not in any file, and neither is which side of an expert is its
-input, so both are found from the shapes; where these leave a choice, reading is refused. Knows no mathematics.
+The keys name only the module. If several parameters of a module are adapted, peft nests them: the first in the module's
+own order is innermost, with the most `.base_layer` in its keys. Neither that order nor the input side of an expert is
+in any file, so both are inferred from the shapes; if these leave a choice, reading is refused. This module does no
+mathematics.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class ParameterFactors:
     """The factors of one module's parameters.
 
     Attributes:
-        module: its path.
-        names: those of its parameters that the config targets.
-        levels: factors by their depth in the wrappers, 0 the outermost.
+        module: the module's path.
+        names: the module's parameters that the config targets.
+        levels: factors by their depth in peft's wrappers; 0 is the outermost.
     """
 
     module: str
@@ -42,7 +43,7 @@ class ParameterFactors:
 
 
 def unwrapped(path: str) -> tuple[str, int]:
-    """The module that a path in a peft file means, and how deep in its wrappers the factors lie."""
+    """The module that a path in a peft file stands for, and how deep in peft's wrappers the factors are."""
     parts = path.split(".")
     depth = 0
     while parts[-1 - depth :] == [WRAPPED] * (depth + 1):
@@ -53,7 +54,8 @@ def unwrapped(path: str) -> tuple[str, int]:
 def take_parameters(
     modules: dict[str, Factors], config: Mapping[str, Any], base: Mapping[str, TensorSpec]
 ) -> list[ParameterFactors]:
-    """Takes the factors of targeted parameters out of `modules`; the paths left behind lose their wrappers."""
+    """Removes the factors of targeted parameters from `modules` and returns them. The remaining paths lose their
+    wrappers."""
     tails = frozenset(_tail(name) for name in base)
     taken: dict[str, ParameterFactors] = {}
     for path in list(modules):
@@ -72,8 +74,8 @@ def _tail(name: str) -> str:
 
 
 def _targeted(module: str, entries: Iterable[str], tails: frozenset[str]) -> tuple[str, ...]:
-    """The names of the module's parameters that the config targets. It may target some that other modules of the
-    same name have and this one lacks: those are told by the tails of the base's names."""
+    """The names of the module's parameters that the config targets. The config may name parameters that only other
+    modules of the same name have; the tails of the base's names exclude these."""
     found = set()
     for entry in entries:
         holder, parameter = owner(entry), entry.rpartition(".")[2]
@@ -88,7 +90,7 @@ def parameter_modules(found: ParameterFactors, context: Context) -> list[Adapter
     """The adapted parameters of one module.
 
     Raises:
-        AdapterFormatError: factors that fit none of the parameters, or more than one, or one in two ways.
+        AdapterFormatError: the factors fit no parameter, several parameters, or one parameter in two layouts.
     """
     module, names, levels = found.module, found.names, found.levels
     specs = {name: context.base[context.rename(f"{module}.{name}")] for name in names}
@@ -99,6 +101,7 @@ def parameter_modules(found: ParameterFactors, context: Context) -> list[Adapter
             where=where,
             expected=", ".join(names),
             found=f"{len(levels)} pairs",
+            then="use the adapter_config.json that was saved with these weights",
         )
     shapes = {}
     for level, factors in levels.items():
@@ -133,7 +136,7 @@ def parameter_modules(found: ParameterFactors, context: Context) -> list[Adapter
 
 
 def _fits(shapes: tuple[tuple[int, ...], tuple[int, ...]], spec: TensorSpec, transposed: bool, rank: int) -> bool:
-    """Whether factors of these shapes can be this parameter's."""
+    """Whether factors of these shapes can belong to this parameter."""
     if len(spec.shape) not in (2, 3):
         return False
     experts = spec.shape[0] if len(spec.shape) == 3 else 1
@@ -144,7 +147,7 @@ def _fits(shapes: tuple[tuple[int, ...], tuple[int, ...]], spec: TensorSpec, tra
 
 
 def _told_by_bias(module: str, context: Context) -> bool | None:
-    """Whether the module's experts store (experts, in, out), if the bias of any of them, (experts, out), tells."""
+    """Whether the module's experts store (experts, in, out), if a bias (experts, out) shows it; else None."""
     told = set()
     prefix = context.rename(f"{module}.")
     for name, spec in context.base.items():
@@ -168,10 +171,11 @@ def _undecided(
             where=where,
             expected=f"{expected}, with the config's rank",
             found=found,
+            then="check that the adapter was made for this base",
         )
     if len({order for order, _ in solutions}) > 1:
         return AdapterFormatError(
-            "these parameters have the same shape, and the file does not say which factors are whose",
+            "these parameters have the same shape, and the file does not say which factors belong to which",
             where=where,
             found=expected,
             then="merge this adapter with peft, which knows their order from the model",

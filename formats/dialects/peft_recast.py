@@ -1,7 +1,7 @@
-"""The config of a LoRA in peft's names that is made of others: their own, as far as it still holds.
+"""Builds the config of a LoRA in peft's names that is computed from other adapters.
 
-What they agree on is kept (the task, the base's name, what is saved in full); ranks, alphas and the choice of modules
-are said anew. Knows no mathematics.
+Settings on which the adapters agree are kept (the task, the base's name, what is saved in full). Ranks, alphas and the
+choice of modules are rewritten. This module does no mathematics.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _CHOOSING = ("target_modules", "target_parameters", "exclude_modules", "layers_t
 
 
 def module_of(key: str) -> str:
-    """The module, as the model calls it, that a key of lora_A or lora_embedding_A belongs to."""
+    """The model's name of the module to which a key of lora_A or lora_embedding_A belongs."""
     path = key.removeprefix(PREFIX).removesuffix(".weight")
     return unwrapped(path.rpartition(".")[0])[0]
 
 
 def adapted_module(factors: Mapping[str, TensorRef]) -> str:
-    """The module, as the model calls it, that factors of whatever method belong to, by their roles."""
+    """The model's name of the module to which factors of any method belong, given their roles."""
     for role, ref in sorted(factors.items()):
         path = ref.name.removeprefix(PREFIX)
         if ref.name.startswith(PREFIX) and path.endswith(f".{role}"):
@@ -38,13 +38,13 @@ def recast_config(
     ranks: Mapping[str, int],
     parameters: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """The adapter_config.json of what is made of these adapters.
+    """The adapter_config.json of a LoRA that is computed from these adapters.
 
     Args:
-        configs: theirs.
-        modules: what each of them adapts: modules, and parameters by their full names.
-        ranks: of all of these; the scaling is 1, so alpha is the rank.
-        parameters: those among them that are parameters.
+        configs: the adapters' configs.
+        modules: what each adapter adapts: modules, and parameters by their full names.
+        ranks: rank of every adapted module and parameter. The scaling is 1, so alpha equals the rank.
+        parameters: which of these are parameters.
     """
     first = configs[0]
     config = {name: value for name, value in first.items() if all(each.get(name) == value for each in configs)}

@@ -1,7 +1,7 @@
-"""Writing peft's names and config. Tested against peft itself.
+"""Writes peft's names and config. Tested against peft itself.
 
-Gives the keys and the config for which peft rebuilds exactly the modules that were adapted; `peft` is the way back.
-Knows no mathematics.
+Chooses keys and a config for which peft rebuilds exactly the modules that were adapted; `peft` reads them. This module
+does no mathematics.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def parameter_keys(module: str, parameters: Sequence[str]) -> dict[str, tuple[st
     """The keys of the factors of a module's adapted parameters (`target_parameters`), by parameter.
 
     Args:
-        module: its path.
-        parameters: the adapted ones in the order in which the module registers them, which peft nests them by.
+        module: the module's path.
+        parameters: the adapted parameters in the order in which the module registers them: peft nests them in this
+            order.
     """
     depths = range(len(parameters) - 1, -1, -1)
     return {
@@ -40,7 +41,7 @@ def parameter_keys(module: str, parameters: Sequence[str]) -> dict[str, tuple[st
 
 
 def bias_key(module: str) -> str:
-    """The key of the change of a layer's bias, with which peft's `lora_bias` adds to it as B does to the weight."""
+    """The key of the change of a layer's bias (`lora_bias`), which peft scales like BA."""
     return f"{PREFIX}{module}.lora_B.bias"
 
 
@@ -50,7 +51,7 @@ def magnitude_key(module: str) -> str:
 
 
 def magnitude_shape(kind: LayerKind, weight: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in which peft stores the magnitudes of a weight of this shape: one for each output."""
+    """The shape in which peft stores the magnitudes of a weight of this shape: one per output."""
     if kind is LayerKind.CONV:
         return (1, weight[0], *(1,) * (len(weight) - 2))
     return weight[:1] if kind is LayerKind.LINEAR else weight[1:]
@@ -60,8 +61,8 @@ def full_key(tensor: str, *, wrappers: int) -> str:
     """The key of a tensor carried in full.
 
     Args:
-        tensor: its name in the model.
-        wrappers: how many times peft wraps the module that holds it: once where it adapts the layer, once for each
+        tensor: the tensor's name in the model.
+        wrappers: how many times peft wraps the module that holds it: once if it adapts the layer, and once for each
             parameter that it adapts.
     """
     module, _, last = tensor.rpartition(".")
@@ -70,9 +71,9 @@ def full_key(tensor: str, *, wrappers: int) -> str:
 
 @dataclass(frozen=True)
 class Extracted:
-    """What a config must describe: every module's rank, what goes along in full, and how the base is built."""
+    """What a config must describe: every module's rank, what is carried in full, and how the base is built."""
 
-    ranks: Mapping[str, int]  # adapted modules; the scaling is 1, so alpha is the rank
+    ranks: Mapping[str, int]  # rank by adapted module; the scaling is 1, so alpha equals the rank
     saved: tuple[str, ...]  # modules carried in full
     biases: bool  # whether biases are carried in full
     transposed: bool  # whether adapted layers store (in, out)
@@ -80,13 +81,13 @@ class Extracted:
     rank: int
     base: str
     parameters: Mapping[str, int] = field(default_factory=dict)  # adapted parameters by full name, with their ranks
-    lora_bias: bool = False  # whether every adapted layer comes with the change of its bias
-    dora: bool = False  # whether every adapted layer comes with a magnitude
-    alphas: Mapping[str, float] = field(default_factory=dict)  # of adapted modules, where the scaling is not 1
+    lora_bias: bool = False  # whether every adapted layer also changes its bias
+    dora: bool = False  # whether every adapted layer has magnitudes
+    alphas: Mapping[str, float] = field(default_factory=dict)  # alpha by adapted module, if scalings are not all 1
 
 
 def lora_config(extracted: Extracted) -> dict[str, Any]:
-    """The adapter_config.json for which peft rebuilds exactly these modules."""
+    """The adapter_config.json from which peft rebuilds exactly these modules."""
     targets = sorted(extracted.ranks)
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -111,11 +112,11 @@ def lora_config(extracted: Extracted) -> dict[str, Any]:
 
 
 def rank_settings(ranks: Mapping[str, int], common: int) -> dict[str, Any]:
-    """What a config says of ranks and alphas where the scaling is 1, so that alpha is the rank.
+    """The config's settings of ranks and alphas for a scaling of 1, where alpha equals the rank.
 
     Args:
-        ranks: of every adapted module, and of every adapted parameter by its full name.
-        common: the rank that the others are exceptions from.
+        ranks: rank of every adapted module, and of every adapted parameter by its full name.
+        common: the default rank, for which no pattern is needed.
     """
     pattern = pattern_of(ranks, common)
     settings = {"r": common, "lora_alpha": common, "rank_pattern": pattern, "alpha_pattern": dict(pattern)}
@@ -123,25 +124,25 @@ def rank_settings(ranks: Mapping[str, int], common: int) -> dict[str, Any]:
 
 
 def exactly(modules: Iterable[str]) -> str:
-    """The regular expression by which `target_modules` names just these modules, whatever others a model has."""
+    """The regular expression with which `target_modules` matches exactly these modules and no others."""
     return "|".join(re.escape(module) for module in sorted(modules))
 
 
 def commonest(values: Iterable[float]) -> Any:
-    """The value that occurs most often, the smallest of several; a whole number as an int."""
+    """The most frequent value, the smallest if several are; a whole number is returned as an int."""
     counts = Counter(values)
     value = min(counts, key=lambda each: (-counts[each], each))
     return int(value) if value == int(value) else value
 
 
 def target_names(targets: list[str], modules: frozenset[str]) -> list[str] | str:
-    """Full names; a regular expression where a name is also the tail of a module that was not adapted."""
+    """The targets' full names, or a regular expression if a name is also the tail of a module that is not adapted."""
     stray = caught_by_tail(targets, modules)
     return exactly(targets) if stray or not targets else targets
 
 
 def caught_by_tail(names: Iterable[str], modules: Iterable[str]) -> set[str]:
-    """Modules outside `names` whose dotted tail is one of them: peft, which matches tails, would take them too."""
+    """Modules not in `names` whose dotted tail is one of them: peft matches tails, so it would adapt them too."""
     chosen = set(names)
     caught = set()
     for module in set(modules) - chosen:
@@ -154,8 +155,11 @@ def caught_by_tail(names: Iterable[str], modules: Iterable[str]) -> set[str]:
 
 
 def pattern_of(values: Mapping[str, float], common: float) -> dict[str, Any]:
-    """Modules and parameters whose rank or alpha is not the common one, longest name first: peft takes the first
-    pattern that matches a tail, so whoever would be caught by another's pattern gets one of its own before it."""
+    """Modules and parameters whose rank or alpha is not the common one, longest name first.
+
+    peft takes the first pattern that matches a tail. So a module that another module's pattern would match gets a
+    pattern of its own before it.
+    """
     pattern = {module: value for module, value in values.items() if value != common}
     caught = {
         module: value

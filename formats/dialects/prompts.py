@@ -1,8 +1,8 @@
-"""Reading AdapterHub's and peft's prefixes and prompts. Tested against the libraries, with all models in
+"""Reads AdapterHub's and peft's prefixes and prompts. Tested against the libraries, with all models in
 `adapterhub_layers`.
 
-What is read is plain data: keys, values and embeddings are the same for every input, but no weight can hold them. Knows
-no mathematics.
+The result is plain data. The keys, values and embeddings are the same for every input, but no weight can hold them.
+This module does no mathematics.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from formats.spec import CheckpointRef, TensorRef, TensorSpec
 
 @dataclass(frozen=True)
 class Network:
-    """What makes keys and values: second(f(first(embedding))).
+    """The network that computes keys and values: second(f(first(embedding))).
 
     Attributes:
         embedding: (length, width).
-        first, second: (hidden, width) and (layers · 2 · width, hidden).
-        non_linearity: f, as the config calls it, in lower case.
+        first, second: projections with weights (hidden, width) and (layers · 2 · width, hidden).
+        non_linearity: the config's name of f, in lower case.
     """
 
     embedding: TensorRef
@@ -37,17 +37,17 @@ class Network:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Learned keys and values before those of the attention's own inputs (Li and Liang, arXiv 2101.00190).
+    """Learned keys and values, put before those of the attention's inputs (Li and Liang, arXiv 2101.00190).
 
     Attributes:
         ref: the adapter's file.
-        length: how many there are.
-        layers: the numbers of the layers that have them.
-        values: (length · layers · 2 · width), of each position and layer the key and then the value, heads one after
-            the other; or the network whose outputs for every position are (layers · 2 · width).
-        attentions: of each layer that has them the base's weight of the attention's outputs.
-        width: of a key.
-        moves_positions: whether the input's positions begin behind the prefix, rather than at 0.
+        length: number of keys and values per layer.
+        layers: numbers of the layers that have a prefix.
+        values: (length · layers · 2 · width): for each position and layer the key and then the value, with the heads
+            concatenated; or the network whose output for each position is (layers · 2 · width).
+        attentions: for each layer with a prefix, the base's weight of the attention's output projection.
+        width: width of a key.
+        moves_positions: whether the input's positions begin after the prefix, rather than at 0.
     """
 
     ref: CheckpointRef
@@ -61,14 +61,14 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Learned embeddings (length, width) before the input's own (Lester et al., arXiv 2104.08691).
+    """Learned embeddings (length, width), put before the input's own (Lester et al., arXiv 2104.08691).
 
     Attributes:
         ref: the adapter's file.
         embedding: the embeddings.
-        after_first: whether the input's first token stays before them.
-        among_words: whether they are put among the embeddings of words, so that positions and the norm of embeddings
-            are theirs too; else they come behind everything that embeds.
+        after_first: whether the input's first token stays before the prompt.
+        among_words: whether the prompt joins the word embeddings, so that it too gets position embeddings and the
+            embedding norm. If not, it is inserted after the whole embedding block.
     """
 
     ref: CheckpointRef
@@ -79,13 +79,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Whole:
-    """Tensors that replace the base's, by its names: heads, which are trained beside an adapter.
+    """Tensors that replace the base's: a head that was trained together with an adapter.
 
     Attributes:
-        ref: their file.
-        tensors: none where they are left.
-        kind: what the head is called; empty where nobody says.
-        left: why the base cannot take it; empty where it can.
+        ref: the head's file.
+        tensors: the tensors by the base's names; empty if the head does not fit the base.
+        kind: the head's name; empty if unknown.
+        left: why the head does not fit the base; empty if it does.
     """
 
     ref: CheckpointRef
@@ -94,8 +94,8 @@ class Whole:
     left: str = ""
 
 
-_HOLDER = "base_model."  # before the names of tensors that peft saves in full beside a prompt
-_LOCATIONS = ("self_prefix", "self")  # of models that are encoder or decoder, and not both; the latter DistilBERT's
+_HOLDER = "base_model."  # prefix of the tensors that peft saves in full together with a prompt
+_LOCATIONS = ("self_prefix", "self")  # for models that are encoder or decoder, not both; the latter is DistilBERT's
 
 
 def read_prefix(
@@ -105,11 +105,11 @@ def read_prefix(
     base: Mapping[str, TensorSpec],
     model_type: str | None = None,
 ) -> Prefix:
-    """The adapter: its tensors by their names within it, the config of the method, and the model's type if it is known.
+    """Reads a prefix from its tensors by role, the method's config, and the model's type if it is known.
 
     Raises:
-        AdapterFormatError: settings or models that are not read, tensors that are missing or belong to nothing.
-        ShapeMismatch: tensors that do not fit the base's width and depth, or the config.
+        AdapterFormatError: a setting or the model is not supported, or tensors are missing or unknown.
+        ShapeMismatch: tensors do not fit the base's width and depth, or the config.
     """
     sizes = _Sizes.of(ref, base, model_type)
     width, keys, attentions = sizes.width, sizes.keys, sizes.attentions
@@ -140,7 +140,7 @@ def read_prompt(
     base: Mapping[str, TensorSpec],
     model_type: str | None = None,
 ) -> Prompt:
-    """The adapter, as `read_prefix`."""
+    """Reads a prompt. Arguments and errors are those of `read_prefix`."""
     combine = own.get("combine", "prefix")
     if combine not in ("prefix", "prefix_after_bos"):
         raise AdapterFormatError(
@@ -155,10 +155,10 @@ def read_prompt(
 def read_peft_prompt(
     checkpoint: Checkpoint, config: Mapping[str, Any], base: Mapping[str, TensorSpec]
 ) -> tuple[Prefix | Prompt | Whole, ...]:
-    """peft's prompt, p-tuning or prefix: saved as the embeddings, or the keys and values, that they come to.
+    """Reads peft's prompt, p-tuning or prefix, which peft saves as the resulting embeddings, or keys and values.
 
-    Heads that were trained beside it come as a part of their own. Raises as `read_prefix`, and UnmatchedKeys for a head
-    that the base does not have.
+    A head that was trained with it is returned as a part of its own. Raises the errors of `read_prefix`, and
+    UnmatchedKeys for a head that the base does not have.
     """
     ref = checkpoint.ref
     sizes = _Sizes.of(ref, base)
@@ -184,12 +184,12 @@ def read_peft_prompt(
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What prefixes and prompts must fit.
+    """The sizes that prefixes and prompts must fit.
 
     Attributes:
-        width: of the model.
-        keys: of an attention's keys, and of its values.
-        attentions: the weights of the attentions' outputs, by their layers' numbers.
+        width: width of the model.
+        keys: width of an attention's keys and values.
+        attentions: the weights of the attentions' output projections, by layer number.
     """
 
     width: int
@@ -198,7 +198,7 @@ class _Sizes:
 
     @classmethod
     def of(cls, ref: CheckpointRef, base: Mapping[str, TensorSpec], model_type: str | None = None) -> _Sizes:
-        """A base's. Raises AdapterFormatError for one that is not known, or not of the adapter's type."""
+        """The sizes of a base. Raises AdapterFormatError if the base is unknown, or not of the adapter's model type."""
         layout = layout_of(base)
         if layout is not None and model_type not in (None, *layout.types):
             raise AdapterFormatError(

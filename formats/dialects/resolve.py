@@ -1,7 +1,7 @@
-"""From an adapter's module paths to the base's tensor names.
+"""Maps an adapter's module paths to the base's tensor names.
 
-Adapters name modules of the model they were trained on; files often lack or carry one more leading part
-(`bert.encoder…` for `encoder…`). One such difference is accepted if it explains every key, never key by key.
+Adapters name modules of the model they were trained on. Base files often lack the first part of the name, or have one
+more (`bert.encoder…` for `encoder…`). One such difference is accepted if it fits every key, never key by key.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def resolver(wanted: Iterable[str], base: Mapping[str, TensorSpec], where: objec
     """The renaming under which every wanted tensor is one of the base's.
 
     Raises:
-        UnmatchedKeys: none explains all of them; lists the unmatched with the nearest names.
+        UnmatchedKeys: no renaming fits all of them. The error lists the unmatched names with the nearest ones.
     """
     wanted = sorted(set(wanted))
     renamings: list[Rename] = [lambda name: name]
@@ -36,7 +36,7 @@ def resolver(wanted: Iterable[str], base: Mapping[str, TensorSpec], where: objec
 
 def unmatched_keys(names: list[str], total: int, base: Mapping[str, TensorSpec], where: object) -> UnmatchedKeys:
     """The error for adapter tensors that match nothing, with the nearest names of the base."""
-    lines = [f"{name} (nearest: {', '.join(nearest(name, base)) or 'nothing alike'})" for name in names[:5]]
+    lines = [f"{name} (nearest: {', '.join(nearest(name, base)) or 'none similar'})" for name in names[:5]]
     if len(names) > 5:
         lines.append(f"and {len(names) - 5} more")
     return UnmatchedKeys(

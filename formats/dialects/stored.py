@@ -1,8 +1,9 @@
-"""How transformers stores some of what a model holds: experts one by one instead of stacked, layers by older names.
+"""Maps between a model's tensors in memory and in its file, where transformers stores them differently.
 
-An adapter made with transformers 5 names what the model holds, and the base's file has what transformers writes
-(transformers.conversion_mapping, 5.23). This is the part of it that mixtures of experts need; it is used only for names
-that the base itself does not have. Knows no dialect and no mathematics.
+In files, transformers stores experts one by one instead of stacked, and some layers under older names. An adapter made
+with transformers 5 uses the names in memory; the base's file has the names that transformers writes
+(transformers.conversion_mapping, 5.23). This module covers what mixtures of experts need. It is used only for names
+that the base's file does not have. It knows no dialect and does no mathematics.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from formats.adapter import AdapterModule, ExpertPart, Replacement
 from formats.errors import AdapterFormatError
 from formats.spec import TensorSpec
 
-# A stack in memory, and the layers of one expert that it is made of, one below the other, by the names in use.
+# A stack in memory, and the layers of one expert that it concatenates by rows, under each of the names in use.
 _STACKS = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3"), ("fc1", "fc3")),
     "up_proj": (("up_proj",),),
@@ -33,18 +34,23 @@ _RENAMED = (
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as a model holds it, and the tensors of the file that it consists of, with the piece each is of it."""
+    """A tensor as the model holds it in memory.
+
+    Attributes:
+        spec: the tensor in memory.
+        pieces: the file's tensors that it consists of, and which part of it each one is (None for the whole).
+    """
 
     spec: TensorSpec
     pieces: tuple[tuple[str, ExpertPart | None], ...]
 
 
 def held(base: Mapping[str, TensorSpec], names: Mapping[str, str]) -> dict[str, Stored]:
-    """What a model of this base may hold under names that the base does not have.
+    """The tensors that a model of this base may hold under names that the base's file does not have.
 
     Args:
         base: the base's tensors.
-        names: the model's names of some, by their names in the base.
+        names: the model's names of renamed tensors, by their names in the base's file.
     """
     experts: dict[str, dict[str, list[TensorSpec]]] = {}
     found: dict[str, Stored] = {}
@@ -66,7 +72,7 @@ def held(base: Mapping[str, TensorSpec], names: Mapping[str, str]) -> dict[str, 
 
 
 def in_the_file(adapted: Iterable[AdapterModule], stored: Mapping[str, Stored]) -> list[AdapterModule]:
-    """The adapted weights as the file has them."""
+    """The adapted weights under the names, and in the pieces, of the base's file."""
     named = {name: tensor.pieces[0][0] for name, tensor in stored.items() if len(tensor.pieces) == 1}
     return [
         replace(module, target=tensor, part=part, reads=named.get(module.reads or "", module.reads))
@@ -76,7 +82,8 @@ def in_the_file(adapted: Iterable[AdapterModule], stored: Mapping[str, Stored]) 
 
 
 def whole_in_the_file(replaced: Iterable[Replacement], stored: Mapping[str, Stored]) -> list[Replacement]:
-    """The replaced tensors as the file has them. Raises AdapterFormatError for a stack that it has in pieces."""
+    """The replaced tensors under the file's names. Raises AdapterFormatError for a stack that the file has in
+    pieces."""
     found = []
     for full in replaced:
         pieces = stored[full.target].pieces if full.target in stored else ((full.target, None),)
@@ -86,6 +93,7 @@ def whole_in_the_file(replaced: Iterable[Replacement], stored: Mapping[str, Stor
                 where=full.target,
                 expected="factors",
                 found=f"{len(pieces)} tensors, {pieces[0][0]} the first",
+                then="train the experts with LoRA (target_parameters), without modules_to_save",
             )
         found.append(replace(full, target=pieces[0][0]))
     return found
@@ -100,7 +108,7 @@ def _memory_names(name: str) -> list[str]:
 
 
 def _stacked(name: str, layers: list[list[TensorSpec]]) -> dict[str, Stored]:
-    """The stack of these layers, each given for every expert; nothing if their shapes do not agree."""
+    """The stack of these layers, each given for every expert; empty if their shapes do not agree."""
     count = len(layers[0])
     shapes = [{spec.shape for spec in experts} for experts in layers]
     if not all(len(experts) == count for experts in layers) or not all(len(shape) == 1 for shape in shapes):

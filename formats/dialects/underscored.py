@@ -1,7 +1,8 @@
-"""From kohya's layer names, in which dots became underscores, back to the base's modules.
+"""Maps kohya's layer names, in which dots became underscores, back to the base's modules.
 
-What the underscores were is not in the name, so the base's own names are put into the same form and looked up. One
-leading part more or less is accepted if that explains every key, and so are a UNet's other names. Knows no factors.
+A name does not show which underscores were dots, so the base's own names are converted to the same form and looked up.
+One leading part more or less is accepted if it fits every key, and so are the other names of a UNet's layers. This
+module knows no factors.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from formats.errors import AdapterFormatError, UnmatchedKeys
 from formats.layers import owner
 from formats.spec import TensorSpec
 
-# How the original checkpoints of Flux and SD3 name blocks, and diffusers does not.
+# Names of blocks in the original checkpoints of Flux and SD3, which diffusers does not use.
 _FUSED = ("double_blocks_", "single_blocks_", "joint_blocks_")
 
 
@@ -27,8 +28,8 @@ def restored(wanted: Iterable[str], base: Mapping[str, TensorSpec], where: objec
     """The base's module for every layer's name.
 
     Raises:
-        UnmatchedKeys: layers that the base does not have, with the nearest names.
-        AdapterFormatError: two modules of the base have the form of one layer's name.
+        UnmatchedKeys: the base does not have a layer. The error lists the nearest names.
+        AdapterFormatError: two modules of the base have the same name in kohya's form.
     """
     wanted = sorted(set(wanted))
     modules = sorted({owner(name) for name in base if owner(name)})
@@ -47,14 +48,14 @@ def restored(wanted: Iterable[str], base: Mapping[str, TensorSpec], where: objec
                 where=f"{where}: {name}",
                 expected="one module",
                 found=", ".join(index[name]),
-                then="use an adapter with dotted names: diffusers', ComfyUI's or peft's",
+                then="use the adapter in a dialect with dotted names: diffusers, comfyui or peft",
             )
     return {name: index[name][0] for name in wanted}
 
 
 def _heads(modules: Iterable[str], wanted: list[str]) -> list[str]:
-    """The first one or two parts of the base's names, each with its dot; and whatever is before the first wanted name,
-    as in checkpoints of whole pipelines."""
+    """Prefixes of the base's names: their first one or two parts, and whatever comes before the first wanted name, as
+    in checkpoints of whole pipelines."""
     found = set()
     for module in modules:
         parts = module.split(".")
@@ -65,7 +66,7 @@ def _heads(modules: Iterable[str], wanted: list[str]) -> list[str]:
 
 
 def _index(modules: Iterable[str], head: str) -> dict[str, list[str]]:
-    """The modules under a head, by the form of what is behind it."""
+    """The modules whose names begin with `head`, by the rest of the name in kohya's form."""
     index: dict[str, list[str]] = {}
     for module in modules:
         if module.startswith(head):
@@ -74,7 +75,7 @@ def _index(modules: Iterable[str], head: str) -> dict[str, list[str]]:
 
 
 def _translated(modules: Iterable[str]) -> dict[str, list[str]]:
-    """The modules of a UNet by the form of their other names: the original checkpoint's, or diffusers'."""
+    """The modules of a UNet by their other names (the original checkpoint's, or diffusers') in kohya's form."""
     index: dict[str, list[str]] = {}
     for name, module in other_names(modules).items():
         index.setdefault(underscored(name), []).append(module)
@@ -82,7 +83,7 @@ def _translated(modules: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _leading(wanted: list[str]) -> list[str]:
-    """The first one to three words that all layers' names begin with."""
+    """The first one to three words with which all layers' names begin."""
     words = wanted[0].split("_") if wanted else []
     heads = ["_".join(words[:count]) + "_" for count in range(1, min(4, len(words)))]
     return [head for head in heads if all(name.startswith(head) for name in wanted)]
@@ -96,7 +97,7 @@ def _unmatched(names: list[str], total: int, index: Mapping[str, list[str]], whe
     lines = []
     for name in names[:5]:
         near = [index[form][0] for form in difflib.get_close_matches(name, index, n=3, cutoff=0.3)]
-        lines.append(f"{name} (nearest: {', '.join(near) or 'nothing alike'})")
+        lines.append(f"{name} (nearest: {', '.join(near) or 'none similar'})")
     if len(names) > 5:
         lines.append(f"and {len(names) - 5} more")
     fused = all(name.startswith(_FUSED) for name in names)

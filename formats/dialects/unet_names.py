@@ -1,9 +1,9 @@
-"""The two names of every layer of Stable Diffusion's UNet: that of the original checkpoints, and diffusers'.
+"""Translates the names of Stable Diffusion's UNet layers between the original checkpoints and diffusers.
 
-Adapters of one are used with the other: kohya's trainer names SDXL's layers as the original does, ComfyUI's own keys
-are the original's, and diffusers knows only its own. Which block is which follows from the number of layers in a
-block, which the base's own names tell. Other denoisers (Flux, SD3) fuse layers on one side, so names alone do not lead
-across. Knows no factors.
+Adapters with one kind of names are used with the other: kohya's trainer names SDXL's layers as the original does,
+ComfyUI's keys are the original's, and diffusers knows only its own. How blocks correspond follows from the number of
+layers per block, which the base's names show. Other denoisers (Flux, SD3) fuse layers in one of the two, so names alone
+do not suffice. This module knows no factors.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from formats.errors import AdapterFormatError
 
 
 class Form(StrEnum):
-    """Whose names."""
+    """The two kinds of names."""
 
     ORIGINAL = "original"
     DIFFUSERS = "diffusers"
 
 
-# The original's names of layers outside the numbered blocks, and diffusers'.
+# The original's and diffusers' names of layers outside the numbered blocks.
 _SINGLE = {
     "input_blocks.0.0": "conv_in",
     "out.0": "conv_norm_out",
@@ -34,7 +34,7 @@ _SINGLE = {
     "label_emb.0.2": "add_embedding.linear_2",
 }
 _MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
-# The same of the layers in a residual block.
+# The same for the layers in a residual block.
 _RESIDUAL = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -48,7 +48,7 @@ _SINGLE_BACK, _MIDDLE_BACK, _RESIDUAL_BACK = (
 )
 _ORIGINAL = re.compile(r"^(?:(input|output)_blocks\.(\d+)|middle_block)\.(\d)\.?(.*)$")
 _DIFFUSERS = re.compile(r"^(?:(down|up)_blocks\.(\d+)|mid_block)\.(\w+)\.(\d+)\.?(.*)$")
-# Names of other denoisers that each form alone has; the other fuses or splits these layers.
+# Names in other denoisers that only this form has; the other form fuses or splits these layers.
 _ELSEWHERE = {
     Form.ORIGINAL: ("single_transformer_blocks.",),
     Form.DIFFUSERS: ("double_blocks.", "single_blocks.", "joint_blocks."),
@@ -56,14 +56,14 @@ _ELSEWHERE = {
 
 
 def other_names(modules: Iterable[str]) -> dict[str, str]:
-    """A UNet's modules by their names in the form that they do not have; empty for other modules."""
+    """A UNet's modules by their names in the other form; empty for other modules."""
     modules = set(modules)
     found = _names(modules, Form.ORIGINAL) or _names(modules, Form.DIFFUSERS)
     return {name: module for module, name in found.items()}
 
 
 def relative(module: str) -> str:
-    """A module's name within its part, whatever checkpoint of the whole pipeline the base is."""
+    """A module's name within the denoiser, without the prefix it has in a checkpoint of the whole pipeline."""
     for head in ("model.diffusion_model.", "diffusion_model.", "unet."):
         if module.startswith(head):
             return module[len(head) :]
@@ -72,12 +72,12 @@ def relative(module: str) -> str:
 
 @dataclass(frozen=True)
 class Names:
-    """How a dialect whose readers know one form of names alone calls the modules of a base.
+    """The names of a base's modules in a dialect whose readers know only one form of names.
 
     Attributes:
-        dialect: its name.
-        form: the names that its readers know.
-        known: those of a UNet's modules that the base calls otherwise.
+        dialect: the dialect's name.
+        form: the form of names that its readers know.
+        known: the names of those UNet modules that have another name in the base.
     """
 
     dialect: str
@@ -86,22 +86,22 @@ class Names:
 
     @classmethod
     def of(cls, dialect: str, form: Form, base: Iterable[str]) -> Names:
-        """Those of a base's modules."""
+        """The names for a base's modules."""
         return cls(dialect, form, _names(set(base), form))
 
     def get(self, module: str) -> str:
-        """A module's name, its own where no other is known."""
+        """A module's name in the dialect; its own name if no other is known."""
         return self.known.get(module, relative(module))
 
     def adapted(self, module: str) -> str:
-        """The name of a module that is adapted. Raises AdapterFormatError where it is the other form's."""
+        """The name of an adapted module. Raises AdapterFormatError if only the other form's name is known."""
         name = self.get(module)
         unet = (_DIFFUSERS if self.form is Form.ORIGINAL else _ORIGINAL).match(name)
         if module in self.known or not (unet or name.startswith(_ELSEWHERE[self.form])):
             return name
-        then = "name the base that has them, or all layers of this one: --base"
+        then = "name the base with --base: one that has these names, or all layers of this model"
         if self.form is Form.ORIGINAL and not unet:
-            then = "--to diffusers: ComfyUI reads those files of such models"
+            then = "use --to diffusers: ComfyUI reads diffusers' files for such models"
         raise AdapterFormatError(
             f"{self.dialect}'s readers use another name for this layer, which is not known here",
             where=module,
@@ -111,7 +111,7 @@ class Names:
 
 
 def _names(modules: Iterable[str], form: Form) -> dict[str, str]:
-    """The names in a form of a UNet's modules that have the other's; empty for other modules."""
+    """The names in `form` of a UNet's modules that have names in the other form; empty for other modules."""
     named = {module: relative(module) for module in modules}
     if form is Form.ORIGINAL:
         layers = 1 + _largest(named.values(), r"down_blocks\.0\.resnets\.(\d+)\.conv1")
@@ -126,7 +126,7 @@ def _names(modules: Iterable[str], form: Form) -> dict[str, str]:
 
 
 def _largest(names: Iterable[str], pattern: str) -> int:
-    """The largest number that a pattern finds; -1 where it finds none."""
+    """The largest number that the pattern finds; -1 if it finds none."""
     return max((int(match[1]) for name in names if (match := re.fullmatch(pattern, name))), default=-1)
 
 
@@ -168,7 +168,7 @@ def _diffusers(name: str, layers: int) -> str:
 
 
 def _behind(head: str, rest: str, table: Mapping[str, str] | None) -> str:
-    """A block's name with a layer of it behind; empty where the block has no such layer."""
+    """A block's name followed by one of its layers; empty if the block has no such layer."""
     if table is None or not rest:
         return f"{head}.{rest}".rstrip(".")
     return f"{head}.{table[rest]}" if rest in table else ""

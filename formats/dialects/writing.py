@@ -1,6 +1,6 @@
-"""What it takes to write an adapter in a dialect: each output tensor with what it is made of, metadata and config.
+"""Describes how an adapter is written in a dialect: each output tensor with its sources, the metadata and the config.
 
-Data, the protocol, and the forms that several dialects share. Knows no container and computes nothing.
+This module holds the data, the protocol, and what several dialects share. It knows no container and computes nothing.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from formats.layers import LayerKind, owner
 from formats.spec import DType, TensorRef, TensorSpec
 
 SIDES = (LayerKind.TRANSPOSED, LayerKind.EMBEDDING)  # layers that store (in, out)
-DROPS = ("bias", "full", "layer")  # what a user may leave behind where a dialect cannot express it
+DROPS = ("bias", "full", "layer")  # what a user may leave behind if the dialect cannot express it
 DROP_LAYER = "leave such layers behind: --drop layer"
 
 
 class Making(StrEnum):
-    """How an output comes from its sources, before its factor."""
+    """How an output is made from its sources, before it is multiplied by its factor."""
 
-    TAKEN = "taken"  # the elements in their order, in whatever shape
+    TAKEN = "taken"  # the elements in their order, reshaped if need be
     TURNED = "turned"  # the transpose of a matrix
-    BLOCKS = "blocks"  # (n · height, rank) → blocks on a diagonal of n columns, at the enabled slices of the rows
-    TURNED_BLOCKS = "turned_blocks"  # the transpose of that
-    CORED = "cored"  # a core (rank, rank, *kernel) and A (rank, in, …) → (rank, in, *kernel)
-    CONSTANT = "constant"  # the factor, in every element
+    BLOCKS = "blocks"  # (n · height, rank) → a block diagonal with n columns of blocks, at the enabled slices of rows
+    TURNED_BLOCKS = "turned_blocks"  # the transpose of BLOCKS
+    CORED = "cored"  # a core (rank, rank, *kernel) times A (rank, in, …) → (rank, in, *kernel)
+    CONSTANT = "constant"  # every element is the factor
 
 
 _TURNED = {Making.TAKEN: Making.TURNED, Making.BLOCKS: Making.TURNED_BLOCKS}
@@ -42,17 +42,18 @@ class Piece:
     """One output tensor.
 
     Attributes:
-        output: as it will be written.
-        sources: what it is made of.
-        making: how.
-        factor: of every element, in float64 before the one rounding to the output's dtype.
-        offset: added to every element after that.
-        enabled: for BLOCKS, turned or not, the slices of the rows.
-        laid: where the output has more than what is made, the number of the made block that lies in each of its blocks
-            of rows, with `fill` around it; None for a block of nothing else.
-        fill: there.
-        heads: of so many heads the rows go from halves to pairs, as llama.cpp rotates them; negative, the way back.
-        across: whether the rows of those heads are the output's columns, since it has been turned round.
+        output: the tensor that is written.
+        sources: the tensors that it is made from.
+        making: how it is made from them.
+        factor: multiplies every element, in float64, before the single rounding to the output's dtype.
+        offset: added to every element after the factor, before the rounding.
+        enabled: for BLOCKS and TURNED_BLOCKS, which slices of the rows are filled.
+        laid: if the output is larger than what is made: for each block of output rows, the index of the made block that
+            it contains, or None for a block that contains only `fill`. Empty if the sizes agree.
+        fill: value of the elements around the made blocks.
+        heads: number of heads whose rows are reordered from halves to pairs, as llama.cpp's rotary embedding needs
+            them; negative for the reverse; 0 for none.
+        across: whether the reordering applies to the columns, because the output was transposed.
     """
 
     output: TensorSpec
@@ -68,7 +69,7 @@ class Piece:
 
     @property
     def is_copy(self) -> bool:
-        """Whether the bytes stay what they are."""
+        """Whether the output's bytes are those of its source."""
         same = self.factor == 1.0 and not self.offset
         plain = self.making is Making.TAKEN and same and not self.heads and not self.laid
         return plain and self.sources[0].spec.dtype is self.output.dtype
@@ -80,10 +81,10 @@ class Written:
 
     Attributes:
         pieces: its tensors.
-        metadata: of the container.
-        config: its adapter_config.json, where the dialect has one.
-        dropped: tensors of the source that are left behind because the user said so.
-        notes: what the user should know.
+        metadata: the container's metadata.
+        config: the adapter_config.json, if the dialect has one.
+        dropped: tensors of the source that are left behind, as the user allowed.
+        notes: remarks for the user.
     """
 
     pieces: tuple[Piece, ...]
@@ -95,15 +96,15 @@ class Written:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the caller says of the output.
+    """What the caller specifies about the output.
 
     Attributes:
-        base: the base's tensors, or those that the adapter implies.
-        base_name: the base's path, for configs; empty without one.
-        component: the part of a pipeline; empty where nobody says.
-        drop: what may be left behind, of DROPS.
-        kinds: the layers' kinds, where the source's products lie as the base's weights do, whatever the layer, or the
-            other way round.
+        base: the base's tensors, or the tensors that the adapter implies.
+        base_name: the base's path, for configs; empty without a base.
+        component: the part of a pipeline; empty if unknown.
+        drop: which of DROPS may be left behind.
+        kinds: the layers' kinds, needed if the source or the output stores every product in the layout of the base's
+            weight, whatever the layer.
         model: the base's config.json; empty without one.
     """
 
@@ -115,7 +116,7 @@ class Wanted:
     model: Mapping[str, Any] = field(default_factory=dict)
 
     def product(self, module: AdapterModule) -> Product | None:
-        """A module as a product of two factors of its layer; None for one that is no such product of the same size."""
+        """A module as a product of two factors for its layer; None if it is not such a product of the same size."""
         product = product_of(module, self.base[module.target])
         kind = self.kinds.get(owner(module.target))
         matrix = module.method == "lora" and module.kind in (LayerKind.LINEAR, *SIDES)
@@ -129,23 +130,23 @@ class DialectWriter(Protocol):
 
     @property
     def name(self) -> str:
-        """The dialect's."""
+        """The dialect's name."""
 
     @property
     def weights(self) -> str:
-        """The weights' file where the output is a folder; its end tells the container."""
+        """Name of the weights file in an output folder; its suffix gives the container."""
 
     def write(self, adapter: Adapter, metadata: Mapping[str, str], wanted: Wanted) -> Written:
         """The adapter in this dialect; `metadata` is the source's.
 
         Raises:
-            AdapterFormatError: what the dialect cannot express, with the flag that drops it where there is one.
+            AdapterFormatError: the dialect cannot express something. The error names the flag that drops it, if any.
         """
 
 
 @dataclass(frozen=True)
 class Product:
-    """s · BA as any dialect of LoRA can have it: how to make A (rank, in, *kernel) and B (out, rank)."""
+    """s · BA in a form that every dialect of LoRA can store: how to make A (rank, in, *kernel) and B (out, rank)."""
 
     module: AdapterModule
     a: Piece
@@ -154,22 +155,22 @@ class Product:
 
     @property
     def alpha(self) -> float:
-        """Alpha with which alpha/rank is the scaling."""
+        """The alpha for which alpha/rank is the module's scaling."""
         scaling = self.module.scaling
         own = self.rank == self.module.rank and not self.module.rslora
         return self.module.alpha if own else scaling * self.rank
 
     @property
     def magnitude(self) -> TensorRef | None:
-        """DoRA's, where there is one."""
+        """DoRA's magnitudes; None without DoRA."""
         return self.module.factors.get("lora_magnitude_vector")
 
 
 def product_of(module: AdapterModule, weight: TensorSpec) -> Product | None:
-    """A module as a product of two factors, without names; None for one that is no such product of the same size.
+    """A module as a product of two factors, without names; None if it is not such a product of the same size.
 
-    A fused layer's slices become blocks of one B, a core is multiplied into A, and llama.cpp's order of rows and its
-    embedding are turned back.
+    The slices of a fused layer become blocks of one B, a core is multiplied into A, and llama.cpp's row order and
+    transposed embedding are reversed.
     """
     factors = module.factors
     if module.method in ("lora", "dora") and module.kind is not LayerKind.PARAMETER and module.part is None:
@@ -202,12 +203,12 @@ def product_of(module: AdapterModule, weight: TensorSpec) -> Product | None:
 
 
 def named(piece: Piece, name: str, **changes: Any) -> Piece:
-    """A piece under a name."""
+    """A piece under another name, with other changes if given."""
     return replace(piece, output=replace(piece.output, name=name), **changes)
 
 
 def turned(piece: Piece) -> Piece:
-    """A matrix the other way round."""
+    """The transpose of a matrix."""
     shape = piece.output.shape[::-1]
     making = {**_TURNED, **{turned: plain for plain, turned in _TURNED.items()}}[piece.making]
     output = replace(piece.output, shape=shape)
@@ -215,28 +216,28 @@ def turned(piece: Piece) -> Piece:
 
 
 def constant(name: str, value: float) -> Piece:
-    """A tensor of one number, in float32."""
+    """A float32 scalar tensor."""
     return Piece(TensorSpec(name, DType.F32, ()), (), Making.CONSTANT, value)
 
 
 def taken(name: str, ref: TensorRef, shape: tuple[int, ...] | None = None, factor: float = 1.0) -> Piece:
-    """A tensor as it is, or multiplied, under another name and perhaps in another shape."""
+    """A tensor, multiplied by a factor if given, under another name and if need be in another shape."""
     return Piece(TensorSpec(name, ref.spec.dtype, ref.spec.shape if shape is None else shape), (ref,), factor=factor)
 
 
 def cannot(dialect: str, what: str, module: AdapterModule, then: str | None = None) -> NotExpressible:
-    """The error for a weight whose change a dialect has no way to write.
+    """The error for a weight whose change a dialect cannot store.
 
     Args:
-        dialect: its name.
-        what: it has no place for; empty for the method as such.
-        module: the change.
-        then: what to do instead; where nothing is said, what holds for every method but LoRA.
+        dialect: the dialect's name.
+        what: what it cannot store; empty for the method as such.
+        module: the change of the weight.
+        then: what to do instead. If it is None, the advice that fits every method except LoRA is given.
     """
     article = "an" if module.kind is LayerKind.EMBEDDING else "a"
     method = f"{module.method} on {article} {module.kind} layer"
     if then is None and not module.method.startswith("lora"):
-        then = "--to lora makes a LoRA of any method's ΔW"
+        then = "convert --to lora turns the ΔW of any method into a LoRA"
     ways = [way for way in (then, None if then and "--drop" in then else DROP_LAYER) if way]
     return NotExpressible(
         f"{dialect} cannot express {what or method}", where=module.target, found=method, then="; or ".join(ways)
@@ -252,18 +253,18 @@ def without_dropped(
     replaced_biases: bool = False,
     whole: bool = False,
 ) -> tuple[Adapter, tuple[str, ...]]:
-    """The adapter without what the dialect cannot express and the user lets go, and the names of those tensors.
+    """Removes what the dialect cannot express and the user allows to drop. Returns the adapter and the dropped names.
 
     Args:
-        adapter: as read.
-        dialect: its name.
-        wanted: what may be left behind.
-        biases: tells the changes of biases that the dialect has.
-        replaced_biases: whether it has biases in full.
-        whole: whether it has whole differences of weights.
+        adapter: the adapter as read.
+        dialect: the dialect's name.
+        wanted: says what may be left behind.
+        biases: whether the dialect can store this change of a bias.
+        replaced_biases: whether the dialect can store biases in full.
+        whole: whether the dialect can store whole differences of weights.
 
     Raises:
-        AdapterFormatError: something that the dialect cannot express, and that the user did not let go.
+        AdapterFormatError: the dialect cannot express something that the user did not allow to drop.
     """
     dropped = []
     modules = []
@@ -301,15 +302,21 @@ def without_dropped(
 
 
 def joined(parts: Sequence[Written]) -> Written:
-    """The parts of a pipeline as one file: diffusers' settings of all of them, of other metadata the first part's.
+    """Joins the parts of a pipeline into one file.
+
+    diffusers' settings of all parts are combined. Where other metadata differs, the first part's is kept.
 
     Raises:
-        AdapterFormatError: two parts that the dialect gives one name.
+        AdapterFormatError: the dialect gives tensors of two parts the same name.
     """
     pieces = tuple(piece for part in parts for piece in part.pieces)
     twice = [name for name, count in Counter(piece.output.name for piece in pieces).items() if count > 1]
     if twice:
-        raise AdapterFormatError("the dialect gives two of the parts one name", found=", ".join(twice[:3]))
+        raise AdapterFormatError(
+            "the dialect gives two of the parts one name",
+            found=", ".join(twice[:3]),
+            then="convert the parts to files of their own, or choose another dialect with --to",
+        )
     metadata = {key: text for part in reversed(parts) for key, text in part.metadata.items()}
     settings: dict[str, Any] = {}
     for part in parts:
@@ -321,9 +328,9 @@ def joined(parts: Sequence[Written]) -> Written:
 
 
 def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What of a source's metadata still holds in another dialect: how it was trained, and the model's card.
+    """The metadata of a source that is still true in another dialect: how it was trained, and the model card.
 
-    Hashes of the file or its tensors do not, and neither does the config of another dialect.
+    Hashes of the file or its tensors are dropped, and so is the config of another dialect.
     """
     stale = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
     return {key: text for key, text in metadata.items() if key.startswith(("ss_", "modelspec.")) and key not in stale}

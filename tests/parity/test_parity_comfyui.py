@@ -23,7 +23,7 @@ def compared(folder: Path, source: Path, *, dora: bool) -> None:
     before, merged = load_file(base), load_file(folder / "merged.st")
     found, left = patched(before, load_file(out))
     assert not left
-    assert any("ComfyUI divides DoRA" in note for note in report.notes) is dora
+    assert any("ComfyUI computes DoRA differently" in note for note in report.notes) is dora
     assert {name for name in before if not torch.equal(found[name], before[name])} == {
         name for name in before if not torch.equal(merged[name], before[name])
     }

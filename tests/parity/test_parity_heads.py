@@ -57,7 +57,7 @@ LEFT: list[tuple[str, dict[str, Any], str]] = [
     ("bert_classification", {"kind": "BertForTokenClassification"}, "BertForTokenClassification has no such head"),
     ("bert_static", {"kind": "BertForTokenClassification"}, "the base is a BertForTokenClassification"),
     ("bert_static_lora", {"kind": "BertForTokenClassification"}, "the base is a BertForTokenClassification"),
-    ("bert_classification", {"labels": 5}, "give the base as many labels first"),
+    ("bert_classification", {"labels": 5}, "give the base the same number of labels first"),
 ]
 
 
@@ -79,7 +79,7 @@ def test_a_base_without_a_head_keeps_none(tmp_path: Path) -> None:
     assert [each.reason for each in report.verdicts if each.way is Way.LEFT] == ["the base is a BertModel"]
     report = surgery.fold(GOLDEN / "bert" / "base.st", HEADS / "bert_static_lora", tmp_path / "out.st")
     assert [each.reason for each in report.verdicts if each.way is Way.LEFT] == [
-        "no config.json says what class the base is"
+        "the base's class is unknown"
     ]
 
 

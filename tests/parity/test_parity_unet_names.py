@@ -120,7 +120,7 @@ def test_names_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
         surgery.convert(file("diffusion_model.input_blocks.4.1.proj_in"), tmp_path / "d", "diffusers")
     with pytest.raises(AdapterFormatError, match="use another name for this layer"):
         surgery.convert(file("diffusion_model.double_blocks.0.img_attn.proj"), tmp_path / "d", "diffusers")
-    with pytest.raises(AdapterFormatError, match="ComfyUI reads those files"):
+    with pytest.raises(AdapterFormatError, match="ComfyUI reads diffusers' files"):
         surgery.convert(file("transformer.single_transformer_blocks.0.attn.to_q"), tmp_path / "c.st", "comfyui")
     flux = {f"lora_unet_double_blocks_0_img_attn_qkv.{name}": lora[key].clone()
             for name, key in (("lora_down.weight", "lora_A.weight"), ("lora_up.weight", "lora_B.weight"))}  # fmt: skip

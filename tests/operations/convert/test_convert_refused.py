@@ -107,7 +107,7 @@ def test_unknown_keys_name_the_nearest(kohya: Path, tmp_path: Path) -> None:
             ShapeMismatch,
             "GLoRA's factors do not fit",
         ),
-        ({"bm.weight": torch.ones(2, 2)}, AdapterFormatError, "read by nobody"),
+        ({"bm.weight": torch.ones(2, 2)}, AdapterFormatError, "no program reads"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else getattr(value, "__name__", "_"),
 )  # fmt: skip

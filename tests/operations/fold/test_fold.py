@@ -62,7 +62,7 @@ def infinite(tensors: dict[str, torch.Tensor]) -> None:
         ("double_seq_bn_linear", same, {"non_linearity": "snake"}, "unknown non-linearity"),
         ("double_seq_bn_linear", same, {"use_gating": True}, "depends on the input"),
         ("double_seq_bn_linear", same, {"inv_adapter": "nice"}, "invertible"),
-        ("double_seq_bn_linear", same, {"ln_before": True}, "norm of its own"),
+        ("double_seq_bn_linear", same, {"ln_before": True}, "a separate norm"),
         ("double_seq_bn_linear", same, {"original_ln_after": False}, "own residual and norm"),
         ("double_seq_bn_linear", without(LAYER), {}, "contradict each other"),
         ("double_seq_bn_linear", without("encoder.layer.1"), {}, "or the base has another number of layers"),
