@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from formats.errors import CorruptFile, NotACheckpoint
-from formats.torch_pickle import MAX_PICKLE, StorageEntry, View, read_pickle
+from formats.torch_pickle import MAX_PICKLE, StorageEntry, StorageView, read_pickle
 
 _ZIP, _LOCAL_HEADER = b"PK\x03\x04", 30
 _MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number that begins the older format
@@ -197,7 +197,7 @@ def _element_sizes(root: Any) -> dict[str, int]:
     waiting = [root]
     while waiting:
         value = waiting.pop()
-        if isinstance(value, View):
+        if isinstance(value, StorageView):
             value = value.storage
         if isinstance(value, StorageEntry):
             sizes[value.key] = value.itemsize

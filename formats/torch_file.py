@@ -24,7 +24,7 @@ from formats.spec import CheckpointRef, Place, TensorRef, TensorSpec, shape_text
 from formats.tensors import Bytes, tensor_from_bytes
 from formats.tied import kept_once
 from formats.torch_archive import read_archive
-from formats.torch_pickle import View
+from formats.torch_pickle import StorageView
 
 if TYPE_CHECKING:
     import torch
@@ -165,12 +165,12 @@ class TorchFile:
         self.close()
 
 
-def _state_dict(root: Any, path: Path) -> tuple[dict[str, View], list[str]]:
+def _state_dict(root: Any, path: Path) -> tuple[dict[str, StorageView], list[str]]:
     """The tensors by name, and notes about what was unwrapped and left behind."""
     notes: list[str] = []
     inside = root
     for _ in range(_DEEPEST):
-        if not isinstance(inside, dict) or any(isinstance(value, View) for value in inside.values()):
+        if not isinstance(inside, dict) or any(isinstance(value, StorageView) for value in inside.values()):
             break
         wrappers = [key for key in _WRAPPERS if isinstance(inside.get(key), dict)]
         if not wrappers:
@@ -179,7 +179,11 @@ def _state_dict(root: Any, path: Path) -> tuple[dict[str, View], list[str]]:
         others = [str(other) for other in inside if other != key]
         notes.append(f"a training checkpoint: {key} is read" + _left(others))
         inside = inside[key]
-    views = {key: value for key, value in inside.items() if isinstance(value, View)} if isinstance(inside, dict) else {}
+    views = (
+        {key: value for key, value in inside.items() if isinstance(value, StorageView)}
+        if isinstance(inside, dict)
+        else {}
+    )
     if not views and inside != {}:
         raise NotACheckpoint(
             "no state dict in this file",
@@ -197,7 +201,7 @@ def _state_dict(root: Any, path: Path) -> tuple[dict[str, View], list[str]]:
 
 
 def _kind(value: Any) -> str:
-    return "a tensor without a name" if isinstance(value, View) else f"a {type(value).__name__}"
+    return "a tensor without a name" if isinstance(value, StorageView) else f"a {type(value).__name__}"
 
 
 def _left(keys: list[str]) -> str:
@@ -217,7 +221,9 @@ def _check_name(name: Any, path: Path) -> None:
         ) from error
 
 
-def _checked(name: str, view: View, storages: Mapping[str, tuple[int, int]], size: int, path: Path) -> TensorSpec:
+def _checked(
+    name: str, view: StorageView, storages: Mapping[str, tuple[int, int]], size: int, path: Path
+) -> TensorSpec:
     """The tensor's spec, after checking that we support its dtype and that its elements lie inside its storage."""
     where = f"{path}: {name}"
     dtype, entry = view.kind.dtype, view.storage
@@ -257,9 +263,9 @@ def _checked(name: str, view: View, storages: Mapping[str, tuple[int, int]], siz
     return spec
 
 
-def _shared(views: Mapping[str, View]) -> tuple[tuple[str, ...], ...]:
+def _shared(views: Mapping[str, StorageView]) -> tuple[tuple[str, ...], ...]:
     """Groups of names that are the same view of the same storage."""
-    groups: dict[View, list[str]] = {}
+    groups: dict[StorageView, list[str]] = {}
     for name, view in views.items():
         if view.size:
             groups.setdefault(view, []).append(name)

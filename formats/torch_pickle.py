@@ -98,7 +98,7 @@ class StorageEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class StorageView:
     """A tensor as the pickle describes it: `offset` and `strides` count elements of `kind`."""
 
     storage: StorageEntry
@@ -184,8 +184,8 @@ class _Limited:
 def read_pickle(stream: BinaryIO, where: object) -> Any:
     """Reads one pickle from the stream and returns the object that it builds.
 
-    The object consists of dicts (also for ordered ones), lists, tuples, numbers, strings, bytes, None, and a View for
-    every tensor. Afterwards the stream is just past the pickle.
+    The object consists of dicts (also for ordered ones), lists, tuples, numbers, strings, bytes, None, and a StorageView
+    for every tensor. Afterwards the stream is just past the pickle.
 
     Raises:
         UnsafeFile: the pickle names something that no state dict contains.
@@ -319,7 +319,7 @@ def _called(call: Any, arguments: Any) -> Any:
         _set_items(made, ((key, value) for key, value in pairs))
         return made
     if call is _PARAMETER:
-        return _expect(arguments[0], View)
+        return _expect(arguments[0], StorageView)
     if call is _TENSOR:
         storage, offset, shape, strides, _, _, *bits = arguments
         kind = _expect(storage, StorageEntry).kind or Kind("torch.uint8", DType.U8)
@@ -334,7 +334,7 @@ def _called(call: Any, arguments: Any) -> Any:
     shape, strides = tuple(map(_natural, shape)), tuple(map(_natural, strides))
     if len(shape) != len(strides) or len(shape) > _MAX_DIMENSIONS:
         raise ValueError(f"a tensor of {len(shape)} dimensions and {len(strides)} strides")
-    return View(storage, kind, _natural(offset), shape, strides)
+    return StorageView(storage, kind, _natural(offset), shape, strides)
 
 
 def _natural(value: Any) -> int:

@@ -16,7 +16,7 @@ ATTENTION, MLP = "mh_adapter", "output_adapter"  # the config's names for where 
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerPlace:
     """Where a layer may have a bottleneck. All paths are relative to the layer.
 
     Attributes:
@@ -35,7 +35,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ModelLayout:
     """A family of models whose layers have the same names.
 
     Attributes:
@@ -49,7 +49,7 @@ class Layout:
 
     types: tuple[str, ...]
     numbered: str
-    places: tuple[Place, ...]
+    places: tuple[LayerPlace, ...]
     norm_behind: bool
     keys: str = ""
 
@@ -58,7 +58,7 @@ class Layout:
         """A regular expression for a layer's path."""
         return rf"(?P<path>(?:\w+\.)?{re.escape(self.numbered)}\.(?P<number>\d+)\.)"
 
-    def layers(self, base: Mapping[str, TensorSpec], place: Place) -> Iterator[tuple[int, str]]:
+    def layers(self, base: Mapping[str, TensorSpec], place: LayerPlace) -> Iterator[tuple[int, str]]:
         """The number and path of each layer of a base that has this place."""
         pattern = re.compile(self.path + re.escape(f"{place.behind}.weight"))
         for name in base:
@@ -73,48 +73,48 @@ class Layout:
 
 _OTHERS = ("pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight", "lambda_1")
 LAYOUTS = (
-    Layout(
+    ModelLayout(
         ("bert", "roberta", "xlm-roberta", "electra", "bert-generation"),
         "encoder.layer",
         (
-            Place(ATTENTION, "attention.output", "attention.output.dense", "attention.output.LayerNorm"),
-            Place(MLP, "output", "output.dense", "output.LayerNorm", "intermediate.dense"),
+            LayerPlace(ATTENTION, "attention.output", "attention.output.dense", "attention.output.LayerNorm"),
+            LayerPlace(MLP, "output", "output.dense", "output.LayerNorm", "intermediate.dense"),
         ),
         True,
     ),
-    Layout(
+    ModelLayout(
         ("distilbert",),
         "transformer.layer",
         (
-            Place(ATTENTION, "attention_adapters", "attention.out_lin", "sa_layer_norm"),
-            Place(MLP, "output_adapters", "ffn.lin2", "output_layer_norm", "ffn.lin1"),
+            LayerPlace(ATTENTION, "attention_adapters", "attention.out_lin", "sa_layer_norm"),
+            LayerPlace(MLP, "output_adapters", "ffn.lin2", "output_layer_norm", "ffn.lin1"),
         ),
         True,
     ),
-    Layout(
+    ModelLayout(
         ("vit",),
         "encoder.layer",
         (
-            Place(ATTENTION, "attention_adapters", "attention.output.dense", "layernorm_before"),
-            Place(MLP, "output.output_adapters", "output.dense", "layernorm_after", "intermediate.dense"),
+            LayerPlace(ATTENTION, "attention_adapters", "attention.output.dense", "layernorm_before"),
+            LayerPlace(MLP, "output.output_adapters", "output.dense", "layernorm_after", "intermediate.dense"),
         ),
         False,
     ),
-    Layout(
+    ModelLayout(
         ("gpt2",),
         "h",
         (
-            Place(ATTENTION, "attention_adapters", "attn.c_proj", "ln_1"),
-            Place(MLP, "output_adapters", "mlp.c_proj", "ln_2", "mlp.c_fc"),
+            LayerPlace(ATTENTION, "attention_adapters", "attn.c_proj", "ln_1"),
+            LayerPlace(MLP, "output_adapters", "mlp.c_proj", "ln_2", "mlp.c_fc"),
         ),
         False,
     ),
-    Layout(
+    ModelLayout(
         ("llama", "mistral"),
         "layers",
         (
-            Place(ATTENTION, "attention_adapters", "self_attn.o_proj", "input_layernorm"),
-            Place(MLP, "output_adapters", "mlp.down_proj", "post_attention_layernorm", "mlp.up_proj"),
+            LayerPlace(ATTENTION, "attention_adapters", "self_attn.o_proj", "input_layernorm"),
+            LayerPlace(MLP, "output_adapters", "mlp.down_proj", "post_attention_layernorm", "mlp.up_proj"),
         ),
         False,
         "self_attn.k_proj",
@@ -122,7 +122,7 @@ LAYOUTS = (
 )
 
 
-def layout_of(base: Mapping[str, TensorSpec]) -> Layout | None:
+def layout_of(base: Mapping[str, TensorSpec]) -> ModelLayout | None:
     """The layout of a base's layers; None if no known model has these names and norms."""
     return next(
         (each for each in LAYOUTS if any(next(each.layers(base, place), None) for place in each.places)),

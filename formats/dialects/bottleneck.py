@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from formats.dialects.adapterhub_layers import ATTENTION, LAYOUTS, Layout, Place, layout_of
+from formats.dialects.adapterhub_layers import ATTENTION, LAYOUTS, LayerPlace, ModelLayout, layout_of
 from formats.dialects.resolve import Rename, resolver
 from formats.errors import AdapterFormatError, ShapeMismatch
 from formats.layers import LayerKind, layer_kinds, owner
@@ -149,7 +149,8 @@ def read_bottlenecks(
     )
 
 
-Found = tuple[Layout, Place, int, str]  # where a bottleneck is; the layer's number and its path in the adapter's names
+# Where a bottleneck is; the layer's number and its path in the adapter's names.
+Found = tuple[ModelLayout, LayerPlace, int, str]
 
 
 def _found(holders: Iterable[str], ref: CheckpointRef, model_type: str | None) -> dict[str, Found]:
@@ -171,7 +172,7 @@ def _found(holders: Iterable[str], ref: CheckpointRef, model_type: str | None) -
     return found
 
 
-def _check_norm(norm: str, layout: Layout, ref: CheckpointRef, base: Mapping[str, TensorSpec]) -> None:
+def _check_norm(norm: str, layout: ModelLayout, ref: CheckpointRef, base: Mapping[str, TensorSpec]) -> None:
     """Refuses a base whose norms are elsewhere: its residual is a different value, even if its projections match."""
     if norm not in base:
         raise AdapterFormatError(
@@ -184,7 +185,7 @@ def _check_norm(norm: str, layout: Layout, ref: CheckpointRef, base: Mapping[str
 
 def _check_places(
     found: set[tuple[int, str]],
-    layout: Layout,
+    layout: ModelLayout,
     ref: CheckpointRef,
     own: Mapping[str, Any],
     base: Mapping[str, TensorSpec],
@@ -282,7 +283,7 @@ class _Reading:
     shared: Roles
     kinds: Mapping[str, LayerKind]
 
-    def module(self, layout: Layout, place: Place, number: int, path: str, roles: Roles) -> Bottleneck:
+    def module(self, layout: ModelLayout, place: LayerPlace, number: int, path: str, roles: Roles) -> Bottleneck:
         """One bottleneck."""
         where = f"{self.ref.path}: {path}{place.name}"
         behind = self.rename(f"{path}{place.behind}.weight")

@@ -13,7 +13,7 @@ from typing import Any
 from formats.adapter import Adapter, AdapterModule, Told
 from formats.checkpoint import Checkpoint
 from formats.dialects.dialect import NAME_BASE, Dialect
-from formats.dialects.groups import Group, Scaling, group_modules, groups_of, scalar, suffix_of
+from formats.dialects.groups import FactorGroup, Scaling, group_modules, groups_of, scalar, suffix_of
 from formats.dialects.parts import COMFYUI, DOTTED, chosen_part, same_part, split_part
 from formats.dialects.peft_factors import Context
 from formats.dialects.resolve import Rename, resolver
@@ -90,7 +90,7 @@ class ComfyUi(Dialect):
         return _implied_part(checkpoint, told, COMFYUI)
 
 
-def part_groups(checkpoint: Checkpoint, prefixes: Mapping[str, str], told: Told) -> tuple[list[Group], str]:
+def part_groups(checkpoint: Checkpoint, prefixes: Mapping[str, str], told: Told) -> tuple[list[FactorGroup], str]:
     """The layers of the chosen part, and the part's name.
 
     Raises:
@@ -136,7 +136,7 @@ def _implied_part(checkpoint: Checkpoint, told: Told, prefixes: Mapping[str, str
 def _read(
     dialect: str,
     checkpoint: Checkpoint,
-    groups: list[Group],
+    groups: list[FactorGroup],
     part: str,
     config: Mapping[str, Any],
     base: Mapping[str, TensorSpec],
@@ -155,7 +155,7 @@ def _read(
     return Adapter(checkpoint.ref, dialect, config, tuple(adapted), (), part, left)
 
 
-def _config(checkpoint: Checkpoint, groups: list[Group]) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, groups: list[FactorGroup]) -> dict[str, Any]:
     """The config of a part. diffusers keeps the settings of all parts in one object, each prefixed with its part."""
     if CONFIGS not in checkpoint.metadata:
         return {}
@@ -172,7 +172,7 @@ def _config(checkpoint: Checkpoint, groups: list[Group]) -> dict[str, Any]:
     return {key[len(prefix) :]: value for key, value in items for prefix in prefixes if key.startswith(prefix)}
 
 
-def _resolved(groups: list[Group], base: Mapping[str, TensorSpec], where: str) -> Rename:
+def _resolved(groups: list[FactorGroup], base: Mapping[str, TensorSpec], where: str) -> Rename:
     """Maps a layer's name to the base's module. In a base that is a whole pipeline, the part's name comes first."""
     wanted = [f"{group.name}.weight" for group in groups]
     prefix = ""

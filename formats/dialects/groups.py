@@ -63,7 +63,7 @@ _NUMBERS = ("alpha", "on_input")
 
 
 @dataclass(frozen=True)
-class Group:
+class FactorGroup:
     """The factors of one layer.
 
     Attributes:
@@ -88,7 +88,7 @@ def suffix_of(key: str) -> str | None:
     return max(found, key=len, default=None)
 
 
-def groups_of(checkpoint: Checkpoint, split: Split) -> list[Group]:
+def groups_of(checkpoint: Checkpoint, split: Split) -> list[FactorGroup]:
     """The factors of every layer, sorted by the layers' names.
 
     Raises:
@@ -118,7 +118,7 @@ def groups_of(checkpoint: Checkpoint, split: Split) -> list[Group]:
     groups = []
     for (prefix, name), factors in sorted(found.items()):
         numbers = {role: _number(checkpoint, factors[role]) for role in _NUMBERS if role in factors}
-        groups.append(Group(name, prefix, factors, numbers))
+        groups.append(FactorGroup(name, prefix, factors, numbers))
     return groups
 
 
@@ -139,7 +139,7 @@ def _unknown(key: str, where: str) -> AdapterFormatError:
     )
 
 
-def scalar(group: Group, where: str) -> float | None:
+def scalar(group: FactorGroup, where: str) -> float | None:
     """The alpha that scales a layer's product; None if the file has none. Raises AdapterFormatError if it is zero or
     not finite."""
     if "alpha" not in group.factors or "oft_blocks" in group.factors:  # OFT's alpha is a constraint
@@ -184,7 +184,7 @@ class Scaling:
 
 
 def group_modules(
-    group: Group, module: str, base: Mapping[str, TensorSpec], scaling: Scaling, where: str
+    group: FactorGroup, module: str, base: Mapping[str, TensorSpec], scaling: Scaling, where: str
 ) -> list[AdapterModule]:
     """The weights that a layer's factors adapt.
 

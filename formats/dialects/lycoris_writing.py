@@ -15,7 +15,7 @@ from formats.dialects.lycoris import KEYS, OWN, SCALE
 from formats.dialects.parts import COMFYUI, UNDERSCORED, prefix_of
 from formats.dialects.peft_writing import commonest
 from formats.dialects.underscored import underscored
-from formats.dialects.unet_names import Form, Names
+from formats.dialects.unet_names import NameForm, Names
 from formats.dialects.writing import (
     SIDES,
     Piece,
@@ -117,9 +117,9 @@ class AlphaWriter:
         diffusers' names, and for SDXL (a UNet with a second embedding) either."""
         modules = {owner(name) for name in wanted.base}
         if self.dotted:
-            return Names.of(self.name, Form.ORIGINAL, modules)
+            return Names.of(self.name, NameForm.ORIGINAL, modules)
         sdxl = any(module.endswith("label_emb.0.0") for module in modules)
-        return Names.of(self.name, Form.DIFFUSERS, () if sdxl else modules)
+        return Names.of(self.name, NameForm.DIFFUSERS, () if sdxl else modules)
 
     def _module(self, layer: str, module: AdapterModule, wanted: Wanted) -> Iterator[Piece]:
         """The tensors of one adapted weight or bias."""

@@ -28,7 +28,7 @@ from formats.dialects.peft_writing import (
     magnitude_key,
     magnitude_shape,
 )
-from formats.dialects.unet_names import Form, Names
+from formats.dialects.unet_names import NameForm, Names
 from formats.dialects.writing import (
     Piece,
     Product,
@@ -109,7 +109,7 @@ class DiffusersWriter:
 
 def _in_their_names(adapter: Adapter, wanted: Wanted) -> tuple[Adapter, Wanted]:
     """An adapter and its base with layers renamed to diffusers' names. Raises AdapterFormatError as Names.adapted."""
-    names = Names.of("diffusers", Form.DIFFUSERS, map(owner, wanted.base))
+    names = Names.of("diffusers", NameForm.DIFFUSERS, map(owner, wanted.base))
 
     def renamed(tensor: str) -> str:
         return f"{names.get(owner(tensor))}.{tensor.rpartition('.')[2]}"

@@ -16,7 +16,7 @@ from enum import StrEnum
 from formats.errors import AdapterFormatError
 
 
-class Form(StrEnum):
+class NameForm(StrEnum):
     """The two kinds of names."""
 
     ORIGINAL = "original"
@@ -50,15 +50,15 @@ _ORIGINAL = re.compile(r"^(?:(input|output)_blocks\.(\d+)|middle_block)\.(\d)\.?
 _DIFFUSERS = re.compile(r"^(?:(down|up)_blocks\.(\d+)|mid_block)\.(\w+)\.(\d+)\.?(.*)$")
 # Names in other denoisers that only this form has; the other form fuses or splits these layers.
 _ELSEWHERE = {
-    Form.ORIGINAL: ("single_transformer_blocks.",),
-    Form.DIFFUSERS: ("double_blocks.", "single_blocks.", "joint_blocks."),
+    NameForm.ORIGINAL: ("single_transformer_blocks.",),
+    NameForm.DIFFUSERS: ("double_blocks.", "single_blocks.", "joint_blocks."),
 }
 
 
 def other_names(modules: Iterable[str]) -> dict[str, str]:
     """A UNet's modules by their names in the other form; empty for other modules."""
     modules = set(modules)
-    found = _names(modules, Form.ORIGINAL) or _names(modules, Form.DIFFUSERS)
+    found = _names(modules, NameForm.ORIGINAL) or _names(modules, NameForm.DIFFUSERS)
     return {name: module for module, name in found.items()}
 
 
@@ -81,11 +81,11 @@ class Names:
     """
 
     dialect: str
-    form: Form
+    form: NameForm
     known: Mapping[str, str]
 
     @classmethod
-    def of(cls, dialect: str, form: Form, base: Iterable[str]) -> Names:
+    def of(cls, dialect: str, form: NameForm, base: Iterable[str]) -> Names:
         """The names for a base's modules."""
         return cls(dialect, form, _names(set(base), form))
 
@@ -96,24 +96,24 @@ class Names:
     def adapted(self, module: str) -> str:
         """The name of an adapted module. Raises AdapterFormatError if only the other form's name is known."""
         name = self.get(module)
-        unet = (_DIFFUSERS if self.form is Form.ORIGINAL else _ORIGINAL).match(name)
+        unet = (_DIFFUSERS if self.form is NameForm.ORIGINAL else _ORIGINAL).match(name)
         if module in self.known or not (unet or name.startswith(_ELSEWHERE[self.form])):
             return name
         then = "name the base with --base: one that has these names, or all layers of this model"
-        if self.form is Form.ORIGINAL and not unet:
+        if self.form is NameForm.ORIGINAL and not unet:
             then = "use --to diffusers: ComfyUI reads diffusers' files for such models"
         raise AdapterFormatError(
             f"{self.dialect}'s readers use another name for this layer, which is not known here",
             where=module,
-            expected="the original checkpoint's names" if self.form is Form.ORIGINAL else "diffusers' names",
+            expected="the original checkpoint's names" if self.form is NameForm.ORIGINAL else "diffusers' names",
             then=then,
         )
 
 
-def _names(modules: Iterable[str], form: Form) -> dict[str, str]:
+def _names(modules: Iterable[str], form: NameForm) -> dict[str, str]:
     """The names in `form` of a UNet's modules that have names in the other form; empty for other modules."""
     named = {module: relative(module) for module in modules}
-    if form is Form.ORIGINAL:
+    if form is NameForm.ORIGINAL:
         layers = 1 + _largest(named.values(), r"down_blocks\.0\.resnets\.(\d+)\.conv1")
         crossed = {name.partition(".attentions.")[0] for name in named.values() if ".attentions." in name}
         found = {module: _original(name, layers, crossed) for module, name in named.items()} if layers else {}

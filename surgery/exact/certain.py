@@ -33,7 +33,7 @@ _TINY = 2.0**-125  # float32 is coarser below, or nothing at all
 _SMALLEST = 2.0**-100  # of a bound: what underflows on the way is less
 
 
-class Product(Protocol):
+class CertainProduct(Protocol):
     """scale · left @ right, whose factors float32 holds exactly."""
 
     @property
@@ -60,7 +60,7 @@ class _Narrowed:
     lost: float
 
     @classmethod
-    def of(cls, product: Product) -> _Narrowed:
+    def of(cls, product: CertainProduct) -> _Narrowed:
         import torch
 
         left = product.left * product.scale
@@ -72,7 +72,7 @@ class _Narrowed:
 class CertainSum:
     """matrix + Σ products, by blocks of rows. One for each thread: it has buffers of its own."""
 
-    def __init__(self, products: Sequence[Product], dtype: DType) -> None:
+    def __init__(self, products: Sequence[CertainProduct], dtype: DType) -> None:
         self._products = [_Narrowed.of(product) for product in products]
         self._lost = sum(product.lost for product in self._products) + _SMALLEST
         self._terms = sum(product.left.shape[1] for product in products)
@@ -80,7 +80,7 @@ class CertainSum:
         self._buffers: list[torch.Tensor] = []
 
     @staticmethod
-    def serves(products: Sequence[Product], dtype: DType) -> bool:
+    def serves(products: Sequence[CertainProduct], dtype: DType) -> bool:
         """Whether float32 can tell much of these sums, computed where the products are."""
         if not all(product.left.numel() and product.right.numel() for product in products):
             return False

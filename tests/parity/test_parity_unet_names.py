@@ -11,7 +11,7 @@ from places import GOLDEN
 from safetensors.torch import load_file, save_file
 
 import surgery
-from formats.dialects.unet_names import Form, Names, other_names
+from formats.dialects.unet_names import NameForm, Names, other_names
 from formats.errors import AdapterFormatError, UnmatchedKeys
 
 WRITTEN = GOLDEN / "diffusers"
@@ -51,10 +51,10 @@ def deltas(folder: Path, path: Path, adapter: Path, **told: str) -> dict[str, to
 def test_names_are_diffusers_own(tmp_path: Path) -> None:
     """All layers, both ways; the heads of whole checkpoints make no difference."""
     for head in ("", HEAD, "diffusion_model."):
-        names = Names.of("diffusers", Form.DIFFUSERS, [head + name for name in NAMES])
+        names = Names.of("diffusers", NameForm.DIFFUSERS, [head + name for name in NAMES])
         assert {name: names.adapted(head + name) for name in NAMES} == NAMES
         assert other_names([head + name for name in NAMES]) == {new: head + old for old, new in NAMES.items()}
-    names = Names.of("comfyui", Form.ORIGINAL, NAMES.values())
+    names = Names.of("comfyui", NameForm.ORIGINAL, NAMES.values())
     assert {names.adapted(theirs): theirs for theirs in NAMES.values()} == NAMES
     assert other_names(["encoder.layer.0", "out.0", "conv_in"]) == {}
 
