@@ -184,8 +184,8 @@ class _Limited:
 def read_pickle(stream: BinaryIO, where: object) -> Any:
     """Reads one pickle from the stream and returns the object that it builds.
 
-    The object consists of dicts (also for ordered ones), lists, tuples, numbers, strings, bytes, None, and a StorageView
-    for every tensor. Afterwards the stream is just past the pickle.
+    The object consists of dicts (also for ordered ones), lists, tuples, numbers, strings, bytes, None, and one
+    StorageView per tensor. Afterwards the stream is just past the pickle.
 
     Raises:
         UnsafeFile: the pickle names something that no state dict contains.
