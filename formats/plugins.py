@@ -10,10 +10,12 @@ import contextlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from formats.errors import PluginError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 Kinds = tuple[type, ...]
 _present: list[tuple[str, str, Any]] = []  # group, name, object: what `present` has put there
@@ -118,6 +120,8 @@ def plugins(group: str, known: Collection[str]) -> tuple[Plugin, ...]:
 
 @cache
 def _registered(group: str) -> tuple[Plugin, ...]:
+    from importlib.metadata import entry_points  # a tenth of a second, which --help need not wait
+
     found = []
     for entry in entry_points(group=group):
         distribution = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
