@@ -26,7 +26,7 @@ from surgery.exact.correction import correction_limit
 from surgery.pipeline.plan import Plan
 from surgery.receipts.receipt import Receipt
 
-UNDO = "surgery.receipts.undo_file"
+UNDO = "surgery.undo"
 _VERSION = 3
 _SCALES_LIMIT = 1 << 26  # the most elements of a tensor that merging removed: only scales are
 

@@ -337,3 +337,11 @@ def test_a_correction_by_rows_leads_from_the_whole_prediction_to_the_base(
     hints = Coarsened(bytes_from_tensor(merged), merge_rows.FRACTION_BITS[dtype])
     back = corrected(bytes_from_tensor(guess), bytes_from_tensor(correction), weight.nbytes, 2, "w", hints)
     assert back.tobytes() == bytes_from_tensor(weight).tobytes()
+
+
+def test_the_keys_of_the_metadata_are_part_of_the_format(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Whatever the modules are called: files of earlier versions must open."""
+    surgery.merge(base, adapter, tmp_path / "m.st", undo=tmp_path / "u.st")
+    for name, key in (("m.st", "surgery.receipt"), ("u.st", "surgery.undo")):
+        with safe_open(tmp_path / name, "pt") as opened:
+            assert key in opened.metadata()
