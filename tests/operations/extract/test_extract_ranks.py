@@ -146,7 +146,7 @@ def test_what_is_not_chosen_is_left_behind_and_counted(pair: tuple[Path, Path], 
     assert {module.name for module in report.modules} == {"layers.0.up.weight", "layers.0.down.weight"}
     assert sum(report.ledger.values()) == len(weights())
     assert report.ledger["refused"] == 4
-    assert any("left behind" in note for note in report.notes)
+    assert any("are left out" in note for note in report.notes)
     surgery.merge(pair[0], tmp_path / "adapter", tmp_path / "merged.st")
     assert torch.equal(load_file(tmp_path / "merged.st")["layers.0.up.bias"], weights()["layers.0.up.bias"])
 

@@ -187,7 +187,7 @@ def test_a_rank_it_does_not_have_is_not_made_up(tmp_path: Path) -> None:
     before = adapter(tmp_path, "a")
     report = surgery.resize(before, tmp_path / "b", rank=64)
     assert all(module.rank == 4 for module in report.modules)
-    assert "4 of 4 weights keep all the rank they have" in report.notes
+    assert "4 of 4 weights keep their full rank" in report.notes
 
 
 def test_a_module_that_was_never_trained(tmp_path: Path) -> None:
