@@ -92,7 +92,7 @@ def test_unknown_keys_name_the_nearest(kohya: Path, tmp_path: Path) -> None:
         ({"oft_blocks": torch.ones(3, 4, 4)}, ShapeMismatch, "does not fit|do not fit"),
         ({"oft_blocks": torch.ones(2, 4, 3)}, ShapeMismatch, "not square blocks"),
         ({"oft_blocks": torch.ones(2, 4, 4), "rescale": torch.ones(7)}, ShapeMismatch, "one for each output"),
-        ({"oft_blocks": torch.ones(2, 4, 4), "alpha": torch.ones(2)}, AdapterFormatError, "not a finite number"),
+        ({"oft_blocks": torch.ones(2, 4, 4), "alpha": torch.ones(2)}, AdapterFormatError, "alpha is not a number"),
         ({"oft_blocks": torch.ones(1, 2, 4, 3)}, ShapeMismatch, "not square blocks"),
         ({"oft_blocks": torch.ones(3, 2, 4, 4)}, ShapeMismatch, "levels of a butterfly"),
         ({"oft_blocks": torch.ones(1, 1, 1, 4, 4)}, ShapeMismatch, "number of dimensions"),
