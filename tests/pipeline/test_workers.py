@@ -102,15 +102,16 @@ def test_copies_write_what_threads_write(folder: Path, monkeypatch: pytest.Monke
 def test_the_command_line_uses_copies(
     folder: Path, monkeypatch: pytest.MonkeyPatch, cli_json: Callable[..., dict[str, Any]]
 ) -> None:
-    """And a container that only one process can write is left to threads."""
+    """For either container; one worker needs no copy."""
     used: list[int] = []
     monkeypatch.setattr(engine, "_WORTH_COPIES", 0)
     monkeypatch.setattr(engine, "forked", lambda count, work: used.append(count) or forked(count, work))
     cli_json("diff", folder / "base", folder / "tuned.st", "--jobs", 2)
     assert used == [2]
     cli_json("convert", folder / "base", "-o", folder / "model.bin", "--jobs", 2)
+    assert used == [2, 2]
     cli_json("diff", folder / "base", folder / "tuned.st", "--jobs", 1)
-    assert used == [2]
+    assert used == [2, 2]
 
 
 def test_copies_do_not_outlive_a_kill(tmp_path: Path) -> None:
