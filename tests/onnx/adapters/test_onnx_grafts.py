@@ -296,7 +296,7 @@ def test_bad_adapters_are_refused(tmp_path: Path, bases: Bases) -> None:
     refused(ReportedError, "does not fit", edited(tmp_path / "width", houlsby, reduction_factor=4))
     refused(ReportedError, "another number of layers", edited(tmp_path / "depth", houlsby, leave_out=[0]))
     refused(NotMergeable, "unknown non-linearity", edited(tmp_path / "wild", houlsby, non_linearity="wild"))
-    refused(Unsupported, "no inputs", houlsby, way="inputs")
+    refused(Unsupported, "cannot be inputs", houlsby, way="inputs")
     refused(Unsupported, "one adapter", houlsby, prompt)
     longest = tmp_path / "prompt"
     longest.mkdir()
