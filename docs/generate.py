@@ -1,5 +1,5 @@
 """Writes docs/cli.md from the commands' own help, docs/methods.md from the tables of methods and docs/dialects.md from
-the dialects' writers. A test fails where a file and its source differ: `make docs` mends it."""
+the dialects' writers. A test fails if a file and its source differ; `make docs` rewrites the files."""
 
 from __future__ import annotations
 

@@ -1,22 +1,22 @@
-"""Every way an operation can be refused or fail; continues the tree of `formats.errors`.
+"""The tree of errors of operations; continues the tree of `formats.errors`.
 
 ReportedError
-├── FormatError …             the files: see formats.errors
+├── FormatError …             errors about files: see formats.errors
 └── SurgeryError
-    ├── NothingToDo           base and tuned are identical, or a merge that changes nothing
-    ├── NotFinite             NaN or Inf, or a result beyond the stored dtype's range
-    ├── NotMergeable          a method that no weight can express, with the mathematical reason
-    ├── AlreadyMerged         the receipt says that this adapter is in there
-    ├── NotMerged             the receipt does not know this adapter, or cannot give back what it replaced
-    ├── UndoMismatch          the undo file, the merged file and the adapters are not of one merge
-    ├── Unsupported           sound input that this version does not handle
+    ├── NothingToDo           base and tuned are identical, or a merge would change nothing
+    ├── NotFinite             a tensor holds NaN or Inf, or a result exceeds the stored dtype's range
+    ├── NotMergeable          no weight can express the method; the error gives the mathematical reason
+    ├── AlreadyMerged         the receipt says that this adapter is merged already
+    ├── NotMerged             the receipt does not list this adapter, or cannot restore what it replaced
+    ├── UndoMismatch          the undo file, the merged file and the adapters do not belong to one merge
+    ├── Unsupported           the input is valid, but this version does not handle it
     ├── UnknownArchitecture   config.json does not name a class that transformers has
     ├── MissingTensors        a model needs tensors that the checkpoint does not have
-    ├── InputsDiffer          two graphs that cannot be fed the same inputs
-    ├── TemplateMismatch      an ONNX graph whose weights are not the base's, or not told apart
-    ├── ProviderUnavailable   the execution provider asked for is not the one that would run
-    ├── WorkerLost            a process that worked for this one was killed
-    └── VerificationFailed    a check ran and said no (exit code 3)
+    ├── InputsDiffer          two graphs cannot be fed the same inputs
+    ├── TemplateMismatch      the weights of an ONNX graph are not the base's, or cannot be told apart
+    ├── ProviderUnavailable   another execution provider than the requested one would run
+    ├── WorkerLost            a worker process was killed
+    └── VerificationFailed    a check ran and failed (exit code 3)
 """
 
 from __future__ import annotations
@@ -49,31 +49,31 @@ class SurgeryError(ReportedError):
 
 
 class NothingToDo(SurgeryError):
-    """Base and tuned are identical, or a merge that changes nothing."""
+    """Base and tuned are identical, or a merge would change nothing."""
 
 
 class NotFinite(SurgeryError):
-    """NaN or Inf in a tensor, or a result beyond the stored dtype's range."""
+    """A tensor holds NaN or Inf, or a result exceeds the stored dtype's range."""
 
 
 class NotMergeable(SurgeryError):
-    """A method that no weight can express, with the mathematical reason."""
+    """No weight can express the method. The error gives the mathematical reason."""
 
 
 class AlreadyMerged(SurgeryError):
-    """The receipt says that this adapter is in there."""
+    """The receipt says that this adapter is merged already."""
 
 
 class NotMerged(SurgeryError):
-    """The receipt does not know this adapter, or cannot give back what it replaced."""
+    """The receipt does not list this adapter, or cannot restore what it replaced."""
 
 
 class UndoMismatch(SurgeryError):
-    """The undo file, the merged file and the adapters are not of one merge."""
+    """The undo file, the merged file and the adapters do not belong to one merge."""
 
 
 class Unsupported(SurgeryError):
-    """Sound input that this version does not handle."""
+    """The input is valid, but this version does not handle it."""
 
 
 class UnknownArchitecture(SurgeryError):
@@ -85,22 +85,22 @@ class MissingTensors(SurgeryError):
 
 
 class InputsDiffer(SurgeryError):
-    """Two graphs that cannot be fed the same inputs."""
+    """Two graphs cannot be fed the same inputs."""
 
 
 class TemplateMismatch(SurgeryError):
-    """An ONNX graph whose weights are not the base's, or cannot be told apart."""
+    """The weights of an ONNX graph are not the base's, or cannot be told apart."""
 
 
 class ProviderUnavailable(SurgeryError):
-    """The execution provider asked for is not the one that would run."""
+    """Another execution provider than the requested one would run."""
 
 
 class WorkerLost(SurgeryError):
-    """A process that worked for this one was killed, by the system where memory ran out."""
+    """A worker process was killed, for example by the system when memory ran out."""
 
 
 class VerificationFailed(SurgeryError):
-    """A check ran and said no."""
+    """A check ran and failed."""
 
     exit_code = 3

@@ -1,11 +1,11 @@
-"""float8 weights with scales, W = q · s, in float64: read by rows, and stored again with one rounding an element.
+"""float8 weights with scales, W = q · s: read by rows in float64, and stored again with one rounding per element.
 
-A block's scale stays as it is as long as everything in the block rounds to a number that float8 has under it. float8 is
-a floating-point type: a scale that is larger than it need be costs no precision down to the subnormal numbers, while
-another one would move every element of the block, those too that the merge leaves alone, by up to half a step, mostly
-more than the change itself. So where nothing changes, the bytes do not; and only a block that grows beyond its scale by
-more than half a step, or that was all zeros, gets the scale that the format's own quantiser would choose, the block's
-largest magnitude over float8's.
+A block keeps its scale as long as float8 can represent everything in the block with it. float8 is a floating-point
+type, so a scale that is larger than necessary costs no precision down to the subnormal range. A new scale would move
+every element of the block by up to half a step, even elements that the merge does not change, and mostly by more than
+the change itself. So unchanged elements keep their bytes. Only a block that exceeds its scale by more than half a step,
+or that was all zeros, gets the scale that the format's own quantiser would choose: the block's largest magnitude
+divided by float8's largest value.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from surgery.exact.survival import Watch
 
 Rows = Callable[[int, int], "torch.Tensor"]
-# What still rounds to the largest number, 448 or 57344: up to half a step beyond it.
+# The largest values that still round to float8's largest, 448 or 57344: half a step beyond it.
 _LARGEST = {DType.F8_E4M3: 464.0, DType.F8_E5M2: 61440.0}
 _AT_ONCE = 1 << 17  # float64 elements of one block, as in `rounding`
-_HELD = 1 << 20  # the most that is held until its scales are known; more is computed twice
+_HELD = 1 << 20  # the most elements that are kept until their scales are known; more are computed twice
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Dequantised:
     Attributes:
         matrix: (rows, columns) float8.
         grid: (⌈rows/block⌉, ⌈columns/block⌉) float64, the scales.
-        block: rows and columns that share a scale.
+        block: number of rows and columns that share a scale.
     """
 
     matrix: torch.Tensor
@@ -48,7 +48,7 @@ class Dequantised:
 
     @classmethod
     def of(cls, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], name: str) -> Dequantised:
-        """A stored weight and its scales. Raises NotFinite for a scale that is none: negative, NaN or Inf."""
+        """Wraps a stored weight and its scales. Raises NotFinite for a scale that is negative, NaN or Inf."""
         import torch
 
         matrix = weight.reshape(-1, weight.shape[-1] if weight.dim() else 1)
@@ -88,19 +88,19 @@ def requantised(
     """Stores float64 values as float8 with scales again.
 
     Args:
-        base: what was stored before; its scales are kept where they can be.
-        values: rows begin to end, (end - begin, columns) float64; called twice for the same rows where a block is
-            large, and not overwritten.
-        dtypes: of the weight and of its scales.
-        power_of_two: whether new scales may be powers of two only.
-        watch: is shown each block: before, change, stored, in float64.
-        fixed: keep every scale, whatever exceeds it; the largest float8 stands for what does.
+        base: the weight as stored before; its scales are kept where possible.
+        values: computes rows begin to end, (end - begin, columns) float64. It is called twice for the same rows if a
+            block is large. Its result is not overwritten.
+        dtypes: dtypes of the weight and of its scales.
+        power_of_two: whether new scales must be powers of two.
+        watch: is passed each block: before, change, stored, in float64.
+        fixed: keep every scale; values beyond it are clamped to the largest float8.
 
     Returns:
         (rows, columns) float8, and the scales, (⌈rows/block⌉, ⌈columns/block⌉).
 
     Raises:
-        NotFinite: NaN or Inf among the values.
+        NotFinite: the values hold NaN or Inf.
     """
     import torch
 
@@ -116,14 +116,16 @@ def requantised(
             peaks = _peaks((values(*part) if held is None else held for part in parts), base.block, grid.shape[1])
             before = _peaks((base.matrix[first:last] for first, last in parts), base.block, grid.shape[1])
             if not bool(torch.isfinite(peaks).all()):
-                raise NotFinite("NaN or Inf among the values of a float8 weight")
+                raise NotFinite(
+                    "NaN or Inf among the values of a float8 weight", then="repair or quantise that model again"
+                )
             old = grid[chosen]
             keep = (peaks == 0) | ((peaks <= _LARGEST[dtypes[0]] * old) & (before > 0))
             grid[chosen] = torch.where(keep, old, _scales(peaks / top, dtypes[1], power_of_two))
         for first, last in parts:
             exact = values(first, last) if held is None else held
             scales = spread(grid, base.block, first, last, columns)
-            safe = torch.where(scales > 0, scales, 1.0)  # a scale of zero is left only where all is zero
+            safe = torch.where(scales > 0, scales, 1.0)  # a scale is zero only if the whole block is zero
             result[first:last] = round_once((exact / safe).clamp_(-top, top), dtypes[0])
             if watch is not None:
                 start = base.rows(first, last)
@@ -139,7 +141,7 @@ def _bands(rows: int, columns: int, height: int) -> Iterator[tuple[int, int]]:
 
 
 def _parts(begin: int, end: int, columns: int) -> Iterator[tuple[int, int]]:
-    """A band as one range, or as several where it would be too large to be held."""
+    """A band as one range, or as several if it would take too much memory."""
     whole = (end - begin) * columns <= _HELD
     step = end - begin if whole else max(1, _AT_ONCE // columns)
     for first in range(begin, end, step):
@@ -163,7 +165,7 @@ def _peaks(parts: Iterable[torch.Tensor], block: tuple[int, int], across: int) -
 
 
 def _scales(wanted: torch.Tensor, dtype: DType, power_of_two: bool) -> torch.Tensor:
-    """Scales as the format stores them, never zero.  # float64"""
+    """Scales rounded as the format stores them, never zero.  # float64"""
     import torch
 
     if power_of_two:

@@ -1,4 +1,4 @@
-"""The methods, one file each. A new method is a file here and its name in one of the two tuples."""
+"""The adapter methods, one file each. A new method needs a file here, and its class in one of the two tuples."""
 
 from __future__ import annotations
 
@@ -99,12 +99,12 @@ def additive(module: AdapterModule) -> AdditiveMethod | None:
 
 
 def transforming(module: AdapterModule) -> TransformingMethod | None:
-    """The method of an adapted module, if it makes another weight of it."""
+    """The method of an adapted module, if it transforms the weight rather than add to it."""
     return next((method for method in TRANSFORMING if method.name == module.method), None)
 
 
 def workspace(modules: Sequence[tuple[AdapterModule, float]], weight: TensorSpec) -> int:
-    """Bytes that merging one weight, or taking the modules off it, needs beside the tensors themselves."""
+    """Bytes that merging modules into one weight, or unmerging them, needs in addition to the tensors themselves."""
     total = _BLOCK
     for module, _ in modules:
         method = additive(module) or transforming(module)
@@ -114,14 +114,15 @@ def workspace(modules: Sequence[tuple[AdapterModule, float]], weight: TensorSpec
 
 
 def check_modules(modules: Sequence[tuple[AdapterModule, float]], weight: TensorSpec) -> None:
-    """Refuses, while planning, what cannot be done to one weight.
+    """Refuses, while planning, modules that cannot be merged into one weight.
 
     Args:
-        modules: all that adapt it, each with the factor of its delta.
-        weight: as the base stores it.
+        modules: all modules that adapt the weight, each with the factor of its delta.
+        weight: the weight as the base stores it.
 
     Raises:
-        NotMergeable, ShapeMismatch: with the reason.
+        NotMergeable: a method is unknown or not defined for this weight, or modules cannot be combined.
+        ShapeMismatch: factors do not fit the weight.
     """
     for module, strength in modules:
         method = additive(module) or transforming(module)

@@ -1,6 +1,6 @@
-"""What a method is to the rest: it checks while planning, and turns factors into a delta, or W0 into W, while running.
+"""The protocols of methods. A method checks while planning; while running, it turns factors into a delta, or W0 into W.
 
-A method gets tensors and never a path.
+A method is given tensors and never a path.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class AdditiveMethod(Protocol):
-    """The mathematics of one way of adding to a weight: W = W0 + ΔW, ΔW independent of W0. Stateless."""
+    """A method that adds to a weight: W = W0 + ΔW, with ΔW independent of W0. It has no state."""
 
     name: str
     paper: str  # its short name and where it was published
@@ -26,26 +26,26 @@ class AdditiveMethod(Protocol):
         """Called while planning. Raises NotMergeable with the reason, or ShapeMismatch."""
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
-        """weight · ΔW in the base weight's stored order, seen as a matrix; a vector as one column."""
+        """weight · ΔW as a matrix in the layout of the stored base weight; a vector is one column."""
 
 
 @runtime_checkable
 class Spacious(Protocol):
-    """A method that needs more memory on its way than a copy or two of its factors."""
+    """A method whose computation needs more memory than a copy or two of its factors."""
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """The most bytes that it holds beside a block of rows; known while planning."""
+        """The most bytes that the method needs in addition to a block of rows; called while planning."""
 
 
 class TransformingMethod(Protocol):
-    """The mathematics of one way of making another weight out of W0. Stateless.
+    """A method that computes the new weight W from W0. It has no state.
 
-    Such a method has no delta: it stands alone on its tensor and has no strength.
+    Such a method has no delta: it must be the only one on its tensor, and cannot be scaled.
     """
 
     name: str
     paper: str  # its short name and where it was published
-    forgets: str  # what of W0 its result does not determine, as a sentence; empty if it can be taken off
+    forgets: str  # a sentence that says what information about W0 is lost; empty if the method can be unmerged
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
         """Called while planning. Raises NotMergeable with the reason, or ShapeMismatch."""
@@ -59,5 +59,8 @@ class TransformingMethod(Protocol):
         *,
         back: bool = False,
     ) -> torch.Tensor:
-        """W of W0 in the stored shape, computed in float64 and rounded once to `dtype`; with `back` W0 of W, which is
-        never asked of a method that forgets. Raises NotMerged where the way back divides by zero."""
+        """W from W0, in the stored shape, computed in float64 and rounded once to `dtype`.
+
+        With `back`, W0 from W; this is never called if `forgets` is not empty. Raises NotMerged if the inverse would
+        divide by zero.
+        """

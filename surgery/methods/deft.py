@@ -1,4 +1,4 @@
-"""DEFT (peft.tuners.deft): W0's part in a learned subspace is taken off, and another put there."""
+"""DEFT (peft.tuners.deft): removes W0's component in a learned subspace, and adds another one there."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 class Deft:
-    """W = W0 − P relu(P)ᵀ W0 + s · P R, s = alpha / rank if there is an alpha; with `para` no R.
+    """W = W0 − P relu(P)ᵀ W0 + s · P R, with s = alpha / rank if there is an alpha, else 1; with `para` there is no R.
 
     Factors: deft_P (out, rank), deft_R (rank, in). Settings: alpha, para, decomposition_method.
     """
 
     name = "deft"
     paper = "DEFT, peft.tuners.deft"
-    forgets = "DEFT takes W0's part in a subspace off, and what was there is lost"
+    forgets = "DEFT removes W0's component in a subspace, which is lost"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for the other decomposition and a weight not stored as a plain float, ShapeMismatch for
-        one of other shape."""
+        """Raises NotMergeable for the other decomposition, or if the weight is not stored as plain floats;
+        ShapeMismatch if its shape does not fit."""
         if module.settings["decomposition_method"] != "relu":
             raise NotMergeable(
                 "this adapter rests on an orthogonal basis of P, whose signs are any QR routine's choice and not "

@@ -1,8 +1,8 @@
 """DoRA (Liu et al., arXiv 2402.09353, equation 5): W = m · (W0 + s BA) / ‖W0 + s BA‖.
 
-The norm is over the inputs of each output: over the rows of a linear weight (out, in), the columns of a Conv1D's
-(in, out) and of an embedding (vocabulary, width), over all but the first dimension of a convolution's, as in peft.
-The factor s scales BA only, so a strength other than 1 would not lead from W0 to W: at 0 it gives m · W0 / ‖W0‖.
+The norm is taken over the inputs of each output, as in peft: over the rows of a linear weight (out, in), the columns of
+a Conv1D (in, out) and of an embedding (vocabulary, width), and all but the first dimension of a convolution.
+The factor s scales only BA, so a strength other than 1 does not interpolate between W0 and W: 0 gives m · W0 / ‖W0‖.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 class Dora:
-    """Each output's weights get the direction of W0 + ΔW and the length m.
+    """The weights of each output get the direction of W0 + ΔW and the norm m.
 
-    Factors: those of LoRA, and lora_magnitude_vector with one value for each output.
+    Factors: LoRA's, and lora_magnitude_vector with one value per output.
     """
 
     name = "dora"
@@ -37,7 +37,7 @@ class Dora:
     forgets = "DoRA keeps the direction of W0 + ΔW and sets its length to m, so the length of W0 + ΔW is lost"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """As LoRA's; ShapeMismatch too for magnitudes that are not one for each output."""
+        """As LoRA's check. Also raises ShapeMismatch if there is not one magnitude per output."""
         check_weight(weight, delta_shape(module, len(weight.shape)))
         _check_magnitudes(module, weight, module.factors["lora_B"].spec.shape[0])
 
@@ -50,7 +50,7 @@ class Dora:
         *,
         back: bool = False,
     ) -> torch.Tensor:
-        """m · (W0 + s BA) / ‖W0 + s BA‖ as the base stores it. Raises NotFinite where W0 + s BA is zero."""
+        """m · (W0 + s BA) / ‖W0 + s BA‖ in the base's layout. Raises NotFinite if W0 + s BA is zero for an output."""
         import torch
 
         left, right = outward(module.kind, factors["lora_A"], factors["lora_B"])
@@ -66,9 +66,9 @@ class Dora:
 
 
 class DoraAround:
-    """LyCORIS's weight_decompose: m · (W0 + ΔW) / ‖W0 + ΔW‖ with another method's ΔW, of a weight stored (out, in).
+    """LyCORIS's weight_decompose: m · (W0 + ΔW) / ‖W0 + ΔW‖ with another method's ΔW, for a weight stored (out, in).
 
-    Factors: those of the method, and lora_magnitude_vector with one value for each output.
+    Factors: the other method's, and lora_magnitude_vector with one value per output.
     """
 
     paper = "DoRA around another product, LyCORIS, arXiv 2402.09353"
@@ -79,12 +79,12 @@ class DoraAround:
         self._inner = inner
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """As the method's; ShapeMismatch too for magnitudes that are not one for each output."""
+        """As the other method's check. Also raises ShapeMismatch if there is not one magnitude per output."""
         self._inner.check(_without_magnitude(module), weight)
         _check_magnitudes(module, weight, weight.shape[0])
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """The method's, or a copy of its factors and one in fixed point."""
+        """Bytes for the other method, or for a copy of its factors and one in fixed point."""
         if isinstance(self._inner, Spacious):
             return self._inner.workspace(_without_magnitude(module), weight)
         return 16 * sum(ref.spec.size for ref in module.factors.values())
@@ -98,7 +98,7 @@ class DoraAround:
         *,
         back: bool = False,
     ) -> torch.Tensor:
-        """m · (W0 + ΔW) / ‖W0 + ΔW‖. Raises NotFinite where W0 + ΔW is zero."""
+        """m · (W0 + ΔW) / ‖W0 + ΔW‖. Raises NotFinite if W0 + ΔW is zero for some output."""
         import torch
 
         result = torch.empty(weight.shape, dtype=torch_dtype(dtype))

@@ -1,1 +1,1 @@
-"""A model that was opened: its folder, config, names, layers, and the module that transformers builds of it."""
+"""What is known of a model: its folder, config, names, layers, and the module that transformers builds from it."""

@@ -1,8 +1,8 @@
-"""What each weight of a model is, from the evidence at hand.
+"""Determines the kind of each weight of a model from the available evidence.
 
-Names and shapes first, then the numbers in config.json. Only where these leave a doubt is the model itself asked: built
-by transformers on the meta device, without weights and without running anybody's code. What is still in doubt then is
-asked for by a flag, never guessed. Reads no payload.
+Names and shapes come first, then the numbers in config.json. Only if these leave a doubt does transformers build the
+model on the meta device, without weights and without running foreign code. If a doubt remains, the user must settle it
+with a flag; nothing is guessed. This module reads no payload.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from surgery.errors import SurgeryError
 from surgery.model.meta_model import known_names, may_rename, meta_model
 from surgery.model.patterns import matching
 
-# What --kind accepts: a layer's kind, a matrix of no layer, how a stack of experts is stored, or to be carried in full.
+# What --kind accepts: a layer's kind, a matrix that is no layer's, the layout of a stack of experts, or "in full".
 ASKED = ("linear", "transposed", "embedding", "conv", "parameter", "experts", "experts-transposed", "full")
 _ROUTER = re.compile(r"gate|router", re.IGNORECASE)
 _LIKE_EXPERTS = re.compile(r"\.(gate|w[123]|gate_proj|up_proj|down_proj)\.weight$")
 _HEAD = re.compile(r"head|decoder|output|classifier|logits|score|predict|proj", re.IGNORECASE)
-_KERNEL = 64  # the longest kernel of a Conv1d that is believed without asking; beyond it may be a stack of matrices
+_KERNEL = 64  # the longest plausible kernel of a Conv1d; anything longer may be a stack of matrices
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Structure:
     """What is known of a model's weights.
 
     Attributes:
-        kinds: tensor → kind, of everything that could become factors.
+        kinds: the kind of every tensor that could become factors.
         swapped: stacks of experts stored (experts, in, out) instead of (experts, out, in).
-        doubtful: tensor → why its kind is not certain.
-        order: its parameters as the model registers them, or as the user names them.
-        names: tensor → the model's own name of it, where the model was asked; transformers renames some on loading.
-        fused: tensors that become parts of others on loading.
-        config: the model's config.json, empty without one.
+        doubtful: tensors whose kind is not certain, with the reason.
+        order: parameters in the order in which the model registers them, or in which the user names them.
+        names: the model's own names of tensors, if the model was built; transformers renames some while loading.
+        fused: tensors that transformers fuses into others while loading.
+        config: the model's config.json; empty without one.
     """
 
     kinds: Mapping[str, LayerKind]
@@ -53,15 +53,16 @@ class Structure:
 
 
 def learn_structure(specs: Mapping[str, TensorSpec], paths: Iterable[str], asked: Mapping[str, str]) -> Structure:
-    """The structure of a model, its doubts settled as far as they can be.
+    """Determines the structure of a model, and settles as many doubts as possible.
 
     Args:
-        specs: its tensors.
-        paths: where it is, and where its base is: the first config.json beside either is evidence.
-        asked: pattern → one of ASKED, the user's word, which beats all evidence.
+        specs: the model's tensors.
+        paths: paths of the model and its base; the first config.json in their folders is used as evidence.
+        asked: the user's choices, one of ASKED by pattern. They override all evidence.
 
     Raises:
-        SurgeryError: an unknown kind, or a pattern that matches nothing.
+        SurgeryError: a kind is unknown, or does not fit the weight's shape.
+        UnknownTensor: a pattern matches nothing.
     """
     folder, config = _read_config(paths)
     kinds = {f"{module}.weight": kind for module, kind in layer_kinds(specs).items()}
@@ -72,18 +73,19 @@ def learn_structure(specs: Mapping[str, TensorSpec], paths: Iterable[str], asked
     swapped: set[str] = set()
     names: dict[str, str] = {}
     fused: frozenset[str] = frozenset()
-    # Shapes do not tell a convolution's groups.
+    # Shapes do not show a convolution's groups.
     asks = doubtful.keys() - told.keys() or LayerKind.CONV in kinds.values() or may_rename(config)
     model = meta_model(folder) if config and asks else None
     if model is not None:
         names, fused = known_names(model, specs)
         learned, swapped = _of_model(model, names, specs)
-    for name in learned.keys() & kinds.keys():  # whatever the model says is certain; what it lacks keeps its doubt
+    for name in learned.keys() & kinds.keys():  # what the model says is certain; tensors it lacks keep their doubt
         kind = learned[name]
         kinds = {**kinds, name: kind} if kind else {other: k for other, k in kinds.items() if other != name}
         doubtful.pop(name, None)
     if fused:
-        # Beside experts peft takes every layer of such a name for one of theirs and loses it; as a parameter it stays.
+        # In a model with experts, peft takes every layer with such a name for an expert and loses it, but it keeps
+        # parameters.
         kinds |= {name: LayerKind.PARAMETER for name in names if _LIKE_EXPERTS.search(name) and name in kinds}
     for name, word in told.items():
         doubtful.pop(name, None)
@@ -100,7 +102,7 @@ def learn_structure(specs: Mapping[str, TensorSpec], paths: Iterable[str], asked
 
 
 def _read_config(paths: Iterable[str]) -> tuple[Path, Mapping[str, Any]]:
-    """The first folder with a config.json that is a JSON object, and that; empty if there is none."""
+    """The first folder with a config.json that is a JSON object, and the config; empty if there is none."""
     folders = [path if path.is_dir() else path.parent for path in map(Path, paths)]
     for folder in folders:
         with contextlib.suppress(OSError, ValueError):
@@ -128,7 +130,7 @@ def _doubts(
         if owner(name) in open_squares and name.endswith(".weight"):
             yield name, "a square weight with a bias: nothing tells which side is the output"
         elif kind is LayerKind.EMBEDDING and numbers and shape[0] not in numbers:
-            yield name, f"named like an embedding, but config.json knows no {shape[0]}"
+            yield name, f"named like an embedding, but its {shape[0]} rows do not appear in config.json"
         elif (
             kind is LayerKind.LINEAR
             and f"{owner(name)}.bias" not in specs
@@ -137,7 +139,7 @@ def _doubts(
         ):
             yield name, "as long as the vocabulary: an embedding or a head"
         elif kind is LayerKind.LINEAR and _ROUTER.fullmatch(last):
-            yield name, "a router: a linear layer in some models, a parameter of its own in others"
+            yield name, "a router: some models have a linear layer here, others a bare parameter"
         elif kind is LayerKind.CONV and len(shape) == 3 and shape[2] > _KERNEL:
             yield name, f"a convolution with a kernel of {shape[2]}, or a stack of matrices"
         elif kind is LayerKind.PARAMETER and len(shape) == 3:
@@ -145,7 +147,7 @@ def _doubts(
 
 
 def _numbers(value: Any) -> Iterator[int]:
-    """Every whole number in a config, however deep."""
+    """Every integer in a config, at any depth."""
     if isinstance(value, Mapping):
         for inner in value.values():
             yield from _numbers(inner)
@@ -157,12 +159,16 @@ def _numbers(value: Any) -> Iterator[int]:
 
 
 def _told(asked: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The user's word on each tensor, in the order in which it was given."""
+    """The user's choice of kind for each tensor, in the order in which the choices were given."""
     told: dict[str, str] = {}
     for pattern, kind in asked.items():
         if kind not in ASKED:
             raise SurgeryError(
-                "no such kind of weight", where=f"--kind {pattern}", expected=", ".join(ASKED), found=kind
+                "no such kind of weight",
+                where=f"--kind {pattern}",
+                expected=", ".join(ASKED),
+                found=kind,
+                then=f"pass one of these, for example --kind {pattern}=linear",
             )
         for name in matching(list(specs), pattern):
             told[name] = kind
@@ -178,11 +184,12 @@ def _check_shape(name: str, spec: TensorSpec, kind: str) -> None:
             where=f"--kind {name}={kind}",
             expected=f"{' or '.join(map(str, dimensions))} dimensions",
             found=shape_text(spec.shape),
+            then="choose a kind that fits the shape",
         )
 
 
 def _unordered(kinds: Mapping[str, LayerKind], order: Sequence[str]) -> dict[str, str]:
-    """Parameters that share a module with others and of which nobody knows which comes first."""
+    """Parameters that share a module with others, and whose order is not known."""
     places = {name: place for place, name in enumerate(order)}
     modules: dict[str, list[str]] = {}
     for name, kind in kinds.items():
@@ -195,8 +202,8 @@ def _unordered(kinds: Mapping[str, LayerKind], order: Sequence[str]) -> dict[str
 def _of_model(
     model: Any, names: Mapping[str, str], specs: Mapping[str, TensorSpec]
 ) -> tuple[dict[str, LayerKind | None], set[str]]:
-    """The kinds that the model's own modules tell, None for what no factors fit, in the order of registration; and
-    the stacks of experts stored (experts, in, out)."""
+    """The kinds of the model's own modules in the order of registration (None for a layer that factors cannot adapt),
+    and the stacks of experts stored (experts, in, out)."""
     stored = {known: name for name, known in names.items()}
     kinds: dict[str, LayerKind | None] = {}
     swapped: set[str] = set()
@@ -212,8 +219,8 @@ def _of_model(
 
 
 def _is_plain(convolution: Any) -> bool:
-    """Whether peft can adapt it: a product BA joins channels of different groups, for which the weight has no place,
-    and peft's own forward passes neither dilation nor the mode of padding on to it."""
+    """Whether peft can adapt the convolution. With groups, BA would connect channels that the weight does not; and
+    peft's forward passes on neither dilation nor padding mode."""
     undilated = all(step == 1 for step in convolution.dilation)
     return bool(convolution.groups == 1 and undilated and convolution.padding_mode == "zeros")
 

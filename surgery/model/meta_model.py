@@ -1,8 +1,8 @@
-"""The model that a config names, built by transformers on the meta device: modules and shapes, no weights.
+"""Builds the model that a config names with transformers on the meta device: modules and shapes, no weights.
 
-What only the model knows of its own file: the kinds of its layers, the order of its parameters, and the names it gives
-to tensors that the file holds under others. Runs no code but transformers' own; all of it is empty where transformers
-is not installed or does not know the class.
+Only the model knows the kinds of its layers, the order of its parameters, and its names of tensors that the file holds
+under other names. No code but transformers' own is run. All results are empty if transformers is not installed or does
+not know the class.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def meta_model(folder: str | Path) -> Any:
-    """The model of a folder's config.json, an nn.Module of meta tensors; None where that cannot be had."""
+    """The model of a folder's config.json, an nn.Module with meta tensors; None if it cannot be built."""
     try:
         import torch
         import transformers
@@ -27,13 +27,13 @@ def meta_model(folder: str | Path) -> Any:
             return None
         with torch.device("meta"):
             return model_class(config)
-    except Exception:  # a class may refuse its config, or the meta device, in any way: then it tells nothing
+    except Exception:  # a class may refuse its config or the meta device with any error: then nothing is known
         return None
 
 
 def known_names(model: Any, names: Iterable[str]) -> tuple[dict[str, str], frozenset[str]]:
-    """The model's own name of every tensor of the file that it takes as it is, perhaps under another name; and the
-    tensors that become parts of others on loading. What the model does not know at all is neither."""
+    """The model's own names of the file's tensors that it loads unchanged, perhaps under another name; and the tensors
+    that it fuses into others while loading. Tensors that the model does not know are in neither."""
     names = list(names)
     held = model.state_dict()
     try:
@@ -51,14 +51,14 @@ def known_names(model: Any, names: Iterable[str]) -> tuple[dict[str, str], froze
 
 
 def may_rename(config: Mapping[str, Any]) -> bool:
-    """Whether transformers has rules of its own for the names of such a model. Reads its table as text: importing it
-    would cost seconds, and most models are not in it."""
+    """Whether transformers has renaming rules for such a model. The table is read as text: importing it would take
+    seconds, and most models are not in it."""
     text = _rules()
     return any(f'"{word}"' in text for word in _identifiers(config))
 
 
 def _identifiers(config: Mapping[str, Any]) -> list[str]:
-    """The classes and the model types that a config names, those of its parts included."""
+    """The classes and model types that a config and its parts name."""
     classes = [str(name) for name in config.get("architectures") or ()]
     found = classes + [re.sub(r"(For[A-Z].*|Model)$", "Model", name) for name in classes]  # and the model inside
     found += [str(config["model_type"])] if "model_type" in config else []

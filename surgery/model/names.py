@@ -1,8 +1,8 @@
-"""The names that a model gives to what its file holds under others, and opening an adapter that uses them.
+"""Opens adapters that use the model's names of tensors, where the model's file has other names.
 
-transformers renames layers of some models while it loads them (vision transformers, models of several parts); peft's
-adapters have the model's names. Only where an adapter does not match the file, or is to be written for peft, are the
-model's own rules asked, which takes loading transformers and building the model without weights.
+transformers renames layers of some models while loading (vision transformers, models with several parts), and peft's
+adapters use the model's names. The renaming rules are used only if an adapter does not match the file, or if it is
+written for peft: they require loading transformers and building the model without weights.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from surgery.model.meta_model import known_names, may_rename, meta_model
 def open_adapter_of(
     model: str | Path, adapter: str | Path, specs: Mapping[str, TensorSpec], told: Told = NOTHING_TOLD
 ) -> Adapter:
-    """The adapter, resolved against the model's tensors by their names in the file, or else by the model's own.
+    """Reads an adapter and resolves it against the model's tensors: by their names in the file, or else by the model's
+    own names.
 
     Raises:
-        FormatError: as `open_adapter`; Quantised where the model's weights are in a form that nothing can be added to.
+        FormatError: as `open_adapter`; Quantised if nothing can be added to the model's quantised weights.
     """
     told = replace(told, model=model_config(model))
     try:
         return open_adapter(adapter, specs, told=told)
     except (UnmatchedKeys, ShapeMismatch) as error:
         forms = foreign(specs, quantization_config(model))
-        refuse_foreign(forms, forms, model)  # its weights are there, in a form that nothing fits
+        refuse_foreign(forms, forms, model)  # the weights exist, but are quantised
         if isinstance(error, ShapeMismatch):
             raise
         names = model_names(Path(model), specs)
@@ -46,8 +47,8 @@ def open_adapter_of(
 def in_model_names(
     model: str | Path, adapter: Adapter, specs: Mapping[str, TensorSpec]
 ) -> tuple[Adapter, dict[str, TensorSpec]]:
-    """An adapter resolved against a model's file, and the file's tensors, by the names that the model itself gives
-    them: what peft adapts are modules of the model, as transformers loads it."""
+    """Renames an adapter's targets and the file's tensors to the model's own names, because peft adapts modules of the
+    model as transformers loads it."""
     path = Path(model)
     folder = path if path.is_dir() else path.parent
     file = folder / CONFIG
@@ -67,7 +68,7 @@ def in_model_names(
 
 
 def model_names(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """The model's name of every tensor of the file that it renames and nothing more; empty if that cannot be told."""
+    """The model's names of the file's tensors that it only renames; empty if they cannot be determined."""
     model = meta_model(folder)
     known = known_names(model, names)[0] if model is not None else {}
     return {name: new for name, new in known.items() if new != name}

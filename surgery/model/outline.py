@@ -1,7 +1,8 @@
-"""A merged model's outline: its tensors, and the tensor of the base that each starts from.
+"""The outline of a merged model: its tensors, and the base tensor from which each one is made.
 
-Mostly these are the base's own. A head that the base ties to its embedding becomes a tensor of its own when it is
-untied, and peft's layer_replication repeats layers. Reads headers and configs only; knows no method.
+Usually these are simply the base's tensors. A head that the base ties to its embedding becomes a tensor of its own when
+it is untied, and peft's layer_replication repeats layers. This module reads headers and configs only, and knows no
+method.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from surgery.model.meta_model import known_names, meta_model
 
 TIED = "tie_word_embeddings"
 _DEPTHS = ("num_hidden_layers", "n_layer")  # the config's keys for the number of layers
-_BY_LAYER = ("layer_types",)  # and for lists with an entry for each
+_BY_LAYER = ("layer_types",)  # the config's keys for lists with one entry per layer
 _LAYER = re.compile(r"^(?P<stack>(?:.+?\.)?(?:layers|encoder\.layer|h))\.(?P<number>\d+)\.(?P<rest>.+)$")
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What a merged model consists of, adapters apart.
+    """The tensors of a merged model, before adapters are merged into them.
 
     Attributes:
-        specs: its tensors, before anything is merged into them.
-        sources: the tensor of the base that each starts from; several may start from one.
-        config: settings of config.json that change with it.
+        specs: the model's tensors.
+        sources: the base tensor from which each tensor is made; several may be made from one.
+        config: settings of config.json that must change.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -41,13 +42,13 @@ class Outline:
 
     @classmethod
     def plain(cls, base: Mapping[str, TensorSpec]) -> Outline:
-        """The base's own."""
+        """The outline of the base itself."""
         return cls(base, {name: name for name in base})
 
     @property
     def origins(self) -> dict[str, str]:
-        """For each tensor of the base the one that unmerge gets it back from: the one of its name if that starts from
-        it, else the first that does."""
+        """For each base tensor, the merged tensor from which unmerge restores it: the one of the same name if it was
+        made from it, else the first that was."""
         found: dict[str, str] = {}
         for name, source in self.sources.items():
             if name == source or source not in found:
@@ -56,12 +57,12 @@ class Outline:
 
     @property
     def surplus(self) -> frozenset[str]:
-        """Those that unmerge leaves out."""
+        """Tensors that unmerge leaves out."""
         return frozenset(self.sources) - frozenset(self.origins.values())
 
     @property
     def renamed(self) -> dict[str, str]:
-        """Those that unmerge gives the base's name, which is another."""
+        """Tensors that unmerge renames, with the base's name of each."""
         return {name: source for source, name in self.origins.items() if name != source}
 
 
@@ -69,13 +70,15 @@ def outline_of(model: str | Path, adapters: Sequence[Path], base: Mapping[str, T
     """The outline of a base merged with these adapters.
 
     Args:
-        model: the base's path; its folder's config.json tells which tensors it ties.
-        adapters: their paths.
-        base: its tensors.
-        untie: whether a head tied to its embedding becomes a tensor of its own.
+        model: the base's path; the config.json in its folder says which tensors are tied.
+        adapters: the adapters' paths.
+        base: the base's tensors.
+        untie: whether a head that is tied to the embedding becomes a tensor of its own.
 
     Raises:
-        NotMergeable: adapters made for different depths, layers that replication would drop, a base that ties no head.
+        NotMergeable: the adapters were made for different depths, replication would drop layers, or there is no tied
+            head to untie.
+        Unsupported: the base does not have exactly one stack of layers to replicate.
     """
     outline = _replicated(model, adapters, base)
     if not untie:
@@ -83,17 +86,17 @@ def outline_of(model: str | Path, adapters: Sequence[Path], base: Mapping[str, T
     heads = tied_head(model, outline.specs)
     if not heads:
         raise NotMergeable(
-            "the base ties no head to its embedding, as far as its config.json and transformers tell",
+            "the base ties no head to its embedding, according to its config.json and transformers",
             where=model,
-            then="leave --untie out",
+            then="merge without --untie",
         )
     sources = {**outline.sources, **{head: outline.sources[embedding] for head, embedding in heads.items()}}
     return Outline(_specs(sources, base), sources, {**outline.config, TIED: False})
 
 
 def tied_head(model: str | Path, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The head's tensor that the file lacks, and the embedding's that it is tied to, by the file's names; empty where
-    there is none, or transformers does not know the model."""
+    """The head's tensor that the file lacks, and the embedding's tensor to which it is tied, by the file's names. Empty
+    if there is no tied head, or transformers does not know the model."""
     path = Path(model)
     built = meta_model(path if path.is_dir() else path.parent)
     tied = getattr(built, "all_tied_weights_keys", None)
@@ -110,9 +113,9 @@ def tied_head(model: str | Path, specs: Mapping[str, TensorSpec]) -> dict[str, s
 
 
 def head_is_tied(head: str, embedding: str, model: str | Path) -> NotMergeable:
-    """The error for an adapter that changes a tied head, where nobody said that it may be untied."""
+    """The error for an adapter that changes a tied head if --untie was not given."""
     return NotMergeable(
-        "the adapter changes the head, which the base ties to its embedding: one tensor cannot be both",
+        "the adapter changes only the head, which the base ties to its embedding: one tensor cannot hold both",
         where=model,
         found=f"{head}, stored as {embedding}",
         then="merge with --untie: the head becomes a tensor of its own, and config.json says so",
@@ -130,17 +133,18 @@ def _replicated(model: str | Path, adapters: Sequence[Path], base: Mapping[str, 
             "the adapters were made for models of different depth",
             where=", ".join(map(str, maps)),
             found="; ".join(f"layer_replication {text or 'none'}" for text in maps.values()),
-            then="merge them one after the other, or into bases of their own",
+            then="merge them one after the other, or each into a base of its own",
         )
     ranges = json.loads(chosen.pop())
     stack, depth = _layers(model, base)
     order = _order(ranges, depth)
     if set(order) != set(range(depth)):
         raise NotMergeable(
-            "layer_replication leaves out layers of the base, which nothing could bring back, or names some it lacks",
+            "layer_replication leaves out layers of the base, which unmerge could not restore, or names some it lacks",
             where=adapters[0],
-            expected=f"every layer from 0 to {depth - 1}, in ranges [first, behind the last]",
+            expected=f"every layer from 0 to {depth - 1}, in ranges [first, last + 1]",
             found=ranges,
+            then="check that the adapter was made for this base, or merge it with peft",
         )
     sources: dict[str, str] = {}
     for name in base:
@@ -162,7 +166,7 @@ def _specs(sources: Mapping[str, str], base: Mapping[str, TensorSpec]) -> dict[s
 
 
 def _order(ranges: Any, depth: int) -> list[int]:
-    """The base's layer at each place; empty for what is no list of ranges within the depth."""
+    """The base's layer at each place; empty if `ranges` is not a list of ranges within the depth."""
     sound = isinstance(ranges, list) and all(
         isinstance(pair, list) and len(pair) == 2 and all(type(end) is int and 0 <= end <= depth for end in pair)
         for pair in ranges
@@ -178,16 +182,16 @@ def _layer_map(path: Path) -> str:
 
 
 def _layers(model: str | Path, base: Mapping[str, TensorSpec]) -> tuple[str, int]:
-    """The one stack of layers that a model has, and how many. Raises Unsupported for one with several or none."""
+    """The model's stack of layers, and its depth. Raises Unsupported if there is not exactly one stack."""
     numbers: dict[str, set[int]] = {}
     for name in base:
         if match := _LAYER.match(name):
             numbers.setdefault(match["stack"], set()).add(int(match["number"]))
     if len(numbers) != 1:
         raise Unsupported(
-            "which layers does layer_replication repeat?",
+            "the base does not have exactly one stack of layers, so it is unclear which ones layer_replication repeats",
             where=model,
-            expected="one stack of layers, as Llama, BERT and Falcon have it",
+            expected="one stack of layers, as in Llama, BERT and Falcon",
             found=", ".join(sorted(numbers)) or "none",
             then="merge this adapter with peft",
         )
@@ -196,7 +200,7 @@ def _layers(model: str | Path, base: Mapping[str, TensorSpec]) -> tuple[str, int
 
 
 def _deeper(config: Mapping[str, Any], order: Sequence[int], depth: int) -> dict[str, Any]:
-    """What changes in a config: the number of layers, and lists with an entry for each."""
+    """The settings of a config that change: the number of layers, and lists with one entry per layer."""
     keys = [key for key in _DEPTHS if config.get(key) == depth] or _DEPTHS[:1]
     changed: dict[str, Any] = dict.fromkeys(keys, len(order))
     for key in _BY_LAYER:

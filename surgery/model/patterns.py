@@ -1,7 +1,7 @@
-"""Which tensors a user means: shell globs on full names, case-sensitive; a leading `re:` makes a regular expression.
+"""Selects tensors by patterns: case-sensitive shell globs on full names, or regular expressions with a leading `re:`.
 
-`*` also crosses dots, a regular expression must match the whole name, and a pattern that matches nothing is an error.
-Knows names only.
+`*` also matches dots, a regular expression must match the whole name, and a pattern that matches nothing is an error.
+This module knows names only.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ REGEX = "re:"
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Tells whether a full name matches.
+    """A function that says whether a full name matches the pattern.
 
     Raises:
-        SurgeryError: not a regular expression.
+        SurgeryError: the pattern is not a valid regular expression.
     """
     expression = pattern.removeprefix(REGEX) if pattern.startswith(REGEX) else fnmatch.translate(pattern)
     try:
         compiled = re.compile(expression)
     except re.error as error:
-        raise SurgeryError("not a regular expression", found=pattern, expected=str(error)) from error
+        raise SurgeryError(
+            f"not a regular expression: {error}",
+            found=pattern,
+            then="correct it, or leave out re: to use it as a glob",
+        ) from error
     return lambda name: compiled.fullmatch(name) is not None
 
 
@@ -36,8 +40,8 @@ def matching(names: Sequence[str], pattern: str) -> list[str]:
     """The names that match, in order.
 
     Raises:
-        SurgeryError: not a regular expression.
-        UnknownTensor: none.
+        SurgeryError: the pattern is not a valid regular expression.
+        UnknownTensor: no name matches.
     """
     matches = matcher(pattern)
     found = [name for name in names if matches(name)]
@@ -47,13 +51,13 @@ def matching(names: Sequence[str], pattern: str) -> list[str]:
             "a pattern matches no tensor",
             expected=pattern,
             found=f"nearest: {', '.join(close)}" if close else None,
-            then="patterns are matched against whole names, case-sensitively: '*.q_proj.weight'",
+            then="correct the pattern: it must match whole names, case-sensitively, as '*.q_proj.weight' does",
         )
     return found
 
 
 def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
-    """Names whose parts look like the words of a pattern: a whole name is mostly longer than what a pattern says."""
+    """Names with parts that look like the words of a pattern, because a pattern is usually shorter than a name."""
     parts = sorted({part for name in names for part in name.split(".")})
     words = [word for word in re.findall(r"[A-Za-z_]\w+", pattern.removeprefix(REGEX)) if word not in parts]
     meant = {word: difflib.get_close_matches(word, parts, n=1) for word in words}
@@ -65,8 +69,8 @@ def select(names: Iterable[str], include: Sequence[str] = (), exclude: Sequence[
     """The names that match any of `include` (all, if there is none) and none of `exclude`, in order.
 
     Raises:
-        SurgeryError: a pattern that is no regular expression.
-        UnknownTensor: a pattern that matches nothing.
+        SurgeryError: a pattern is not a valid regular expression.
+        UnknownTensor: a pattern matches nothing.
     """
     names = list(names)
     included = {name for pattern in include for name in matching(names, pattern)} if include else set(names)
@@ -75,12 +79,17 @@ def select(names: Iterable[str], include: Sequence[str] = (), exclude: Sequence[
 
 
 def rank_override(text: str) -> tuple[str, int]:
-    """The pattern and the rank of a text `PATTERN=RANK`.
+    """The pattern and the rank in a text `PATTERN=RANK`.
 
     Raises:
-        SurgeryError: no rank of at least 1 after the last `=`.
+        SurgeryError: there is no rank of at least 1 after the last `=`.
     """
-    pattern, _, rank = text.rpartition("=")  # a regular expression may hold one
+    pattern, _, rank = text.rpartition("=")  # the last one, because a regular expression may contain "="
     if not pattern or not rank.isdecimal() or int(rank) < 1:
-        raise SurgeryError("not a pattern and its rank", expected="PATTERN=RANK, such as *.mlp.*=16", found=text)
+        raise SurgeryError(
+            "not a pattern and its rank",
+            expected="PATTERN=RANK, such as *.mlp.*=16",
+            found=text,
+            then="write it in this form, with a rank of at least 1",
+        )
     return pattern, int(rank)

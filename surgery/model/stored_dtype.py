@@ -1,6 +1,6 @@
-"""The dtypes in which a merge stores its result: the base's own, or one for all weights; what config.json then says.
+"""Chooses the dtypes in which a merge stores its result: the base's own, or one for all weights, also in config.json.
 
-Knows no method's mathematics and writes nothing.
+This module knows no method's mathematics and writes nothing.
 """
 
 from __future__ import annotations
@@ -31,22 +31,27 @@ _QUANTISATION = ("quantization_config", "compression_config")
 
 
 def dtype_named(name: str | None) -> DType | None:
-    """The dtype of a name on the command line, None for none. Raises UnsupportedDType."""
+    """The dtype with a name from the command line; None for None. Raises UnsupportedDType for other names."""
     if name is not None and name not in DTYPES:
-        raise UnsupportedDType("a result cannot be stored like that", expected=", ".join(DTYPES), found=name)
+        raise UnsupportedDType(
+            "a result cannot be stored in this dtype",
+            expected=", ".join(DTYPES),
+            found=name,
+            then="pass one of these with --dtype",
+        )
     return DTYPES[name] if name else None
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How a base's tensors lie in its file, and how a merge's result will.
+    """How a base's tensors are stored, and how a merge's result will be.
 
     Attributes:
-        stored: the dtype of every weight of the result; None where each keeps its own.
+        stored: the dtype of every weight of the result; None if each keeps its own.
         scaled: the float8 weights that have scales, by name.
-        foreign: weights in a form that nothing can be added to, by name, and whose form it is.
-        shed: tensors of the base that the result has no use for, beside scales.
-        where: the base.
+        foreign: quantisation format of the weights to which nothing can be added, by name.
+        shed: tensors of the base, other than scales, that the result does not need.
+        where: the base, for errors.
     """
 
     stored: DType | None = None
@@ -57,11 +62,11 @@ class Storage:
 
     @classmethod
     def of(cls, base: Checkpoint, stored: DType | None) -> Storage:
-        """Learns it from headers and config.json.
+        """Determines the storage from headers and config.json.
 
         Raises:
-            Quantised: scales are missing; or a dtype was asked for, and some weights cannot have it.
-            ShapeMismatch: scales that do not fit their weights.
+            Quantised: scales are missing, or a dtype was asked for that some weights cannot have.
+            ShapeMismatch: scales do not fit their weights.
         """
         specs, where = base.specs, base.ref.path
         config = quantization_config(where)
@@ -79,11 +84,11 @@ class Storage:
 
     @property
     def scales(self) -> dict[str, str]:
-        """The weight of every tensor of scales."""
+        """The weight to which each tensor of scales belongs."""
         return {how.scale.name: name for name, how in self.scaled.items()}
 
     def result(self, spec: TensorSpec) -> TensorSpec:
-        """A tensor as the result stores it."""
+        """The spec of a tensor as the result stores it."""
         converts = self.stored is not None and (spec.dtype.is_weight or spec.dtype in FLOAT8)
         return replace(spec, dtype=self.stored) if self.stored is not None and converts else spec
 
@@ -92,18 +97,18 @@ def refuse_quantised(model: Checkpoint, chosen: Collection[str]) -> None:
     """Refuses to take the difference of weights that are not stored as plain floats.
 
     Args:
-        model: base or tuned.
-        chosen: the tensors that are looked at.
+        model: the base or the tuned model.
+        chosen: names of the tensors that are compared.
 
     Raises:
-        Quantised: one of their modules holds such a weight.
+        Quantised: one of their modules holds a quantised weight.
     """
     storage, modules = Storage.of(model, None), {part for name in chosen for part in (owner(name), owner(owner(name)))}
     forms = dict(storage.foreign) | dict.fromkeys(storage.scaled, "float8 with scales")
     for name, form in forms.items():
         if owner(name) in modules:
             raise Quantised(
-                f"a quantised model ({form}) has no difference that factors could carry",
+                f"a quantised model ({form}) has no difference that factors could express",
                 where=f"{model.ref.path}: {name}",
                 expected="F16, BF16, F32 or F64",
                 found=f"{form}, {len(forms)} weights of the file",
@@ -113,18 +118,20 @@ def refuse_quantised(model: Checkpoint, chosen: Collection[str]) -> None:
 
 
 def as_numbers(spec: TensorSpec) -> TensorSpec:
-    """A float8 weight as a method sees it: dequantised."""
+    """The spec of a weight as a method sees it: float8 is dequantised."""
     return replace(spec, dtype=DType.F64) if spec.dtype in FLOAT8 else spec
 
 
 def restated_config(content: bytes, stored: DType, where: Path) -> bytes:
-    """A config.json that names another dtype, and no quantisation: there is none any more. Raises CorruptFile."""
+    """A config.json that names another dtype and no quantisation. Raises CorruptFile if it is not a JSON object."""
     try:
         config: Any = json.loads(content)
     except ValueError as error:
-        raise CorruptFile(f"the model's config is not JSON: {error}", where=where) from error
+        raise CorruptFile(
+            f"the model's config is not JSON: {error}", where=where, then="download or correct the file"
+        ) from error
     if not isinstance(config, dict):
-        raise CorruptFile("the model's config is not a JSON object", where=where)
+        raise CorruptFile("the model's config is not a JSON object", where=where, then="download or correct the file")
     name = next(name for name, dtype in DTYPES.items() if dtype is stored)
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
     for part in parts:
@@ -139,7 +146,8 @@ def restated_config(content: bytes, stored: DType, where: Path) -> bytes:
 
 
 def dtype_in(merged: Checkpoint, base: Checkpoint) -> DType | None:
-    """The dtype in which a file without a receipt stores all its weights, where base's are others; None else."""
+    """The single dtype in which a file without a receipt stores all its weights, if it differs from the base's dtypes;
+    else None."""
     found = {spec.dtype for spec in merged.specs.values() if spec.dtype.is_float}
     own = {spec.dtype for spec in base.specs.values() if spec.dtype.is_float}
     return found.pop() if len(found) == 1 and found != own and found <= set(DTYPES.values()) else None

@@ -1,7 +1,7 @@
-"""What will be done, before anything is done: every input, output, dtype, shape and refusal.
+"""The plan of an operation: every input, output, dtype and shape, before anything is done.
 
-Frozen and picklable, so that another engine can run it elsewhere. Knows no path but through references, no thread,
-no method's mathematics.
+Plans are frozen and picklable, so that another engine can run them elsewhere. This module knows paths only through
+references, and knows no threads and no method's mathematics.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
 
 
 class Fate(StrEnum):
-    """What became of a tensor. Every tensor of every input has exactly one, in the ledger."""
+    """What happened to a tensor. In the ledger, every tensor of every input has exactly one fate."""
 
     LOW_RANK = "low_rank"  # its change became factors
     MERGED = "merged"  # a delta was added to it
-    UNMERGED = "unmerged"  # a delta was taken off it
-    WIDENED = "widened"  # got more neurons, or what these need
-    GRAFTED = "grafted"  # an adapter's, that no weight can hold: goes along for the graph
-    FULL = "full"  # carried, replaced or restored whole
-    CONVERTED = "converted"  # taken over in another dtype or form
-    COPIED = "copied"  # taken over byte for byte
-    IDENTICAL = "identical"  # the same in both inputs: nothing to carry
-    REMOVED = "removed"  # belonged to the adapter, or to a dtype that the result no longer has
-    UNUSED = "unused"  # in the file, but the graph does not need it
-    REFUSED = "refused"  # left behind, because the user said so
+    UNMERGED = "unmerged"  # a delta was subtracted from it
+    WIDENED = "widened"  # it got more neurons, or what these need
+    GRAFTED = "grafted"  # it belongs to an adapter and fits no weight: kept for the graph
+    FULL = "full"  # it was carried, replaced or restored whole
+    CONVERTED = "converted"  # it was copied in another dtype or form
+    COPIED = "copied"  # it was copied byte for byte
+    IDENTICAL = "identical"  # it is the same in both inputs: nothing to carry
+    REMOVED = "removed"  # it belonged to the adapter, or to a dtype that the result no longer has
+    UNUSED = "unused"  # it is in the file, but the graph does not need it
+    REFUSED = "refused"  # it was left behind, because the user said so
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an operation made of its inputs.
+    """The result of one step.
 
     Attributes:
-        tensors: one for each declared output of the step, in order; None leaves that output out.
+        tensors: one tensor for each declared output of the step, in order; None leaves that output out.
         fates: the ledger's entries, by tensor name.
-        figures: what was measured on the way, by the operation's own keys.
-        asides: one for each tensor that the step declares aside, likewise.
+        figures: what the step measured, by the operation's own keys.
+        asides: one tensor for each of the step's declared asides, in order; None leaves it out.
     """
 
     tensors: tuple[torch.Tensor | None, ...]
@@ -51,12 +51,12 @@ class Outcome:
     asides: tuple[torch.Tensor | None, ...] = ()
 
 
-Source = Callable[[int, int], "torch.Tensor"]  # first element, how many → these, flat, until the next call
-Sink = Callable[[int, "torch.Tensor"], None]  # first element, elements in C order
+Source = Callable[[int, int], "torch.Tensor"]  # (first element, count) → flat elements, valid until the next call
+Sink = Callable[[int, "torch.Tensor"], None]  # (first element, elements in C order)
 
 
 class Op(Protocol):
-    """The work of one step: tensors in, an Outcome out. Picklable and without state."""
+    """The work of one step: tensors in, an Outcome out. An Op is picklable and has no state."""
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
         """Runs on the CPU tensors of the step's inputs, which it may overwrite."""
@@ -64,23 +64,24 @@ class Op(Protocol):
 
 @runtime_checkable
 class TakesOver(Protocol):
-    """The work of a step that passes its only input on as it is: its bytes are copied and no tensor is made."""
+    """The work of a step that copies its only input unchanged: its bytes are copied and no tensor is made."""
 
     def taken(self, digest: str) -> Outcome:
-        """The outcome, without tensors, for a payload of this hash."""
+        """The outcome, without tensors, for a payload with this hash."""
 
 
 @runtime_checkable
 class Streams(Protocol):
-    """An Op that also takes its first input, and gives its only output, in pieces: neither is in memory as a whole."""
+    """An Op that can read its first input and write its only output in pieces, so that neither is in memory as a
+    whole."""
 
     def streamed(self, source: Source, rest: tuple[torch.Tensor, ...], sink: Sink) -> Outcome:
-        """The outcome, without tensors but for asides. `rest`: the other inputs, whole."""
+        """The outcome, whose only tensors are asides. `rest` holds the other inputs as a whole."""
 
 
 @runtime_checkable
 class Compares(Protocol):
-    """An Op whose inputs come in pairs, and that has little to say where each pair is equal: they are not loaded."""
+    """An Op whose inputs come in pairs and that need not load them if each pair is equal."""
 
     def unchanged(self) -> Outcome | None:
         """The outcome for equal pairs; None if the inputs do not all come in pairs."""
@@ -91,13 +92,14 @@ class Step:
     """One unit of work.
 
     Attributes:
-        name: what it is about: a tensor or a module.
-        inputs: tensors to read, in the order the op takes them.
-        outputs: tensors it may write, in the order the op returns them.
+        name: the tensor or module that the step works on.
+        inputs: tensors to read, in the order in which the op takes them.
+        outputs: tensors that the step may write, in the order in which the op returns them.
         op: the work.
-        workspace: bytes needed beside inputs and outputs.
-        shrinks: whether outputs may come out smaller than declared, their bytes at most as many.
-        asides: tensors it may write to a second output, always upper bounds; their memory counts as workspace.
+        workspace: bytes needed in addition to inputs and outputs.
+        shrinks: whether outputs may have fewer bytes than declared.
+        asides: tensors that the step may write to a second output. Their sizes are upper bounds, and their memory
+            counts as workspace.
     """
 
     name: str
@@ -123,7 +125,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole operation: its steps, the metadata its output will carry, and what the user should be told."""
+    """A whole operation: its steps, the metadata of its output, and notes for the user."""
 
     operation: str
     steps: tuple[Step, ...]
@@ -142,11 +144,11 @@ class Plan:
 
     @property
     def shrinks(self) -> bool:
-        """Whether anything may come out smaller than declared."""
+        """Whether any output may be smaller than declared."""
         return any(step.shrinks for step in self.steps)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """The plan for people: op, step, inputs and outputs, a row a step."""
+        """The plan as a table for users, one row per step: op, name, inputs, outputs."""
         return [
             (
                 type(step.op).__name__.lower(),
@@ -159,12 +161,12 @@ class Plan:
 
 
 def no_fates() -> dict[str, int]:
-    """A ledger without an entry; every fate is listed."""
+    """An empty ledger, which lists every fate with a count of 0."""
     return {fate.value: 0 for fate in Fate}
 
 
 def ledger(outcomes: tuple[Outcome, ...]) -> dict[str, int]:
-    """How many tensors met each fate; every fate is listed."""
+    """The number of tensors by fate; every fate is listed."""
     counts = no_fates()
     for outcome in outcomes:
         for fate in outcome.fates.values():

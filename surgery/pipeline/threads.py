@@ -1,4 +1,4 @@
-"""Cores and torch's threads. Whoever changes the number of torch's threads by way of this module gives it back."""
+"""The number of cores, and of torch's threads. Changes of the latter through this module are undone afterwards."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Iterator
 
 
 def cores() -> int:
-    """Cores this process may run on."""
+    """The number of cores on which this process may run."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
 def torch_threads(count: int | None = None) -> Iterator[None]:
-    """Sets the caller's number of torch threads, if one is given, and restores it afterwards.
+    """Sets the number of torch threads, if one is given, and restores the previous number afterwards.
 
-    Small work on many threads costs more than it gives: the others spin for a while and take the cores from whoever
-    comes next.
+    Small work on many threads costs more than it gains: idle threads spin for a while and take the cores from whatever
+    runs next.
     """
     import torch
 

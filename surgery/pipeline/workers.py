@@ -1,9 +1,9 @@
-"""Copies of this process that run work by number, each on a core of its own.
+"""Forked worker processes that run numbered work, each on a core of its own.
 
-Threads wait for each other's Python: between two calls into a library, one of them holds the interpreter. Copies made
-by fork have an interpreter each, and everything that was loaded and opened before, at no cost. Linux only, and only
-where this process is ours alone: a caller's threads would not be there in the copies, but their locks would. Knows
-nothing of the work.
+Python threads wait for each other: between two calls into a library, one of them holds the interpreter lock. Forked
+processes have an interpreter each, and share everything that was loaded and opened before, at no cost. This works on
+Linux only, and only if no other code runs threads in this process: in the copies, those threads would not exist, but
+the locks they held would. This module does not know what the work is.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from surgery.errors import WorkerLost
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
 
-Work = Callable[[int], Any]  # a number to what comes of it, which must be picklable
+Work = Callable[[int], Any]  # from a number to a result, which must be picklable
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG
 
 
 def can_fork() -> bool:
-    """Whether this system has copies of a process that are safe to work in."""
+    """Whether forked workers are safe on this system."""
     return sys.platform == "linux"
 
 
 @contextlib.contextmanager
 def forked(count: int, work: Work) -> Iterator[Work]:
-    """Makes `count` copies of this process, which end with the context, or with this process.
+    """Forks `count` workers, which end with the context, or with this process.
 
-    Yields a function that has a copy do the work of a number, and returns, or raises, what came of it. Any thread may
-    call it; as many calls run at once as there are copies.
+    Yields a function that lets a worker run the work with a number, and returns its result or raises its error. Any
+    thread may call it; as many calls run at once as there are workers.
 
     Raises:
-        WorkerLost: from that function, where a copy ended in the midst of its work.
+        WorkerLost: raised by the yielded function if a worker ended during its work.
     """
     import multiprocessing
 
@@ -61,7 +61,7 @@ def forked(count: int, work: Work) -> Iterator[Work]:
             ours, theirs = context.Pipe()
             others = [ours, *(copy.connection for copy in copies)]
             process = context.Process(target=_serve, args=(theirs, others, work, os.getpid()), daemon=True)
-            with warnings.catch_warnings():  # Python warns of threads; ours hold no lock that a copy takes
+            with warnings.catch_warnings():  # Python warns about threads; ours hold no lock that a worker takes
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
             theirs.close()
@@ -76,7 +76,7 @@ def forked(count: int, work: Work) -> Iterator[Work]:
 
 
 class _Copy:
-    """One copy, as its parent sees it."""
+    """One worker, as seen by its parent."""
 
     def __init__(self, process: ForkProcess, connection: Connection) -> None:
         self.process = process
@@ -89,9 +89,9 @@ class _Copy:
         except (EOFError, OSError) as error:
             self.process.join()
             raise WorkerLost(
-                "a worker process ended in the midst of its work",
+                "a worker process ended during its work",
                 found=f"exit code {self.process.exitcode}",
-                then="if memory ran out, allow fewer of them: --jobs 1",
+                then="if memory ran out, allow fewer workers: --jobs 1",
             ) from error
         if not sound:
             raise result
@@ -99,10 +99,10 @@ class _Copy:
 
 
 def _serve(connection: Connection, others: list[Connection], work: Work, parent: int) -> None:
-    """What a copy does: the work of each number that it is sent, until it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
+    """The loop of a worker: runs the work with each number that it is sent, until it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
-    if os.getppid() != parent:  # it went before it could be asked for
+    if os.getppid() != parent:  # the parent ended before prctl was called
         return
     for other in others:
         other.close()

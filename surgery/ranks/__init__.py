@@ -1,4 +1,4 @@
-"""Ranks: the rules that choose them, and what a budget buys. The rules are public as `surgery.ranks`."""
+"""Choosing ranks: by a rule for each weight, or by a size budget for all. The rules are public as `surgery.ranks`."""
 
 from surgery.ranks.rules import (
     Bounded,

@@ -1,7 +1,7 @@
-"""How many singular triplets of each weight to keep, so that all factors together fit a size and capture the most.
+"""Chooses the rank of each weight so that all factors together fit a size and capture the most energy.
 
-Pure: spectra and bytes in, ranks out. Knows no tensor, no file and no way to compute a spectrum; it says which spectra
-were not known far enough.
+This module is pure: spectra and bytes in, ranks out. It knows no tensor, no file and no way to compute a spectrum, but
+it reports which spectra were not known far enough.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Budget:
     """A size for a whole adapter.
 
     Attributes:
-        nbytes: of its weights' file.
-        minimum, maximum: ranks that every weight must and may get.
+        nbytes: size of the adapter's weights file in bytes.
+        minimum, maximum: least and largest rank of every weight.
 
     Raises:
-        SurgeryError: a size below 1, or bounds between which no rank lies.
+        SurgeryError: the size is below 1, or no rank is within the bounds.
     """
 
     nbytes: int
@@ -35,10 +35,18 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.nbytes < 1:
-            raise SurgeryError("no such size", expected="a number of bytes", found=self.nbytes, then="--budget 20MB")
+            raise SurgeryError(
+                "not a possible size",
+                expected="at least 1 byte",
+                found=self.nbytes,
+                then="pass a size such as --budget 20MB",
+            )
         if self.minimum < 1 or (self.maximum is not None and self.maximum < self.minimum):
             raise SurgeryError(
-                "no rank lies within these bounds", expected="1 or more", found=f"{self.minimum} to {self.maximum}"
+                "no rank lies within these bounds",
+                expected="1 or more",
+                found=f"{self.minimum} to {self.maximum}",
+                then="choose them with --min-rank and --max-rank",
             )
 
     def __str__(self) -> str:
@@ -47,14 +55,14 @@ class Budget:
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """What one weight would do with a share of a budget.
+    """What one weight would gain from a share of the budget.
 
     Attributes:
-        name: of the weight; it breaks ties.
+        name: the weight's name; it breaks ties.
         energies: (k,) its leading squared singular values, float64, descending.
         size: the number of all its singular values.
-        bytes_per_rank: what a column of lora_B and a row of lora_A take together.
-        minimum, maximum: ranks that it must and may get; clamped to its size.
+        bytes_per_rank: bytes of a column of lora_B plus a row of lora_A.
+        minimum, maximum: its least and largest rank, clamped to its size.
     """
 
     name: str
@@ -66,12 +74,12 @@ class Claim:
 
     @property
     def least(self) -> int:
-        """The rank it gets at least."""
+        """Its least rank."""
         return min(self.minimum, self.size)
 
     @property
     def most(self) -> int:
-        """The rank it gets at most, had one all its values."""
+        """Its largest rank, if all its values were known."""
         return self.size if self.maximum is None else min(self.size, self.maximum)
 
 
@@ -80,9 +88,9 @@ class Allocation:
     """How a budget was spent.
 
     Attributes:
-        ranks: by name, in the order of the claims.
-        nbytes: the factors' bytes and the fixed ones.
-        saturated: weights that took all their known values and might have taken more. Unless it is empty the ranks
+        ranks: rank by name, in the order of the claims.
+        nbytes: bytes of the factors, plus the fixed bytes.
+        saturated: weights that took all their known values and might have taken more. Unless this is empty, the ranks
             are not final: compute more of these spectra and allocate again.
     """
 
@@ -94,29 +102,29 @@ class Allocation:
 def allocate(claims: Sequence[Claim], budget: int, fixed: int = 0) -> Allocation:
     """Ranks that capture the most energy Σσ² with factors of at most `budget` bytes in all.
 
-    Columns are taken in the order of their energy per byte. Within a weight that order is the only possible one, since
-    its energies descend at equal cost. Nothing of the same size captures more: whatever another choice holds that this
-    one does not comes later in the order and yields less per byte than anything it would have to give up in exchange
-    for it. Only at the end is that no proof: the next column in order may not fit. What is left over then is smaller
-    than that column, and goes to the columns after it that do fit: the result is less than one column's energy below
-    the optimum. Where columns are few and coarse a uniform rank may be above it all the same; then it is taken.
+    Columns are taken in descending order of energy per byte. Within a weight this is the order of its singular values,
+    because their energies descend at equal cost. No other choice of the same size captures more: every column that it
+    adds comes later in the order, and yields less energy per byte than the columns it gives up. The argument fails only
+    at the end, when the next column in order does not fit. The remaining bytes are then fewer than that column needs,
+    and go to later columns that fit. So the result is less than one column's energy below the optimum. With few and
+    large columns a uniform rank may still capture more; then it is used.
 
     Args:
         claims: the weights.
         budget: bytes of the whole output.
-        fixed: bytes of it that no rank changes: header, full tensors.
+        fixed: bytes of the output that do not depend on ranks: the header, and tensors carried in full.
 
     Raises:
-        SurgeryError: the minimum ranks do not fit.
+        SurgeryError: the least ranks do not fit.
     """
     ranks = {claim.name: claim.least for claim in claims}
     spent = fixed + sum(claim.least * claim.bytes_per_rank for claim in claims)
     if spent > budget:
         raise SurgeryError(
             "the budget is too small for the least ranks",
-            expected=f"at least {spent:,} bytes, {fixed:,} of them whatever the ranks",
+            expected=f"at least {spent:,} bytes, of which {fixed:,} do not depend on ranks",
             found=f"{budget:,} bytes",
-            then="a larger --budget, or --exclude for what need not be carried",
+            then="pass a larger --budget, or leave weights out with --exclude",
         )
     ordered = sorted(claims, key=lambda claim: claim.name)
     spent += _take_in_bulk(ordered, ranks, budget - spent)
@@ -129,8 +137,7 @@ def allocate(claims: Sequence[Claim], budget: int, fixed: int = 0) -> Allocation
 
 
 def _uniform(claims: Sequence[Claim], room: int) -> dict[str, int] | None:
-    """The largest uniform rank, clamped to each weight's bounds, whose factors fit; None where it is not known what
-    that holds."""
+    """The largest uniform rank, clamped to each weight's bounds, whose factors fit; None if its energy is not known."""
 
     def at(rank: int) -> dict[str, int]:
         return {claim.name: min(max(rank, claim.least), claim.most) for claim in claims}
@@ -149,8 +156,8 @@ def _uniform(claims: Sequence[Claim], room: int) -> dict[str, int] | None:
 
 
 def _take_in_bulk(claims: Sequence[Claim], ranks: dict[str, int], room: int) -> int:
-    """Raises ranks by the longest run of the order that fits; returns its bytes. A sort, since there may be millions
-    of columns."""
+    """Takes columns in order as long as they fit, and returns their bytes. Sorts them all at once, because there may be
+    millions."""
     import numpy as np
 
     offered = [_offered(claim) for claim in claims]
@@ -167,7 +174,7 @@ def _take_in_bulk(claims: Sequence[Claim], ranks: dict[str, int], room: int) -> 
 
 
 def _take_what_fits(claims: Sequence[Claim], ranks: dict[str, int], room: int) -> int:
-    """Spends what is left on columns in order, past those that do not fit; returns their bytes."""
+    """Spends the remaining bytes on columns in order, skipping those that do not fit, and returns their bytes."""
     yields = {claim.name: _offered(claim) for claim in claims}
     heap = []
     for index, claim in enumerate(claims):
@@ -189,12 +196,12 @@ def _take_what_fits(claims: Sequence[Claim], ranks: dict[str, int], room: int) -
 
 
 def _offered(claim: Claim) -> np.ndarray:
-    """(columns,) energy per byte of the columns above the minimum, descending even where rounding says otherwise."""
+    """(columns,) energy per byte of the columns above the minimum, forced to descend despite rounding."""
     import numpy as np
 
     return np.minimum.accumulate(claim.energies)[claim.least : claim.most] / claim.bytes_per_rank
 
 
 def captured(claims: Iterable[Claim], ranks: dict[str, int]) -> float:
-    """Σσ² that these ranks hold."""
+    """The energy Σσ² that these ranks capture."""
     return sum(float(claim.energies[: ranks[claim.name]].sum()) for claim in claims)

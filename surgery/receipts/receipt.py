@@ -1,8 +1,8 @@
-"""What an output says of its own making: hashes, content digests, receipts.
+"""Receipts: records of how an output was made, with hashes and content digests.
 
-A receipt travels in the output's metadata. It names the operation, every input tensor's BLAKE3, and keeps the
-originals of tensors that an adapter replaced, as long as they are small: with them unmerge can restore what no
-subtraction can. Knows no operation's mathematics.
+A receipt is stored in the output's metadata. It names the operation and every input tensor's BLAKE3. It also keeps the
+originals of small tensors that an adapter replaced, so that unmerge can restore what subtraction cannot. This module
+knows no operation's mathematics.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 RECEIPT = "surgery.receipt"
 TOOL = f"surgery {__version__}"
-UNKNOWN = "0" * 64  # stands for a hash until it is known, so that a header's length is known from the start
+UNKNOWN = "0" * 64  # placeholder for a hash, so that the header's length is known from the start
 ORIGINALS_LIMIT = 8 << 20  # bytes of replaced tensors that a receipt keeps
 
 
 def fingerprint(adapter: Adapter) -> tuple[str, dict[str, str]]:
-    """The adapter's content digest, and the BLAKE3 of every tensor of it that takes part, by name.
+    """The adapter's content digest, and the BLAKE3 of each of its tensors that takes part, by name.
 
-    The digest covers scalings and targets too: the same tensors under another alpha are another adapter. Reads the
-    adapter's payload. Raises NotFinite.
+    The digest also covers scalings and targets: the same tensors with another alpha are another adapter. Reads the
+    adapter's payload. Raises NotFinite for NaN or Inf.
     """
     hashes: dict[str, str] = {}
     with ExitStack() as stack, torch_threads(1):
@@ -66,7 +66,7 @@ def fingerprint(adapter: Adapter) -> tuple[str, dict[str, str]]:
 
 @dataclass(frozen=True)
 class Original:
-    """A tensor that was replaced, kept to be restored. `data` is its payload in base64."""
+    """A replaced tensor, kept so that it can be restored. `data` is its payload in base64."""
 
     dtype: str
     shape: list[int]
@@ -74,29 +74,34 @@ class Original:
 
     @classmethod
     def of(cls, tensor: torch.Tensor, spec: TensorSpec) -> Original:
-        """Keeps a tensor."""
+        """Keeps a copy of a tensor."""
         data = base64.b64encode(bytes_from_tensor(tensor).tobytes()).decode()
         return cls(spec.dtype.label, list(spec.shape), data)
 
     @classmethod
     def unknown(cls, spec: TensorSpec) -> Original:
-        """A placeholder of the length that the original will have."""
+        """A placeholder as long as the original will be."""
         return cls(spec.dtype.label, list(spec.shape), "A" * (4 * ((spec.nbytes + 2) // 3)))
 
     def spec(self, name: str) -> TensorSpec:
-        """The spec it had."""
+        """The original tensor's spec."""
         return TensorSpec(name, DType[self.dtype], tuple(self.shape))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor itself."""
+        """The original tensor."""
         payload = np.frombuffer(bytearray(base64.b64decode(self.data)), dtype=np.uint8)
         return tensor_from_bytes(payload, self.spec(name))
 
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """One adapter of a merge: its content digest, scalings included; the factor it was merged with; the BLAKE3 of
-    every tensor of it that took part, by name."""
+    """One adapter of a merge.
+
+    Attributes:
+        digest: its content digest, which covers scalings.
+        weight: the factor with which it was merged.
+        tensors: BLAKE3 of each of its tensors that took part, by name.
+    """
 
     digest: str
     weight: float
@@ -108,19 +113,20 @@ class Receipt:
     """The record of one merge or fold.
 
     Attributes:
-        operation: "merge", or "fold" for what nothing takes off again.
+        operation: "merge", or "fold", which cannot be undone.
         tool: name and version of the program that did it.
-        adapters: all that were merged at once, in the order of their digests.
-        base_tensors: BLAKE3 of every tensor's payload of the base, by name.
-        added: tensors that unmerge leaves out: the base did not have them, or has them by another name too.
+        adapters: all adapters that were merged at once, sorted by digest.
+        base_tensors: BLAKE3 of the payload of each of the base's tensors, by name.
+        added: tensors that unmerge leaves out, because the base did not have them, or has them under another name too.
         originals: base tensors that were replaced, kept whole.
         lost: base tensors that were replaced and too large to keep.
-        base_metadata: the base's own metadata, an earlier receipt included.
-        renamed: tensors that the base has under another name, and that name.
-        dtype: in which all weights were stored, empty where each kept its own.
-        dtypes: those of the base's tensors that were stored in another, by name.
-        scaled: float8 weights of the base that were merged into or dequantised: their scales' name, a block's size.
-        config: the base's config.json, where the output's says more than another size of the vocabulary.
+        base_metadata: the base's own metadata, including an earlier receipt.
+        renamed: the base's name of each tensor that it has under another name.
+        dtype: dtype in which all weights were stored; empty if each kept its own.
+        dtypes: original dtypes of the base's tensors that were stored in another dtype, by name.
+        scaled: for float8 weights of the base that were merged into or dequantised: the name of their scales, and the
+            rows and columns of a block.
+        config: the base's config.json, if the output's differs in more than the size of the vocabulary.
     """
 
     operation: str
@@ -143,7 +149,7 @@ class Receipt:
 
     @property
     def text(self) -> str:
-        """The receipt as it is written."""
+        """The receipt as JSON, as it is stored."""
         return json.dumps({"hash": HASH, **asdict(self)}, sort_keys=True, separators=(",", ":"))
 
     @property
@@ -158,7 +164,7 @@ class Receipt:
 
     @classmethod
     def parse(cls, text: str, where: object) -> Receipt:
-        """A receipt out of its text. Raises CorruptFile if it cannot be read."""
+        """Parses a receipt's JSON. Raises CorruptFile if it cannot be read."""
         try:
             document: dict[str, Any] = json.loads(text)
             if (found := document.pop("hash", "none")) != HASH:
@@ -172,10 +178,10 @@ class Receipt:
                 "the file's receipt is not one of ours",
                 where=where,
                 found=f"{type(error).__name__}: {error}",
-                then="it may come from another version of surgery",
+                then="it may come from another version of surgery: use that version",
             ) from error
 
     def chain(self, where: object) -> list[Receipt]:
-        """This receipt and the earlier ones beneath it, the latest first."""
+        """This receipt and the earlier ones that it contains, the latest first."""
         earlier = Receipt.read(self.base_metadata, where)
         return [self, *(earlier.chain(where) if earlier else ())]

@@ -1,9 +1,9 @@
-"""The undo file: what unmerge needs beside the merged file and its adapters to give back the base bit for bit.
+"""The undo file: with it, the merged file and the adapters, unmerge restores the base bit for bit.
 
-A safetensors file. Its tensors are corrections (see `surgery.exact.correction`), by the name of the tensor that they
-lead back to; a tensor that comes out right without one has none. Its metadata names the merge: the receipt, the content
-digests of base and result, and for every tensor that merging changed what it was and the BLAKE3 of what it became.
-Knows how it is read and written, and nothing of how a prediction is made.
+It is a safetensors file. Its tensors are corrections (see `surgery.exact.correction`), named after the tensors that
+they restore; a tensor that needs no correction has none. Its metadata describes the merge: the receipt, the content
+digests of base and result, and for every changed tensor its original spec and the BLAKE3 of its merged payload. This
+module reads and writes undo files; it does not know how predictions are made.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from surgery.receipts.receipt import Receipt
 
 UNDO = "surgery.receipts.undo_file"
 _VERSION = 3
-_SCALES_LIMIT = 1 << 26  # elements of a tensor that is gone: scales
+_SCALES_LIMIT = 1 << 26  # the most elements of a tensor that merging removed, such as scales
 
 
 @dataclass(frozen=True)
 class Change:
-    """What merging did to one tensor.
+    """How merging changed one tensor.
 
     Attributes:
-        dtype, shape: what it had.
-        now: the shape it has now; None if it is gone.
-        merged: BLAKE3 of its payload now; empty if it is gone.
-        stored: the dtype it has now, where that is another.
+        dtype, shape: dtype and shape before the merge.
+        now: shape after the merge; None if the tensor was removed.
+        merged: BLAKE3 of the payload after the merge; empty if the tensor was removed.
+        stored: dtype after the merge, if it changed.
     """
 
     dtype: str
@@ -49,11 +49,11 @@ class Change:
     stored: str | None = None
 
     def spec(self, name: str) -> TensorSpec:
-        """The tensor as it was."""
+        """The tensor's spec before the merge."""
         return TensorSpec(name, DType[self.dtype], tuple(self.shape))
 
     def result(self, name: str) -> TensorSpec | None:
-        """The tensor as it is now."""
+        """The tensor's spec after the merge; None if it was removed."""
         if self.now is None:
             return None
         return TensorSpec(name, DType[self.stored or self.dtype], tuple(self.now))
@@ -61,11 +61,11 @@ class Change:
 
 @dataclass(frozen=True)
 class UndoRecord:
-    """What an undo file says of its merge.
+    """An undo file's record of its merge.
 
     Attributes:
-        receipt: the merge's own, without the originals.
-        base_digest, result_digest: content addresses of the tensors before and after.
+        receipt: the merge's receipt, without the originals.
+        base_digest, result_digest: content digests of all tensors before and after the merge.
         changes: every tensor that merging changed, by name.
     """
 
@@ -88,7 +88,7 @@ class UndoRecord:
 
 @dataclass(frozen=True)
 class UndoFile:
-    """An undo file, open: its corrections and its record."""
+    """An open undo file: its corrections and its record."""
 
     checkpoint: Checkpoint
     record: UndoRecord
@@ -96,11 +96,11 @@ class UndoFile:
 
 @contextlib.contextmanager
 def open_undo(path: str | Path | None) -> Iterator[UndoFile | None]:
-    """Opens an undo file; None where there is none to open.
+    """Opens an undo file; yields None if `path` is None.
 
     Raises:
-        UndoMismatch: a safetensors file that is no undo file.
-        CorruptFile: one whose record and corrections contradict each other.
+        UndoMismatch: the file is not an undo file.
+        CorruptFile: the file's record and corrections contradict each other.
     """
     if path is None:
         yield None
@@ -108,7 +108,10 @@ def open_undo(path: str | Path | None) -> Iterator[UndoFile | None]:
     with open_checkpoint(path) as checkpoint:
         if UNDO not in checkpoint.metadata:
             raise UndoMismatch(
-                "not an undo file", where=path, expected=f"{UNDO} in its metadata", then="pass what merge --undo wrote"
+                "not an undo file",
+                where=path,
+                expected=f"{UNDO} in its metadata",
+                then="pass the file that merge --undo wrote",
             )
         try:
             document: dict[str, Any] = json.loads(checkpoint.metadata[UNDO])
@@ -123,15 +126,19 @@ def open_undo(path: str | Path | None) -> Iterator[UndoFile | None]:
                 "the undo file's record is not one of ours",
                 where=path,
                 found=f"{type(error).__name__}: {error}",
-                then="it may come from a newer version of surgery",
+                then="it may come from another version of surgery: use that version",
             ) from error
         if not sound or not set(checkpoint.specs) <= set(changes) <= set(receipt.base_tensors):
-            raise CorruptFile("the undo file's record and its tensors contradict each other", where=path)
+            raise CorruptFile(
+                "the undo file's record and its tensors contradict each other",
+                where=path,
+                then="copy the undo file again",
+            )
         yield UndoFile(checkpoint, record)
 
 
 def _is_sound(name: str, change: Change) -> bool:
-    """Whether the tensor had a size that can be believed: merging lets tensors grow, never shrink."""
+    """Whether the tensor's recorded size is plausible: merging lets tensors grow, never shrink."""
     sizes = [*change.shape, *(change.now or ())]
     known = all(type(n) is int and n >= 0 for n in sizes) and isinstance(change.merged, str)
     now = change.result(name) if known else None
@@ -139,23 +146,30 @@ def _is_sound(name: str, change: Change) -> bool:
 
 
 def correction_spec(spec: TensorSpec) -> TensorSpec:
-    """The most that a tensor's correction takes in the file."""
+    """The spec of a tensor's correction at its largest possible size."""
     return TensorSpec(spec.name, DType.U8, (correction_limit(spec.size, spec.dtype.itemsize),))
 
 
 def undo_destination(path: str | Path, out: str | Path, inputs: Iterable[str | Path], force: bool) -> Destination:
-    """Where an undo file goes. Raises OutputExists where it would touch an input, the output, or what stands there."""
+    """The destination of an undo file. Raises OutputExists if it would replace an input, the output, or an existing
+    file without `force`."""
     path, guarded = Path(path), tuple(Path(each) for each in inputs)
     if container_named(path) is not Container.SAFETENSORS:
         raise OutputExists(
             "an undo file is a safetensors file and is named like one",
             where=path,
             expected=f"a name that ends in {' or '.join(Container.SAFETENSORS.suffixes)}",
+            then="choose such a name with --undo",
         )
     mine = path.resolve()
     for other in (*guarded, Path(out)):
         if other.resolve() in (mine, *mine.parents):
-            raise OutputExists("the undo file would lie in an input or in the output", where=path, found=other)
+            raise OutputExists(
+                "the undo file would be inside an input or the output",
+                where=path,
+                found=other,
+                then="choose another place with --undo",
+            )
     destination = Destination(path, inputs=guarded, force=force)
     destination.check()
     return destination
@@ -165,10 +179,10 @@ def undo_destination(path: str | Path, out: str | Path, inputs: Iterable[str | P
 def create_with_undo(
     destination: Destination, plan: Plan, undo: Destination | None
 ) -> Iterator[tuple[CheckpointWriter, CheckpointWriter | None]]:
-    """Opens an output and, where one is wanted, its undo file; they appear together or not at all.
+    """Opens an output and, if wanted, its undo file; they appear together or not at all.
 
-    Both are on disk before the undo file gets its name, and at once the output gets its own: a kill between the two
-    leaves no output without what undoes it.
+    Both are on disk before the undo file gets its name, and the output gets its name right after. So a kill between the
+    two never leaves an output without its undo file.
     """
     named = False
     try:
@@ -187,18 +201,18 @@ def create_with_undo(
 
 
 def changed_since(name: str) -> UndoMismatch:
-    """What is raised for a tensor of the merged file that is not what merging left there."""
+    """The error for a tensor of the merged file that is not as the merge wrote it."""
     return UndoMismatch(
-        "this tensor is not what the merge left there: the file was changed since, or is another merge's",
+        "this tensor is not as the merge wrote it: the file was changed since, or comes from another merge",
         where=name,
-        then="pass the file as it was merged",
+        then="pass the merged file as the merge wrote it",
     )
 
 
 def leads_elsewhere(where: str, expected: str, found: str) -> CorruptFile:
-    """What is raised where a corrected tensor is not the base's. `expected` and `found` are hashes."""
+    """The error for a corrected tensor that is not the base's. `expected` and `found` are hashes."""
     return CorruptFile(
-        "the undo file's correction does not lead back to the base",
+        "the undo file's correction does not restore the base",
         where=where,
         expected=f"BLAKE3 {expected[:16]}",
         found=found[:16],

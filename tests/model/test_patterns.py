@@ -57,7 +57,7 @@ def test_an_invalid_regular_expression_is_an_error_that_says_why() -> None:
     """A shell glob cannot be invalid: an open bracket is a bracket."""
     with pytest.raises(SurgeryError, match="not a regular expression") as caught:
         select(NAMES, ("re:layers.(0",))
-    assert "unterminated" in caught.value.details["expected"]
+    assert "unterminated" in caught.value.what
     with pytest.raises(UnknownTensor):
         select(NAMES, ("layers.[0",))
 

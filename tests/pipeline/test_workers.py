@@ -56,7 +56,7 @@ def test_an_error_comes_back_as_it_was() -> None:
 
 def test_a_lost_copy_is_an_error() -> None:
     """One that the system killed, as where memory ran out, is told, with what to do."""
-    with forked(1, work) as call, pytest.raises(WorkerLost, match="ended in the midst") as caught:
+    with forked(1, work) as call, pytest.raises(WorkerLost, match="ended during its work") as caught:
         call(9)
     assert caught.value.details["found"] == "exit code -9"
     assert "--jobs" in caught.value.details["next"]
