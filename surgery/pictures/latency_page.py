@@ -1,7 +1,8 @@
-"""What bench found as one self-contained file: a page (HTML), or its ratio chart alone (SVG, for a README).
+"""The result of bench as one self-contained file: a page (HTML), or only its ratio chart (SVG, for a README).
 
-The verdict first, then what it rests on: ratios against the margin, the blocks, the drift, the graphs' bytes, and the
-record of the run. No script and no network; light or dark as the reader's system is. Computes nothing.
+The page shows the verdict first, then the evidence: ratios against the margin, the blocks, the drift, the graphs'
+bytes, and the record of the run. It has no script and needs no network; it is light or dark like the reader's system.
+This module computes nothing.
 """
 
 from __future__ import annotations
@@ -64,13 +65,13 @@ font-size:13px}
 h3{font-size:14px;margin:22px 0 4px}
 """
 MEANING = (
-    "Both graphs run in one process on the same inputs, in blocks A B B A of shuffled order; a block is one ratio of "
-    "medians. Sessions are made anew several times: each set of them counts once, by its median block, and the "
-    "interval and the two one-sided tests are over sets. The verdict is tried several times while time passes, and "
-    "the first clear answer ends the run; tests and interval are as strict as that takes. The control is a second "
-    "session of the reference, measured against the reference in the same way: what it shows is noise. “Equivalent” "
-    "says that the ratio was shown to lie within the margin that was declared beforehand; “slower” and “faster” that "
-    "it was shown to lie beyond. A difference that is merely not significant is called inconclusive."
+    "Both graphs run in one process on the same inputs, in A B B A blocks in shuffled order; a block gives one ratio "
+    "of medians. The sessions are recreated several times. Each set of sessions counts once, by its median block; the "
+    "interval and the two one-sided tests are computed over sets. The verdict is evaluated several times during the "
+    "run, and the first clear answer ends it; tests and interval are corrected for these repeated looks. The control "
+    "is a second session of the reference, measured against the reference in the same way: it shows the noise. "
+    "“Equivalent” means that the ratio was shown to be within the margin that was declared beforehand; “slower” and "
+    "“faster” mean that it was shown to be outside. A difference that is merely not significant is called inconclusive."
 )
 _SAME = "the same bytes as the reference: nothing was added to the graph, only weights differ"
 _CLAIMS = {
@@ -108,7 +109,7 @@ def latency_page(report: BenchReport) -> str:
 
 
 def latency_poster(report: BenchReport) -> str:
-    """The SVG document: the verdicts' chart alone."""
+    """The SVG document: only the chart of the ratios."""
     names = short_names([report.reference, *(each.graph for each in report.comparisons)])
     chart, height = ratio_chart(report.comparisons, report.margin, names, WIDE)
     body = text_at(14, 32, _heading(report, {path: cut(name, 24) for path, name in names.items()}), "title") + text_at(
@@ -119,7 +120,7 @@ def latency_poster(report: BenchReport) -> str:
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
-    """What tells the paths apart: without the folders that all begin with, and without what all end with."""
+    """The parts of the paths that distinguish them, without the folders and the endings that all share."""
     parts = {path: path.replace("\\", "/").split("/") for path in paths}
     if len(parts) == 1:
         return {path: split[-1] for path, split in parts.items()}
@@ -131,7 +132,7 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _heading(report: BenchReport, names: Mapping[str, str]) -> str:
-    """The verdict in a sentence; of several, how many there are of each."""
+    """The verdict in a sentence; for several graphs, the number of each verdict."""
     judged = [each for each in report.comparisons if each.role == "candidate"] or list(report.comparisons)
     words = {"reference": names[report.reference], "margin": f"{100 * report.margin:g} %"}
     if len({(each.graph, each.verdict) for each in judged}) == 1:
@@ -142,7 +143,7 @@ def _heading(report: BenchReport, names: Mapping[str, str]) -> str:
 
 
 def lead(report: BenchReport) -> str:
-    """What the figures rest on, in a line."""
+    """One line that says what the figures are based on."""
     blocks = sum(len(epoch.log_ratios) for each in report.comparisons for epoch in each.epochs)
     with_graph = ", with CUDA graphs" if report.cuda_graph else ""
     return (
@@ -166,7 +167,7 @@ def _card(comparison: Comparison, name: str) -> str:
 
 
 def _section(comparison: Comparison, report: BenchReport, name: str, reference: str) -> str:
-    """One comparison: verdict and reason, its figures, its blocks."""
+    """One comparison: verdict and reason, figures, blocks."""
     shape = " × ".join(map(str, comparison.shape))
     margin = report.margin
     figures = "".join(
@@ -220,7 +221,7 @@ def _time(seconds: float) -> str:
 
 
 def _structure(report: BenchReport, names: Mapping[str, str]) -> str:
-    """Whether the graphs are one and the same, and what became of their nodes."""
+    """Whether the graphs are identical, and which provider runs their nodes."""
     said = {path: _SAME if same else "another graph than the reference" for path, same in report.same_graph.items()}
     said = {report.reference: "the reference", **said}
     for path, counts in report.assigned.items():
@@ -230,7 +231,7 @@ def _structure(report: BenchReport, names: Mapping[str, str]) -> str:
 
 
 def record_section(report: BenchReport, again: str) -> str:
-    """Everything that somebody who doubts it would ask for; `again` is the command that measures it once more."""
+    """Everything needed to check the result; `again` is the command that repeats the measurement."""
     settings = {
         "started": report.started,
         "reference": report.reference,
@@ -264,7 +265,7 @@ def _pairs(pairs: Mapping[str, str]) -> str:
 
 
 def command(report: BenchReport) -> str:
-    """The command line that measures this again."""
+    """The command line that repeats this measurement."""
     shapes = dict.fromkeys(each.shape for each in report.comparisons)
     controls = dict.fromkeys(each.graph for each in report.comparisons if each.role == "positive control")
     parts = ["surgery", "bench", report.reference, *report.graphs]

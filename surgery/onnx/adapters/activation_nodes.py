@@ -1,4 +1,4 @@
-"""Non-linearities as nodes, those that ONNX Runtime has one kernel for in the form that it recognises."""
+"""Activation functions as nodes, in the form that ONNX Runtime recognises and runs as one kernel where it has one."""
 
 from __future__ import annotations
 
@@ -13,20 +13,26 @@ Nodes = Callable[[Graph, str, str], str]  # graph, z, the path of new nodes → 
 
 
 def activate(graph: Graph, name: str, z: str, path: str) -> str:
-    """Puts f(z) into a graph, and returns its name.
+    """Adds f(z) to a graph and returns the name of its value.
 
     Args:
-        graph: changed in place.
-        name: f, as configs call it.
-        z: a value.
-        path: what the new nodes' names begin with.
+        graph: the graph, changed in place.
+        name: name of f in configs.
+        z: name of a value.
+        path: prefix of the new nodes' names.
 
     Raises:
-        Unsupported: a name that nobody here knows.
+        Unsupported: the activation function is unknown.
     """
     known = activation(name)
     if known is None:
-        raise Unsupported("an unknown non-linearity", where=path, expected=", ".join(sorted(_NODES)), found=name)
+        raise Unsupported(
+            "an unknown non-linearity",
+            where=path,
+            expected=", ".join(sorted(_NODES)),
+            found=name,
+            then="correct the name in the adapter's config if it means one of these",
+        )
     return _NODES[known.name](graph, z, path)
 
 

@@ -1,9 +1,9 @@
-"""Bottlenecks left in a graph, up f(down ·), at the sites that their grafts name.
+"""Puts bottlenecks, up f(down ·), into a graph at the sites that their grafts name.
 
-A site is found by the name of the projection's weight, and by walking from its product to the bias, the residual and
-the norm. Two forms: as a branch, a bottleneck has two products and two biases of its own; half-folded, its last bias
-joins the projection's, and where it reads what the projection reads, its first product is more rows of that one's.
-Knows names and shapes; no payload, no file.
+A site is found by the name of the projection's weight, and by following its product to the bias, the residual and the
+norm. There are two forms. As a branch, a bottleneck has two products and two biases of its own. Half-folded, its last
+bias is added to the projection's bias, and if it has the same input as the projection, its first product is computed by
+additional rows of the projection. This module knows names and shapes; no payload, no file.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     import onnx
 
 HALF = "half-folded"
-_FOLDER = "the model's class has another shape there: fold what can be folded, or report the class and its config.json"
+_FOLDER = "the model's class is built differently there: fold what can be folded, or report the class and config.json"
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a bottleneck belongs, as nodes and values of a graph.
+    """The place of a bottleneck as nodes and values of a graph.
 
     Attributes:
-        product: the projection's.
-        bias: the node that adds its bias; None where Gemm does, or where there is none.
-        inner: what the projection gives, h, as its own node makes it: (tokens, out) where that is Gemm.
-        output: h (batch, sequence, out).
+        product: the projection's product.
+        bias: the node that adds its bias; None if Gemm does, or if there is none.
+        inner: the projection's output h as its own node makes it; (tokens, out) if that is Gemm.
+        output: h as (batch, sequence, out).
         sum: the node that adds the residual.
-        residual: r.
+        residual: the residual r.
     """
 
     product: onnx.NodeProto
@@ -56,18 +56,18 @@ def graft_branch(
     turned: bool,
     way: str,
 ) -> tuple[Made, ...]:
-    """Puts a bottleneck into a graph, and says which tensors that needs.
+    """Puts a bottleneck into a graph, and returns the tensors that the payload then needs.
 
     Args:
-        graph: changed in place.
-        site: where, and what.
-        tensors: the grafts' own.
-        weights: the model's.
+        graph: the graph, changed in place.
+        site: the bottleneck and its place.
+        tensors: the grafts' tensors.
+        weights: the model's tensors.
         turned: whether the projection's weight is stored (in, out).
         way: "branch" or "half-folded".
 
     Raises:
-        Unsupported: a site that does not look as expected.
+        Unsupported: the graph around the projection is not as expected.
     """
     found = find_site(graph, site.module, turned=turned)
     if site.reads is Value.PRODUCT:
@@ -86,7 +86,8 @@ def graft_branch(
     )
     down, down_bias, up, up_bias = (graph.declare(each.spec, f"{site.module}.weight") for each in made)
     read = _value(graph, site, found, site.reads)
-    # What reads x adds to h as its product gives it: with Gemm both have rows of tokens, behind it h has batches again.
+    # A branch that reads x adds to h as the product gives it: with Gemm both are (tokens, …), and only after it is h
+    # (batch, sequence, …) again.
     onto = found.inner if inside else _value(graph, site, found, site.adds_to)
     _check_width(graph, site.module, read, made[0].spec.shape[0])
     path, readers = f"{site.module}/adapter", list(graph.readers(found.inner if inside else found.output))
@@ -101,10 +102,10 @@ def graft_branch(
 
 
 def find_site(graph: Graph, module: str, *, turned: bool) -> Site:
-    """The nodes around a projection. Raises Unsupported where they are not those of a projection and a residual."""
+    """The nodes around a projection. Raises Unsupported if they are not a projection followed by a residual."""
     products = graph.products(f"{module}.weight", turned, _FOLDER)
     if len(products) > 1:
-        raise _unexpected(module, "one product with the weight", f"{len(products)}: layers share it")
+        raise _unexpected(module, "one product with the weight", f"{len(products)} products: layers share the weight")
     (product,) = products
     inner, bias = product.output[0], None
     if product.op_type == "MatMul":
@@ -117,7 +118,7 @@ def find_site(graph: Graph, module: str, *, turned: bool) -> Site:
     total = graph.only_reader(output)
     if total is None or total.op_type != "Add" or len(graph.axes(total.output[0])) != 3:
         found = ", ".join(f"{node.op_type} ({node.name})" for node in graph.readers(output)) or "nothing"
-        raise _unexpected(module, "one Add, of the residual (batch, sequence, width)", found)
+        raise _unexpected(module, "one Add of the residual (batch, sequence, width)", found)
     (residual,) = [name for name in total.input if name != output] or [output]
     if residual in graph.initialisers or graph.axes(residual)[-1:] != graph.axes(output)[-1:]:
         raise _unexpected(module, "an Add of the residual", f"{total.name} with {residual}")
@@ -125,7 +126,7 @@ def find_site(graph: Graph, module: str, *, turned: bool) -> Site:
 
 
 def _value(graph: Graph, site: BranchGraft, found: Site, value: Value) -> str:
-    """A value around the projection. The sum and its norm without the bottleneck are nodes of their own."""
+    """A value around the projection. The sum and its norm without the bottleneck get nodes of their own."""
     if value is not Value.SUM and value is not Value.NORMED:
         x: str = found.product.input[0]
         return {Value.INPUT: x, Value.OUTPUT: found.output, Value.RESIDUAL: found.residual}[value]
@@ -157,10 +158,11 @@ def _half_folded(
     *,
     turned: bool,
 ) -> tuple[Made, ...]:
-    """The projection gives h and what f takes; f, up and their sum are left. The bias of up joins the projection's.
+    """Lets the projection compute both h and f's input, so that only f, up and the sum remain. up's bias is added to
+    the projection's bias.
 
-    Gemm adds its bias at no cost: one for both. Behind MatMul ONNX Runtime makes h's bias one with the norm that
-    follows, so that h keeps its own node; where it has none, one Add serves both.
+    Gemm adds its bias at no cost, so one bias serves both. After MatMul, ONNX Runtime fuses h's bias with the following
+    norm, so h keeps its own Add node. If h has no bias, one Add serves both.
     """
     weight, bias, path = f"{site.module}.weight", f"{site.module}.bias", f"{site.module}/adapter"
     (out, rank), dtype = tensors[site.up].shape, tensors[site.up].dtype
@@ -219,7 +221,7 @@ def _half_folded(
 
 
 def _joined(graph: Graph, site: BranchGraft, found: Site, tensors: Mapping[str, TensorSpec]) -> tuple[Made, ...]:
-    """The projection gives W x, to which the bottleneck is added before one bias for both, the projection's own."""
+    """Adds the bottleneck to the projection's product W x, before the projection's bias, which then serves both."""
     bias, path = f"{site.module}.bias", f"{site.module}/adapter"
     both = Made(
         TensorSpec(f"{site.module}.half_folded.bias", tensors[site.up_bias].dtype, tensors[site.up_bias].shape),
@@ -255,12 +257,12 @@ def _joined(graph: Graph, site: BranchGraft, found: Site, tensors: Mapping[str, 
 
 def _check_width(graph: Graph, module: str, read: str, width: int) -> None:
     if graph.axes(read)[-1:] != (width,):
-        raise _unexpected(module, f"{width} columns, as the adapter reads", f"{read} {graph.axes(read)}")
+        raise _unexpected(module, f"{width} columns, as the adapter needs", f"{read} {graph.axes(read)}")
 
 
 def _unexpected(module: str, expected: str, found: str) -> Unsupported:
     return Unsupported(
-        "the graph does not look there as the adapter's site does",
+        "the graph is not built as the adapter expects at this place",
         where=module,
         expected=expected,
         found=found,

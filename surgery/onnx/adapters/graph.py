@@ -1,7 +1,7 @@
-"""A graph that things are put into: who reads and makes what, the shapes that are known, and an order at the end.
+"""An editable graph: readers and makers of values, known shapes, and sorting of the nodes at the end.
 
-New nodes are added in any order; `finish` puts each before the first node that reads what it makes, so that ONNX
-Runtime fuses what it fused before. Knows names, shapes and wires; no adapter, no payload.
+New nodes may be added in any order. `finish` puts each before the first node that reads its value, so that ONNX Runtime
+still fuses what it fused before. This module knows names, shapes and connections; no adapter, no payload.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
 
-Axes = Sequence[int | str]  # a size, or the name of what varies; empty where nothing is known
+Axes = Sequence[int | str]  # sizes, or names of dynamic axes; empty if unknown
 
 
 class Graph:
-    """A copy of a model, to be changed; the model itself is left as it is."""
+    """An editable copy of a model. The model itself is not changed."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         import onnx
@@ -33,7 +33,7 @@ class Graph:
         self.initialisers = {tensor.name: tensor for tensor in self.proto.initializer}
         self.values = {
             value.name: value for value in (*self.proto.input, *self.proto.value_info, *self.proto.output)
-        }  # with a known type
+        }  # the values whose type is known
         self.makers = {name: node for node in self.nodes for name in node.output}
         self._readers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.nodes:
@@ -42,11 +42,11 @@ class Graph:
         self._read = set(self._readers)
 
     def readers(self, value: str) -> list[onnx.NodeProto]:
-        """The nodes that read a value, each once."""
+        """The nodes that read a value; each is listed once."""
         return self._readers.get(value, [])
 
     def only_reader(self, value: str) -> onnx.NodeProto | None:
-        """The one node that reads a value; None where there are others, or none."""
+        """The only node that reads a value; None if there are several, or none."""
         readers = self.readers(value)
         return readers[0] if len(readers) == 1 else None
 
@@ -55,7 +55,7 @@ class Graph:
         return self.makers.get(value)
 
     def axes(self, value: str) -> tuple[int | str, ...]:
-        """A value's axes, as far as the graph tells; empty where it does not."""
+        """A value's axes; empty if the graph does not give them."""
         if value in self.initialisers:
             return tuple(self.initialisers[value].dims)
         if value not in self.values:
@@ -72,16 +72,16 @@ class Graph:
         last: int | str | None = None,
         **attributes: Any,
     ) -> str:
-        """Adds a node, whose value has its name, and returns that.
+        """Adds a node and returns the name of its value, which is the node's name unless `outputs` are given.
 
         Args:
             kind: the operator.
-            inputs: values.
-            name: of the node.
-            outputs: names of several values, the values whose types they have, and their axes.
-            like: a value whose type and axes the one value has.
-            last: its last axis, where that is another.
-            attributes: the operator's, None for those that are left out.
+            inputs: names of the input values.
+            name: name of the node.
+            outputs: for nodes with explicit outputs: each value's name, a value with the same type, and its axes.
+            like: a value that has the same type and axes as the output.
+            last: the output's last axis, if it differs.
+            attributes: the operator's attributes; those that are None are left out.
         """
         import onnx
 
@@ -100,7 +100,7 @@ class Graph:
         return names[0]
 
     def note(self, value: str, like: str, axes: Axes) -> None:
-        """Notes a value's type, that of another, and its axes, where any are known."""
+        """Records a value's axes and its type, which is that of the value `like`, if they are known."""
         import onnx
 
         element = self._element(like)
@@ -114,19 +114,19 @@ class Graph:
             self.values[value].CopyFrom(known)
 
     def _element(self, name: str) -> int:
-        """The type of a tensor or a value; 0 where the graph does not tell."""
+        """The element type of a tensor or a value; 0 if the graph does not give it."""
         if name in self.initialisers:
             return int(self.initialisers[name].data_type)
         return int(self.values[name].type.tensor_type.elem_type) if name in self.values else 0
 
     def reroute(self, node: onnx.NodeProto, old: str, new: str) -> None:
-        """Has a node read another value."""
+        """Lets a node read the value `new` instead of `old`."""
         node.input[:] = [new if name == old else name for name in node.input]
         self._readers[old] = [each for each in self.readers(old) if each is not node]
         self._readers.setdefault(new, []).append(node)
 
     def drop_unread(self, value: str) -> None:
-        """Takes away the nodes that made nothing but a value that nobody reads any more."""
+        """Removes the nodes that are needed only for a value that nothing reads any more."""
         node = self.makers.get(value)
         if node is None or any(self.readers(name) for name in node.output):
             return
@@ -136,13 +136,13 @@ class Graph:
             self.drop_unread(name)
 
     def rename_axis(self, value: str, old: str, new: str) -> None:
-        """Gives an axis that varies another name."""
+        """Renames a dynamic axis."""
         for axis in self.values[value].type.tensor_type.shape.dim if value in self.values else ():
             if axis.dim_param == old:
                 axis.dim_param = new
 
     def declare(self, spec: TensorSpec, like: str) -> str:
-        """A tensor of the payload, of the type of another or of a value; it does not say yet where it lies."""
+        """Declares a tensor of the payload, with the type of another tensor or value. Its location is set later."""
         import onnx
 
         kind, external = self._element(like), onnx.TensorProto.EXTERNAL
@@ -151,7 +151,7 @@ class Graph:
         return spec.name
 
     def constant(self, name: str, array: np.ndarray[Any, np.dtype[Any]]) -> str:
-        """A small tensor of the graph's own; one for each name."""
+        """Adds a small tensor that is stored in the graph. There is one per name."""
         import onnx
 
         if name not in self.initialisers:
@@ -160,27 +160,27 @@ class Graph:
         return name
 
     def integers(self, *numbers: int) -> str:
-        """A constant of integers."""
+        """A constant 1-D tensor of integers."""
         import numpy as np
 
         return self.constant(f"integers/{'_'.join(map(str, numbers))}", np.array(numbers, np.int64))
 
     def integer(self, number: int) -> str:
-        """A constant without axes."""
+        """A constant integer scalar."""
         import numpy as np
 
         return self.constant(f"integer/{number}", np.array(number, np.int64))
 
     def products(self, weight: str, turned: bool, then: str) -> list[onnx.NodeProto]:
-        """The nodes that multiply by a weight, (in, out) or transposed by a node or by Gemm.
+        """The nodes that multiply by a weight, which is (in, out), or is transposed by a node or by Gemm.
 
         Args:
-            weight: its initialiser.
-            turned: whether it is stored (in, out) and not (out, in).
-            then: what a user can do where there are none.
+            weight: the weight's initialiser.
+            turned: whether the weight is stored (in, out) rather than (out, in).
+            then: advice for the user if there are none.
 
         Raises:
-            Unsupported: a weight that the graph does not multiply by, or by which it does more than that.
+            Unsupported: the graph does not multiply by the weight, or uses it in other ways too.
         """
         found = []
         for node in self.readers(weight):
@@ -191,7 +191,7 @@ class Graph:
                 plain = list(user.input).index(name) == 1 and is_product(user)
                 if not plain or (transposed != (attribute(user, "transB") == 1)) is turned:
                     raise Unsupported(
-                        "the graph uses an adapted weight otherwise than to multiply by it, as its layer is stored",
+                        "the graph does not use an adapted weight only to multiply by it",
                         where=weight,
                         expected="x · W, in a MatMul or Gemm",
                         found=user.name,
@@ -203,14 +203,14 @@ class Graph:
         return found
 
     def finish(self) -> onnx.ModelProto:
-        """The model, its nodes in order, without initialisers that nothing reads any more."""
+        """The model, with sorted nodes and without initialisers that nothing reads any more."""
         import onnx
 
         ordered: list[onnx.NodeProto] = []
         done: set[str] = set()
         for node in self.nodes:
             pending = [node]
-            while pending:  # a node that waits for others comes again after them
+            while pending:  # a node that needs others is visited again after them
                 current = pending[-1]
                 makers = (self.makers.get(name) for name in current.input if name and name not in done)
                 before = [maker for maker in makers if maker is not None]
@@ -231,13 +231,13 @@ class Graph:
 
 
 def is_product(node: onnx.NodeProto) -> bool:
-    """Whether a node multiplies its first input by its second and nothing more, but for a bias."""
+    """Whether a node only multiplies its first input by its second, and may add a bias."""
     scales = [attribute(node, name) for name in ("alpha", "beta")]
     return node.op_type in ("MatMul", "Gemm") and not attribute(node, "transA") and set(scales) <= {None, 1.0}
 
 
 def attribute(node: onnx.NodeProto, name: str) -> Any:
-    """A node's attribute; None where it has none of this name."""
+    """A node's attribute; None if it has none of this name."""
     import onnx
 
     for each in node.attribute:

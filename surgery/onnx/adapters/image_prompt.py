@@ -1,7 +1,8 @@
-"""Prompts left in a graph of images: constant embeddings before those of the patches.
+"""Puts prompts into the graph of an image model: constant embeddings before those of the patches.
 
-An image has a fixed number of tokens, so that the graph has it as a number, in shapes and among those that it reshapes
-to. Behind the embeddings each becomes larger; a mask gets zeros before it. Knows names and shapes; no payload, no file.
+An image has a fixed number of tokens, so the graph contains this number as a constant, in shapes and in the targets of
+reshapes. After the embeddings, each of them is increased; a mask is padded with zeros. This module knows names and
+shapes; no payload, no file.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from surgery.onnx.adapters.graph import Graph
 if TYPE_CHECKING:
     import onnx
 
-_THEN = "the model's class embeds otherwise: report it and its config.json"
+_THEN = "the model's class computes embeddings differently: report the class and its config.json"
 
 
 def find_embeddings(graph: Graph) -> str:
-    """The value of an image's embeddings, positions included (batch, tokens, width). Raises Unsupported."""
+    """The value of an image's embeddings including positions, (batch, tokens, width). Raises Unsupported if there is
+    not exactly one."""
     sums = [node for node in graph.nodes if node.op_type == "Add" and len(graph.axes(node.output[0])) == 3]
     found = [
         str(node.output[0])
@@ -33,15 +35,15 @@ def find_embeddings(graph: Graph) -> str:
 
 
 def lengthen(graph: Graph, end: str, length: int) -> None:
-    """Makes everything behind a value expect more tokens: numbers in shapes, and masks.
+    """Makes everything after a value expect more tokens, in shapes and in masks.
 
     Args:
-        graph: changed in place.
-        end: the embeddings.
-        length: how many tokens more.
+        graph: the graph, changed in place.
+        end: the value of the embeddings.
+        length: number of additional tokens.
 
     Raises:
-        Unsupported: a reshape that does not tell which of its numbers is that of the tokens.
+        Unsupported: it is unclear which number in a reshape is the number of tokens.
     """
     tokens = int(graph.axes(end)[1])
     behind = list(_behind(graph, end))
@@ -84,7 +86,7 @@ def _reshape(graph: Graph, node: onnx.NodeProto, tokens: int, length: int) -> No
 
 
 def _padded(graph: Graph, mask: str, tokens: int, length: int) -> str:
-    """A mask that is added to scores, with zeros before it: one for all that read it."""
+    """A mask that is added to scores, padded with zeros at the front. All its readers share one."""
     name = f"{mask}/prompt"
     if graph.maker(name) is None:
         axes = graph.axes(mask)
@@ -103,5 +105,5 @@ def _note(graph: Graph, name: str, tokens: int, length: int) -> None:
 
 def _unexpected(expected: str, found: str) -> Unsupported:
     return Unsupported(
-        "the graph of an image does not look as a prompt needs it", expected=expected, found=found, then=_THEN
+        "the image model's graph is not built as a prompt needs it", expected=expected, found=found, then=_THEN
     )

@@ -1,7 +1,7 @@
-"""The positions of a graph's tokens, where an adapter makes them others.
+"""Changes the positions of a graph's tokens where an adapter requires it.
 
-Behind a prefix they begin at a later number. With a prompt among the words RoBERTa counts places, where it else counts
-tokens that are no padding. Knows names and shapes; no payload, no file.
+After a prefix, positions begin at a higher number. With a prompt among the word embeddings, RoBERTa counts all places
+instead of the tokens that are not padding. This module knows names and shapes; no payload, no file.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from surgery.onnx.adapters.graph import Graph
 if TYPE_CHECKING:
     import onnx
 
-_THEN = "the model's class embeds otherwise: report it and its config.json"
+_THEN = "the model's class computes positions differently: report the class and its config.json"
 
 
 def move_positions(graph: Graph, by: int) -> None:
-    """Has the input's positions begin at another number than 0: in a table of them, or where angles are made of them.
+    """Makes the input's positions begin at `by` instead of 0, where they are looked up in a table or used for angles.
 
     Raises:
-        Unsupported: neither is there just once, at numbers that depend on the sequence alone.
+        Unsupported: there is not exactly one such place with positions that depend only on the sequence's length.
     """
     tables = [node for node in graph.nodes if node.op_type == "Gather" and node.input[0] in graph.initialisers]
     along = [(node, node.input[1]) for node in tables if graph.axes(node.input[1])[-1:] == ("sequence",)]
@@ -33,7 +33,7 @@ def move_positions(graph: Graph, by: int) -> None:
     found = counted + [(node, positions) for node, positions in along + casts if not _looks_at(graph, positions)]
     if len(found) != 1:
         raise Unsupported(
-            "the prefix moves the input's positions, and the graph has not one place where it looks them up",
+            "the prefix shifts the input's positions, but the graph does not use positions in exactly one place",
             expected="one Gather, or one Cast before the cosines, of positions that count the tokens",
             found=", ".join(node.name for node, _ in found) or "none",
             then=_THEN,
@@ -44,7 +44,7 @@ def move_positions(graph: Graph, by: int) -> None:
 
 
 def _leads_to(graph: Graph, node: onnx.NodeProto, values: Collection[str]) -> bool:
-    """Whether what a node makes comes to one of the values by products, sums and changes of shape alone."""
+    """Whether a node's output reaches one of the values through products and changes of shape only."""
     pending = [node.output[0]]
     while pending:
         value = pending.pop()
@@ -59,7 +59,7 @@ def _leads_to(graph: Graph, node: onnx.NodeProto, values: Collection[str]) -> bo
 
 
 def count_places(graph: Graph) -> None:
-    """Has positions that count tokens other than padding count places instead, beginning at the same number."""
+    """Makes positions that count non-padding tokens count all places instead, beginning at the same number."""
     for node in list(graph.nodes):
         count = _counted(graph, node.input[1]) if node.op_type == "Gather" else None
         if count is None:
@@ -76,8 +76,8 @@ def count_places(graph: Graph) -> None:
 
 
 def _counted(graph: Graph, positions: str) -> tuple[onnx.NodeProto, int] | None:
-    """The node that counts tokens, and what RoBERTa adds to its count, the number of padding; None where positions are
-    no such sum."""
+    """The node that counts tokens, and the padding index that RoBERTa adds to its count; None if the positions are not
+    such a sum."""
     import onnx
 
     total = graph.maker(positions)
@@ -92,7 +92,7 @@ def _counted(graph: Graph, positions: str) -> tuple[onnx.NodeProto, int] | None:
 
 
 def _looks_at(graph: Graph, value: str) -> list[str]:
-    """The graph's inputs whose contents a value depends on; their shapes do not count."""
+    """The graph's inputs on whose content a value depends; dependence on their shapes does not count."""
     found, pending, seen = [], [value], set()
     while pending:
         name = pending.pop()

@@ -1,9 +1,9 @@
-"""Prefixes left in a graph: constant keys and values before those of an attention, which every token attends to.
+"""Puts prefixes into a graph: constant keys and values in an attention, to which every token attends.
 
-An attention is found from the projection of its outputs, backwards: the product with the values, the softmax, the sum
-with the mask, the product of queries and keys. Keys and values are joined with the prefix where they are last (batch,
-sequence, heads, size), or, where nodes between turn or repeat the heads, (batch, heads, sequence, size). Knows names
-and shapes; no payload, no file.
+An attention is found by going backwards from its output projection: the product with the values, the softmax, the sum
+with the mask, the product of queries and keys. The prefix is concatenated at the last place where keys and values are
+(batch, sequence, heads, size), or, if nodes rotate or repeat the heads in between, (batch, heads, sequence, size). This
+module knows names and shapes; no payload, no file.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from surgery.onnx.files.made import Made, Part
 if TYPE_CHECKING:
     import onnx
 
-_THEN = "the model's attention has another shape: report the class and its config.json"
+_THEN = "the model's attention is built differently: report the class and its config.json"
 
 
 @dataclass(frozen=True)
 class Joint:
-    """Where keys or values are joined with a prefix.
+    """Where keys or values are concatenated with a prefix.
 
     Attributes:
-        node: what reads them.
-        value: they themselves: with heads and size, an axis of batches and one of tokens.
-        sequence: the latter: 1 before the heads, 2 behind them.
+        node: the node that reads them.
+        value: the keys or values: a value with axes for batch, tokens, heads and size.
+        sequence: the axis of tokens: 1 if it comes before the heads, 2 if after them.
     """
 
     node: onnx.NodeProto
@@ -44,10 +44,10 @@ class Attention:
     """The nodes of one attention.
 
     Attributes:
-        keys, values: where they are joined.
+        keys, values: where the prefix is concatenated.
         masked: the node that adds the mask to the scores; None without a mask.
-        mask: the mask (batch, 1, sequence, sequence), what it adds.
-        wide: values whose last axis is the keys' sequence, scores and what comes of them.
+        mask: the mask that it adds, (batch, 1, sequence, sequence).
+        wide: values whose last axis is the keys' sequence: the scores, and what is computed from them.
     """
 
     keys: Joint
@@ -60,23 +60,23 @@ class Attention:
 def graft_prefix(
     graph: Graph, site: PrefixGraft, tensors: Mapping[str, TensorSpec], *, turned: bool
 ) -> tuple[Made, ...]:
-    """Puts a prefix into a graph, and says which tensors that needs.
+    """Puts a prefix into a graph, and returns the tensors that the payload then needs.
 
     Args:
-        graph: changed in place.
-        site: which attention.
-        tensors: the grafts' own.
+        graph: the graph, changed in place.
+        site: the prefix and its attention.
+        tensors: the grafts' tensors.
         turned: whether the projection's weight is stored (in, out).
 
     Raises:
-        Unsupported: an attention that does not look as expected, or is not as wide as the prefix.
+        Unsupported: the attention is not built as expected, or its width differs from the prefix's.
     """
     attention, made = find_attention(graph, site.module, turned=turned), []
     length, width = tensors[site.keys].shape
     for joint, role, source in ((attention.keys, "keys", site.keys), (attention.values, "values", site.values)):
         before = graph.axes(joint.value)
         heads, size = int(before[3 - joint.sequence]), int(before[3])  # found with them
-        # Where heads were repeated before, so that several queries share keys, the prefix's are too.
+        # If heads were repeated before this place, because several queries share keys, the prefix's are repeated too.
         own = width // size
         if width % size or heads % own or (joint.sequence == 1 and heads != own):
             raise Unsupported(
@@ -97,7 +97,7 @@ def graft_prefix(
         graph.note(value, value, (*graph.axes(value)[:-1], longer))
     if attention.masked is not None:
         mask = attention.mask
-        padded = f"{mask}/prefix_{length}"  # one for all attentions with the same mask
+        padded = f"{mask}/prefix_{length}"  # all attentions with the same mask share one
         if graph.maker(padded) is None:
             pads = graph.integers(0, 0, 0, length, 0, 0, 0, 0)
             graph.add("Pad", [mask, pads], padded, [(padded, mask, (*graph.axes(mask)[:-1], longer))])
@@ -106,7 +106,7 @@ def graft_prefix(
 
 
 def _join(graph: Graph, joint: Joint, prefix: str, path: str, length: int) -> None:
-    """Has a node read keys or values with the prefix before them."""
+    """Lets a node read keys or values with the prefix before them."""
     node, own, axis = joint.node, joint.value, joint.sequence
     before = graph.axes(own)
     every = graph.add(
@@ -126,7 +126,7 @@ def _longer(length: int, axis: int | str) -> int | str:
 
 
 def batches(graph: Graph, rank: int) -> str:
-    """The shape (batch, 1, …), to expand a constant to."""
+    """The shape (batch, 1, …), to which a constant is expanded."""
     name, ones = f"batch_{rank}", graph.integers(*[1] * (rank - 1))
     if graph.maker(name) is None:
         if graph.maker("batch") is None:
@@ -136,7 +136,7 @@ def batches(graph: Graph, rank: int) -> str:
 
 
 def find_attention(graph: Graph, module: str, *, turned: bool) -> Attention:
-    """The attention whose outputs a projection takes. Raises Unsupported where it is none that we know."""
+    """The attention before an output projection. Raises Unsupported if it is not built in a known way."""
     products = graph.products(f"{module}.weight", turned, _THEN)
     walk = _Walk(graph, module)
     context = walk.back(products[0].input[0], "MatMul", over=("Reshape", "Transpose"))
@@ -161,13 +161,14 @@ def find_attention(graph: Graph, module: str, *, turned: bool) -> Attention:
 
 @dataclass(frozen=True)
 class _Walk:
-    """Going back in an attention's graph."""
+    """Walks backwards through an attention's graph."""
 
     graph: Graph
     module: str
 
     def back(self, value: str, *kinds: str, over: tuple[str, ...] = ()) -> onnx.NodeProto:
-        """The node of one of these kinds that makes a value, perhaps by way of others. Raises Unsupported."""
+        """The node of one of these kinds that makes a value, skipping nodes of the kinds in `over`. Raises
+        Unsupported."""
         node = self.graph.maker(value)
         while node is not None and node.op_type in over:
             node = self.graph.maker(node.input[0])
@@ -176,7 +177,7 @@ class _Walk:
         return node
 
     def between(self, value: str, node: onnx.NodeProto) -> list[str]:
-        """The values from one back to a node's own, which is left out."""
+        """The values from `value` backwards to the node's own value, which is excluded."""
         found = []
         while value != node.output[0]:
             found.append(value)
@@ -184,7 +185,7 @@ class _Walk:
         return found
 
     def joint(self, product: onnx.NodeProto, tokens: int) -> Joint:
-        """Where a product's second factor is joined, whose axis of tokens is that one there. Raises Unsupported."""
+        """Where the second factor of a product is concatenated; `tokens` is its axis of tokens. Raises Unsupported."""
         node, value, places = product, product.input[1], list(range(4))
         maker = self.graph.maker(value)
         if maker is not None and maker.op_type == "Transpose":
@@ -197,7 +198,7 @@ class _Walk:
 
     def unexpected(self, expected: str, node: onnx.NodeProto | None) -> Unsupported:
         return Unsupported(
-            "the graph's attention does not look as a prefix needs it",
+            "the graph's attention is not built as a prefix needs it",
             where=self.module,
             expected=expected,
             found="an input" if node is None else f"{node.op_type} ({node.name})",

@@ -1,8 +1,8 @@
-"""Prompts left in a graph: constant embeddings before the input's, and whatever depends on the sequence made longer.
+"""Puts prompts into a graph: constant embeddings before the input's, with a longer sequence in everything after them.
 
-What comes before the embeddings keeps the input's own length. What comes after reads longer inputs: the mask with ones
-before it, token types with zeros; and where it shares nodes with what comes before, it gets its own. Knows names and
-shapes; no payload, no file.
+Nodes before the embeddings keep the input's own length. Nodes after them read longer inputs: the mask is padded with
+ones at the front, token types with zeros. Nodes that both need are duplicated. This module knows names and shapes; no
+payload, no file.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ if TYPE_CHECKING:
 
 PROMPT = "prompt.embedding"  # (1, length, width) in the payload
 _TOKENS, _MASK = "input_ids", "attention_mask"
-_THEN = "the model's class embeds otherwise: report it and its config.json"
+_THEN = "the model's class computes embeddings differently: report the class and its config.json"
 
 
 def graft_prompt(graph: Graph, site: PromptGraft, tensors: Mapping[str, TensorSpec]) -> tuple[Made, ...]:
-    """Puts a prompt into a graph, and says which tensor that needs; outputs by token have rows of the prompt, too.
+    """Puts a prompt into a graph, and returns the tensor that the payload then needs. Outputs per token also get rows
+    for the prompt.
 
     Args:
-        graph: changed in place.
-        site: where.
-        tensors: the grafts' own.
+        graph: the graph, changed in place.
+        site: the prompt and its place.
+        tensors: the grafts' tensors.
 
     Raises:
-        Unsupported: embeddings that are not found, or a graph that looks at the tokens behind them.
+        Unsupported: the embeddings were not found, or the graph reads the tokens after the embeddings.
     """
     length, width = tensors[site.embedding].shape
     if site.among_words:
@@ -46,7 +47,7 @@ def graft_prompt(graph: Graph, site: PromptGraft, tensors: Mapping[str, TensorSp
     end = find_embeddings(graph) if of_image else _embeddings(graph, site)
     if graph.axes(end)[-1:] != (width,):
         raise Unsupported(
-            "the prompt is as wide as no embedding of the graph",
+            "the prompt's width differs from that of the graph's embeddings",
             where=end,
             expected=f"{graph.axes(end)[-1:]}",
             found=width,
@@ -84,7 +85,7 @@ def graft_prompt(graph: Graph, site: PromptGraft, tensors: Mapping[str, TensorSp
 
 
 def _embeddings(graph: Graph, site: PromptGraft) -> str:
-    """The value that a prompt is put before: words' embeddings, or the last of what makes embeddings of them."""
+    """The value before which a prompt is put: the word embeddings, or the output of the whole embedding block."""
     end: str = _words(graph).output[0]
     while not site.among_words and len(graph.readers(end)) == 1:
         node = graph.readers(end)[0]
@@ -110,13 +111,13 @@ def _words(graph: Graph) -> onnx.NodeProto:
 
 @dataclass
 class _Longer:
-    """A graph behind its embeddings, that is to have more tokens than its inputs.
+    """The part of a graph after the embeddings, which gets more tokens than the inputs have.
 
     Attributes:
-        graph: changed in place.
-        end: the embeddings' value.
-        length: how many tokens more.
-        made: what stands for a value from before, once it was needed.
+        graph: the graph, changed in place.
+        end: the value of the embeddings.
+        length: number of additional tokens.
+        made: longer replacements made so far, by the name of the value before.
     """
 
     graph: Graph
@@ -130,7 +131,7 @@ class _Longer:
         return f"{self.length} + sequence"
 
     def go_through(self) -> None:
-        """Reroutes what the nodes behind read from before."""
+        """Lets the nodes after the embeddings read longer replacements of earlier values."""
         graph, before = self.graph, self._before()
         behind = [node for node in graph.nodes if node.output[0] not in before]
         for node in behind:
@@ -144,7 +145,7 @@ class _Longer:
                 graph.rename_axis(name, "sequence", self.axis)
 
     def _before(self) -> set[str]:
-        """The values of which the embeddings are made."""
+        """The values from which the embeddings are computed."""
         found, pending = set(), [self.end]
         while pending:
             node = self.graph.maker(pending.pop())
@@ -154,11 +155,12 @@ class _Longer:
         return found
 
     def _instead(self, name: str, reader: onnx.NodeProto, before: set[str]) -> str:
-        """What a node reads in place of a value from before: the same of a longer input, where it depends on one."""
+        """The value that a node reads instead of an earlier one: the same value computed from longer inputs, if it
+        depends on their length."""
         graph = self.graph
         if name in graph.inputs:
             if name == _TOKENS and reader.op_type != "Shape":
-                raise _unexpected("no look at the tokens behind their embeddings", reader)
+                raise _unexpected("no use of the tokens after their embeddings", reader)
             if name not in self.made:
                 padded, pads = f"{name}/prompt", graph.integers(0, self.length, 0, 0)
                 inputs = [name, pads, *([graph.integer(1)] if name == _MASK else [])]
@@ -188,7 +190,7 @@ class _Longer:
 
 def _unexpected(expected: str, node: onnx.NodeProto | None) -> Unsupported:
     return Unsupported(
-        "the graph's embeddings do not look as a prompt needs them",
+        "the graph's embeddings are not built as a prompt needs them",
         expected=expected,
         found="nothing" if node is None else f"{node.op_type} ({node.name})",
         then=_THEN,

@@ -1,7 +1,7 @@
-"""Does a graph with an adapter in it compute what the merged weights compute?
+"""Checks that a graph with a LoRA in it computes the same as the merged weights.
 
-torch runs the model with the adapted weights merged, ONNX Runtime the grafted graphs, on the inputs that the model's
-kind is tried with. Knows neither adapters nor how they are merged.
+torch runs the model with merged weights and ONNX Runtime runs the grafted graphs, on the inputs that the model's kind
+defines. This module does not know how adapters are merged.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: what the grafted graphs are given, and what the model's weights are for the same outputs.
+    """One comparison: the inputs of the grafted graphs, and the model's weights that should give the same outputs.
 
     Attributes:
-        name: for messages.
-        factors: A and B of a graph that takes them as inputs; empty for none.
-        merged: the adapted weights with the adapter merged into them, by the checkpoint's names; empty for the base's
-            own.
+        name: name for messages.
+        factors: A and B for a graph that takes them as inputs; empty if there are none.
+        merged: the adapted weights with the adapter merged in, by the checkpoint's names; empty for the base's own
+            weights.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the comparison found: as `verify.Verification`, over all cases."""
+    """The result of the comparison over all cases. Fields are those of `against_torch.model.Verification`."""
 
     max_abs_error: float
     max_rel_error: float
@@ -48,7 +48,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class _Filled:
-    """A Runtime that gives every graph the factors it has inputs for."""
+    """A Runtime that passes every graph the factors for which it has inputs."""
 
     runtime: Runtime
     factors: Arrays
@@ -76,14 +76,14 @@ def check_graft(
 
     Args:
         model: the model and how it is used.
-        graphs: the grafted ones by prefix, pointing into the payload.
-        payload: descriptors of the weights' files, open for reading, by the names that the graphs look for.
-        dtype: what the graphs compute in.
+        graphs: the grafted graphs by prefix; they refer to the payload.
+        payload: descriptors of the weights' files, open for reading, by the names that the graphs use.
+        dtype: the dtype in which the graphs compute.
         specs: the model's tensors.
-        case: what to compare.
+        case: the case to compare.
 
     Raises:
-        VerificationFailed: they differ by more than rounding explains.
+        VerificationFailed: the outputs differ by more than rounding explains.
         Unsupported: a graph does not load.
     """
     import onnx
@@ -100,7 +100,7 @@ def check_graft(
     limit = limit_of(dtype, graphs)
     if not found.relative <= limit:
         raise VerificationFailed(
-            "the graph's outputs are not those of the merged weights; nothing was written",
+            "the graph's outputs differ from those of the merged weights; nothing was written",
             where=f"{model.where}, {case.name}: {found.worst}",
             expected=f"a relative difference of at most {limit:.2g}",
             found=f"{found.relative:.2g} (absolute {found.largest:.2g})",
@@ -110,7 +110,7 @@ def check_graft(
 
 
 def _put(module: Any, merged: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec], model: Exportable) -> None:
-    """Gives the module the merged weights."""
+    """Copies the merged weights into the module."""
     state = module.state_dict(keep_vars=True)
     for name, spec in checkpoint_specs(module, specs, model.where).items() if merged else ():
         if spec.name in merged:
@@ -118,7 +118,7 @@ def _put(module: Any, merged: Mapping[str, torch.Tensor], specs: Mapping[str, Te
 
 
 def worst(found: Sequence[Agreement]) -> Agreement:
-    """All cases as one."""
+    """Combines the results of all cases: the largest errors."""
     return Agreement(
         max(each.max_abs_error for each in found),
         max(each.max_rel_error for each in found),

@@ -1,8 +1,8 @@
-"""Does the graph compute what the model computes?
+"""Checks that a graph computes the same as the model.
 
-Runs the model in torch, loaded by its own library, and its graphs over their payload in ONNX Runtime on the CPU, on the
-same random inputs, and compares. What is tried is the model's kind's business. Takes the payload as open files, so
-that what is checked is what is written, before it has a name.
+Runs the model in torch, loaded by its own library, and its graphs with their payload in ONNX Runtime on the CPU, on the
+same random inputs, and compares the outputs. The model's kind decides which inputs are tried. The payload is passed as
+open files, so that the check sees what is written before the output appears.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ from surgery.onnx.trace.program import Arrays, Exportable, Runtime
 if TYPE_CHECKING:
     import onnx
 
-# What one rounding may cost, with room: in float16 both runtimes add up in float32 and round only what they store. Of a
-# bfloat16 graph that computes in float32 (see `widened`) only constants are rounded, where torch has them exact.
+# The cost of one rounding, with some room. In float16 both runtimes accumulate in float32 and round only what they
+# store. A bfloat16 graph computes in float32 (see `widened`), and only its constants are rounded, which torch has exact.
 _ROUNDING = {DType.F32: 16 * 2.0**-23, DType.F16: 4 * 2.0**-10, DType.BF16: 2.0**-8}
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What the comparison found.
+    """The result of the comparison.
 
-    shapes: of the first input of each comparison; with a cache, batch and tokens so far.
-    max_abs_error: the largest absolute difference over all outputs at valid tokens.
-    max_rel_error: the largest difference in relation to its output's largest value.
-    worst: the output where that was, and at which shape.
-    tolerance: what max_rel_error was held against.
-    float32_error: max_rel_error against the model in float32; None where the graph's own dtype is that. In bfloat16
-        what rounding the weights costs.
-    nodes_run: nodes that ONNX Runtime executed after its own optimisation, by the graph's prefix.
+    Attributes:
+        shapes: shape of the first input of each comparison; with a cache, batch size and tokens so far.
+        max_abs_error: the largest absolute difference over all outputs at valid tokens.
+        max_rel_error: the largest difference relative to its output's largest value.
+        worst: the output with the largest relative difference, and the shape at which it occurred.
+        tolerance: the limit for max_rel_error.
+        float32_error: max_rel_error relative to the model in float32; None if the graph computes in float32. For
+            bfloat16 this is the cost of rounding the weights.
+        nodes_run: number of nodes that ONNX Runtime executed after its own optimisation, by the graph's prefix.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -56,7 +57,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class Errors:
-    """The shapes tried, the largest difference, the same in relation to its output's size, and where that was."""
+    """The shapes tried, the largest absolute and relative differences, and where the latter occurred."""
 
     shapes: tuple[tuple[int, ...], ...]
     largest: float
@@ -67,18 +68,20 @@ class Errors:
 def verify_graphs(
     model: Exportable, graphs: Mapping[str, bytes], payload: Mapping[str, int], dtype: DType, *, seed: int = 0
 ) -> Verification:
-    """Compares torch with ONNX Runtime: in bfloat16, which its CPU provider does not run, over weights of bfloat16 and
-    with everything else in float32, on both sides.
+    """Compares torch with ONNX Runtime.
+
+    ONNX Runtime's CPU provider cannot run bfloat16. So for bfloat16 both sides use bfloat16 weights and compute in
+    float32.
 
     Args:
         model: the model and how it is used.
         graphs: the bytes of its `.onnx` files, by prefix.
-        payload: descriptors of the weights' files, open for reading, by the names that the graphs look for.
-        dtype: what the graphs compute in.
-        seed: of the random inputs.
+        payload: descriptors of the weights' files, open for reading, by the names that the graphs use.
+        dtype: the dtype in which the graphs compute.
+        seed: seed of the random inputs.
 
     Raises:
-        VerificationFailed: they differ by more than the tolerance, or one of them is not finite.
+        VerificationFailed: the outputs differ by more than the tolerance, or one of them is not finite.
         Unsupported: a graph does not load.
     """
     from surgery.onnx.against_torch.widened import widened
@@ -94,7 +97,7 @@ def verify_graphs(
     limit = limit_of(dtype, graphs)
     if not found.relative <= limit:
         raise VerificationFailed(
-            "ONNX Runtime's outputs are not torch's; nothing was written",
+            "ONNX Runtime's outputs differ from torch's; nothing was written",
             where=f"{model.where}: {found.worst}",
             expected=f"a relative difference of at most {limit:.2g}",
             found=f"{found.relative:.2g} (absolute {found.largest:.2g})",
@@ -104,7 +107,7 @@ def verify_graphs(
 
 
 def errors_of(model: Exportable, module: Any, runtime: Runtime, seed: int) -> Errors:
-    """How far the graphs' outputs are from the module's, on what the model's kind is tried with."""
+    """The differences between the graphs' and the module's outputs, on the inputs that the model's kind defines."""
     import torch
 
     shapes: dict[tuple[int, ...], None] = {}
@@ -122,10 +125,10 @@ def errors_of(model: Exportable, module: Any, runtime: Runtime, seed: int) -> Er
 
 
 def tolerance(dtype: DType, matmuls: int) -> float:
-    """The relative difference that rounding explains.
+    """The relative difference that rounding can explain.
 
-    Each product rounds its result once and passes on what came before; rounding errors of either sign add up like a
-    random walk, so with the square root of their number. That is an order of magnitude above what we measured.
+    Each product rounds its result once and passes on earlier errors. Rounding errors of random sign add up like a
+    random walk, so they grow with the square root of their number. The limit is ten times what we measured.
     """
     return _ROUNDING[dtype] * math.sqrt(max(matmuls, 1))
 
@@ -136,11 +139,11 @@ def limit_of(dtype: DType, graphs: Mapping[str, bytes]) -> float:
 
 
 def distance(reference: Any, output: Any, valid: Any = None) -> tuple[float, float]:
-    """Largest absolute difference, inf where shapes differ or a value is not finite; and the largest reference value.
+    """The largest absolute difference (inf if shapes differ or a value is not finite) and the largest reference value.
 
     Args:
         reference, output: (batch, …), or (batch, sequence, …) with `valid`.
-        valid: (batch, sequence) bool, the tokens to compare; all where None.
+        valid: (batch, sequence) bool, the tokens to compare; None for all.
     """
     import numpy as np
 
@@ -155,15 +158,18 @@ def distance(reference: Any, output: Any, valid: Any = None) -> tuple[float, flo
 
 
 def relative(difference: float, scale: float) -> float:
-    """A difference against the size of its output, over all shapes together: two logits that happen to be near zero
-    for one input carry the rounding errors of terms that are not."""
+    """A difference relative to the size of its output over all shapes, because logits that happen to be near zero for
+    one input still carry the rounding errors of larger terms."""
     return difference / scale if scale else (math.inf if difference else 0.0)
 
 
 def check_structure(graph: onnx.ModelProto, where: Path) -> None:
-    """ONNX's own checker with shape inference. It insists on finding external data under its name, which the payload
-    does not have yet; so weights are shown to it as inputs. Raises Unsupported: an op does not take what it is given,
-    such as a convolution bfloat16 in the opset that we write."""
+    """Runs ONNX's own checker with shape inference.
+
+    The checker requires external data to exist under its name, which the payload does not have yet, so weights are
+    passed to it as inputs. Raises Unsupported if an op does not accept its inputs, such as a bfloat16 convolution in
+    the opset that we write.
+    """
     import onnx
 
     model = onnx.ModelProto()
@@ -179,7 +185,7 @@ def check_structure(graph: onnx.ModelProto, where: Path) -> None:
             "the model cannot be written as valid ONNX; nothing was written",
             where=where,
             found=error,
-            then="choose another --dtype if its type is what an op does not take",
+            then="choose another --dtype if an op does not accept this one",
         ) from error
 
 
@@ -190,7 +196,7 @@ def _products(graph: bytes) -> int:
 
 
 class Sessions:
-    """ONNX Runtime's sessions of a model's graphs: a Runtime."""
+    """ONNX Runtime's sessions for a model's graphs. Implements Runtime."""
 
     def __init__(self, opened: Mapping[str, Any]) -> None:
         self._opened = opened
@@ -211,7 +217,7 @@ class Sessions:
         return tuple(shapes[output])
 
     def nodes_run(self) -> dict[str, int]:
-        """How many nodes each graph executed; nothing can be run afterwards."""
+        """The number of nodes that each graph executed. Nothing can be run afterwards."""
         counts = {}
         for prefix, session in self._opened.items():
             with open(session.end_profiling(), encoding="utf-8") as stream:
@@ -223,7 +229,7 @@ class Sessions:
 
 @contextlib.contextmanager
 def sessions(model: Exportable, graphs: Mapping[str, bytes], payload: Mapping[str, int]) -> Iterator[Sessions]:
-    """Opens the graphs over their payload, open files. Raises Unsupported where one does not load."""
+    """Opens the graphs with their payload, given as open files. Raises Unsupported if one does not load."""
     import numpy as np
     import onnxruntime
 
@@ -234,7 +240,7 @@ def sessions(model: Exportable, graphs: Mapping[str, bytes], payload: Mapping[st
             for prefix, graph in graphs.items():
                 options = onnxruntime.SessionOptions()
                 options.enable_profiling = True
-                options.log_severity_level = 3  # it warns of every input that has a default, as adapters' have
+                options.log_severity_level = 3  # it would warn about every input with a default, as adapters have
                 options.profile_file_prefix = f"{scratch}/{prefix}profile"
                 views = [np.frombuffer(each, np.uint8) for each in mapped]
                 sizes = [view.nbytes for view in views]
@@ -243,10 +249,13 @@ def sessions(model: Exportable, graphs: Mapping[str, bytes], payload: Mapping[st
                     opened[prefix] = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
                 except Exception as error:  # its exceptions share no base class of their own
                     raise Unsupported(
-                        "ONNX Runtime does not load the graph; nothing was written", where=model.where, found=error
+                        "ONNX Runtime does not load the graph; nothing was written",
+                        where=model.where,
+                        found=error,
+                        then="update ONNX Runtime, or choose another --dtype",
                     ) from error
                 finally:
-                    del views, options  # or the mappings cannot be closed
+                    del views, options  # otherwise the mappings cannot be closed
             yield Sessions(opened)
         finally:
             opened.clear()

@@ -1,8 +1,8 @@
-"""Does a graph with bottlenecks, prefixes or prompts in it compute what the model with them computes?
+"""Checks that a graph with bottlenecks, prefixes or prompts in it computes the same as the model with these adapters.
 
-transformers loads the folder in torch; bottlenecks are put into that model by hooks, prefixes by an attention of its
-own, prompts as embeddings; ONNX Runtime runs the graph over its payload on the CPU; both get the same random inputs.
-So the model's own weights are compared at the same time. Takes the payload as open files, as `verify` does.
+transformers loads the model in torch. Bottlenecks are added to it by hooks, prefixes by a custom attention, prompts as
+embeddings. ONNX Runtime runs the graph with its payload on the CPU, on the same random inputs. So the model's own
+weights are compared at the same time. The payload is passed as open files, as in `against_torch.model`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from surgery.onnx.trace.single_pass import SinglePass
 if TYPE_CHECKING:
     import torch
 
-    Tensors = Mapping[str, torch.Tensor]  # the grafts', by name
+    Tensors = Mapping[str, torch.Tensor]  # the grafts' tensors, by name
 
 _ATTENTION = "surgery_prefixed"
 
@@ -43,21 +43,21 @@ def check_grafted(
     """Compares torch with ONNX Runtime.
 
     Args:
-        model: the model; its kind is a single pass.
-        graphs: the grafted one, by its prefix.
-        payload: descriptors of the weights' files, open for reading, by the names that the graphs look for.
-        dtype: what the graph computes in.
-        sites: what is in the graph.
-        tensors: the grafts' own.
+        model: the model, whose kind must be a single pass.
+        graphs: the grafted graph, by its prefix.
+        payload: descriptors of the weights' files, open for reading, by the names that the graphs use.
+        dtype: the dtype in which the graph computes.
+        sites: the grafts in the graph.
+        tensors: the grafts' tensors.
 
     Raises:
-        VerificationFailed: they differ by more than rounding explains, or one of them is not finite.
-        Unsupported: the graph does not load, or the model's modules are not as the sites say.
+        VerificationFailed: the outputs differ by more than rounding explains, or one of them is not finite.
+        Unsupported: the graph does not load, or the model lacks a module that a graft names.
     """
     import numpy as np
 
     kind = model.kind
-    assert isinstance(kind, SinglePass)  # whoever grafts sees to it
+    assert isinstance(kind, SinglePass)  # the caller has checked this
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     added, taken = tokens_added(sites, shapes), positions_taken(sites, shapes)
     tokens = {each.name for each in kind.program.inputs if each.axes[1:] == ("sequence",)}
@@ -66,7 +66,7 @@ def check_grafted(
         {name: array[:, :most] if name in tokens else array for name, array in feed.items()} for feed in kind.feeds(0)
     ]
     expected = _run_torch(model.load(dtype), sites, tensors, feeds)
-    sizes: dict[str, tuple[float, float]] = {}  # of each output: difference, and the largest value
+    sizes: dict[str, tuple[float, float]] = {}  # for each output: the difference and the largest value
     with sessions(model, graphs, payload) as runtime:
         for feed, theirs in zip(feeds, expected, strict=True):
             ours = runtime.run("", feed)
@@ -83,7 +83,7 @@ def check_grafted(
     limit = limit_of(dtype, graphs)
     if not worst <= limit:
         raise VerificationFailed(
-            "the graph's outputs are not those of the model with its adapter; nothing was written",
+            "the graph's outputs differ from those of the model with its adapter; nothing was written",
             where=f"{model.where}: {where}",
             expected=f"a relative difference of at most {limit:.2g}",
             found=f"{worst:.2g} (absolute {largest:.2g})",
@@ -117,7 +117,7 @@ def _run_torch(model: Any, sites: Sequence[Graft], tensors: Tensors, feeds: Sequ
 
 
 def _positions(model: Any, ids: torch.Tensor, moved: int) -> torch.Tensor:
-    """Those of a model's tokens behind so many others; RoBERTa counts without padding.  # (1 or batch, sequence)"""
+    """The positions of tokens after `moved` others; RoBERTa counts them without padding.  # (1 or batch, sequence)"""
     import torch
 
     embeddings = getattr(model.base_model, "embeddings", None)
@@ -129,7 +129,8 @@ def _positions(model: Any, ids: torch.Tensor, moved: int) -> torch.Tensor:
 
 
 def in_module(site: BranchGraft, model: Any) -> BranchGraft:
-    """The site by the module's names, which are not always the file's. Raises Unsupported where it has no such one."""
+    """The site under the torch module's names, which may differ from the file's. Raises Unsupported if the model has no
+    such module."""
     wanted = [f"{name}.weight" for name in (site.module, site.norm) if name]
     known = {name: new.removesuffix(".weight") for name, new in known_names(model, wanted)[0].items()}
     if len(known) < len(wanted):
@@ -139,7 +140,7 @@ def in_module(site: BranchGraft, model: Any) -> BranchGraft:
 
 
 def _attend_to_prefixes(model: Any, prefixes: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Gives a model an attention that puts keys and values (length, width) before its own, by the layers' numbers."""
+    """Gives a model an attention that puts keys and values (length, width), by layer number, before its own."""
     import torch
     from torch.nn import functional
     from transformers import AttentionInterface
@@ -156,7 +157,7 @@ def _attend_to_prefixes(model: Any, prefixes: Mapping[int, tuple[torch.Tensor, t
             key, value = (torch.cat(pair, 2) for pair in zip(before, (key, value), strict=True))
             if attention_mask is not None:
                 attention_mask = functional.pad(attention_mask, (len(own[0]), 0))
-        groups = query.shape[1] // heads  # of queries that share keys
+        groups = query.shape[1] // heads  # number of queries that share a key
         key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
         found = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, scale=how.get("scaling")
@@ -172,7 +173,8 @@ def _attend_to_prefixes(model: Any, prefixes: Mapping[int, tuple[torch.Tensor, t
 def _prompted(
     model: Any, given: dict[str, torch.Tensor], sites: Sequence[Graft], tensors: Tensors
 ) -> Iterator[dict[str, Any]]:
-    """What a model is given for an input with prompts before it; while it runs, its embeddings have them."""
+    """The inputs of a model for an input with prompts. Inside the context, the model's embeddings include the
+    prompts."""
     import torch
     from torch.nn import functional
 

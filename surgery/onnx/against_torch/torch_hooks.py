@@ -1,6 +1,7 @@
-"""A transformers model of torch with bottlenecks in its graph, by hooks: the reference for what grafts mean.
+"""Adds bottlenecks to a transformers model in torch by hooks. This is the reference for what grafts mean.
 
-For measuring and for tests; ONNX graphs get theirs elsewhere. Knows the models that the readers know.
+It is used for measuring and for tests; ONNX graphs get their bottlenecks elsewhere. It supports the models that the
+readers support.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_NORMS = ("ln_2", "layernorm_after", "post_attention_layernorm")  # what reads the residual of an MLP, if not the MLP
+_NORMS = ("ln_2", "layernorm_after", "post_attention_layernorm")  # norms that read an MLP's residual, if not the MLP
 Seen = Callable[["torch.Tensor"], None]
 Detach = Callable[[], None]
 
@@ -24,13 +25,13 @@ Detach = Callable[[], None]
 def attach_branch(
     model: nn.Module, site: BranchGraft, tensors: Mapping[str, torch.Tensor], seen: Seen | None = None
 ) -> Detach:
-    """Puts a bottleneck into a model; returns what takes it out again.
+    """Puts a bottleneck into a model; returns a function that removes it.
 
     Args:
-        model: with the modules that the site names.
-        site: where, and what.
+        model: a model that has the modules that the site names.
+        site: the bottleneck and its place.
         tensors: down (rank, in), down_bias (rank), up (out, rank) and up_bias (out), in the model's dtype.
-        seen: is shown what f takes, (…, rank), each time.
+        seen: called with f's input, (…, rank), on each run.
     """
     from torch.nn import functional
 
@@ -67,10 +68,10 @@ def attach_branch(
 
 
 def _residual(model: nn.Module, projection: str) -> tuple[nn.Module, int]:
-    """The module whose argument of that number is what the model adds to a projection's outputs."""
+    """The module, and the index of its argument, that gives the residual that is added to a projection's output."""
     holder = owner(projection)
     block = owner(holder)
-    if projection.endswith(".dense"):  # BERT's get it as their second input
+    if projection.endswith(".dense"):  # BERT's modules get the residual as their second input
         return model.get_submodule(holder), 1
     if holder.endswith((".attn", ".attention", ".self_attn")):
         return model.get_submodule(block), 0

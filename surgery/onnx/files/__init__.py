@@ -1,1 +1,1 @@
-"""Graphs and payloads on disk."""
+"""Reads and writes graphs and their payloads."""

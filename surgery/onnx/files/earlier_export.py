@@ -1,8 +1,8 @@
-"""A graph that export-onnx wrote, and whether another model's weights fit under it.
+"""Reads a graph that export-onnx wrote, and checks whether another model's weights fit it.
 
-What a graph is over is in it: every weight's name, dtype, shape and place in the payload, config.json as far as it
-matters, and the names that are tied. So weights of the same names, dtypes and shapes give the same program on other
-numbers, and neither torch nor transformers nor a run is needed to know it.
+A graph describes its weights: every name, dtype, shape and place in the payload, the relevant part of config.json, and
+the tied names. So weights with the same names, dtypes and shapes give the same program with other values, and this can
+be decided without torch, transformers or a run.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from surgery.onnx.files.settings import SETTINGS, TIES, differing, settings_of
 if TYPE_CHECKING:
     import onnx
 
-PREFIXES = ("encoder_", "decoder_")  # of the files of a model that is two graphs
+PREFIXES = ("encoder_", "decoder_")  # prefixes of the files of a model that is two graphs
 _DTYPES = {1: DType.F32, 10: DType.F16, 11: DType.F64, 16: DType.BF16, 6: DType.I32, 7: DType.I64, 9: DType.BOOL,
            2: DType.U8, 3: DType.I8}  # fmt: skip
-_TRACE = "leave out --graph, so that a graph of this model's own is made"
+_TRACE = "leave out --graph, so that a new graph is made for this model"
 
 
 @dataclass(frozen=True)
 class ExistingGraph:
-    """One file.
+    """One graph's file.
 
     Attributes:
-        prefix: of its name, where the model is several graphs.
-        model: the graph; its weights are elsewhere.
-        weights: what the payload must hold for it, by name.
-        settings: config.json of the model it was made for; empty for an own module.
-        ties: names of a model that ties them → the weight that stands for them.
-        inputs, outputs: names.
-        nodes: their number.
+        prefix: prefix of the file's name, if the model is several graphs.
+        model: the graph; its weights are in the payload.
+        weights: the weights that the payload must hold, by name.
+        settings: config.json of the model for which the graph was made; empty for the user's own module.
+        ties: for each tied name, the weight that stands for it.
+        inputs, outputs: names of the inputs and outputs.
+        nodes: number of nodes.
     """
 
     prefix: str
@@ -54,12 +54,12 @@ class ExistingGraph:
 
 
 def read_graphs(path: Path) -> tuple[ExistingGraph, ...]:
-    """The graph at a path, or the two of an encoder–decoder that were exported under that name.
+    """Reads the graph at a path, or the two graphs of an encoder–decoder that were exported under this name.
 
     Raises:
-        PathNotFound: neither is there.
-        CorruptFile: no ONNX file.
-        Unsupported: a graph that export-onnx did not write.
+        PathNotFound: there is no such graph.
+        CorruptFile: a file is not an ONNX file.
+        Unsupported: export-onnx did not write the graph.
     """
     files = {"": path} if path.is_file() else {prefix: path.with_name(prefix + path.name) for prefix in PREFIXES}
     missing = next((file for file in files.values() if not file.is_file()), None)
@@ -74,15 +74,15 @@ def _read(prefix: str, path: Path) -> ExistingGraph:
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError, whose package onnx may change
-        raise CorruptFile("not an ONNX file", where=path, found=error) from error
+        raise CorruptFile("not an ONNX file", where=path, found=error, then="export or copy the graph again") from error
     outside = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
     notes = {entry.key: entry.value for entry in model.metadata_props}
     odd = SETTINGS not in notes or any(tensor.data_type not in _DTYPES for tensor in outside)
     if model.producer_name != PRODUCER or odd:
         raise Unsupported(
-            "only a graph that this export-onnx wrote tells what each weight is, and which config.json it is for",
+            "this graph does not say what each weight is: only graphs that surgery export-onnx wrote do",
             where=path,
-            expected=f"weights outside of it, under their names; {SETTINGS} in the metadata",
+            expected=f"weights in a separate file, under their names; {SETTINGS} in the metadata",
             found=f"written by {model.producer_name or 'an unnamed tool'}, metadata: {', '.join(notes) or 'none'}",
             then=_TRACE,
         )
@@ -99,22 +99,23 @@ def _read(prefix: str, path: Path) -> ExistingGraph:
 
 
 def weights_of(graphs: Iterable[ExistingGraph]) -> tuple[TensorSpec, ...]:
-    """What the payload of these graphs holds, sorted by name."""
+    """The weights in the payload of these graphs, sorted by name."""
     every = {name: spec for graph in graphs for name, spec in graph.weights.items()}
     return tuple(every[name] for name in sorted(every))
 
 
 def require_fit(graphs: Sequence[ExistingGraph], path: Path, checkpoint: Checkpoint, convert: bool) -> None:
-    """Refuses a checkpoint whose tensors are not the graphs' by name, dtype and shape.
+    """Refuses a checkpoint whose tensors do not fit the graphs by name, dtype and shape.
 
     Args:
-        graphs: of one export.
-        path: where they are, for messages.
-        checkpoint: the weights that are to go under them.
+        graphs: the graphs of one export.
+        path: the graphs' path, for messages.
+        checkpoint: the new weights for the graphs.
         convert: whether weights of another floating-point dtype will be converted.
 
     Raises:
-        MissingTensors, ShapeMismatch, UnsupportedDType: the first that does not fit, or all that are not there.
+        MissingTensors: tensors are missing.
+        ShapeMismatch, UnsupportedDType: a tensor has another shape or dtype.
     """
     weights = weights_of(graphs)
     missing = [spec.name for spec in weights if spec.name not in checkpoint.specs]
@@ -124,7 +125,7 @@ def require_fit(graphs: Sequence[ExistingGraph], path: Path, checkpoint: Checkpo
             where=checkpoint.ref.path,
             expected=", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else ""),
             found="nearest: " + ", ".join(near) if (near := nearest(missing[0], checkpoint.specs)) else None,
-            then=f"is {path} this model's graph? If not, {_TRACE}",
+            then=f"check that {path} is this model's graph; if not, {_TRACE}",
         )
     for spec in weights:
         ours = checkpoint.specs[spec.name]
@@ -147,15 +148,22 @@ def require_fit(graphs: Sequence[ExistingGraph], path: Path, checkpoint: Checkpo
 
 
 def require_same_settings(graphs: Sequence[ExistingGraph], path: Path, config: Path) -> None:
-    """Refuses a config.json that differs from the one that a graph was made for. Raises Unsupported, or CorruptFile."""
+    """Refuses a config.json that differs from the one for which a graph was made.
+
+    Raises:
+        Unsupported: settings that matter to the graph differ.
+        CorruptFile: config.json is not a JSON object.
+    """
     try:
         settings = settings_of(json.loads(config.read_bytes()))
     except (ValueError, AttributeError) as error:
-        raise CorruptFile("config.json is not a JSON object", where=config, found=error) from error
+        raise CorruptFile(
+            "config.json is not a JSON object", where=config, found=error, then="download or correct the file"
+        ) from error
     differ = list(differing(graphs[0].settings, settings))
     if differ:
         raise Unsupported(
-            "config.json is not that of the model whose graph this is",
+            "config.json differs from the config of the model for which the graph was made",
             where=f"{config} and {path}",
             found="; ".join(differ[:8]) + (f" and {len(differ) - 8} more" if len(differ) > 8 else ""),
             then=_TRACE,
@@ -165,11 +173,11 @@ def require_same_settings(graphs: Sequence[ExistingGraph], path: Path, config: P
 def require_ties(ties: Mapping[str, str], checkpoint: Checkpoint) -> None:
     """Refuses a checkpoint that stores two names of one tensor with different values.
 
-    transformers would untie them by value; a graph that must not depend on values has only one of them.
+    transformers would untie them because the values differ; a graph, which must not depend on values, has only one.
 
     Args:
-        ties: a further name → the one that the graph has.
-        checkpoint: may lack the further names.
+        ties: for each tied name, the name that the graph has.
+        checkpoint: the checkpoint, which may lack the tied names.
     """
     for name, kept in ties.items():
         if name not in checkpoint.specs:
@@ -177,7 +185,7 @@ def require_ties(ties: Mapping[str, str], checkpoint: Checkpoint) -> None:
         first, second = (checkpoint.read_bytes(each) for each in (kept, name))
         if first.shape != second.shape or bool((first != second).any()):
             raise Unsupported(
-                "config.json ties two tensors which the checkpoint stores with different values",
+                "config.json ties two tensors that the checkpoint stores with different values",
                 where=checkpoint.ref.path,
                 found=f"{kept} and {name}",
                 then='set "tie_word_embeddings": false in config.json, and export without --graph',

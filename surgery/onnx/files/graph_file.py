@@ -1,7 +1,7 @@
-"""A `.onnx` file: its graph, the tensors in it, and where the bytes of each lie.
+"""Reads a `.onnx` file: its graph, its tensors, and where the bytes of each tensor are.
 
-External data stays where it is until somebody asks for it, and is looked for beside the graph and nowhere else. Knows
-nothing of what the graph computes.
+External data is read only on demand, and only from the graph's own folder. This module does not know what the graph
+computes.
 """
 
 from __future__ import annotations
@@ -24,34 +24,36 @@ if TYPE_CHECKING:
     import onnx
 
 
-PRODUCER = "surgery"  # of graphs that export-onnx writes
+PRODUCER = "surgery"  # producer_name of graphs that export-onnx writes
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
-    """The graph without its external weights.
+    """Loads a graph without its external weights.
 
     Raises:
-        PathNotFound: no such file.
-        CorruptFile: no ONNX graph in it, or one of ours whose weights have been written anew since.
+        PathNotFound: there is no such file.
+        CorruptFile: the file holds no ONNX graph, or a graph of ours whose weights have been rewritten since.
     """
     import onnx
 
     if not path.is_file():
-        raise PathNotFound("no such file", where=path)
+        raise PathNotFound("no such file", where=path, then="check the path")
     try:
         model: onnx.ModelProto = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own kind
-        raise CorruptFile("not an ONNX file", where=path, found=error) from error
+        raise CorruptFile("not an ONNX file", where=path, found=error, then="export or copy the graph again") from error
     if not model.graph.output:
-        raise CorruptFile("not an ONNX file, or one whose graph gives nothing", where=path)
+        raise CorruptFile(
+            "not an ONNX file, or one whose graph has no outputs", where=path, then="export or copy the graph again"
+        )
     if model.producer_name == PRODUCER:
         _require_places(model, path)
     return model
 
 
 def _require_places(model: onnx.ModelProto, path: Path) -> None:
-    """A graph finds weights by offset, and whatever lies there a runtime takes for them. Of ours the names are known
-    too: so where the files tell names, each must be where the graph looks for it."""
+    """Checks that weights are at the offsets that a graph of ours uses. Runtimes find weights by offset only and would
+    read whatever is there. Our graphs also hold names, so if the files give names, they can be compared."""
     import onnx
 
     held: dict[str, dict[str, str]] = {}
@@ -66,23 +68,23 @@ def _require_places(model: onnx.ModelProto, path: Path) -> None:
         try:
             checkpoint = open_checkpoint(file)
         except NotACheckpoint:
-            continue  # another tool's file under such a name
+            continue  # a file of another tool with such a name
         with checkpoint:
             for name, offset in offsets.items():
                 place = checkpoint.place(name) if name in checkpoint.specs else None
                 if place is None or str(place.offset) != offset:
                     raise CorruptFile(
-                        "the weights have been written anew since the graph was exported, and lie elsewhere",
+                        "the weights have been rewritten since the graph was exported, and are at other offsets",
                         where=path,
                         expected=f"{name} at byte {offset} of {location}",
-                        found=f"at byte {place.offset}" if place else "not there",
+                        found=f"at byte {place.offset}" if place else "no such tensor",
                         then="export the graph again",
                     )
 
 
 @dataclass(frozen=True)
 class External:
-    """Where a tensor lies outside its graph: a file beside it, the first byte and their number."""
+    """Where a tensor's external data is: a file in the graph's folder, the offset and the length in bytes."""
 
     location: str
     offset: int
@@ -90,12 +92,12 @@ class External:
 
 
 def external(tensor: onnx.TensorProto, where: Path) -> External | None:
-    """Where a tensor lies outside of the graph at `where`; None if it lies in it.
+    """Where the external data of a tensor is, for the graph at `where`; None if the tensor is inside the graph.
 
     Raises:
-        UnsafeFile: an absolute location, one with `..`, or a link that leads out of the graph's folder.
-        PathNotFound: the file is not there.
-        CorruptFile: the file is shorter than it should be, or the length is not the tensor's.
+        UnsafeFile: the location is absolute, contains `..`, or is a link that leads out of the graph's folder.
+        PathNotFound: the file does not exist.
+        CorruptFile: the file is too short, or the length is not the tensor's.
     """
     import onnx
 
@@ -107,14 +109,18 @@ def external(tensor: onnx.TensorProto, where: Path) -> External | None:
     inside = location and not path.is_absolute() and ".." not in path.parts and "\\" not in location
     if not inside or folder.resolve() not in (folder / path).resolve().parents:
         raise UnsafeFile(
-            "external data must lie beside its graph, and this location leads elsewhere",
+            "external data must be in the graph's folder, and this location leads elsewhere",
             where=here,
             expected="a file in the graph's folder",
             found=location or "no location",
             then="put graph and data into one folder, as files and not as links",
         )
     if not (folder / path).is_file():
-        raise PathNotFound("the graph's weights are not where it says", where=folder / path)
+        raise PathNotFound(
+            "the graph's weights are not where it says",
+            where=folder / path,
+            then="put the file of weights into the graph's folder, or export again",
+        )
     size, wanted = (folder / path).stat().st_size, nbytes(tensor)
     offset, length = said.get("offset", "0"), said.get("length", str(wanted))
     fits = offset.isdigit() and length == str(wanted)
@@ -123,14 +129,14 @@ def external(tensor: onnx.TensorProto, where: Path) -> External | None:
             "a tensor and its external data contradict each other",
             where=here,
             expected=f"{wanted} bytes in a file of {size}",
-            found=f"{length} bytes from {offset} on",
+            found=f"{length} bytes at offset {offset}",
             then="export or copy the model again",
         )
     return External(location, int(offset), wanted)
 
 
 def nbytes(tensor: onnx.TensorProto) -> int:
-    """Bytes of a tensor's payload; elements of four or two bits share them."""
+    """Bytes of a tensor's payload. Elements of four or two bits share bytes."""
     import onnx
 
     count = 1
@@ -145,7 +151,7 @@ def nbytes(tensor: onnx.TensorProto) -> int:
 
 
 def payload(tensor: onnx.TensorProto, where: Path) -> Bytes:
-    """A tensor's bytes, little-endian, from the graph at `where` or from beside it. Raises as `external`."""
+    """A tensor's bytes, little-endian, from the graph at `where` or its external data. Raises as `external`."""
     import onnx
 
     outside = external(tensor, where)
@@ -163,16 +169,17 @@ def payload(tensor: onnx.TensorProto, where: Path) -> Bytes:
         return np.ascontiguousarray(onnx.numpy_helper.to_array(tensor)).reshape(-1).view(np.uint8)
     if len(tensor.raw_data) != nbytes(tensor):
         raise CorruptFile(
-            "a tensor's bytes are not as many as its shape says",
+            "the number of a tensor's bytes does not fit its shape",
             where=f"{where}: {tensor.name}",
-            expected=nbytes(tensor),
-            found=len(tensor.raw_data),
+            expected=f"{nbytes(tensor)} bytes",
+            found=f"{len(tensor.raw_data)} bytes",
+            then="export or copy the graph again",
         )
     return np.frombuffer(tensor.raw_data, np.uint8)
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph and all that lie in its nodes' attributes."""
+    """A graph and all subgraphs in its nodes' attributes."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
@@ -181,12 +188,12 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def count_nodes(model: onnx.ModelProto) -> int:
-    """Nodes of the main graph; a Constant node is none, but a way to write a value down."""
+    """The number of nodes in the main graph. Constant nodes are not counted: they only store a value."""
     return sum(node.op_type != "Constant" for node in model.graph.node)
 
 
 def constant_of(node: onnx.NodeProto) -> onnx.TensorProto | None:
-    """What a Constant node holds, as a tensor; None for other nodes."""
+    """The value of a Constant node as a tensor; None for other nodes."""
     import onnx
 
     if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or len(node.attribute) != 1:
@@ -207,4 +214,4 @@ _PLAIN: dict[str, Any] = {
     "value_ints": np.int64,
     "value_string": object,
     "value_strings": object,
-}  # Constant's attributes beside `value`, and what each means in numpy
+}  # Constant's attributes other than `value`, and the numpy dtype of each

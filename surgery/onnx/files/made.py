@@ -1,4 +1,4 @@
-"""Tensors of a payload that are none of the model's own, and what they are made of. Names and shapes; reads nothing."""
+"""Describes payload tensors that are not the model's own, and what they are made from. This module reads nothing."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from formats.spec import TensorSpec
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor that a payload's tensor is made of.
+    """One source of a payload tensor.
 
     Attributes:
-        name: of the tensor: a graft's, or the model's own.
+        name: name of the source: a graft's tensor, or one of the model's own.
         own: whether it is the model's own.
-        turned: whether its axes are exchanged first.
-        added: a graft's tensor that is added to it, if any.
-        heads: of columns of several heads' how many: they are laid out (heads, rows, size) then; 0 for others.
-        copies: how many of each head one behind the other, where heads are laid out.
+        turned: whether it is transposed first.
+        added: name of a graft's tensor that is added to it, if any.
+        heads: number of heads into which the columns are split, giving (heads, rows, size); 0 for no split.
+        copies: how often each head is repeated, if the columns are split into heads.
     """
 
     name: str
@@ -30,12 +30,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor of the payload that is none of the model's own.
+    """A payload tensor that is not one of the model's own.
 
     Attributes:
-        spec: of the tensor.
-        parts: what lies one behind the other in it.
-        axis: along which.
+        spec: the tensor's spec.
+        parts: its sources, which are concatenated.
+        axis: the axis of the concatenation.
     """
 
     spec: TensorSpec
@@ -44,6 +44,6 @@ class Made:
 
 
 def taken(spec: TensorSpec, name: str, *, turned: bool = False) -> Made:
-    """One tensor as it is, or with its axes exchanged, under another name."""
+    """One tensor under another name, transposed if `turned`."""
     shape = spec.shape[::-1] if turned else spec.shape
     return Made(TensorSpec(name, spec.dtype, shape), (Part(spec.name, turned=turned),))

@@ -1,10 +1,10 @@
-"""The weights of an ONNX graph: one safetensors file beside it, or the model's own files where it lies beside those.
+"""The weights of an ONNX graph: a safetensors file in its folder, or the model's own files if it is in their folder.
 
-The payload that is written is canonical: its name is fixed, it holds what the graph needs and nothing else, and its
-header is a function of names, dtypes and shapes alone. So the offsets that the graph's initialisers carry never depend
-on the file the weights came from, and two models of one architecture share one graph byte for byte. Over the model's
-own files it is one graph but for these offsets. Loads torch only to convert weights to another dtype, and knows nothing
-of what the graph computes.
+A payload that we write is canonical: its name is fixed, it holds exactly what the graph needs, and its header depends
+only on names, dtypes and shapes. So the offsets in the graph's initialisers never depend on the file that the weights
+came from, and two models of one architecture have the same graph byte for byte. A graph that uses the model's own files
+differs only in these offsets. This module loads torch only to convert weights to another dtype, and does not know what
+the graph computes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PIECE = 8 << 20  # bytes read, hashed and written at a time
 
 
 class Payloads(Protocol):
-    """Named payloads, read piece by piece: a Checkpoint is one."""
+    """Named payloads that can be read in pieces. A Checkpoint implements this."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -47,15 +47,15 @@ class Payloads(Protocol):
         """Fills a buffer with a tensor's payload from byte `begin` on."""
 
     def place(self, name: str) -> Place | None:
-        """Where a tensor's payload lies in one piece of a file; None where it does not."""
+        """The file and offset of a tensor's payload; None if it is not contiguous in a file."""
 
 
 class Unusable(Exception):
-    """Why files cannot be a graph's weights: what they hold."""
+    """Files cannot serve as a graph's weights. The message names what they hold."""
 
 
 class Beside:
-    """The payloads of a checkpoint, and of tensors that are made when they are read, the latest of them in memory."""
+    """The payloads of a checkpoint, and of tensors that are made when they are read; the latest stays in memory."""
 
     def __init__(self, base: Payloads, made: Mapping[str, TensorSpec], make: Callable[[str], Bytes]) -> None:
         self.specs: Mapping[str, TensorSpec] = {**base.specs, **made}
@@ -72,24 +72,25 @@ class Beside:
         buffer[:] = self._latest[1][begin : begin + buffer.nbytes]
 
     def place(self, name: str) -> Place | None:
-        """As in Payloads: nowhere yet, if it is made."""
+        """As in Payloads; None for a tensor that is made."""
         return None if name in self._made else self._base.place(name)
 
 
 def payload_layout(weights: Iterable[TensorSpec]) -> Layout:
-    """Header and offsets of the canonical payload."""
+    """The header and offsets of the canonical payload."""
     return layout(weights, METADATA)
 
 
 def places_in_payload(weights: Iterable[TensorSpec], where: Layout) -> dict[str, External]:
-    """Where each weight lies in the canonical payload, by name."""
+    """The location of each weight in the canonical payload, by name."""
     return {spec.name: External(PAYLOAD, where.offsets[spec.name], spec.nbytes) for spec in weights}
 
 
 def places_in_files(weights: Iterable[TensorSpec], source: Payloads) -> dict[str, External]:
-    """Where each weight lies in the files that it is read from, by name; the graph goes beside them.
+    """The location of each weight in the files from which it is read, by name, for a graph in the same folder.
 
-    Raises Unusable: a weight is not stored as the graph takes it, or its file is a link, which runtimes refuse.
+    Raises Unusable if a weight is not stored in the form that the graph needs, or its file is a link, which runtimes
+    refuse.
     """
     found = {}
     for spec in weights:
@@ -97,7 +98,7 @@ def places_in_files(weights: Iterable[TensorSpec], source: Payloads) -> dict[str
         if stored.dtype is not spec.dtype:
             raise Unusable(f"{spec.name} in {stored.dtype}, where the graph takes {spec.dtype}")
         if place is None:
-            raise Unusable(f"{spec.name} in no file in one piece: scattered, or made for the graph")
+            raise Unusable(f"{spec.name} not contiguously: it is scattered in its file, or made for the graph")
         if place.path.is_symlink() or place.path.stat().st_nlink > 1:
             raise Unusable(f"{place.path.name}, which is a link")
         found[spec.name] = External(place.path.name, place.offset, spec.nbytes)
@@ -105,11 +106,11 @@ def places_in_files(weights: Iterable[TensorSpec], source: Payloads) -> dict[str
 
 
 def attach_payload(model: onnx.ModelProto, places: Mapping[str, External]) -> bytes:
-    """The graph's bytes, with each weight's initialiser pointing at its place.
+    """The graph's bytes, with the location of each weight in its initialiser.
 
     Args:
-        model: a template's model; it is left as it is.
-        places: of its weights.
+        model: a template's model, which is not changed.
+        places: the locations of its weights.
     """
     import onnx
 
@@ -125,11 +126,12 @@ def attach_payload(model: onnx.ModelProto, places: Mapping[str, External]) -> by
 
 
 def write_payload(descriptor: int, source: Payloads, weights: Iterable[TensorSpec], where: Layout, target: Path) -> str:
-    """Writes the payload into an open file, a few pieces of a tensor in memory at a time; its BLAKE3, in hexadecimal.
+    """Writes the payload into an open file, with only a few pieces of a tensor in memory, and returns its BLAKE3 in
+    hexadecimal.
 
     Raises:
-        WriteFailed: naming `target`.
-        NotFinite: a weight is beyond the range of the dtype that the graph computes in.
+        WriteFailed: the disk is full or cannot be written to; the error names `target`.
+        NotFinite: a weight is beyond the range of the dtype in which the graph computes.
     """
     digest = new_hash()
     digest.update(where.header)
@@ -141,7 +143,7 @@ def write_payload(descriptor: int, source: Payloads, weights: Iterable[TensorSpe
             offset = where.offsets[spec.name]
             for piece in _pieces(source, spec, buffers):
                 if hashed is not None:
-                    hashed.result()  # the piece before: so the buffer that comes next is free
+                    hashed.result()  # wait for the previous piece, so that the next buffer is free
                 hashed = hasher.submit(digest.update, piece)
                 write_at(descriptor, piece, offset)
                 send(descriptor, offset, len(piece))
@@ -150,7 +152,7 @@ def write_payload(descriptor: int, source: Payloads, weights: Iterable[TensorSpe
 
 
 def holds_payload(path: Path, source: Payloads, weights: Iterable[TensorSpec], where: Layout) -> bool:
-    """Whether the file at `path` is this very payload, byte for byte."""
+    """Whether the file at `path` is exactly this payload, byte for byte."""
     with path.open("rb") as stream:
         if os.fstat(stream.fileno()).st_size != where.size or stream.read(len(where.header)) != where.header:
             return False
@@ -163,12 +165,12 @@ def holds_payload(path: Path, source: Payloads, weights: Iterable[TensorSpec], w
 
 
 def _buffers() -> Iterator[Bytes]:
-    """Two in turn: one piece is hashed and written while the next is read."""
+    """Two buffers in turn: one piece is hashed and written while the next is read."""
     return itertools.cycle([np.empty(_PIECE, np.uint8), np.empty(_PIECE, np.uint8)])
 
 
 def _pieces(source: Payloads, spec: TensorSpec, buffers: Iterator[Bytes]) -> Iterator[memoryview]:
-    """The tensor's bytes in the dtype of `spec`; a piece's memory is used again for the next but one."""
+    """The tensor's bytes in the dtype of `spec`, in pieces. The memory of a piece is reused two pieces later."""
     stored = source.specs[spec.name]
     for begin in range(0, stored.nbytes, _PIECE):
         buffer = next(buffers)[: stored.nbytes - begin]
@@ -186,6 +188,6 @@ def _converted(piece: Bytes, stored: TensorSpec, dtype: DType) -> memoryview:
             f"a weight is beyond the range of {dtype}",
             where=stored.name,
             found=f"a magnitude of {float(values[values.isfinite()].abs().max()):.3g}",
-            then="--dtype float32 or bfloat16 holds it",
+            then="choose --dtype float32 or bfloat16, which can hold it",
         )
     return bytes_from_tensor(made).data

@@ -1,1 +1,1 @@
-"""Graphs that other exporters wrote: which tensor of theirs is which weight."""
+"""Identifies the weights in graphs that other exporters wrote."""

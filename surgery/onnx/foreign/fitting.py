@@ -1,8 +1,8 @@
-"""Does a graph hold the base's weights, and what of them goes where?
+"""Finds the base's weights in a graph, and checks that a merged model can replace them.
 
-Every float tensor of the graph is explained: it is made of the base's tensors by a recipe that gives its very bytes,
-or it is a small constant of the graph. What is neither is refused and named, and so is a merged model whose changes
-have no place in the graph.
+Every float tensor of the graph must be explained: either a recipe makes exactly its bytes from the base's tensors, or
+it is a small constant of the graph. A tensor that is neither is refused and named, and so is a merged model with
+changes that the graph cannot hold.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     import onnx
     import torch
 
-_CONSTANT = 1 << 16  # elements; a float table of the graph's own may have as many
-_NAMED = 5  # tensors that an error names
+_CONSTANT = 1 << 16  # the most elements of a float constant of the graph
+_NAMED = 5  # the most tensors that an error names
 
 
 class Tensors(Protocol):
-    """Named tensors that can be read: a checkpoint, or one that is merged while it is read."""
+    """Named tensors that can be read: a checkpoint, or a model that is merged while it is read."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         """Every tensor, by name."""
 
     def read(self, name: str) -> torch.Tensor:
-        """One of them, on the CPU."""
+        """Reads one tensor to the CPU."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Fitting:
     """What a graph's float tensors are.
 
     Attributes:
-        slots: all of them, in the order of the file.
-        recipes: how each weight is made of the base's tensors, by the slot's index.
+        slots: all float tensors, in the order of the file.
+        recipes: how each weight is made from the base's tensors, by the slot's index.
     """
 
     slots: tuple[Slot, ...]
@@ -64,7 +64,7 @@ def fit(model: onnx.ModelProto, where: Path, base: Tensors, base_path: object) -
     """Explains the graph at `where` by the base's tensors.
 
     Raises:
-        TemplateMismatch: float tensors that are neither made of the base's nor small constants.
+        TemplateMismatch: a float tensor is neither made from the base's tensors nor a small constant.
         Quantised, UnsafeFile, PathNotFound, CorruptFile: as `find_slots`.
     """
     slots = find_slots(model, where)
@@ -78,17 +78,17 @@ def fit(model: onnx.ModelProto, where: Path, base: Tensors, base_path: object) -
         named = "; ".join(f"{slot}: {reason}" for slot, reason in wrong[:_NAMED])
         more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
         raise TemplateMismatch(
-            "the graph's weights are not all made of the base's tensors",
+            "the graph's weights are not all made from the base's tensors",
             where=where,
-            expected=f"each to be, byte for byte, a tensor of {base_path}, its transpose, or several put together",
+            expected=f"each to be, byte for byte, a tensor of {base_path}, its transpose, or several concatenated",
             found=f"{named}{more}" if wrong else "none of them",
-            then="give the very checkpoint that the graph was exported from as --base",
+            then="pass the exact checkpoint from which the graph was exported as --base",
         )
     return fitting
 
 
 def _no_constant(slot: Slot, missing: Sequence[TensorSpec], base: Tensors) -> str | None:
-    """Why a slot that no recipe gives cannot be a constant of the graph; None if it can."""
+    """Why a slot without a recipe cannot be a constant of the graph; None if it can."""
     of = next((spec.name for spec in missing if alike(slot.name, spec.name)), None)
     if of is not None:
         return f"has other values than {of}"
@@ -100,12 +100,12 @@ def _no_constant(slot: Slot, missing: Sequence[TensorSpec], base: Tensors) -> st
         if slot.size > 1 and sorted(axis for axis in spec.shape if axis != 1) == plain:
             return f"has the shape of {spec.name}, {shape_text(spec.shape)}, but other values"
     if slot.size > _CONSTANT and not slot.is_table:
-        return f"is made of no tensor of the base, and too large for a constant of the graph ({slot.size:,} elements)"
+        return f"is not made from the base, and is too large for a constant of the graph ({slot.size:,} elements)"
     return None
 
 
 class Change:
-    """The merged model against the base, as far as it has been read: which tensors differ, and what must be refused."""
+    """Compares the merged model with the base: finds tensors that differ, and refuses what the graph cannot hold."""
 
     def __init__(self, fitting: Fitting, base: Tensors, merged: Tensors, where: Path) -> None:
         _check_specs(fitting, base, merged, where)
@@ -113,17 +113,17 @@ class Change:
         self._same: dict[str, bool] = {}
 
     def differs(self, name: str) -> bool:
-        """Whether a tensor of the merged model has other values than the base's, in the merged one's dtype."""
+        """Whether a tensor's values differ between merged model and base, in the merged model's dtype."""
         if name not in self._same:
             before, after = self._base.read(name), self._merged.read(name)
             self._same[name] = tensor_hash(before.to(after.dtype)) == tensor_hash(after)
         return not self._same[name]
 
     def payload(self, slot: Slot, held: Bytes) -> Bytes:
-        """A weight's bytes for the merged model; `held` are the graph's.
+        """A weight's bytes for the merged model; `held` are the bytes in the graph.
 
         Raises:
-            TemplateMismatch: nothing tells which of several tensors it is, and the merge makes them differ.
+            TemplateMismatch: the weight could be several tensors, and the merge makes them differ.
         """
         recipe = self._fitting.recipes[slot.index]
         result = recipe.build(self._merged.read, slot.dtype)
@@ -145,7 +145,8 @@ class Change:
         return np.array_equal(a, b)
 
     def _refuse_shared(self, slot: Slot, recipe: Recipe) -> None:
-        """Optimisers make one of equal tensors: what changes then must change for all of them."""
+        """Refuses a weight that several equal tensors of the base may share, as optimisers merge equal tensors, if the
+        merge changes these tensors differently."""
         for piece in recipe.pieces:
             module = piece.source.rpartition(".")[0]
             if slot.modules and all(scope and alike(scope, module) for scope in slot.modules):
@@ -169,11 +170,11 @@ class Change:
             "nothing tells which of the base's tensors a weight of the graph is",
             where=f"{self._where}: {slot.name}",
             found=found,
-            then="export the merged model anew: surgery export-onnx MERGED -o OUT.onnx",
+            then="export the merged model: surgery export-onnx MERGED -o OUT.onnx",
         )
 
     def refuse_lost(self) -> None:
-        """Raises TemplateMismatch for a tensor that the merge changed and that is not in the graph."""
+        """Raises TemplateMismatch if the merge changed a tensor that is not in the graph."""
         lost = []
         sources = self._fitting.sources
         for name in self._base.specs:
@@ -184,17 +185,22 @@ class Change:
                     lost.append(name)
         if lost:
             raise TemplateMismatch(
-                "the merge changes tensors that the graph does not hold, or not in a form that can be told",
+                "the merge changes tensors that the graph does not hold in a recognisable form",
                 where=self._where,
                 found=", ".join(lost[:_NAMED]) + (f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else ""),
-                then="export the merged model anew: surgery export-onnx MERGED -o OUT.onnx",
+                then="export the merged model: surgery export-onnx MERGED -o OUT.onnx",
             )
 
 
 def _check_specs(fitting: Fitting, base: Tensors, merged: Tensors, where: Path) -> None:
     for name in sorted(fitting.sources):
         if name not in merged.specs:
-            raise MissingTensors("the merged model lacks a tensor that the graph holds", where=where, expected=name)
+            raise MissingTensors(
+                "the merged model lacks a tensor that the graph holds",
+                where=where,
+                expected=name,
+                then="export the merged model: surgery export-onnx MERGED -o OUT.onnx",
+            )
         before, after = base.specs[name], merged.specs[name]
         if before.shape != after.shape:
             raise ShapeMismatch(
@@ -202,7 +208,7 @@ def _check_specs(fitting: Fitting, base: Tensors, merged: Tensors, where: Path) 
                 where=f"{where}: {name}",
                 expected=shape_text(before.shape),
                 found=shape_text(after.shape),
-                then="export the merged model anew: surgery export-onnx MERGED -o OUT.onnx",
+                then="export the merged model: surgery export-onnx MERGED -o OUT.onnx",
             )
     added = sorted(merged.specs.keys() - base.specs.keys())
     if added:
@@ -210,5 +216,5 @@ def _check_specs(fitting: Fitting, base: Tensors, merged: Tensors, where: Path) 
             "the merged model has tensors that the base, and so the graph, does not have",
             where=where,
             found=", ".join(added[:_NAMED]),
-            then="export the merged model anew: surgery export-onnx MERGED -o OUT.onnx",
+            then="export the merged model: surgery export-onnx MERGED -o OUT.onnx",
         )

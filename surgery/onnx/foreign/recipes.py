@@ -1,9 +1,9 @@
-"""How each weight of a graph is made of a checkpoint's tensors: as it is, transposed, or several put together.
+"""Finds how each weight of a graph is made from a checkpoint's tensors: unchanged, transposed, or concatenated.
 
-A recipe counts only if the base's tensors, put through it, give the bytes that the graph holds: names, metadata and
-shapes alone prove nothing (query, key, value and output share a shape). They only choose between tensors whose bytes
-are equal, in the order of how much they say: the same name; what the optimiser says it folded; the module that the
-weight's node comes from. Reads one tensor at a time.
+A recipe is valid only if it makes exactly the graph's bytes from the base's tensors. Names, metadata and shapes prove
+nothing: query, key, value and output share a shape. They only decide between tensors with equal bytes, the strongest
+evidence first: the same name; the values that the optimiser says it folded; the module of the node that uses the
+weight. Tensors are read one at a time.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ Read = Callable[[str], "torch.Tensor"]
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of a recipe: a tensor, or its transpose, whose last two axes are swapped; or `rows` of it, first and end.
+    """One part of a recipe: a tensor, its transpose (of the last two axes), or some of its rows.
 
-    `rivals` are tensors of the base with the same bytes, which nothing tells from this one.
+    Attributes:
+        source: name of the base's tensor.
+        transposed: whether it is transposed.
+        rows: first row and end, if it is only a range of rows.
+        rivals: tensors of the base with the same bytes that cannot be distinguished from this one.
     """
 
     source: str
@@ -42,7 +46,7 @@ class Piece:
         return f"{self.source}{part}ᵀ" if self.transposed else f"{self.source}{part}"
 
     def take(self, read: Read, dtype: DType) -> torch.Tensor:
-        """What of the source it is, in this dtype."""
+        """The part of the source, in this dtype."""
         tensor = read(self.source).to(torch_dtype(dtype))
         if self.rows is not None:
             tensor = tensor.reshape(-1, _width(tensor.shape))[slice(*self.rows)]
@@ -51,9 +55,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The pieces, one below the other; all of it `transposed` in the end where they lie side by side.
+    """How a weight is made from pieces.
 
-    `doubtful` where it may as well be a constant of the graph: all its elements are equal and nothing names it.
+    Attributes:
+        pieces: the pieces, stacked by rows.
+        transposed: whether the stack is then transposed, so that the pieces are side by side.
+        doubtful: whether the weight could also be a constant of the graph, because all its elements are equal and
+            nothing names it.
     """
 
     pieces: tuple[Piece, ...]
@@ -66,7 +74,7 @@ class Recipe:
         return f"[{'; '.join(map(str, self.pieces))}]{'ᵀ' if self.transposed else ''}"
 
     def build(self, read: Read, dtype: DType) -> Bytes:
-        """The bytes in a graph of this dtype; each element is rounded once where that is narrower."""
+        """The bytes for a graph of this dtype; each element is rounded once if the dtype is narrower."""
         import torch
 
         parts = [piece.take(read, dtype) for piece in self.pieces]
@@ -79,13 +87,13 @@ class Recipe:
 def find_recipes(
     slots: Sequence[Slot], specs: Mapping[str, TensorSpec], read: Read, payload: Callable[[Slot], Bytes]
 ) -> dict[int, Recipe]:
-    """A recipe for every slot that has one, by its index.
+    """The recipe of every slot that has one, by the slot's index.
 
     Args:
-        slots: of the graph.
+        slots: the graph's slots.
         specs: the base's tensors.
-        read: reads one of them.
-        payload: a slot's bytes in the graph.
+        read: reads one of the base's tensors.
+        payload: reads a slot's bytes in the graph.
     """
     weights = [spec for spec in specs.values() if spec.dtype.is_weight and spec.shape and spec.size]
     found = {}
@@ -108,7 +116,7 @@ def find_recipes(
 def _same_bytes(
     slots: Sequence[Slot], weights: Iterable[TensorSpec], read: Read, payload: Callable[[Slot], Bytes]
 ) -> dict[int, list[Piece]]:
-    """For each slot the tensors, or their transposes, whose bytes are its own."""
+    """For each slot, the tensors or transposes with the same bytes."""
     sizes = {(slot.size, slot.dtype) for slot in slots}
     digests: dict[tuple[DType, str], list[Slot]] = {}
     for slot in slots:
@@ -129,9 +137,9 @@ def _same_bytes(
 
 
 def _chosen(slot: Slot, candidates: Sequence[Piece], uniform: bool) -> tuple[Piece, bool]:
-    """The candidate that most is said for, with rivals where nothing decides; and whether anything is said for it.
+    """The candidate with the strongest evidence, with rivals if it is not unique; and whether there is any evidence.
 
-    A module alone says too little where all elements are equal: a fused node may add one module's zeros in another.
+    The module is not used as evidence if all elements are equal: a fused node may use one module's zeros in another.
     """
     told = False
     for says in (_called, _named, _folded) if uniform else (_called, _named, _folded, _used_by_module):
@@ -166,12 +174,12 @@ def _used_by_module(slot: Slot, source: str) -> bool:
 
 
 def alike(one: str, other: str) -> bool:
-    """Whether two dotted names are the same but for a prefix that one of them lacks."""
+    """Whether two dotted names are equal, or one is the other with a prefix."""
     return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
 
 
 class _Heads:
-    """The base's tensors by their first rows, to find those that a slot is put together from."""
+    """The base's tensors by their first rows, to find those that are concatenated in a slot."""
 
     def __init__(self, slots: Sequence[Slot], weights: Sequence[TensorSpec], read: Read) -> None:
         self._read = read
@@ -230,7 +238,7 @@ class _Heads:
 
 
 def _slice(slot: Slot, payload: Bytes, weights: Iterable[TensorSpec], read: Read) -> Recipe | None:
-    """Rows in a row of a tensor that the optimiser says it took them from; such as positions of a fixed length."""
+    """A range of rows of a tensor that the optimiser names as the source, such as positions of a fixed length."""
     for spec in weights:
         if not any(alike(name, spec.name) for name in slot.made_of):
             continue
@@ -244,7 +252,7 @@ def _slice(slot: Slot, payload: Bytes, weights: Iterable[TensorSpec], read: Read
 
 
 def _width(shape: Sequence[int]) -> int:
-    """Elements of a row; a vector stands upright."""
+    """The number of elements in a row; a vector counts as a column."""
     return shape[-1] if len(shape) > 1 else 1
 
 

@@ -1,7 +1,7 @@
-"""The numbers in a graph that may be weights: where each lies, who uses it, and what the exporter noted of its origin.
+"""The tensors in a graph that may be weights: where each is stored, what uses it, and its origin in the metadata.
 
-torch's exporter notes in the metadata which module a node comes from, and its optimiser which values a folded one was
-made of. Knows no checkpoint.
+torch's exporter records in the metadata which module a node comes from, and its optimiser records from which values a
+folded value was computed. This module knows no checkpoint.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ _ANGLES = (
     ("com.microsoft::RotaryEmbedding", 3),
     ("com.microsoft::GroupQueryAttention", 7),
     ("com.microsoft::GroupQueryAttention", 8),
-)  # ops and the inputs by which they take cosines and sines of positions
-_TABLE = 1024  # elements; more in bytes or half bytes are quantised weights, not a table of the program
+)  # ops, and the inputs that take cosines and sines of positions
+_TABLE = 1024  # bytes; larger 8-bit or 4-bit tensors are quantised weights, not tables of the program
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A float tensor of a graph that has axes.
+    """A float tensor of a graph with at least one axis.
 
     Attributes:
-        index: its place among `all_tensors`; names may repeat in subgraphs.
-        name: the value's.
-        dtype: of the elements.
-        shape: its axes.
-        tensor: the TensorProto, to be filled where it lies in the graph.
-        outside: where it lies if not.
-        uses: how often it goes into a node or out of the graph.
-        is_table: whether all of these take cosines or sines of positions, which no weight is.
-        modules: of every node that it goes into, the dotted path; empty where the exporter did not say.
-        made_of: names that the optimiser folded it from.
+        index: its index in `all_tensors`, because names may repeat in subgraphs.
+        name: the value's name.
+        dtype: dtype of the elements.
+        shape: its shape.
+        tensor: the TensorProto, which holds the data if it is inside the graph.
+        outside: where the external data is; None if the data is inside the graph.
+        uses: how often it is a node's input or the graph's output.
+        is_table: whether all uses take cosines or sines of positions, which are never weights.
+        modules: dotted path of the module of every node that uses it; empty if the exporter did not record it.
+        made_of: names of the values from which the optimiser folded it.
     """
 
     index: int
@@ -77,11 +77,11 @@ class Slot:
 
 
 def find_slots(model: onnx.ModelProto, where: Path) -> tuple[Slot, ...]:
-    """Every float tensor with axes, subgraphs' and Constant nodes' included, in the order of the file.
+    """Every float tensor with axes, including those in subgraphs and Constant nodes, in the order of the file.
 
     Raises:
-        Quantised: a graph that computes with quantised weights.
-        UnsafeFile, PathNotFound, CorruptFile: weights outside of the graph's folder, not there, or of another size.
+        Quantised: the graph computes with quantised weights.
+        UnsafeFile, PathNotFound, CorruptFile: weights are outside the graph's folder, missing, or of another size.
     """
     import onnx
 
@@ -107,7 +107,7 @@ def find_slots(model: onnx.ModelProto, where: Path) -> tuple[Slot, ...]:
 
 
 def all_tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
-    """Every tensor of a model's graphs, whatever its type, in one order."""
+    """Every tensor of a model's graphs, of any type, in a fixed order."""
     return [tensor for _, tensor in _tensors(list(graphs(model.graph)))]
 
 
@@ -124,7 +124,7 @@ def _tensors(every: list[onnx.GraphProto]) -> list[tuple[str, onnx.TensorProto]]
 def _noted(
     every: list[onnx.GraphProto],
 ) -> tuple[Mapping[str, list[tuple[str, int]]], Mapping[str, list[str]], dict[str, tuple[str, ...]]]:
-    """Of each value: the ops that take it and where, of which modules they are, and what it was folded from."""
+    """For each value: the ops and inputs that take it, the modules of these ops, and what it was folded from."""
     takers: dict[str, list[tuple[str, int]]] = {}
     modules: dict[str, list[str]] = {}
     made_of: dict[str, tuple[str, ...]] = {}
@@ -148,7 +148,7 @@ def _metadata(proto: onnx.NodeProto | onnx.ValueInfoProto | onnx.TensorProto) ->
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """A list of names as Python prints it; nothing where it is none."""
+    """A list of names in Python's notation; empty if the text is not one."""
     try:
         said = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -179,9 +179,9 @@ def _refuse_quantised(model: onnx.ModelProto, every: list[onnx.GraphProto], wher
             found.append(f"{name} {label.lower()}")
     if found:
         raise Quantised(
-            "the graph's weights are quantised, and merged values cannot be put in their place",
+            "the graph's weights are quantised, so merged values cannot replace them",
             where=where,
-            expected="weights in floating point",
+            expected="floating-point weights",
             found=", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else ""),
-            then="take the graph from before quantisation, and quantise the result again",
+            then="use the graph from before quantisation, and quantise the result again",
         )

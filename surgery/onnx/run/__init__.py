@@ -1,1 +1,1 @@
-"""Graphs run by ONNX Runtime, and what they are fed."""
+"""Runs graphs in ONNX Runtime, and makes their inputs."""

@@ -1,1 +1,1 @@
-"""Graphs from torch modules, made without weights."""
+"""Makes graphs from torch modules, without their weights."""

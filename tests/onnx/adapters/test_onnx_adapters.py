@@ -229,8 +229,8 @@ def test_a_weight_that_serves_twice_has_two_branches() -> None:
 @pytest.mark.parametrize(
     ("weight", "turned", "message"),
     [
-        ("embeddings.word_embeddings.weight", False, "otherwise than to multiply"),
-        ("encoder.layer.0.attention.self.query.weight", True, "otherwise than to multiply"),
+        ("embeddings.word_embeddings.weight", False, "only to multiply by it"),
+        ("encoder.layer.0.attention.self.query.weight", True, "only to multiply by it"),
         ("encoder.layer.9.attention.self.query.weight", False, "does not multiply"),
     ],
 )

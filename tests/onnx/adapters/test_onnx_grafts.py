@@ -231,15 +231,15 @@ class _Site:
     ("site", "message"),
     [
         (_Site.branch(module="encoder.layer.9.output.dense"), "does not multiply"),
-        (_Site.branch(module="embeddings.word_embeddings"), "otherwise than to multiply"),
-        (_Site.branch(module="encoder.layer.0.intermediate.dense"), "does not look there"),
-        (_Site.branch(module="encoder.layer.0.attention.self.query"), "does not look there"),
-        (_Site.branch(reads=Value.NORMED, norm="encoder.layer.1.output.LayerNorm"), "does not look there"),
-        (_Site.branch(reads=Value.INPUT), "does not look there"),  # 12 columns, not 8
+        (_Site.branch(module="embeddings.word_embeddings"), "only to multiply by it"),
+        (_Site.branch(module="encoder.layer.0.intermediate.dense"), "is not built as the adapter expects"),
+        (_Site.branch(module="encoder.layer.0.attention.self.query"), "is not built as the adapter expects"),
+        (_Site.branch(reads=Value.NORMED, norm="encoder.layer.1.output.LayerNorm"), "is not built as the adapter expects"),
+        (_Site.branch(reads=Value.INPUT), "is not built as the adapter expects"),  # 12 columns, not 8
         (_Site.branch(non_linearity="wild"), "unknown non-linearity"),
-        (PrefixGraft("encoder.layer.0.output.dense", 0, False, "keys", "keys"), "attention does not look"),
+        (PrefixGraft("encoder.layer.0.output.dense", 0, False, "keys", "keys"), "attention is not built"),
         (PromptGraft(False, False, "down"), None),
-        (PromptGraft(True, True, "up"), "as wide as no embedding"),
+        (PromptGraft(True, True, "up"), "prompt's width differs"),
     ],
 )
 def test_a_site_that_looks_otherwise_is_refused(bases: Bases, site: Any, message: str | None) -> None:
@@ -257,10 +257,10 @@ def test_a_site_that_looks_otherwise_is_refused(bases: Bases, site: Any, message
 @pytest.mark.parametrize(
     ("site", "message"),
     [
-        (PromptGraft(False, False, "up"), "as wide as no embedding"),
-        (PromptGraft(True, False, "down"), "embeddings do not look"),  # there are no words to put it among
-        (PrefixGraft("encoder.layer.0.output.dense", 0, False, "keys", "keys"), "attention does not look"),
-        (PrefixGraft("encoder.layer.0.attention.output.dense", 0, True, "keys", "keys"), "moves the input's positions"),
+        (PromptGraft(False, False, "up"), "prompt's width differs"),
+        (PromptGraft(True, False, "down"), "embeddings are not built"),  # there are no words to put it among
+        (PrefixGraft("encoder.layer.0.output.dense", 0, False, "keys", "keys"), "attention is not built"),
+        (PrefixGraft("encoder.layer.0.attention.output.dense", 0, True, "keys", "keys"), "shifts the input's positions"),
         (PrefixGraft("encoder.layer.0.attention.output.dense", 0, False, "up", "up"), "not as wide as the attention"),
     ],
 )
