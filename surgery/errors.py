@@ -1,7 +1,7 @@
 """Every error that an operation raises; continues the tree of `formats.errors`.
 
 ReportedError
-├── FormatError …             the files: see formats.errors
+├── FormatError …             errors about files: see formats.errors
 └── SurgeryError
     ├── NothingToDo           base and tuned are identical, or a merge changes nothing
     ├── NotFinite             a tensor holds NaN or Inf, or a result exceeds its dtype's range

@@ -1,9 +1,9 @@
-"""Sums of a weight and products, rounded to 16 bits, where float32 already tells how.
+"""Rounds the sum of a weight and products to 16 bits, using float32 where its result is provably correct.
 
-A sum in float32 is off by an amount that can be bounded. Rounding is monotone: where sum − bound and sum + bound round
-to the same value, so does the exact sum, in whatever order the float32 one was taken. 16 bits are so few that this is
-nearly everywhere; the few elements left are named, to be computed exactly. So no bit depends on float32, and a merge
-takes a quarter less than with sums in float64. Knows no file and no method.
+The error of a float32 sum can be bounded. Rounding is monotone: if sum − bound and sum + bound round to the same value,
+so does the exact sum, in whatever order the float32 sum was taken. With 16 bits this holds for nearly all elements; the
+positions of the others are returned, to be computed exactly. So no bit depends on float32, and a merge takes a quarter
+less time than with float64 sums. This module knows no file and no method.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from surgery.exact.survival import Watch
 if TYPE_CHECKING:
     import torch
 
-Positions = np.ndarray[Any, np.dtype[np.int64]]  # in a block seen as flat, in ascending order
+Positions = np.ndarray[Any, np.dtype[np.int64]]  # indices into the flattened block, ascending
 _NARROW = (DType.BF16, DType.F16)
-_MOST_TERMS = 128  # of all products together; beyond, the bound leaves too much open
-_MOST_OPEN = 1 / 8  # of a block's elements; beyond, the block is cheaper as a whole
-_UNIT = 2.0**-24  # the relative error of one operation in float32
-_SLACK = 1.25  # for the rounding of the bound itself and terms of second order
-_LARGEST = 1e30  # of a bound; what overflows on the way could come back
+_MOST_TERMS = 128  # of all products together; with more, the bound leaves too many elements undecided
+_MOST_OPEN = 1 / 8  # share of a block's elements; if more are undecided, float64 for the whole block is cheaper
+_UNIT = 2.0**-24  # the relative error of one float32 operation
+_SLACK = 1.25  # covers the rounding of the bound itself, and second-order terms
+_LARGEST = 1e30  # the largest bound that is trusted: an intermediate overflow could go unnoticed beyond it
 _LANES = 4  # 16-bit values in 64 bits
-_TINY = 2.0**-125  # float32 is coarser below, or nothing at all
-_SMALLEST = 2.0**-100  # of a bound: what underflows on the way is less
+_TINY = 2.0**-125  # below this, float32 loses precision or flushes to zero
+_SMALLEST = 2.0**-100  # the least bound: it covers what underflows in intermediate results
 
 
 class CertainProduct(Protocol):
@@ -46,13 +46,13 @@ class CertainProduct(Protocol):
 
     @property
     def scale(self) -> float:
-        """The factor of the sums."""
+        """The factor of the whole product."""
 
 
 @dataclass(frozen=True)
 class _Narrowed:
-    """A product in float32. `reach` (rows, 1): no sum of |left| · |right| in that row is larger. `lost`: what factors
-    too small for float32 can have added to a sum."""
+    """A product in float32. `reach` (rows, 1) is an upper bound of the sums of |left| · |right| in each row. `lost` is
+    the most that factors too small for float32 can add to a sum."""
 
     left: torch.Tensor  # with the scale in it
     right: torch.Tensor
@@ -70,7 +70,7 @@ class _Narrowed:
 
 
 class CertainSum:
-    """matrix + Σ products, by blocks of rows. One for each thread: it has buffers of its own."""
+    """matrix + Σ products, by blocks of rows. It has buffers, so each thread needs one of its own."""
 
     def __init__(self, products: Sequence[CertainProduct], dtype: DType) -> None:
         self._products = [_Narrowed.of(product) for product in products]
@@ -92,11 +92,11 @@ class CertainSum:
 
         Args:
             rows: (n, columns), any floating dtype: the matrix from row `begin` on.
-            begin: its first row.
-            out: (n, columns) of the dtype, contiguous, written to.
+            begin: index of the first row in the matrix.
+            out: (n, columns) of the result's dtype, contiguous, written to.
 
         Returns:
-            Positions of the elements that are left to the caller; None if these are the whole block.
+            Positions of the elements that the caller must compute; None if that is the whole block.
         """
         import torch
 
@@ -112,18 +112,18 @@ class CertainSum:
         return self._decide(block, out)
 
     def show(self, out: torch.Tensor, watch: Watch) -> None:
-        """Shows a watch the latest block's change and what `out` has of it."""
+        """Passes the latest block's change, and the part of it that `out` stores, to a watch."""
         import torch
 
         weight, change, total, stored, _ = self._scratch(out)
         watch.take(torch.sub(stored.copy_(out), weight, out=total), change)
 
     def back(self, rows: torch.Tensor, begin: int, out: torch.Tensor, forth: CertainSum) -> Positions | None:
-        """Rounds a block of which another sum, of the products with the other sign, has just told the change.
+        """Rounds a block with the products subtracted, reusing the change that the opposite sum has just computed.
 
         Args:
             rows, begin, out: as for `round`.
-            forth: that sum.
+            forth: the sum of the same products with the opposite sign, which has just rounded this block.
         """
         import torch
 
@@ -133,7 +133,7 @@ class CertainSum:
         return self._decide(slice(begin, begin + len(rows)), out)
 
     def _decide(self, block: slice, out: torch.Tensor) -> Positions | None:
-        """Rounds the scratch's sums, of those rows."""
+        """Rounds the sums in the scratch buffers, which belong to these rows."""
         _, _, total, bound, above = self._scratch(out)
         self._bound(total, self._reach(block), bound)
         if not _largest(bound) < _LARGEST:
@@ -143,15 +143,15 @@ class CertainSum:
         return open_ if len(open_) <= _MOST_OPEN * out.numel() else None
 
     def _reach(self, rows: slice) -> torch.Tensor:
-        """No sum of |left| · |right| of these rows is larger.  # (n, 1) float32"""
+        """Upper bounds of the sums of |left| · |right| in these rows.  # (n, 1) float32"""
         first, *others = (product.reach[rows] for product in self._products)
         for reach in others:
             first = first + reach
         return first
 
     def _bound(self, total: torch.Tensor, reach: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """What float32 sums are off by at most: of the sum itself and of both bounds put on it; of each term's product
-        and addition, and the scale."""
+        """An upper bound of the error of the float32 sums. It covers each term's product and addition, the scale, and
+        the additions of the bound itself."""
         import torch
 
         fixed = reach.mul(_SLACK * _UNIT * (self._terms + 8)).add_(self._lost)
@@ -168,7 +168,7 @@ class CertainSum:
 
 
 def _has_plain_float32(device: torch.device) -> bool:
-    """Whether products in float32 are that; torch can be told to take less (TF32, bfloat16)."""
+    """Whether float32 products are computed in float32; torch can be set to use TF32 or bfloat16 instead."""
     import torch
 
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
@@ -176,7 +176,7 @@ def _has_plain_float32(device: torch.device) -> bool:
 
 
 def _largest(values: torch.Tensor) -> float:
-    """The largest of contiguous values, NaN if there is one."""
+    """The largest of contiguous values; NaN if there is a NaN."""
     return float(values.numpy().max() if values.device.type == "cpu" else values.max())  # numpy is four times as fast
 
 
@@ -187,7 +187,7 @@ def _differing(left: torch.Tensor, right: torch.Tensor) -> Positions:
     ours, theirs = (tensor.view(torch.int16).view(-1).cpu().numpy() for tensor in (left, right))
     if len(ours) % _LANES:
         return np.flatnonzero(ours != theirs)
-    # Few differ: those among four at a time first.
+    # Few differ, so compare four values at a time first.
     wide = np.flatnonzero(ours.view(np.int64) != theirs.view(np.int64))
     near = (wide[:, None] * _LANES + np.arange(_LANES)).reshape(-1)
     found: Positions = near[ours[near] != theirs[near]]

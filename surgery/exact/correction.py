@@ -1,24 +1,24 @@
-"""What leads from a prediction of a tensor to the tensor itself: where they differ, and by what, compressed.
+"""Corrections: the compressed difference between a prediction of a tensor and the tensor itself.
 
 A correction is one Zstandard frame. For every chunk of at most 2¹⁹ elements it holds
 
-    elements         u32, of the chunk
-    count            u32, elements that differ outside of the likely ones
+    elements         u32, elements of the chunk
+    count            u32, differing elements that are not among the likely ones
     length           u32, bytes of the gaps
-    marks            for each likely element one bit, lowest first: whether it differs; filled up to whole bytes
-    gaps             from each other differing element to the next, in steps of one byte: 255 means 255 further on, not
-                     there yet; anything else, there
+    marks            one bit for each likely element, lowest bit first: whether it differs; padded to whole bytes
+    gaps             steps from each other differing element to the next, one byte each: 255 means move on by 255 and
+                     read the next byte; any other value ends the step
     differences      (bits of the tensor − bits of the prediction) as integers of the element's width, zigzag (0, −1,
-                     1, −2 … as 0, 1, 2, 3 …), the likely elements' first, all lowest bytes first, then all second
-                     ones, and so on
+                     1, −2 … as 0, 1, 2, 3 …), the likely elements' first; first all lowest bytes, then all second
+                     bytes, and so on
 
-everything little-endian. Where the prediction is a merged weight with its delta subtracted again, those elements are
-likely to differ whose exponent is larger in the merged weight than in the prediction: rounding coarsened them, about
-every other one is wrong, and hardly any elsewhere. Neighbours in the last place differ by ±1 in their bits, so but for
-the marks little is left to store; and where everything differs the gaps are all alike and cost nothing. Each part ends
-a block, since every block has its own code.
+Everything is little-endian. If the prediction is a merged weight with its delta subtracted again, the likely elements
+are those whose exponent is larger in the merged weight than in the prediction: rounding coarsened them, so about half
+of them are wrong, and hardly any others. Values that differ in the last place differ by ±1 in their bits, so apart from
+the marks there is little to store. If every element differs, all gaps are equal and compress to almost nothing. Each
+part ends a Zstandard block, because every block has its own entropy code.
 
-Knows bytes only: no file, no dtype, no method.
+This module knows bytes only: no file, no dtype, no method.
 """
 
 from __future__ import annotations
@@ -36,23 +36,29 @@ from formats.tensors import Bytes
 _CHUNK = 1 << 19  # elements at most
 _HEAD = struct.Struct("<III")
 _FAR = 255
-_LEVEL = 3  # higher ones gain nothing on gaps, which have no repetitions to find
+_LEVEL = 3  # higher levels gain nothing: gaps hold no repetitions to find
 
 Words = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Coarsened:
-    """What tells where a prediction is likely to be wrong: the payload of the merged weight, of the tensor's own size,
-    and the number of fraction bits of its floats."""
+    """Shows where a prediction is likely to be wrong.
+
+    Attributes:
+        merged: payload of the merged weight, of the same size as the tensor's.
+        fraction: number of fraction bits of its floats.
+    """
 
     merged: Bytes
     fraction: int
 
 
 def uncertain(guess: Bytes, itemsize: int, coarsened: Coarsened) -> int:
-    """How many elements of a subtracted prediction another value could have led to the same merged one: those that
-    rounding coarsened, and powers of two, below which values lie twice as close. Exact ties apart, no other can differ.
+    """Number of elements in a prediction for which another original value could have given the same merged value.
+
+    These are the elements that rounding coarsened, and powers of two, below which values are twice as dense. Apart from
+    exact ties, no other element can differ.
     """
     words = _words(guess, guess.nbytes, itemsize)
     fraction = (1 << coarsened.fraction) - 1
@@ -64,13 +70,13 @@ def uncertain(guess: Bytes, itemsize: int, coarsened: Coarsened) -> int:
 
 
 def correction_limit(elements: int, itemsize: int) -> int:
-    """The most bytes that a correction of so many elements takes."""
+    """The largest size in bytes of a correction for this many elements."""
     plain = elements * (itemsize + 1) + (2 * elements // _CHUNK + 1) * (_HEAD.size + 64)
     return plain + plain // 128 + 1024
 
 
 def correction_workspace(itemsize: int) -> int:
-    """Bytes of memory that one chunk takes on its way, beside the tensors."""
+    """Bytes of memory that one chunk needs while it is processed, in addition to the tensors."""
     return _CHUNK * (48 + 8 * itemsize)
 
 
@@ -78,8 +84,8 @@ class Corrections:
     """Makes a correction piece by piece.
 
     Args:
-        itemsize: bytes of an element: 1, 2, 4 or 8.
-        fraction: of the floats, where merged payloads tell what is likely to be wrong; None where nothing does.
+        itemsize: bytes per element: 1, 2, 4 or 8.
+        fraction: number of fraction bits of the floats, if merged payloads will be given; else None.
     """
 
     def __init__(self, itemsize: int, fraction: int | None = None) -> None:
@@ -91,7 +97,7 @@ class Corrections:
         self._waiting: list[tuple[Words, ...]] = []  # pieces too small for a chunk of their own
 
     def add(self, actual: Bytes, predicted: Bytes, merged: Bytes | None = None) -> None:
-        """Takes the next elements: the tensor's payload, the prediction's of the same size, and the merged one's."""
+        """Adds the next elements: payloads of the same size of the tensor, the prediction and the merged weight."""
         payloads = (actual, predicted) if merged is None or self._fraction is None else (actual, predicted, merged)
         words = tuple(_words(payload, actual.nbytes, self._itemsize) for payload in payloads)
         count = len(words[0])
@@ -119,7 +125,8 @@ class Corrections:
         self._put(len(truth), marks, others, truth[positions] - guess[positions])  # modulo 2^bits
 
     def _put(self, elements: int, marks: Words, others: Words, difference: Words) -> None:
-        """One chunk: whether each likely element differs, where others do, and by how much, the likely ones first."""
+        """Writes one chunk: whether each likely element differs, where others do, and the differences, the likely
+        elements' first."""
         self._differs = self._differs or bool(len(difference))
         gaps = _gaps(others)
         planes = np.ascontiguousarray(_zigzag(difference).view(np.uint8).reshape(-1, self._itemsize).T)
@@ -130,7 +137,7 @@ class Corrections:
                 self._parts.append(self._stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
 
     def finished(self) -> bytes | None:
-        """The correction; None where nothing differs."""
+        """The correction; None if nothing differs."""
         if self._waiting:
             self._add(*self._gathered()[0])
         self._parts.append(self._stream.flush())
@@ -138,13 +145,13 @@ class Corrections:
 
 
 def correct_from(actual: Bytes, predicted: Bytes, itemsize: int, coarsened: Coarsened | None = None) -> bytes | None:
-    """What leads from a prediction to the tensor; None where they are equal.
+    """The correction from a prediction to the tensor; None if they are equal.
 
     Args:
         actual: the tensor's payload.
-        predicted: the prediction's; read only as far as it goes, zeros after that.
-        itemsize: bytes of an element: 1, 2, 4 or 8.
-        coarsened: where the prediction is likely to be wrong, if anything tells.
+        predicted: the prediction's payload; if it is shorter, it is padded with zeros.
+        itemsize: bytes per element: 1, 2, 4 or 8.
+        coarsened: shows where the prediction is likely to be wrong, if known.
     """
     made = Corrections(itemsize, coarsened.fraction if coarsened else None)
     made.add(actual, predicted, coarsened.merged if coarsened else None)
@@ -154,9 +161,10 @@ def correct_from(actual: Bytes, predicted: Bytes, itemsize: int, coarsened: Coar
 def corrected(
     predicted: Bytes, correction: Bytes, nbytes: int, itemsize: int, where: str, coarsened: Coarsened | None = None
 ) -> Bytes:
-    """The tensor's payload of `nbytes`, out of its prediction and the correction; `coarsened` as it was given there.
+    """Restores the tensor's payload of `nbytes` from its prediction and the correction.
 
-    Raises CorruptFile, naming `where`, for bytes that are no correction of so many elements.
+    `coarsened` must be the same as when the correction was made. Raises CorruptFile, naming `where`, if the bytes are
+    not a correction for this many elements.
     """
     words = _words(predicted, nbytes, itemsize).copy()
     try:
@@ -190,7 +198,7 @@ def corrected(
 
 
 def _words(payload: Bytes, nbytes: int, itemsize: int) -> Words:
-    """A payload as integers, cut or filled up with zeros to `nbytes`."""
+    """A payload as integers, cut or padded with zeros to `nbytes`."""
     if payload.nbytes < nbytes:
         payload = np.concatenate([payload, np.zeros(nbytes - payload.nbytes, np.uint8)])
     return payload[:nbytes].view(f"<u{itemsize}")

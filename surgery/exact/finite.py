@@ -1,4 +1,4 @@
-"""Checks on values that more than one operation makes."""
+"""Checks for NaN and Inf, for all operations."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether there is no NaN or Inf in a floating-point tensor; far cheaper than looking at every element's class."""
+    """Whether a floating-point tensor has no NaN or Inf. Far cheaper than torch.isfinite on every element."""
     import torch
 
     if not tensor.numel():
         return True
-    if tensor.element_size() == 1:  # torch orders no float8
+    if tensor.element_size() == 1:  # torch cannot compare float8 values
         tensor = tensor.to(torch.float32)
     return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))
 
 
 def check_finite(tensor: torch.Tensor, what: str, then: str = "repair or retrain that model") -> None:
-    """Raises NotFinite if there is a NaN or Inf in `what`."""
+    """Raises NotFinite if the tensor, described by `what`, has a NaN or Inf."""
     import torch
 
     if not is_finite(tensor):

@@ -1,8 +1,8 @@
-"""Small float64 linear algebra whose bits depend on nothing but its inputs.
+"""Small float64 linear algebra whose bits depend only on its inputs.
 
-For methods that multiply W0. Products: each factor is the sum of two fixed-point numbers of `rounding`, so that every
-partial sum is exact and order cannot matter, and some 2⁻⁴² of a line's maximum is lost. Inverses: elimination by
-elementwise operations, which have no order. Knows no method.
+It serves methods that multiply W0. In products, each factor is split into two fixed-point numbers as in `rounding`, so
+that every partial sum is exact and the order cannot matter; about 2⁻⁴² of the maximum of a row or column is lost.
+Inverses use elimination by elementwise operations, which have no order. This module knows no method.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right, batched as torch batches.
+    """left @ right, with torch's batching.
 
     Args:
         left: (…, rows, terms), any floating dtype.
@@ -30,14 +30,14 @@ def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def multiplier(right: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """left ↦ matmul(left, right), for a right factor (…, terms, columns) that several left ones share."""
+    """The function left ↦ matmul(left, right), for a right factor (…, terms, columns) that is used several times."""
     bits = fixed_point_bits(right.shape[-2])
     ours = _halves(right, -2, bits)
     return lambda left: _product(_halves(left, -1, bits), ours)
 
 
 def fine_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> RowsOf:
-    """scale · left @ right as a delta, for long sums: `exact_product` has the fewer bits the more terms there are.
+    """scale · left @ right as a delta, for long sums, in which `exact_product` would keep too few bits.
 
     Args:
         left: (rows, terms), any floating dtype.
@@ -50,7 +50,7 @@ def fine_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> RowsO
 
 
 def _product(left: tuple[torch.Tensor, torch.Tensor], right: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """The product of two factors in halves, without that of both low ones."""
+    """The product of two factors given as high and low halves, without the product of the low halves."""
     total: torch.Tensor | None = None
     for first in range(0, left[0].shape[-1], EXACT_TERMS):
         chunk = slice(first, first + EXACT_TERMS)
@@ -63,7 +63,7 @@ def _product(left: tuple[torch.Tensor, torch.Tensor], right: tuple[torch.Tensor,
 
 
 def _halves(factor: torch.Tensor, dim: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factor in fixed point, and in fixed point what that left over."""
+    """The factor in fixed point, and the remainder in fixed point."""
     import torch
 
     factor = factor.to(torch.float64)

@@ -1,6 +1,6 @@
-"""W0 + Σ ΔW rounded once: by blocks of rows, in float32 where that is certain, else in float64.
+"""W0 + Σ ΔW, rounded once: by blocks of rows, in float32 where its result is certain, else in float64.
 
-Where the weight is, and with the same bits everywhere. Knows no file and no method.
+It runs on the weight's device and gives the same bits on every device. This module knows no file and no method.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from surgery.exact.survival import Watch
 if TYPE_CHECKING:
     import torch
 
-BLOCK_ELEMENTS = 1 << 19  # of a block in float32: larger than the cache, since more calls keep other threads waiting
+BLOCK_ELEMENTS = 1 << 19  # of a float32 block: larger than the cache, because more calls would hold up other threads
 
 
 class RoundedSum:
-    """Rows of a matrix plus the same rows of Σ deltas, rounded once. One for each thread: it has buffers of its own."""
+    """Rows of a matrix plus the same rows of Σ deltas, rounded once. It has buffers, so each thread needs its own."""
 
     def __init__(self, deltas: Sequence[Delta], dtype: DType, device: torch.device) -> None:
         self._products = [delta.on(device) for delta in deltas if isinstance(delta, ExactProduct)]
@@ -31,7 +31,7 @@ class RoundedSum:
         self._dtype = dtype
         serves = self._deltas is self._products and CertainSum.serves(self._products, dtype)
         self._certain = CertainSum(self._products, dtype) if serves else None
-        # For single elements: rows of both factors, so that each lies in one piece.
+        # For single elements: both factors with contiguous rows.
         single = (delta for delta in deltas if serves and isinstance(delta, ExactProduct))
         self._single = [(each.left.numpy(), each.right.mT.contiguous().numpy(), each.scale) for each in single]
 
@@ -40,12 +40,12 @@ class RoundedSum:
 
         Args:
             rows: (n, columns), any floating dtype: the matrix from row `begin` on.
-            begin: its first row.
-            out: (n, columns) of the dtype, contiguous, written to.
-            watch: is shown the change that was asked for, in float32, and the one that is stored.
+            begin: index of the first row in the matrix.
+            out: (n, columns) of the result's dtype, contiguous, written to.
+            watch: is passed the requested change, in float32, and the change that is stored.
 
         Returns:
-            Whether the rows were one block, and float32 decided nearly all of it.
+            Whether the rows were one block and float32 decided nearly all of it.
         """
         certain = False
         spans = list(blocks(rows, BLOCK_ELEMENTS if self._certain else None))
@@ -64,11 +64,11 @@ class RoundedSum:
         return True
 
     def back(self, rows: torch.Tensor, begin: int, out: torch.Tensor, forth: RoundedSum) -> None:
-        """Rounds one block that another sum has just made, by adding the negatives of these deltas.
+        """Rounds one block that another sum, with the opposite deltas, has just made.
 
         Args:
             rows, begin, out: as for `round`.
-            forth: that sum, for which float32 decided nearly all of the block.
+            forth: the other sum, for which float32 decided nearly all of the block.
         """
         assert self._certain is not None
         assert forth._certain is not None
@@ -79,7 +79,7 @@ class RoundedSum:
             self._complete(rows, begin, out, rest)
 
     def _complete(self, rows: torch.Tensor, begin: int, out: torch.Tensor, rest: Positions) -> None:
-        """Rounds what float32 left open."""
+        """Rounds the elements that float32 left undecided."""
         if len(rest):
             out.view(-1)[_on(rest, out)] = self._single_sums(rows, begin, rest).to(out.device)
 
@@ -97,11 +97,11 @@ class RoundedSum:
                 watch(block, change, rounded)
 
     def _single_sums(self, rows: torch.Tensor, begin: int, positions: Positions) -> torch.Tensor:
-        """Single elements, with the bits they have as part of a block.  # (n,) on the CPU"""
+        """Single elements, with the same bits as in a block.  # (n,) on the CPU"""
         import torch
 
         row, column = np.divmod(positions, rows.shape[1])
-        exact = np.full(len(row), -0.0)  # of which nothing is left in a sum, whatever its sign
+        exact = np.full(len(row), -0.0)  # adding −0.0 changes no value, not even the sign of a zero
         for left, right, scale in self._single:
             exact += np.vecdot(left[begin + row], right[column]) * scale
         exact += rows.reshape(-1)[_on(positions, rows)].to("cpu", torch.float64).numpy()
@@ -115,7 +115,7 @@ def _on(positions: Positions, like: torch.Tensor) -> torch.Tensor:
 
 
 def segments(deltas: Sequence[Delta], rows: int) -> Iterator[tuple[int, int, Sequence[Delta]]]:
-    """Ranges of a matrix's rows, each with its deltas: one for each product of a stack, else the whole matrix."""
+    """Ranges of a matrix's rows, each with its deltas: one range per product of a stack, else the whole matrix."""
     stacks = [delta.products for delta in deltas if isinstance(delta, StackedProducts)]
     if not deltas or len(stacks) != len(deltas) or len({len(stack) for stack in stacks}) > 1:
         yield 0, rows, deltas
@@ -131,10 +131,10 @@ def add_rounded(
     """weight + Σ deltas, summed in float64 in the order given, rounded once to `dtype`.
 
     Args:
-        weight: any shape and floating dtype; seen as a matrix of the deltas' columns.
-        deltas: of the weight's size.
-        dtype: of the result.
-        watch: is shown each block, as `RoundedSum` shows it.
+        weight: any shape and floating dtype; reshaped to a matrix with the deltas' columns.
+        deltas: deltas of the weight's size.
+        dtype: dtype of the result.
+        watch: is passed each block, as by `RoundedSum`.
 
     Returns:
         A new tensor of the weight's shape.
@@ -151,13 +151,13 @@ def add_rounded(
 
 
 def store_rounded(weight: torch.Tensor, exact: torch.Tensor, dtype: DType, watch: Watch) -> torch.Tensor:
-    """A result that is there in float64, rounded once to `dtype`.
+    """A float64 result, rounded once to `dtype`.
 
     Args:
         weight: W0, any shape and floating dtype.
-        exact: what became of it, of the same shape.
-        dtype: of the result.
-        watch: is shown each block, as `RoundedSum` shows it.
+        exact: the changed weight in float64, of the same shape.
+        dtype: dtype of the result.
+        watch: is passed each block, as by `RoundedSum`.
     """
     import torch
 

@@ -1,10 +1,10 @@
-"""A product whose bits depend on nothing but its factors, and rounding once.
+"""Products whose bits depend only on their factors, and rounding exactly once.
 
-Floating-point sums depend on their order, and the order on threads, block sizes and libraries. Here the factors are
-first brought to fixed point against the maximum of each row of the left and each column of the right one: to as many
-bits b as let a sum of products fit float64's 53, which is 2 b + log2(terms): 24 bits up to 32 terms, 22 up to 512.
-Every partial sum is then exact, so order cannot matter. Longer sums are taken in chunks of 512, added in a fixed
-order.
+The result of a floating-point sum depends on its order, and the order depends on threads, block sizes and libraries. So
+the factors are first rounded to fixed point, relative to the maximum of each row of the left factor and each column of
+the right one. The number of bits b is chosen so that a sum of products fits float64's 53 bits: 2 b + log2(terms) ≤ 53,
+which gives 24 bits up to 32 terms and 22 bits up to 512. Every partial sum is then exact, so the order cannot matter.
+Longer sums are taken in chunks of 512 terms, which are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -22,33 +22,34 @@ from formats.tensors import torch_dtype
 if TYPE_CHECKING:
     import torch
 
-EXACT_TERMS = 512  # of one exact sum
-# Low bits of a float32 that are zero wherever it lies on a tie of the narrower type (and where it is representable).
+EXACT_TERMS = 512  # the most terms in one exact sum
+# Low bits of a float32 that are zero if it is a tie between two values of the narrower type (or is one of its values).
 _TIE_BITS = {DType.BF16: 0x7FFF, DType.F16: 0x0FFF, DType.F8_E4M3: 0x7FFFF, DType.F8_E5M2: 0xFFFFF}
-_E4M3_LIMIT = 464.0  # halfway from its largest number, 448, to where the next would be; a tie goes to 448
-_LEAST_EXPONENT = -900  # of a line in fixed point; a shorter one has fewer bits, and both factors stay in range
+_E4M3_LIMIT = 464.0  # halfway from its largest value, 448, to where the next would be; a tie goes to 448
+_LEAST_EXPONENT = -900  # of a row or column in fixed point; smaller ones keep fewer bits, so both factors stay in range
 _BLOCK_ELEMENTS = 1 << 17  # float64 elements of one block: 1 MiB, so that it stays in cache
 
 
 class Delta(Protocol):
-    """What is added to a weight seen as a matrix: float64, by blocks of rows, the same whatever the blocks."""
+    """A change of a weight, seen as a matrix, in float64. It is computed by blocks of rows, and its bits do not depend
+    on the blocks."""
 
     @property
     def columns(self) -> int:
-        """Columns of the matrix; they tell how a weight of more dimensions is to be seen as one."""
+        """Columns of the matrix, as which a weight with more dimensions is reshaped."""
 
     def rows(self, begin: int, end: int) -> torch.Tensor:
-        """Rows begin to end.  # (end - begin, columns) float64, the caller's to overwrite"""
+        """Rows begin to end.  # (end - begin, columns) float64; the caller may overwrite them"""
 
 
 @dataclass(frozen=True)
 class ExactProduct:
-    """scale · left @ right, by blocks of rows, with bits that no order of summation can change.
+    """scale · left @ right, by blocks of rows, with bits that do not depend on the order of summation.
 
     Attributes:
-        left: (rows, terms) float64; a row's values are integers of few bits times one power of two.
-        right: (terms, columns) float64; likewise for each column.
-        scale: the factor applied to the sum, in float64.
+        left: (rows, terms) float64; the values of a row are integers with few bits, times one power of two.
+        right: (terms, columns) float64; the same for each column.
+        scale: factor of the sum, in float64.
     """
 
     left: torch.Tensor
@@ -70,13 +71,13 @@ class ExactProduct:
         return total if self.scale == 1.0 else total.mul_(self.scale)
 
     def on(self, device: torch.device) -> ExactProduct:
-        """The same product, computed there."""
+        """The same product with its factors on another device."""
         return replace(self, left=self.left.to(device), right=self.right.to(device))
 
 
 @dataclass(frozen=True)
 class StackedProducts:
-    """Products of one shape, each below the last: the experts of one tensor."""
+    """Products of one shape, stacked by rows: the experts of one tensor."""
 
     products: tuple[ExactProduct, ...]
 
@@ -106,7 +107,7 @@ class Hadamard:
 
     @property
     def columns(self) -> int:
-        """Columns of either."""
+        """Columns of either product."""
         return self.first.columns
 
     def rows(self, begin: int, end: int) -> torch.Tensor:
@@ -132,7 +133,7 @@ class Kronecker:
         return self.first.shape[1] * self.second.shape[1]
 
     def rows(self, begin: int, end: int) -> torch.Tensor:
-        """Rows begin to end of the (a b, c d).  # (end - begin, columns) float64"""
+        """Rows begin to end of the product (a b, c d).  # (end - begin, columns) float64"""
         import torch
 
         at, height = torch.arange(begin, end), self.second.shape[0]
@@ -141,7 +142,7 @@ class Kronecker:
 
 @dataclass(frozen=True)
 class RowsOf:
-    """A delta given by a function of begin and end that computes its rows element by element, in no order."""
+    """A delta given by a function of begin and end that computes its rows element by element, without sums."""
 
     columns: int
     of: Callable[[int, int], torch.Tensor]
@@ -164,12 +165,12 @@ def exact_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> Exac
 
 
 def fixed_point_bits(terms: int) -> int:
-    """The most bits that two factors may have so that a sum of this many products is exact in float64."""
+    """The most bits that each factor may have for a sum of this many products to be exact in float64."""
     return (53 - math.ceil(math.log2(min(max(terms, 1), EXACT_TERMS)))) // 2
 
 
 def fixed_point(factor: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
-    """The factor with every line along `dim` rounded to `bits` bits against the line's maximum.  # float64"""
+    """The factor with every row or column along `dim` rounded to `bits` bits relative to its maximum.  # float64"""
     import torch
 
     factor = factor.to(torch.float64)
@@ -180,14 +181,14 @@ def fixed_point(factor: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
 
 
 def lengthen(matrix: torch.Tensor, delta: Delta, lengths: torch.Tensor, result: torch.Tensor, dtype: DType) -> None:
-    """The rows of matrix + delta brought to the lengths given, in float64, rounded once to `dtype`.
+    """Scales the rows of matrix + delta to the given norms, in float64, and rounds once to `dtype`.
 
     Args:
         matrix: (rows, columns), any floating dtype and strides.
-        delta: of the same size.
-        lengths: (rows,), any floating dtype.
-        result: (rows, columns), any strides, written to; NaN in rows without a direction.
-        dtype: of the result.
+        delta: a delta of the same size.
+        lengths: (rows,), any floating dtype: the norms.
+        result: (rows, columns), any strides, written to; NaN in rows that are all zeros.
+        dtype: dtype of the result.
     """
     for begin, end in blocks(matrix):
         block = delta.rows(begin, end)
@@ -202,13 +203,13 @@ def change_rows(
     change: Callable[[torch.Tensor, int, int], torch.Tensor],
     dtype: DType,
 ) -> None:
-    """Every row of the matrix put through `change`, rounded once to `dtype`.
+    """Applies `change` to every row of the matrix and rounds once to `dtype`.
 
     Args:
         matrix: (rows, columns), any floating dtype and strides.
-        result: of the same size, any strides, written to.
-        change: from rows begin to end in float64 to what they become; each row by itself.
-        dtype: of the result.
+        result: a tensor of the same size, any strides, written to.
+        change: maps rows begin to end in float64 to their new values, each row on its own.
+        dtype: dtype of the result.
     """
     import torch
 
@@ -217,7 +218,7 @@ def change_rows(
 
 
 def blocks(matrix: torch.Tensor, elements: int | None = None) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that stay in cache."""
+    """Ranges of rows that fit in the cache."""
     rows, columns = matrix.shape
     step = max(1, (elements or _BLOCK_ELEMENTS) // max(1, columns))
     for begin in range(0, rows, step):
@@ -225,7 +226,7 @@ def blocks(matrix: torch.Tensor, elements: int | None = None) -> Iterator[tuple[
 
 
 def sum_of(deltas: Sequence[Delta], begin: int, end: int) -> torch.Tensor:
-    """Σ deltas between two rows, in the order given.  # (end - begin, columns) float64"""
+    """Rows begin to end of Σ deltas, added in the order given.  # (end - begin, columns) float64"""
     block = deltas[0].rows(begin, end)
     for delta in deltas[1:]:
         block += delta.rows(begin, end)
@@ -233,8 +234,8 @@ def sum_of(deltas: Sequence[Delta], begin: int, end: int) -> torch.Tensor:
 
 
 def row_norms(block: torch.Tensor) -> torch.Tensor:
-    """‖row‖ of each row, the squares added in pairs of a fixed order, element by element: torch's own sums choose
-    theirs by shape, threads and the machine's vectors.  # (rows,) float64"""
+    """‖row‖ of each row. Squares are added in pairs, in a fixed order: the order of torch's own sums depends on shape,
+    threads and the machine's vector width.  # (rows,) float64"""
     squares = block.square()  # (rows, columns)
     count = squares.shape[1]
     while count > 1:
@@ -247,9 +248,9 @@ def row_norms(block: torch.Tensor) -> torch.Tensor:
 def round_once(values: torch.Tensor, dtype: DType) -> torch.Tensor:
     """Rounds float64 to the nearest value of `dtype`, ties to even, in a single rounding.
 
-    torch converts float64 to the 16-bit and 8-bit types by way of float32, which rounds twice and misses the nearest
-    value where the float32 lies on a tie of the target. Those few are rounded to odd in float32 instead (24 bits, at
-    least two more than the target), which makes the second rounding the only one that counts (Boldo and Melquiond,
+    torch converts float64 to 16-bit and 8-bit types through float32. That rounds twice, and misses the nearest value if
+    the float32 value is a tie of the target type. These few values are rounded to odd in float32 instead (24 bits, at
+    least two more than the target), so that only the second rounding counts (Boldo and Melquiond,
     doi:10.1109/TC.2007.70819).
     """
     import torch
@@ -264,9 +265,9 @@ def round_once(values: torch.Tensor, dtype: DType) -> torch.Tensor:
         with np.errstate(invalid="ignore"):
             error = (
                 values.cpu().numpy().reshape(-1)[ties] - at
-            )  # its sign tells on which side of the value `nearest` lies
+            )  # its sign shows on which side of the value `nearest` is
         away = ((error < 0) == (at > 0)).astype(np.int32)  # 1 where rounded away from zero
         bits[ties] = np.where((error != 0) & np.isfinite(error), (bits[ties] - away) | 1, bits[ties])
-    if dtype is DType.F8_E4M3:  # has no Inf; beyond its range some versions of torch give its largest, others NaN
+    if dtype is DType.F8_E4M3:  # it has no Inf; beyond its range, torch versions differ: the largest value, or NaN
         nearest[nearest.abs() > _E4M3_LIMIT] = math.nan
     return nearest.to(torch_dtype(dtype)).to(values.device)

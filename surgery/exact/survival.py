@@ -1,8 +1,9 @@
-"""What rounding leaves of a change: ‖stored(W) − W0‖ / ‖ΔW‖, and the cosine of the angle between the two.
+"""Measures how much of a change survives rounding: ‖stored(W) − W0‖ / ‖ΔW‖, and the cosine of the angle between them.
 
 A delta below half a unit in the last place of the stored dtype is rounded away, and a merge that changes nothing looks
-like any other. Measured block by block while merging: products in float32 over at most 4096 elements, each line
-by one call that has one order, and their sums in float64 block by block; threads do not show. Knows no tensor's name.
+like any other. The measurement runs block by block while merging. Dot products are taken in float32 over at most 4096
+elements, each by one call with a fixed order, and added in float64 block by block, so the result does not depend on
+threads. This module knows no tensor names.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ if TYPE_CHECKING:
     import torch
 
 _LINE = 4096  # elements of one float32 sum
-_FLOOR = 1e-30  # below that, float32's squares vanish
+_FLOOR = 1e-30  # below this, squares underflow in float32
 
 
 @dataclass(frozen=True)
 class Surviving:
-    """What of one tensor's change was stored.
+    """How much of one tensor's change was stored.
 
     Attributes:
         survived: ‖stored(W) − W0‖ / ‖ΔW‖; 1 for a change of zero.
-        cosine: of the angle between the two; 0 where nothing was stored.
+        cosine: cosine of the angle between the stored and the requested change; 0 if nothing was stored.
     """
 
     survived: float
@@ -38,18 +39,18 @@ class Surviving:
 
 
 class Watch:
-    """Adds up the change that was asked for and the change that was stored, block by block in a fixed order."""
+    """Adds up the requested change and the stored change, block by block in a fixed order."""
 
     def __init__(self) -> None:
         self._stored = self._asked = self._along = 0.0
 
     def __call__(self, start: torch.Tensor, change: torch.Tensor, rounded: torch.Tensor) -> None:
-        """Takes one block.
+        """Adds one block.
 
         Args:
             start: W0, any floating dtype.
             change: ΔW before any rounding, of the same shape, float32 or float64.
-            rounded: what is stored of W0 + ΔW.
+            rounded: W0 + ΔW as stored.
         """
         import torch
 
@@ -57,7 +58,7 @@ class Watch:
         self.take(rounded.to(wide) - start.to(wide), change)
 
     def take(self, stored: torch.Tensor, asked: torch.Tensor) -> None:
-        """Takes one block of both changes, of one shape and contiguous."""
+        """Adds one block of both changes, which have one shape and are contiguous."""
         import torch
 
         squares, along = _products(asked, stored, torch.float32)
@@ -69,17 +70,17 @@ class Watch:
 
     @property
     def asks(self) -> bool:
-        """Whether any change was asked for."""
+        """Whether the requested change is not zero."""
         return self._asked != 0
 
     @property
     def is_finite(self) -> bool:
-        """Whether no NaN or Inf was shown; False may also mean a square beyond float64."""
+        """Whether there was no NaN or Inf. False may also mean that a square exceeded float64."""
         return math.isfinite(self._asked + self._stored)
 
     @property
     def surviving(self) -> Surviving:
-        """Of all blocks so far."""
+        """The result for all blocks so far."""
         asked, stored = math.sqrt(self._asked), math.sqrt(self._stored)
         if not asked:
             return Surviving(1.0, 1.0)
@@ -89,7 +90,7 @@ class Watch:
 def _products(asked: torch.Tensor, stored: torch.Tensor, dtype: torch.dtype) -> tuple[tuple[float, float], float]:
     """‖asked‖², ‖stored‖² and ⟨asked, stored⟩ of two flat tensors."""
     left, right = (change.reshape(-1).to("cpu", dtype).numpy() for change in (asked, stored))
-    with np.errstate(all="ignore"):  # what is not finite is asked for afterwards
+    with np.errstate(all="ignore"):  # is_finite reports NaN and Inf afterwards
         return (_dot(left, left), _dot(right, right)), _dot(left, right)
 
 
@@ -102,17 +103,17 @@ def _dot(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> float:
 
 
 def least(surviving: Mapping[str, Surviving]) -> str | None:
-    """The tensor whose change survived least, the first by name of several; None of none."""
+    """The tensor whose change survived least, the first by name if several did; None if there are no tensors."""
     return min(sorted(surviving), key=lambda name: surviving[name].survived, default=None)
 
 
 def middle(surviving: Mapping[str, Surviving]) -> float:
-    """The median of what survived."""
+    """The median of `survived` over all tensors."""
     return median(each.survived for each in surviving.values())
 
 
 def check_surviving(surviving: Mapping[str, Surviving], minimum: float) -> None:
-    """Raises VerificationFailed where less than `minimum` of a change was stored."""
+    """Raises VerificationFailed if less than `minimum` of any tensor's change was stored."""
     name = least(surviving)
     if name is not None and surviving[name].survived < minimum:
         few = sum(each.survived < minimum for each in surviving.values())

@@ -1,1 +1,1 @@
-"""Differences of weights and their truncated decompositions. Knows no path, no plan and no method."""
+"""Differences of weights, and their truncated decompositions. This package knows no path, no plan and no method."""

@@ -1,9 +1,10 @@
-"""The factors of a ΔW that a method gives row by row: by its structure where it has one, never formed; else formed.
+"""Factorises the ΔW of any method. Uses the structure of ΔW if it has one; only otherwise is ΔW formed as a matrix.
 
-A product of two factors, and two such products multiplied element by element (their Khatri–Rao product: rank r²,
-Kolda and Bader, doi:10.1137/07070111X, section 2.6), are thin: see `thin_product`. The singular values of a Kronecker
-product are the products of its factors' (Van Loan, doi:10.1016/S0377-0427(00)00393-9, section 2), and its vectors
-theirs. All singular values are known then, in float64. Knows tensors only.
+Some structures are thin products, see `thin_product`: a product of two factors, and the elementwise product of two such
+products (its factors are Khatri–Rao products of rank r², Kolda and Bader, doi:10.1137/07070111X, section 2.6). The
+singular values of a Kronecker product are the products of its factors' singular values, and so are its vectors (Van
+Loan, doi:10.1016/S0377-0427(00)00393-9, section 2). With a structure, all singular values are known in float64. This
+module knows tensors only.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-_SMALL = 512  # of the smaller side: up to it a product is decomposed by its factors, whatever their inner dimension
-_THIN = 4  # times the inner dimension that the smaller side has at least, beyond it, for that to be cheap
-_FLOAT32 = 1e-14  # of ‖ΔW‖²: what rounding ΔW to float32 may come to
+_SMALL = 512  # smaller side of ΔW up to which any product is decomposed by its factors
+_THIN = 4  # beyond _SMALL: smallest ratio of the smaller side to the inner dimension for which that is cheap
+_FLOAT32 = 1e-14  # share of ‖ΔW‖² that rounding ΔW to float32 may cost
 
 
 @dataclass(frozen=True)
 class Thin:
-    """B A, B (out, inner) and A (inner, in), float64."""
+    """The product B A, with B (out, inner) and A (inner, in) in float64."""
 
     b: torch.Tensor
     a: torch.Tensor
@@ -42,7 +43,7 @@ class Thin:
 
 @dataclass(frozen=True)
 class KroneckerPair:
-    """first ⊗ second, float64."""
+    """first ⊗ second, in float64."""
 
     first: torch.Tensor
     second: torch.Tensor
@@ -57,11 +58,11 @@ Form = Thin | KroneckerPair | DeltaMatrix
 
 
 def form_of(delta: rounding.Delta, rows: int, device: torch.device, *, turned: bool) -> Form:
-    """ΔW (out, in) as what it is made of; formed in float32 where it has no structure, or too much inner dimension.
+    """The structure of ΔW (out, in). If it has none, or the inner dimension is too large, ΔW is formed in float32.
 
     Args:
-        delta: of the weight as the base stores it.
-        rows: of the weight.
+        delta: the change of the weight as the base stores it.
+        rows: number of rows of the weight as stored.
         device: where to compute.
         turned: whether the base stores (in, out).
     """
@@ -87,7 +88,7 @@ def form_of(delta: rounding.Delta, rows: int, device: torch.device, *, turned: b
 
 
 def most_inner(small: int) -> int:
-    """The inner dimension up to which a product is decomposed by its factors, by the smaller side of ΔW."""
+    """The largest inner dimension for which a product is decomposed by its factors. `small` is ΔW's smaller side."""
     return small if small <= _SMALL else small // _THIN
 
 
@@ -111,8 +112,8 @@ def factored(form: Form, rank: int | ChoosesRank, dtype: torch.dtype, seed: int 
     Args:
         form: ΔW, finite.
         rank: 1 ≤ rank ≤ min(out, in), clamped to the rank that ΔW can have; or the rule that decides it.
-        dtype: of the factors.
-        seed: of the random start, where ΔW was formed.
+        dtype: dtype of the factors.
+        seed: seed of the random start, used if ΔW was formed.
     """
     if isinstance(form, Thin):
         factors, total = refactor(form.b, form.a, _clamped(rank, form.size), dtype)

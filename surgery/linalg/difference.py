@@ -1,6 +1,6 @@
-"""The difference of two weights as a matrix that is multiplied, never held in float32 as a whole.
+"""The difference of two weights as an operator for matrix products, never held as a whole float32 matrix.
 
-Knows tensors only: no file, no rank, no decomposition.
+This module knows tensors only: no file, no rank, no decomposition.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-_BLOCK_ELEMENTS = 1 << 17  # of a block of rows: it stays in the cache while it is formed, measured and multiplied
+_BLOCK_ELEMENTS = 1 << 17  # of a block of rows, which stays in the cache while it is formed, measured and multiplied
 _DEVICE_BLOCK_ELEMENTS = 1 << 25  # on an accelerator, where calls cost more than memory
-_SAFE = 1e-30, 1e30  # ‖ΔW‖² whose parts neither under- nor overflow in float32
+_SAFE = 1e-30, 1e30  # range of ‖ΔW‖² in which no part under- or overflows in float32
 
 
 class DeltaMatrix:
     """ΔW = tuned − base, (rows, columns), for products with thin matrices.
 
-    Each float32 block of rows is formed anew from the stored tensors whenever it is needed: reading them from memory
-    costs less than a float32 copy would. Beside them stands one copy in `fast` dtype, for products that need not be
-    better: bfloat16 where the processor multiplies it many times faster, else float32.
+    Each float32 block of rows is recomputed from the stored tensors whenever it is needed: reading them from memory
+    costs less than a float32 copy would. In addition there is one copy in a fast dtype, for products that need no more
+    precision: bfloat16 if the processor multiplies it many times faster, else float32.
 
     Attributes:
         shape: (rows, columns).
-        total: ‖ΔW‖², summed in float64; NaN or Inf if there is one in the difference.
-        scale: what the products are to be multiplied with; a power of two, other than 1 only where the squares of
+        total: ‖ΔW‖², summed in float64; NaN or Inf if the difference contains one.
+        scale: factor by which products must be multiplied: a power of two. It differs from 1 only if the squares of
             ΔW's elements would leave float32's range.
     """
 
     def __init__(self, base: torch.Tensor | None, tuned: torch.Tensor, flipped: bool, scale: float = 1.0) -> None:
-        """Use `between` or `of`. `base` and `tuned` are as stored; `flipped` says that ΔW is the transposed."""
+        """Use `between` or `of`. `base` and `tuned` are as stored; `flipped` means that ΔW is the transpose."""
         rows, columns = tuned.shape
         self.shape = (columns, rows) if flipped else (rows, columns)
         self.scale = scale
@@ -49,8 +49,8 @@ class DeltaMatrix:
         """tuned − base; None if it is zero everywhere.
 
         Args:
-            base, tuned: (rows, columns), of any floating-point dtypes, as stored: views are fine, transposed ones too.
-                float64 is subtracted as float64 before it is narrowed.
+            base, tuned: (rows, columns) of any floating-point dtypes, as stored. Views are allowed, also transposed
+                ones. If one is float64, the difference is taken in float64 and then rounded to float32.
         """
         flipped = tuned.stride(1) != 1 and tuned.stride(0) == 1
         delta = cls(base.mT, tuned.mT, True) if flipped else cls(base, tuned, False)
@@ -73,29 +73,29 @@ class DeltaMatrix:
 
     @property
     def is_precise(self) -> bool:
-        """Whether all products are in float32 anyway."""
+        """Whether the fast dtype is float32, so that all products are precise."""
         return self._fast.dtype.itemsize == 4
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors lie, and what is multiplied with them must."""
+        """The device of the tensors, and of everything that is multiplied with them."""
         return self._tuned.device
 
     def product(
         self, thin: torch.Tensor, *, adjoint: bool, precise: bool, near: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """ΔW @ thin or, as `adjoint`, ΔWᵀ @ thin, in thin's dtype.
+        """ΔW @ thin or, with `adjoint`, ΔWᵀ @ thin, in thin's dtype.
 
         Args:
             thin: (columns, width) float32 or float64, or (rows, width) for the adjoint.
-            adjoint: multiply with the transposed.
-            precise: in thin's dtype, else in the fast one.
-            near: what the product is about. The fast dtype then rounds only the distance to it, so that nothing but
-                the rounding of ΔW and of `thin` is felt.
+            adjoint: multiply by the transpose.
+            precise: multiply in thin's dtype, else in the fast dtype.
+            near: an approximation of the product. Then only the distance to it is rounded to the fast dtype, so that
+                the result suffers only from the rounding of ΔW and of `thin`.
         """
         import torch
 
-        plain = adjoint == self._flipped  # whether the tensors are needed as they are stored
+        plain = adjoint == self._flipped  # whether the product needs the tensors as stored, not transposed
         if not precise:
             narrow = thin.to(self._fast.dtype)
             # A contiguous left factor is twice as fast as a view.
@@ -118,14 +118,14 @@ class DeltaMatrix:
         return out.mT
 
     def matrix(self) -> torch.Tensor:
-        """All of it, (rows, columns) float32, scaled back."""
+        """ΔW as a whole, (rows, columns) float32, with its scale applied."""
         import torch
 
         whole = torch.cat([block.clone() for _, block in self._blocks()]).mul_(self.scale)
         return whole.mT if self._flipped else whole
 
     def squared_distance(self, b: torch.Tensor, a: torch.Tensor) -> float:
-        """‖ΔW − BA‖² by forming the difference, B (rows, rank) and A (rank, columns) float32."""
+        """‖ΔW − BA‖², computed from the difference itself. B is (rows, rank) and A (rank, columns), both float32."""
         import torch
 
         left, right = (a.mT, b.mT) if self._flipped else (b, a)
@@ -138,8 +138,8 @@ class DeltaMatrix:
     def _survey(self) -> tuple[torch.Tensor, float]:
         """One pass over everything: the copy in the fast dtype, and ‖ΔW‖² before scaling.
 
-        Each row's norm in float32 is good to 1e-8, and their squares are summed in float64; all is done in float64
-        where a row's square would under- or overflow.
+        Each row's float32 norm is accurate to 1e-8, and the squares are summed in float64. If a row's square would
+        under- or overflow, everything is done in float64.
         """
         import torch
 
@@ -155,7 +155,7 @@ class DeltaMatrix:
         return fast, total
 
     def _blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Blocks of rows as stored, float32, each in the memory of the last."""
+        """Blocks of rows as stored, in float32. Each block reuses the memory of the last one."""
         import torch
 
         rows, columns = self._tuned.shape
@@ -175,7 +175,7 @@ class DeltaMatrix:
 
 
 def _roomy(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An empty tensor. On the CPU by way of numpy, which asks the kernel for huge pages where torch does not."""
+    """An empty tensor. On the CPU it is made by numpy, which, unlike torch, asks the kernel for huge pages."""
     import torch
 
     if device.type != "cpu":

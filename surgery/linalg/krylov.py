@@ -1,8 +1,8 @@
-"""The leading singular triplets of a large matrix from a block Krylov space, with as many blocks as it takes.
+"""The leading singular triplets of a large matrix, from a block Krylov space with as many blocks as needed.
 
-Block Krylov iteration (Musco and Musco, arXiv 1504.05477): fine-tuning deltas have slowly decaying spectra, on which
-the usual randomised SVD with a few power iterations is off by per cents. Deterministic: the start is seeded. Knows
-tensors only.
+Block Krylov iteration: Musco and Musco, arXiv 1504.05477. The spectra of fine-tuning deltas decay slowly; on them, the
+usual randomised SVD with a few power iterations is off by several per cent. The result is deterministic, because the
+random start is seeded. This module knows tensors only.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from surgery.linalg.difference import DeltaMatrix
 if TYPE_CHECKING:
     import torch
 
-TOLERANCE = 3e-4  # of the residual: how far the estimate of what more blocks would gain may be above it
-FIRST_GUESS = 16  # triplets to begin with where a rule decides the rank
-MAX_BLOCKS = 12  # as many columns are too many; independent normal elements, the slowest spectrum we know, need 6
-USUAL_BLOCKS = 6  # that a budget allows for; 3 or 4 on fine-tuning deltas
-DENSE_SHARE = 0.8  # of the smaller side: beyond it a Krylov space has no advantage
-_FEWEST_BLOCKS = 3  # two gains, for an estimate of the next
+TOLERANCE = 3e-4  # relative excess of the residual: blocks are added until more would gain less, by estimate
+FIRST_GUESS = 16  # triplets to begin with if a rule decides the rank
+MAX_BLOCKS = 12  # give up beyond; independent normal elements, the slowest spectrum we know, need 6
+USUAL_BLOCKS = 6  # blocks for which memory is budgeted; fine-tuning deltas need 3 or 4
+DENSE_SHARE = 0.8  # share of the smaller side beyond which a Krylov space has no advantage
+_FEWEST_BLOCKS = 3  # they show two gains, from which the next is estimated
 _TILE = 32  # columns that matrix units multiply at the price of one
-_OVERSAMPLING = 8  # columns beyond the rank, at least, so that the last wanted direction converges too
-_NARROW_SHARE = 0.1  # of ‖ΔW‖² left out, below which bfloat16's rounding would show in the residual
-_CANCELLED = 1e-6  # of ‖ΔW‖², below which what is left out is not known from a difference to it
-_FLOOR = 1e-14  # of ‖ΔW‖², below which float32 sees nothing at all
-_NOISE = 10  # units of rounding of a block, below which what is left of a direction after projection is rounding
-_NEW = 0.1  # of a direction's square that must be new to the space
+_OVERSAMPLING = 8  # least number of columns beyond the rank, so that the last wanted direction converges too
+_NARROW_SHARE = 0.1  # left-out share of ‖ΔW‖² below which bfloat16's rounding would show in the residual
+_CANCELLED = 1e-6  # left-out share of ‖ΔW‖² below which it cannot be computed by subtraction
+_FLOOR = 1e-14  # share of ‖ΔW‖² that float32 cannot resolve
+_NOISE = 10  # units of rounding of a block; what projection leaves below this is rounding error
+_NEW = 0.1  # share of a direction's square that must be new to the space
 
 ChoosesRank = Callable[[NDArray[np.float64], float, int], int | None]
 """What a rule of `surgery.ranks` is to a decomposition: (the k leading singular values, descending; ‖ΔW‖²; the smaller
@@ -59,18 +59,18 @@ def width_of(rank: int) -> int:
 
 
 def is_dense(small: int, rank: int) -> bool:
-    """Whether the space for this many triplets would be most of the whole space anyway."""
+    """Whether a Krylov space for this many triplets would be nearly the whole space."""
     return (1 + _FEWEST_BLOCKS) * width_of(rank) >= DENSE_SHARE * small
 
 
 def leading(delta: DeltaMatrix, rank: int | ChoosesRank, seed: int) -> Triplets | None:
     """The `rank` leading triplets, or more where a rule looked at more; None where a dense decomposition is cheaper.
 
-    The space grows until what further blocks would gain is negligible (`_remaining`). The products are bfloat16's
-    where they are much cheaper: a direction that is rounded before it is multiplied is as good a direction as any, so
-    all that is lost is the rounding of ΔW and of the images, a share of about 1e-5 of what is captured. Where so
-    little is left out that this would show, float32 goes on from the directions that were found; and float64 from
-    there, on the few deltas that end within float32's rounding of a low rank.
+    The space grows until further blocks would gain a negligible amount (`_remaining`). Products are taken in bfloat16
+    where that is much faster. A direction that is rounded before it is multiplied is as good as any other, so only the
+    rounding of ΔW and of the images is lost, about 1e-5 of what is captured. If so little is left out that this would
+    show, the iteration continues in float32 from the directions found; and then in float64, for the few deltas whose
+    distance to a low rank is within float32's rounding.
     """
     import torch
 
@@ -107,9 +107,9 @@ def _polished(delta: DeltaMatrix, space: _Space, count: int) -> Triplets:
 class _Space:
     """A block Krylov space on the smaller side of ΔW, and ΔW restricted to it.
 
-    A basis vector is kept as it was multiplied, rounded to the products' dtype, so its image is exact; `_whiten`
-    makes the basis orthonormal in exact arithmetic. That, and not the orthogonality of what float32 left, is why no
-    energy counts twice, whatever the rank of ΔW.
+    A basis vector is kept as it was multiplied, rounded to the products' dtype, so its image is exact. `_whiten` makes
+    the basis orthonormal in exact arithmetic. For this reason, and not because float32 kept vectors orthogonal, no
+    energy is counted twice, whatever the rank of ΔW.
     """
 
     def __init__(self, delta: DeltaMatrix, dtype: torch.dtype | None) -> None:
@@ -119,7 +119,7 @@ class _Space:
         self.precise = dtype is not None
         self._dtype = dtype or torch.float32
         self._delta = delta
-        self._tall = delta.shape[0] >= delta.shape[1]  # the smaller side is that of the columns
+        self._tall = delta.shape[0] >= delta.shape[1]  # whether the columns are the smaller side
         small, large = sorted(delta.shape)
         self._basis = torch.empty(small, 0, dtype=self._dtype, device=delta.device)
         self._images = torch.empty(large, 0, dtype=self._dtype, device=delta.device)
@@ -128,14 +128,14 @@ class _Space:
         self._core = torch.zeros(0, 0, dtype=torch.float64)  # imagesᵀ images
         self._history: list[torch.Tensor] = []  # σ² of the space, descending, after each block
         self._vectors = self._core  # of whitenᵀ core whiten, in the order of σ²
-        self._exhausted = False  # nothing but rounding is left of the next block
+        self._exhausted = False  # the next block would hold only rounding errors
 
     def outward(self, thin: torch.Tensor, near: torch.Tensor | None = None) -> torch.Tensor:
         """(small, width) → (large, width)."""
         return self._delta.product(thin, adjoint=not self._tall, precise=self.precise, near=near)
 
     def inward(self, thin: torch.Tensor) -> torch.Tensor:
-        """(large, width) → (small, width), of the same span as without the QR that keeps small directions visible."""
+        """(large, width) → (small, width). The QR keeps small directions visible and does not change the span."""
         import torch
 
         if self.precise:
@@ -143,7 +143,8 @@ class _Space:
         return self._delta.product(thin, adjoint=self._tall, precise=self.precise)
 
     def converge(self, count: int) -> bool:
-        """Adds blocks until the `count` leading values are good or float32 is needed; False if that takes too many."""
+        """Adds blocks until the `count` leading values are accurate or more precision is needed; False if that takes
+        too many blocks."""
         small = min(self._delta.shape)
         while not (self._exhausted or self.needs_precision(count) or self._remaining(count) <= TOLERANCE):
             if len(self._core) + self._width > min(DENSE_SHARE * small, MAX_BLOCKS * width_of(count)):
@@ -160,7 +161,7 @@ class _Space:
         return self.is_faint(count) if self.precise else self._left_out(count) < _NARROW_SHARE * self._total
 
     def is_faint(self, count: int) -> bool:
-        """Whether what is left out is as small as float32's rounding of what is not, and of ‖ΔW‖²."""
+        """Whether what is left out is as small as float32's rounding of what is captured, and of ‖ΔW‖²."""
         return self._left_out(count) < _CANCELLED * self._total
 
     @property
@@ -171,13 +172,14 @@ class _Space:
         return self._total - float(self._history[-1][:count].sum())
 
     def _remaining(self, count: int) -> float:
-        """An estimate of (residual now) / (residual of the optimum) − 1, from how the values rose so far.
+        """An estimate of (residual now) / (residual of the optimum) − 1, from how the values have risen so far.
 
-        Each σᵢ² rises from block to block to its limit, in the end by a constant factor ρᵢ or faster. With the last
-        rises dᵢ and those before them eᵢ, ρᵢ = dᵢ/eᵢ, and what is still to come is the geometric series
-        Σ dᵢ ρᵢ/(1 − ρᵢ). Value by value, because large ones converge at once and would hide the slow ones. The
-        residual's square is ‖ΔW‖² − Σσ², so its own excess is half of the share of that. On spectra from flat to
-        exponential the estimate was never below 0.7 of the true excess, and 2 to 5 times it on fine-tuning deltas.
+        Each σᵢ² rises from block to block towards its limit; in the end each rise is at most ρᵢ times the last one.
+        With the last rises dᵢ and the rises before them eᵢ, ρᵢ = dᵢ/eᵢ, and the remaining rise is the geometric series
+        Σ dᵢ ρᵢ/(1 − ρᵢ). It is computed for each value, because large values converge at once and would hide the slow
+        ones. The residual's square is ‖ΔW‖² − Σσ², so the residual's relative excess is half of the square's. On
+        spectra from flat to exponential the estimate was never below 0.7 times the true excess, and on fine-tuning
+        deltas it was 2 to 5 times the true excess.
         """
         if len(self._history) < _FEWEST_BLOCKS or len(self._history[-3]) < count:
             return float("inf")
@@ -186,14 +188,14 @@ class _Space:
         ratio = (rise / earlier.clamp_min(1e-300)).clamp_max(0.9)
         to_come = float((rise * ratio / (1 - ratio)).sum())
         left_out = self._left_out(count)
-        if self.is_faint(count):  # what the space itself holds beyond is less, and no difference
+        if self.is_faint(count):  # use what the space holds beyond `count`: it is less, but needs no subtraction
             left_out = float(self._history[-1][count:].sum())
         return to_come / (2 * max(left_out, _FLOOR * self._total))
 
     def add(self, block: torch.Tensor, near: torch.Tensor | None = None) -> None:
         """Adds the part of a (small, width) block that is new, and solves the problem in the larger space.
 
-        `near` is about the image of the block, where that is known.
+        `near` is an approximation of the block's image, if one is known.
         """
         import torch
 
@@ -217,7 +219,7 @@ class _Space:
         self._images = torch.cat([self._images, image], dim=1)
         self._width = new
         both = self._gram(self._basis, block)  # (old + new, new)
-        cross = self._whiten.mT @ both[:old]  # what the block shares with the space
+        cross = self._whiten.mT @ both[:old]  # the block's components in the space
         values, vectors = torch.linalg.eigh(both[old:] - cross.mT @ cross)
         kept = values > _NEW
         own = vectors[:, kept] * values[kept].rsqrt()
@@ -235,7 +237,7 @@ class _Space:
         self._vectors = vectors.flip(1)
 
     def singular_values(self, count: int) -> NDArray[np.float64]:
-        """The leading values, as a rule gets them."""
+        """The leading values, as they are passed to a rule."""
         values: NDArray[np.float64] = self._history[-1][:count].sqrt().numpy() * self._delta.scale
         return values
 
@@ -244,7 +246,7 @@ class _Space:
         return self._basis @ (self._whiten @ self._vectors[:, :count]).to(self._basis)
 
     def images(self, count: int) -> torch.Tensor:
-        """Those of `directions`, (large, count), columns of length σ."""
+        """The images of `directions`, (large, count): columns of length σ."""
         return self._images @ (self._whiten @ self._vectors[:, :count]).to(self._images)
 
     def triplets(self, count: int) -> Triplets:
@@ -258,7 +260,8 @@ class _Space:
         return Triplets(left, values * self._delta.scale, right)
 
     def _gram(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """leftᵀ right, small, float64 on the CPU; multiplied as float64 too where small values matter."""
+        """leftᵀ right, a small float64 matrix on the CPU. The product is also taken in float64 where small values
+        matter."""
         import torch
 
         if self.precise:

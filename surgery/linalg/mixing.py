@@ -1,8 +1,8 @@
-"""Sums of low-rank deltas of which each keeps only some elements: TIES, DARE, magnitude pruning.
+"""Sums of low-rank deltas, each of which keeps only some of its elements: TIES, DARE, magnitude pruning.
 
-An element of a delta is kept or dropped by its size or by chance, so these need the deltas themselves, and not their
-factors. They are formed by blocks of rows; only the result, and one delta while its threshold is sought, is ever whole.
-Deltas are pruned, and signs elected, weight by weight. Knows tensors only.
+An element of a delta is kept or dropped by its size or at random, so these methods need the deltas themselves and not
+their factors. Deltas are formed by blocks of rows; only the result is held as a whole, and one delta while its
+threshold is determined. Deltas are pruned, and signs elected, weight by weight. This module knows tensors only.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     import torch
 
 DENSE = ("ties", "dare", "magnitude-prune")
-_BLOCK_ELEMENTS = 1 << 20  # of a block of rows; the random numbers of dare depend on it
+_BLOCK_ELEMENTS = 1 << 20  # of a block of rows; DARE's random numbers depend on this value
 
 Product = tuple["torch.Tensor", "torch.Tensor", float]  # (rows, rank), (rank, columns), both float64; a weight
 
 
 def check_density(density: float) -> None:
-    """Raises SurgeryError for a share of elements that cannot be kept."""
+    """Raises SurgeryError if the share of elements to keep is not above 0 and at most 1."""
     if not 0 < density <= 1:
         raise SurgeryError(
             "the density is out of range",
@@ -33,13 +33,13 @@ def check_density(density: float) -> None:
 
 
 def mixed(how: str, products: Sequence[Product], density: float, seeds: Sequence[int]) -> torch.Tensor:
-    """The sum of what is kept of each wᵢ BᵢAᵢ, (rows, columns) float32, on the device of the factors.
+    """The sum of the elements kept of each wᵢ BᵢAᵢ, (rows, columns) float32, on the factors' device.
 
     Args:
         how: "ties", "dare" or "magnitude-prune".
         products: Bᵢ, Aᵢ and the weight wᵢ.
-        density: the share of elements to keep of each, above 0, at most 1.
-        seeds: of dare's random numbers, one for each product.
+        density: share of elements to keep of each product, above 0 and at most 1.
+        seeds: seeds of DARE's random numbers, one per product.
     """
     import torch
 
@@ -54,10 +54,10 @@ def mixed(how: str, products: Sequence[Product], density: float, seeds: Sequence
 
 
 def elected_mean(deltas: torch.Tensor) -> torch.Tensor:
-    """TIES's second and third step (Yadav et al., arXiv 2306.01708, section 3.1), on trimmed and weighed deltas.
+    """TIES's second and third step (Yadav et al., arXiv 2306.01708, section 3.1), on trimmed and weighted deltas.
 
-    The sign of an element is that of the sum over all deltas, which has the larger total mass; the result is the mean
-    over those deltas that have this sign there, and zero where none has.
+    The elected sign of an element is the sign of the sum over all deltas, which is the sign with the larger total mass.
+    The result is the mean over the deltas with this sign, and zero if there are none.
 
     Args:
         deltas: (adapters, rows, columns).
@@ -74,7 +74,7 @@ def _sum(deltas: torch.Tensor) -> torch.Tensor:
 
 
 def _trimming(products: Sequence[Product], density: float) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """Keeps the largest elements of each delta: TIES's first step. Elements of the size of the last one kept stay."""
+    """Keeps the largest elements of each delta: TIES's first step. Elements as large as the smallest kept one stay."""
     thresholds = [_threshold(product, density) for product in products]
 
     def keep(index: int, block: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ def _trimming(products: Sequence[Product], density: float) -> Callable[[int, tor
 
 
 def _dropping(density: float, seeds: Sequence[int]) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """Drops elements at random and makes up for them in the others (DARE, Yu et al., arXiv 2311.03099, equation 3)."""
+    """Drops elements at random and rescales the others (DARE, Yu et al., arXiv 2311.03099, equation 3)."""
     import torch
 
     generators = [torch.Generator(device="cpu").manual_seed(seed) for seed in seeds]
@@ -97,7 +97,7 @@ def _dropping(density: float, seeds: Sequence[int]) -> Callable[[int, torch.Tens
 
 
 def _threshold(product: Product, density: float) -> float:
-    """The size of the smallest element among this share of the largest, and among one at least."""
+    """The magnitude of the smallest element among the largest `density` share of elements, at least one."""
     import torch
 
     b, a, _ = product

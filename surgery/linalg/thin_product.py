@@ -1,8 +1,8 @@
-"""The singular value decomposition of a product of two thin matrices, which is never formed.
+"""The singular value decomposition of a product of two thin matrices, without forming the product.
 
-With B = Q_B R_B and Aᵀ = Q_A R_A the product BA = Q_B (R_B R_Aᵀ) Q_Aᵀ has the singular values of its small core, and
-its singular vectors are the core's, turned by Q_B and Q_A. All in float64, so nothing is lost but float64's rounding:
-no random start, no iteration, and every singular value known. Knows tensors only.
+With B = Q_B R_B and Aᵀ = Q_A R_A, the product BA = Q_B (R_B R_Aᵀ) Q_Aᵀ has the singular values of its small core, and
+its singular vectors are the core's, multiplied by Q_B and Q_A. Everything is float64, so only float64's rounding is
+lost. There is no random start and no iteration, and every singular value is known. This module knows tensors only.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def refactor(b: torch.Tensor, a: torch.Tensor, rank: int | ChoosesRank, dtype: t
     Args:
         b, a: as for `thin_svd`.
         rank: as for `thin_svd`.
-        dtype: of the factors.
+        dtype: dtype of the factors.
     """
     svd = thin_svd(b, a, rank)
     if len(svd.singular_values) < a.shape[0]:
@@ -55,7 +55,7 @@ def refactor(b: torch.Tensor, a: torch.Tensor, rank: int | ChoosesRank, dtype: t
 
 
 def as_they_are(b: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> tuple[Factors, float]:
-    """B and A stored as `dtype`, with what their rounding loses and no spectrum, and ‖BA‖²."""
+    """B and A stored as `dtype`, with the loss by rounding and without a spectrum, and ‖BA‖²."""
     import numpy as np
     import torch
 

@@ -1,6 +1,7 @@
-"""Truncated singular value decomposition of a difference of weights, and the factors of LoRA from it.
+"""Truncated singular value decomposition of a difference of weights, and LoRA factors from it.
 
-A Krylov space for large matrices, a dense decomposition for small ones; the signs are fixed. Knows tensors only.
+Large matrices use a Krylov space, small ones a dense decomposition. The signs are normalised. This module knows tensors
+only.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ _CANCELLATION = 1e-3  # share of ‖ΔW‖² below which ‖ΔW‖² − Σσ²,
 
 @dataclass(frozen=True)
 class TruncatedSVD:
-    """The leading singular triplets of a matrix, and what they leave out.
+    """The leading singular triplets of a matrix, and the size of what they leave out.
 
     Attributes:
         left: (rows, rank) orthonormal columns U.
         singular_values: (rank,) float64, descending.
         right: (rank, columns) orthonormal rows Vᵀ.
         total: ‖ΔW‖², summed in float64.
-        tail: squared Frobenius norm of what is left out: the other σ² where all are known, else ‖ΔW‖² − Σσ².
+        tail: squared Frobenius norm of what is left out: the sum of the other σ² if all are known, else ‖ΔW‖² − Σσ².
         spectrum: (k,) all converged leading singular values, k ≥ rank.
     """
 
@@ -59,28 +60,28 @@ class TruncatedSVD:
 def workspace(rows: int, columns: int, rank: int | None) -> int:
     """Bytes that DeltaMatrix and factorise need beside the stored tensors; without a rank, whatever a rule may ask for.
 
-    Not counted: the dense decomposition of a matrix whose Krylov space did not converge.
+    The dense decomposition of a matrix whose Krylov space did not converge is not counted.
     """
     small = min(rows, columns)
     copy = 4 * rows * columns  # of DeltaMatrix; half of it where bfloat16 serves, which only torch could tell
     dense = 8 * (3 * rows * columns + 3 * small * small)
     if rank is None or krylov.is_dense(small, rank):
         return copy + dense
-    # The basis and the images of a space of usual size, each once more while they are put together.
+    # The basis and the images of a space of usual size, twice, because they are copied when they grow.
     return copy + 2 * 4 * krylov.width_of(rank) * krylov.USUAL_BLOCKS * (rows + columns)
 
 
 def truncated_svd(delta: DeltaMatrix, rank: int | ChoosesRank, seed: int = 0, *, exact: bool = False) -> TruncatedSVD:
     """The leading singular triplets, computed where ΔW is, on the CPU in the end.
 
-    The residual exceeds that of the exact decomposition by about `krylov.TOLERANCE` of itself at most. Dense and exact
-    where the Krylov space would be most of the whole space anyway.
+    The relative excess of the residual over the exact decomposition's is at most about `krylov.TOLERANCE`. If the
+    Krylov space would be nearly the whole space, the decomposition is dense and exact.
 
     Args:
         delta: (rows, columns), finite.
         rank: 1 ≤ rank ≤ min(rows, columns), or the rule that decides it.
-        seed: of the random start.
-        exact: decompose densely, whatever it costs.
+        seed: seed of the random start.
+        exact: always decompose densely, whatever it costs.
     """
     found = None if exact else krylov.leading(delta, rank, seed)
     whole = found is None
@@ -118,8 +119,8 @@ def oriented(
 def _dense(delta: DeltaMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """U, σ (on the CPU), Vᵀ, by the eigenvectors of the smaller Gram matrix in float64.
 
-    LAPACK's SVD in float32 is off by a dozen units in the last place of the largest entry. Here U is orthogonal to
-    float64's precision whatever the gaps in the spectrum, so U (Uᵀ M) gives M back.
+    LAPACK's float32 SVD is off by a dozen units in the last place of the largest entry. Here U is orthogonal to
+    float64's precision, whatever the gaps in the spectrum, so U (Uᵀ M) restores M.
     """
     import torch
 
@@ -128,7 +129,7 @@ def _dense(delta: DeltaMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     left = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(1)  # (small, small), descending
     scaled = left.mT @ wide  # (small, large), rows of length σ
     values = torch.linalg.vector_norm(scaled, dim=1)
-    order = values.argsort(descending=True, stable=True)  # the Gram matrix cannot tell the smallest apart
+    order = values.argsort(descending=True, stable=True)  # the Gram matrix cannot order the smallest values
     left, scaled, values = left[:, order], scaled[order], values[order]
     right = scaled / values.clamp_min(1e-12 * float(values[0]))[:, None]
     return (left, values.cpu(), right) if wide is matrix else (right.mT, values.cpu(), left.mT)
@@ -141,10 +142,10 @@ class Factors:
     Attributes:
         lora_A: (rank, columns).
         lora_B: (rows, rank).
-        rank: of both.
-        energy: share of ‖ΔW‖² that BA holds.
-        residual: ‖ΔW − BA‖ / ‖ΔW‖, rounding of the factors included.
-        singular_values: all converged leading singular values, as many as the rank or more.
+        rank: rank of both factors.
+        energy: share of ‖ΔW‖² that BA captures.
+        residual: ‖ΔW − BA‖ / ‖ΔW‖, including the rounding of the factors.
+        singular_values: all converged leading singular values, at least as many as the rank.
     """
 
     lora_A: torch.Tensor
@@ -165,16 +166,16 @@ def factorise(
 ) -> Factors:
     """B = U√Σ and A = √ΣVᵀ of the leading triplets, stored as `dtype`, on the CPU.
 
-    ‖ΔW − B̃Ã‖² is taken as the tail ‖ΔW‖² − Σσ² plus the rounding loss ‖BA − B̃Ã‖²; their cross term vanishes to first
-    order in the rounding, because what is left out is orthogonal to U and V. Where that is so small that the
-    subtraction would be mostly rounding, the difference itself is formed.
+    ‖ΔW − B̃Ã‖² is computed as the tail ‖ΔW‖² − Σσ² plus the rounding loss ‖BA − B̃Ã‖². Their cross term vanishes to
+    first order in the rounding, because what is left out is orthogonal to U and V. If the result is so small that the
+    subtraction would be mostly rounding error, the difference itself is formed.
 
     Args:
         delta: (rows, columns), finite.
         rank: 1 ≤ rank ≤ min(rows, columns), or the rule that decides it.
-        dtype: of the factors.
-        seed: of the random start.
-        exact: decompose densely, whatever it costs.
+        dtype: dtype of the factors.
+        seed: seed of the random start.
+        exact: always decompose densely, whatever it costs.
     """
     import torch
 
@@ -187,7 +188,7 @@ def factorise(
 
 
 def stored(svd: TruncatedSVD, dtype: torch.dtype) -> Factors:
-    """B = U√Σ and A = √ΣVᵀ as `dtype`, on the CPU, with the loss as the tail and that of rounding add up to."""
+    """B = U√Σ and A = √ΣVᵀ as `dtype`, on the CPU. The loss is the tail plus the rounding loss."""
     root = svd.singular_values.sqrt().to(svd.left.dtype)
     exact_a, exact_b = root[:, None] * svd.right, svd.left * root  # (rank, columns), (rows, rank)
     lora_a, lora_b = exact_a.to(dtype).contiguous(), exact_b.to(dtype).contiguous()
@@ -197,7 +198,7 @@ def stored(svd: TruncatedSVD, dtype: torch.dtype) -> Factors:
 
 
 def squared_distance(b: torch.Tensor, a: torch.Tensor, other_b: torch.Tensor, other_a: torch.Tensor) -> float:
-    """‖BA − B̃Ã‖² by thin products only: [B − B̃, B̃] [A; A − Ã], a sum of two small terms without cancellation."""
+    """‖BA − B̃Ã‖² from thin products only: [B − B̃, B̃] [A; A − Ã], a sum of two small terms without cancellation."""
     import torch
 
     left = torch.cat([b - other_b, other_b], dim=1)  # (rows, 2 rank)

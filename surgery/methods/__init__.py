@@ -132,7 +132,7 @@ def transforming(module: AdapterModule) -> TransformingMethod | None:
 
 
 def workspace(modules: Sequence[tuple[AdapterModule, float]], weight: TensorSpec) -> int:
-    """Bytes that merging one weight, or taking the modules off it, needs beside the tensors themselves."""
+    """Bytes that merging modules into one weight, or unmerging them, needs in addition to the tensors themselves."""
     total = _BLOCK
     for module, _ in modules:
         method = method_named(module.method)
@@ -142,14 +142,15 @@ def workspace(modules: Sequence[tuple[AdapterModule, float]], weight: TensorSpec
 
 
 def check_modules(modules: Sequence[tuple[AdapterModule, float]], weight: TensorSpec) -> None:
-    """Refuses, while planning, what cannot be done to one weight.
+    """Refuses, while planning, modules that cannot be merged into one weight.
 
     Args:
-        modules: all that adapt it, each with the factor of its delta.
-        weight: as the base stores it.
+        modules: all modules that adapt the weight, each with the factor of its delta.
+        weight: the weight as the base stores it.
 
     Raises:
-        NotMergeable, ShapeMismatch: with the reason.
+        NotMergeable: a method is unknown or not defined for this weight, or modules cannot be combined.
+        ShapeMismatch: factors do not fit the weight.
     """
     for module, strength in modules:
         method_named(module.method).check(module, weight)

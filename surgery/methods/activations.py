@@ -1,6 +1,6 @@
-"""Non-linearities by the names that configs use: which are the same function, and what fold can make of them.
+"""Activation functions by the names that configs use: which names mean the same function, and how fold can use them.
 
-Pure: names and functions of a tensor. Knows no adapter and no model.
+This module is pure: names, and functions of a tensor. It knows no adapter and no model.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Activation:
-    """A non-linearity g.
+    """An activation function g.
 
     Attributes:
-        name: as transformers calls it.
+        name: transformers' name.
         also: other names of the same function.
-        splits: whether g(z) − g(−z) = z, so that two neurons pass z on as it is.
+        splits: whether g(z) − g(−z) = z, so that two neurons can pass z on unchanged.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Activation:
 
 
 LINEAR = Activation("linear")
-# gelu z Φ(z), silu z σ(z) and the like split since Φ(z) + Φ(−z) = 1; relu since z = max(z, 0) − max(−z, 0).
+# gelu z Φ(z), silu z σ(z) and the like split because Φ(z) + Φ(−z) = 1; relu because z = max(z, 0) − max(−z, 0).
 _ACTIVATIONS = (
     LINEAR,
     Activation("relu", splits=True),
@@ -48,12 +48,12 @@ _NAMED: Mapping[str, Activation] = {name: each for each in _ACTIVATIONS for name
 
 
 def activation(name: str) -> Activation | None:
-    """The activation of a name in any case; None for one that nobody here knows."""
+    """The activation with this name, in upper or lower case; None if it is unknown."""
     return _NAMED.get(name.lower())
 
 
 def function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function of a known name, elementwise on any floating dtype."""
+    """The elementwise function with a known name, for any floating dtype."""
     import torch
     from torch.nn import functional
 

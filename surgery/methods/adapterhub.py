@@ -1,8 +1,8 @@
 """VeRA and DoRA as the library adapters applies them (adapters.methods.lora, 1.3).
 
-Its VeRA (arXiv 2310.11454) trains square matrices in place of vectors: ΔW = s · (V_B B) (V_D A). Its DoRA (arXiv
-2402.09353) multiplies the layer's outputs, the bias's part of them too, and leaves s out of the norm: with P = BA, or
-VeRA's product, W = m ∘ (W0 + s P) / ‖W0 + P‖ and b = m ∘ b0 / ‖W0 + P‖, row by row.
+Its VeRA (arXiv 2310.11454) trains square matrices instead of vectors: ΔW = s · (V_B B) (V_D A). Its DoRA (arXiv
+2402.09353) scales the layer's outputs including the bias, and leaves s out of the norm: with P = BA, or VeRA's product,
+W = m ∘ (W0 + s P) / ‖W0 + P‖ and b = m ∘ b0 / ‖W0 + P‖, row by row.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ class SquareVera(AdditiveMethod):
     paper = "VeRA with square matrices, adapters 1.3"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for factors that do not fit."""
+        """Raises NotMergeable if the weight is not stored as plain floats, ShapeMismatch if the factors do not fit."""
         out, into = _check_product(module)
         check_matrix(module, weight, out, into)
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
-        """weight · ΔW, transposed where the base stores (in, out)."""
+        """weight · ΔW, transposed if the base stores (in, out)."""
         return fine_product(*outward(module.kind, *_sides(factors)), weight * module.scaling)
 
 
 class OutputDora(TransformingMethod):
     """W = m ∘ (W0 + s P) / ‖W0 + P‖; of a bias b = m ∘ b0 / ‖W0 + P‖, which reads its layer's weight.
 
-    Factors: m (out, 1), lora_A (rank, in) and lora_B (out, rank), and with VeRA's product vera_B (out, out) and vera_D
+    Factors: m (out, 1), lora_A (rank, in) and lora_B (out, rank); for VeRA's product also vera_B (out, out) and vera_D
     (rank, rank); for a bias also weight (out, in).
     """
 
@@ -59,7 +59,8 @@ class OutputDora(TransformingMethod):
     forgets = Dora.forgets
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """As SquareVera's; NotMergeable too for a weight stored (in, out), of which the library has no DoRA."""
+        """As SquareVera's check. Also raises NotMergeable for a weight stored (in, out), for which the library has no
+        DoRA."""
         out, into = _check_product(module)
         check_factor(module, "m", out, 1)
         if len(weight.shape) == 1:
@@ -77,7 +78,7 @@ class OutputDora(TransformingMethod):
         *,
         back: bool = False,
     ) -> torch.Tensor:
-        """W or b. Raises NotFinite where W0 + P is zero."""
+        """W or b. Raises NotFinite if W0 + P is zero for some output."""
         import torch
 
         right, left = _sides(factors)

@@ -1,4 +1,4 @@
-"""What a method is to the rest: it checks while planning, and turns factors into a delta, or W0 into W, while running.
+"""The protocols of methods. A method checks while planning; while running, it turns factors into a delta, or W0 into W.
 
 A method gets tensors and never a path. Inherit from one of the two protocols: what has a value here is a default.
 docs/extending.md has a whole method.
@@ -40,20 +40,20 @@ class AdditiveMethod(Protocol):
 
     @abstractmethod
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
-        """weight · ΔW in the base weight's stored order, seen as a matrix; a vector as one column."""
+        """weight · ΔW as a matrix in the layout of the stored base weight; a vector is one column."""
 
 
 @runtime_checkable
 class Spacious(Protocol):
-    """A method that needs more memory on its way than a copy or two of its factors."""
+    """A method whose computation needs more memory than a copy or two of its factors."""
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """The most bytes that it holds beside a block of rows; known while planning."""
+        """The most bytes that the method needs in addition to a block of rows; called while planning."""
 
 
 @runtime_checkable
 class TransformingMethod(Protocol):
-    """The mathematics of one way of making another weight out of W0. Stateless.
+    """A method that computes the new weight W from W0. It has no state.
 
     Such a method has no delta: it stands alone on its tensor and has no strength.
 
@@ -85,5 +85,8 @@ class TransformingMethod(Protocol):
         *,
         back: bool = False,
     ) -> torch.Tensor:
-        """W of W0 in the stored shape, computed in float64 and rounded once to `dtype`; with `back` W0 of W, which is
-        never asked of a method that forgets. Raises NotMerged where the way back divides by zero."""
+        """W from W0, in the stored shape, computed in float64 and rounded once to `dtype`.
+
+        With `back`, W0 from W; this is never called if `forgets` is not empty. Raises NotMerged if the inverse would
+        divide by zero.
+        """

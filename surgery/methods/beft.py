@@ -1,4 +1,4 @@
-"""BEFT (peft.tuners.beft; after BitFit, Ben Zaken et al., arXiv 2106.10199): Δb, a change of the bias alone."""
+"""BEFT (peft.tuners.beft; after BitFit, Ben Zaken et al., arXiv 2106.10199): Δb, a change of only the bias."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Beft(AdditiveMethod):
     paper = "BEFT, peft.tuners.beft"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a bias that is not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the bias is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         check_weight(weight, (module.factors["beft_bias"].spec.size,))
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:

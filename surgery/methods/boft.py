@@ -1,6 +1,6 @@
-"""BOFT (Liu et al., arXiv 2311.06243): W = s ∘ (W0 Rᵀ), R a product of butterfly factors.
+"""BOFT (Liu et al., arXiv 2311.06243): W = s ∘ (W0 Rᵀ), where R is a product of butterfly factors.
 
-Each factor is a block-diagonal rotation, the Cayley transform of a skew matrix, between a permutation and its inverse.
+Each factor is a block-diagonal rotation (the Cayley transform of a skew matrix) between a permutation and its inverse.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Boft(TransformingMethod):
     paper = "BOFT, arXiv 2311.06243"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises ShapeMismatch for blocks that do not fill the weight's inputs, NotMergeable as check_matrix."""
+        """Raises ShapeMismatch if the blocks do not cover the weight's inputs, NotMergeable as check_matrix."""
         shape = module.factors["boft_R"].spec.shape
         if len(shape) != 4 or shape[2] != shape[3]:
             raise ShapeMismatch("the rotations are not square blocks", where=weight.name, found=shape)
         check_matrix(module, weight, module.factors["boft_s"].spec.size, shape[1] * shape[2], PLAIN)
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """The rotations, and what their inverses take."""
+        """Bytes for the rotations and the computation of their inverses."""
         return INVERSE * module.factors["boft_R"].spec.size
 
     def transform(
@@ -51,7 +51,7 @@ class Boft(TransformingMethod):
         *,
         back: bool = False,
     ) -> torch.Tensor:
-        """s ∘ W0 Rᵀ, or (W / s) R⁻ᵀ; the latter raises NotMerged where s has a zero."""
+        """s ∘ W0 Rᵀ, or (W / s) R⁻ᵀ; the latter raises NotMerged if s has a zero."""
         import torch
 
         blocks = factors["boft_R"].double()
@@ -82,8 +82,8 @@ class Boft(TransformingMethod):
 
 
 def butterfly(width: int, groups: int, half: int, factors: int) -> torch.Tensor:
-    """The order of the inputs at one level of a butterfly of so many factors beyond the first, as peft builds it: in
-    each group the even runs of `half` inputs come before the odd ones.  # (width,)"""
+    """The order of the inputs at one level of a butterfly, as in peft: in each group, the even runs of `half` inputs
+    come before the odd ones. `factors` is the number of butterfly factors after the first.  # (width,)"""
     import torch
 
     places = torch.arange(width)

@@ -1,4 +1,4 @@
-"""C3A (Chen et al., arXiv 2407.19342): ΔW is made of circulant blocks, each given by its first row."""
+"""C3A (Chen et al., arXiv 2407.19342): ΔW consists of circulant blocks, each given by its first row."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class C3a(AdditiveMethod):
     paper = "C3A, arXiv 2407.19342"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the weight is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         down, along, size = factor_shape(module, "c3a_kernel", 3)
         check_matrix(module, weight, down * size, along * size, (LayerKind.LINEAR,))
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
-        """weight · ΔW, its rows as they are asked for."""
+        """weight · ΔW, whose rows are computed on demand."""
         import torch
 
         kernel = factors["c3a_kernel"].double()

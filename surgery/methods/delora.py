@@ -1,5 +1,5 @@
-"""DeLoRA (Bini et al., arXiv 2503.18225): ΔW = λ/r · B Ξ A ∘ ‖W0‖, Ξ the inverse lengths of B's columns and
-A's rows. The lengths of W0's columns are those it had in training and come with the adapter."""
+"""DeLoRA (Bini et al., arXiv 2503.18225): ΔW = λ/r · B Ξ A ∘ ‖W0‖, where Ξ holds the inverse norms of B's columns and
+A's rows. The norms of W0's columns are those at training time and are stored in the adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from surgery.methods.shapes import check_factor, check_matrix, factor_shape
 if TYPE_CHECKING:
     import torch
 
-_SHORTEST = 1e-4  # peft's clamp of a length
+_SHORTEST = 1e-4  # peft's lower bound of a norm
 
 
 class DeLora(AdditiveMethod):
@@ -32,7 +32,7 @@ class DeLora(AdditiveMethod):
     paper = "DeLoRA, arXiv 2503.18225"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the weight is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         (rank, into), (out, _) = factor_shape(module, "delora_A", 2), factor_shape(module, "delora_B", 2)
         check_factor(module, "delora_B", out, rank)
         check_factor(module, "delora_lambda", 1)

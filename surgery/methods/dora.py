@@ -1,8 +1,8 @@
 """DoRA (Liu et al., arXiv 2402.09353, equation 5): W = m · (W0 + s BA) / ‖W0 + s BA‖.
 
-The norm is over the inputs of each output: over the rows of a linear weight (out, in), the columns of a Conv1D's
-(in, out) and of an embedding (vocabulary, width), over all but the first dimension of a convolution's, as in peft.
-The factor s scales BA only, so a strength other than 1 would not lead from W0 to W: at 0 it gives m · W0 / ‖W0‖.
+The norm is taken over the inputs of each output, as in peft: over the rows of a linear weight (out, in), the columns of
+a Conv1D (in, out) and of an embedding (vocabulary, width), and all but the first dimension of a convolution.
+The factor s scales only BA, so a strength other than 1 does not interpolate between W0 and W: 0 gives m · W0 / ‖W0‖.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Dora(TransformingMethod):
     """Each output's weights get the direction of W0 + ΔW and the length m.
 
-    Factors: those of LoRA, and lora_magnitude_vector with one value for each output.
+    Factors: LoRA's, and lora_magnitude_vector with one value per output.
     """
 
     name = "dora"
@@ -52,7 +52,7 @@ class Dora(TransformingMethod):
         *,
         back: bool = False,
     ) -> torch.Tensor:
-        """m · (W0 + s BA) / ‖W0 + s BA‖ as the base stores it. Raises NotFinite where W0 + s BA is zero."""
+        """m · (W0 + s BA) / ‖W0 + s BA‖ in the base's layout. Raises NotFinite if W0 + s BA is zero for an output."""
         import torch
 
         left, right = outward(module.kind, factors["lora_A"], factors["lora_B"])
@@ -70,7 +70,7 @@ class Dora(TransformingMethod):
 class DoraAround(TransformingMethod):
     """LyCORIS's weight_decompose: m · (W0 + ΔW) / ‖W0 + ΔW‖ with another method's ΔW, of a weight stored (out, in).
 
-    Factors: those of the method, and lora_magnitude_vector with one value for each output.
+    Factors: the other method's, and lora_magnitude_vector with one value per output.
     """
 
     paper = "DoRA around another product, LyCORIS, arXiv 2402.09353"
@@ -82,12 +82,12 @@ class DoraAround(TransformingMethod):
         self._inner = inner
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """As the method's; ShapeMismatch too for magnitudes that are not one for each output."""
+        """As the other method's check. Also raises ShapeMismatch if there is not one magnitude per output."""
         self._inner.check(_without_magnitude(module), weight)
         _check_magnitudes(module, weight, weight.shape[0])
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """The method's, or a copy of its factors and one in fixed point."""
+        """Bytes for the other method, or for a copy of its factors and one in fixed point."""
         if isinstance(self._inner, Spacious):
             return self._inner.workspace(_without_magnitude(module), weight)
         return 16 * sum(ref.spec.size for ref in module.factors.values())
@@ -101,7 +101,7 @@ class DoraAround(TransformingMethod):
         *,
         back: bool = False,
     ) -> torch.Tensor:
-        """m · (W0 + ΔW) / ‖W0 + ΔW‖. Raises NotFinite where W0 + ΔW is zero."""
+        """m · (W0 + ΔW) / ‖W0 + ΔW‖. Raises NotFinite if W0 + ΔW is zero for some output."""
         import torch
 
         result = torch.empty(weight.shape, dtype=torch_dtype(dtype))

@@ -1,9 +1,9 @@
-"""FourierFT (Gao et al., arXiv 2405.03003, equations 3 and 4): ΔW = scaling · Re F⁻¹(S), S sparse.
+"""FourierFT (Gao et al., arXiv 2405.03003, equations 3 and 4): ΔW = scaling · Re F⁻¹(S), with a sparse S.
 
-The real part of the inverse transform of n numbers is a sum of n cosines of a row's and a column's angle added: that of
-cosines times cosines less that of sines times sines. Both are known from a quarter of their elements, and numbers of
-one row, or of its mirror image, share a term. Where in S the numbers stand is drawn by torch's CPU generator from a
-seed in the config.
+The real part of the inverse transform of n coefficients is a sum of n cosines of (row angle + column angle): a sum of
+cosine products minus a sum of sine products. By symmetry both sums follow from a quarter of their elements, and
+coefficients of one row, or of its mirror image, share a term. The positions of the coefficients in S are drawn by
+torch's CPU generator from a seed in the config.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ class FourierFt(AdditiveMethod):
     paper = "FourierFT, arXiv 2405.03003"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, or with fewer places than numbers."""
+        """Raises NotMergeable if the weight is not stored as plain floats, or has fewer elements than coefficients."""
         check_matrix(module, weight, *matrix_shape(module, weight))
         check_places(module, weight, "fourierft_spectrum")
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """The draw of all places, or the two quarters with the factors that they are made of."""
+        """Bytes for drawing all positions, or for the two quarters and their factors, whichever is more."""
         high, wide = _as_stored(module, *matrix_shape(module, weight))
         tall, broad = high // 2 + 1, wide // 2 + 1
         terms = min(module.factors["fourierft_spectrum"].spec.size, tall)
         return 8 * max(weight.size, 4 * tall * broad + 5 * terms * (tall + broad))
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
-        """weight · ΔW, its rows put together from the two quarters."""
+        """weight · ΔW, whose rows are assembled from the two quarters."""
         import torch
 
         spectrum = factors["fourierft_spectrum"].double()
@@ -58,7 +58,7 @@ class FourierFt(AdditiveMethod):
         scale = weight * float(module.settings["scaling"]) / (out * into)
         rows, columns = _as_stored(module, *drawn_places(module, spectrum.shape[0]))
         high, wide = _as_stored(module, out, into)
-        mirrored = (rows > high - rows) != (columns > wide - columns)  # of one sine the sign is the other
+        mirrored = (rows > high - rows) != (columns > wide - columns)  # mirroring one angle flips the sine's sign
         rows, columns = torch.minimum(rows, high - rows), torch.minimum(columns, wide - columns)
         even = _quarter(torch.cos, spectrum, rows, columns, (high, wide), scale)
         odd = _quarter(torch.sin, spectrum.where(~mirrored, -spectrum), rows, columns, (high, wide), scale)
@@ -75,7 +75,7 @@ class FourierFt(AdditiveMethod):
 
 
 def _as_stored(module: AdapterModule, down: _Side, along: _Side) -> tuple[_Side, _Side]:
-    """What belongs to outputs and to inputs, as what belongs to the stored weight's rows and columns."""
+    """Orders a pair of values for (outputs, inputs) as (rows, columns) of the stored weight."""
     return (along, down) if module.kind in TRANSPOSED else (down, along)
 
 
@@ -99,7 +99,7 @@ def _quarter(
     """
     import torch
 
-    # whole turns are taken off in integers, where nothing rounds
+    # full turns are removed in integers, where nothing is rounded
     down, along = (wave(torch.arange(size).double() * (2 * math.pi / size)) for size in shape)
     m, n = (torch.arange(size // 2 + 1) for size in shape)
     terms, owners = torch.unique(rows, return_inverse=True)  # (terms,), (n,)
@@ -107,21 +107,21 @@ def _quarter(
     right = left.new_zeros(len(terms), len(n))
     order = owners.argsort(stable=True)
     places = torch.arange(len(order)) - torch.searchsorted(owners[order], owners[order])  # among those of its term
-    for place in range(int(places.max()) + 1):  # one of each term at a time, so that sums have an order
+    for place in range(int(places.max()) + 1):  # one coefficient of each term at a time, so that the order is fixed
         each = order[places == place]
         right[owners[each]] += numbers[each, None] * along[columns[each, None] * n % shape[1]]
     return fine_product(left, right, scale).rows(0, len(m))
 
 
 def check_places(module: AdapterModule, weight: TensorSpec, role: str) -> None:
-    """Refuses more numbers than the weight has elements."""
+    """Raises NotMergeable if there are more coefficients than the weight has elements."""
     (size,) = factor_shape(module, role, 1)
     if size > weight.size:
         raise NotMergeable("more numbers than places", where=weight.name, expected=weight.size, found=size)
 
 
 def drawn_places(module: AdapterModule, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows and columns of (out, in) that the numbers stand at, drawn as peft draws them.  # (count,) each"""
+    """The rows and columns of the coefficients in (out, in), drawn as peft draws them.  # (count,) each"""
     import torch
 
     out, into = int(module.settings["out"]), int(module.settings["in"])

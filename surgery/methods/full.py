@@ -1,4 +1,4 @@
-"""A difference carried whole (LyCORIS's `full`, Yeh et al., arXiv 2309.14859, and its norms): W = W0 + ΔW."""
+"""A difference that is stored whole (LyCORIS's `full`, Yeh et al., arXiv 2309.14859, and its norms): W = W0 + ΔW."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Full(AdditiveMethod):
     paper = "a whole difference, LyCORIS, arXiv 2309.14859"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the weight is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         check_weight(weight, module.factors["diff"].spec.shape)
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
-        """weight · diff, a convolution's as (out, in · kernel), a vector as one column."""
+        """weight · diff; a convolution as (out, in · kernel), a vector as one column."""
         diff = factors["diff"]
         matrix = diff.reshape(diff.shape[0], -1) if diff.dim() > 1 else diff.reshape(-1, 1)
         return RowsOf(matrix.shape[1], lambda begin, end: matrix[begin:end].double() * weight)

@@ -1,6 +1,6 @@
-"""GLoRA (Chavan et al., arXiv 2306.07967), as peft has it: W = W0 + W0 ∘ A + B, b = b0 + b0 ∘ D + E + W0 C.
+"""GLoRA (Chavan et al., arXiv 2306.07967) as in peft: W = W0 + W0 ∘ A + B, b = b0 + b0 ∘ D + E + W0 C.
 
-Each of A to E is a product of two factors, a vector, one number, or zero.
+Each of A to E is a product of two factors, a vector, a scalar, or zero.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Glora(TransformingMethod):
     """W = W0 ∘ (1 + A) + B by rows; a bias b = b0 ∘ (1 + D) + E + W0 C, which reads its layer's weight.
 
     Factors, for each path P of A to E: glora_P.Xd (rows, rank) with glora_P.Xu (rank, columns), or glora_P.X, or
-    glora_P.zeros; for a bias also weight (out, in), the layer's own as the base or the merged file has it.
+    glora_P.zeros. For a bias also weight (out, in), the layer's weight in the base or the merged file.
     """
 
     name = "glora"
@@ -35,8 +35,8 @@ class Glora(TransformingMethod):
     paper = "GLoRA, arXiv 2306.07967"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, AdapterFormatError for a path that is missing,
-        ShapeMismatch for factors that do not fit."""
+        """Raises NotMergeable if the weight is not stored as plain floats, AdapterFormatError if a path is missing,
+        ShapeMismatch if factors do not fit."""
         if len(weight.shape) == 1:
             out, into = factor_shape(module, "weight", 2)
             check_weight(weight, (out,))
@@ -55,7 +55,7 @@ class Glora(TransformingMethod):
         *,
         back: bool = False,
     ) -> torch.Tensor:
-        """W or b of W0 or b0, or the way back; the latter raises NotMerged where 1 + A or 1 + D is zero."""
+        """W or b from W0 or b0, or the inverse, which raises NotMerged if 1 + A or 1 + D has a zero."""
         if weight.dim() == 2:
             return change_outputs(module, weight, dtype, _weight_change(module, factors, weight.shape[0], back))
         stored = factors["weight"].double()
@@ -95,7 +95,7 @@ def _check_path(module: AdapterModule, path: str, sides: tuple[int, ...]) -> Non
 
 
 def _path(factors: Mapping[str, torch.Tensor], path: str, rows: int) -> Delta:
-    """One of A to E, by rows; of one column where it is a vector, a number or zero."""
+    """One of A to E, by rows; it has one column if it is a vector, a scalar or zero."""
     role = f"glora_{path}"
     if f"{role}.Xd" in factors:
         return exact_product(factors[f"{role}.Xd"], factors[f"{role}.Xu"], 1.0)

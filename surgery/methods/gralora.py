@@ -1,6 +1,6 @@
 """GraLoRA (Jung et al., arXiv 2505.20355): ΔW is cut into k × k blocks, each with low-rank factors.
 
-All of these together are one product of k · rank terms, most of them zero. A hybrid adapter has LoRA's factors besides.
+Together these are one product with k · rank terms, most of them zero. A hybrid adapter also has LoRA's factors.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _GENERAL = ("gralora_A_general.weight", "gralora_B_general.weight")
 class GraLora(AdditiveMethod):
     """Block (j, n) of ΔW = s · B[j, n-th part]ᵀ A[n, :, j-th part]ᵀ, s = alpha / (rank + hybrid rank).
 
-    Factors: gralora_A (k, in / k, rank), gralora_B (k, rank, out / k), the rank in k parts; of a hybrid adapter
-    gralora_A_general.weight (hybrid, in), gralora_B_general.weight (out, hybrid). Settings: alpha, hybrid_r.
+    Factors: gralora_A (k, in / k, rank), gralora_B (k, rank, out / k), with the rank in k parts; for a hybrid adapter
+    also gralora_A_general.weight (hybrid, in), gralora_B_general.weight (out, hybrid). Settings: alpha, hybrid_r.
     """
 
     name = "gralora"
@@ -34,7 +34,7 @@ class GraLora(AdditiveMethod):
     paper = "GraLoRA, arXiv 2505.20355"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the weight is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         (blocks, width, rank), (_, _, height) = (factor_shape(module, f"gralora_{side}", 3) for side in "AB")
         if rank % blocks:
             raise ShapeMismatch("the rank is not divided by the blocks", where=weight.name, expected=blocks, found=rank)
@@ -46,7 +46,7 @@ class GraLora(AdditiveMethod):
         check_matrix(module, weight, blocks * height, blocks * width)
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """Both factors with their zeros, and in fixed point."""
+        """Bytes for both factors including their zeros, and again in fixed point."""
         (blocks, width, rank), height = factor_shape(module, "gralora_A", 3), factor_shape(module, "gralora_B", 3)[2]
         return 3 * 8 * blocks * rank * blocks * (width + height)
 

@@ -31,8 +31,8 @@ class Hira(TransformingMethod):
     paper = "HiRA, openreview TwJrTz9cRS"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, AdapterFormatError for half of the factors,
-        ShapeMismatch for ones that do not fit."""
+        """Raises NotMergeable if the weight is not stored as plain floats, AdapterFormatError if a factor is missing,
+        ShapeMismatch if factors do not fit."""
         missing = [role for role in _roles(module) if role not in module.factors]
         if missing:
             raise AdapterFormatError("a factor is missing", where=weight.name, expected=", ".join(missing))
@@ -50,7 +50,7 @@ class Hira(TransformingMethod):
         *,
         back: bool = False,
     ) -> torch.Tensor:
-        """W0 ∘ (1 + B A), or W / (1 + B A); the latter raises NotMerged where that is zero."""
+        """W0 ∘ (1 + B A), or W / (1 + B A); the latter raises NotMerged if 1 + B A has a zero."""
         a, b = (factors[role].flatten(1) for role in _roles(module))  # (rank, in), (out, rank)
         transposed = module.kind in TRANSPOSED
         product = exact_product(a.mT, b.mT, 1.0) if transposed else exact_product(b, a, 1.0)  # as stored

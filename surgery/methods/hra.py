@@ -1,6 +1,6 @@
 """HRA (Yuan et al., arXiv 2405.17484): W = W0 Π (I − 2 uᵢ uᵢᵀ), a chain of Householder reflections.
 
-With `apply_GS` the vectors are first made orthonormal by Gram and Schmidt, so that the reflections commute.
+With `apply_GS`, the vectors are first made orthonormal by Gram–Schmidt, so that the reflections commute.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Hra(TransformingMethod):
     """W = W0 H₁ H₂ …; a reflection is its own inverse.
 
-    Factors: hra_u (in, rank), a vector in each column. Settings: apply_GS.
+    Factors: hra_u (in, rank), one vector per column. Settings: apply_GS.
     """
 
     name = "hra"
@@ -30,7 +30,7 @@ class Hra(TransformingMethod):
     paper = "HRA, arXiv 2405.17484"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the weight is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         into = factor_shape(module, "hra_u", 2)[0]
         check_matrix(module, weight, matrix_shape(module, weight)[0], into, PLAIN)
 

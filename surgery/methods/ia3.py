@@ -1,7 +1,7 @@
 """(IA)³ (Liu et al., arXiv 2205.05638, section 3.3): activations are multiplied by a learned vector.
 
-A layer's outputs are scaled by scaling the rows of its weight and its bias; the inputs of a feed-forward layer by
-scaling the columns.
+Scaling a layer's outputs means scaling the rows of its weight and its bias. Scaling the inputs of a feed-forward layer
+means scaling the columns of its weight.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Ia3(TransformingMethod):
     """W = s · l ∘ W0 by rows, the bias likewise; by columns where the layer is feed-forward; s = alpha, 1 in peft.
 
     Factors: ia3_l (out, 1), or (1, in) if feed-forward; for a convolution (1, channels, 1, …). Settings: feedforward;
-    for a fused layer `enabled`, a truth value for each slice of the outputs: ia3_l (height · n, 1) has n slices, and l
-    is 1 in the others.
+    for a fused layer also `enabled`, one boolean per slice of the outputs: ia3_l (height · n, 1) has the n enabled
+    slices, and l is 1 in the others.
     """
 
     name = "ia3"
@@ -33,7 +33,7 @@ class Ia3(TransformingMethod):
     paper = "(IA)³, arXiv 2205.05638"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the weight is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         enabled = module.settings.get("enabled", (True,))
         size = module.factors["ia3_l"].spec.size // sum(enabled) * len(enabled)
         out, into = matrix_shape(module, weight)
@@ -53,7 +53,7 @@ class Ia3(TransformingMethod):
         *,
         back: bool = False,
     ) -> torch.Tensor:
-        """s · l ∘ W0, or W / (s · l); the latter raises NotMerged where l has a zero."""
+        """s · l ∘ W0, or W / (s · l); the latter raises NotMerged if l has a zero."""
         scale = _whole(module, factors["ia3_l"].double().flatten()) * module.scaling
         if back and not scale.all():
             raise NotMerged(
@@ -74,7 +74,7 @@ class Ia3(TransformingMethod):
 
 
 def _whole(module: AdapterModule, scale: torch.Tensor) -> torch.Tensor:
-    """l with ones at the slices of a fused layer that are not adapted."""
+    """l, with ones in the slices of a fused layer that are not adapted."""
     import torch
 
     enabled = module.settings.get("enabled", (True,))

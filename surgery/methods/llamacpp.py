@@ -1,7 +1,8 @@
-"""LoRA (arXiv 2106.09685) as llama.cpp lays it out where it stores a weight in another order than the base does.
+"""LoRA (arXiv 2106.09685) in llama.cpp's layout, where llama.cpp stores a weight differently from the base.
 
-It rotates queries and keys by pairs of neighbours, so a Llama's rows stand there in another order (convert_hf_to_gguf,
-LlamaModel.permute); and it looks an embedding's factor up by rows, a token each (llm_graph_context::build_inp_embd).
+llama.cpp's rotary embedding rotates neighbouring pairs, so it reorders the rows of Llama's queries and keys
+(convert_hf_to_gguf, LlamaModel.permute). It looks up an embedding's factor by rows, one per token
+(llm_graph_context::build_inp_embd).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class PairedLora(AdditiveMethod):
     """ΔW = s · (P B) A, s = alpha / rank; P leads each head's rows from pairs back to halves.
 
-    Factors: lora_A (rank, in), lora_B (out, rank). Settings: heads, among which the rows are divided.
+    Factors: lora_A (rank, in), lora_B (out, rank). Settings: heads, the number of heads among the rows.
     """
 
     name = "lora_paired"
@@ -31,12 +32,12 @@ class PairedLora(AdditiveMethod):
     paper = "LoRA, llama.cpp's queries and keys"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the weight is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         (_, into), (out, _) = (factor_shape(module, role, 2) for role in ("lora_A", "lora_B"))
         check_weight(weight, (out, into))
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
-        """weight · ΔW, the rows in the base's order."""
+        """weight · ΔW, with its rows in the base's order."""
         b = halved(factors["lora_B"], module.settings["heads"])  # (out, rank)
         return exact_product(b, factors["lora_A"], weight * module.scaling)
 
@@ -52,7 +53,7 @@ class RowsLora(AdditiveMethod):
     paper = "LoRA, llama.cpp's token embedding"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the weight is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         (rows, _), (width, _) = (factor_shape(module, role, 2) for role in ("lora_A", "lora_B"))
         check_weight(weight, (rows, width))
 
@@ -62,10 +63,10 @@ class RowsLora(AdditiveMethod):
 
 
 def paired(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Of each head's rows the first of either half, then the second of either, and so on.  # (out, columns)"""
+    """Interleaves the two halves of each head's rows.  # (out, columns)"""
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def halved(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """The way back."""
+    """The inverse of `paired`.  # (out, columns)"""
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

@@ -1,6 +1,6 @@
 """LoHa (FedPara; Hyeon-Woo et al., arXiv 2108.06098, proposition 1): ΔW = s · (W1a W1b) ∘ (W2a W2b).
 
-A convolution of effective form (proposition 3) has a core between its two factors: T ×₁ Wa ×₂ Wb.
+A convolution in the effective form (proposition 3) has a core between its two factors: T ×₁ Wa ×₂ Wb.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class LoHa(AdditiveMethod):
     """ΔW = alpha/rank · (w1_a w1_b) ∘ (w2_a w2_b).
 
-    Factors: hada_w1_a, hada_w2_a (out, rank) and hada_w1_b, hada_w2_b (rank, in · kernel); with a core hada_t1, hada_t2
-    (rank, rank, *kernel) they are w1_a, w2_a (rank, out) and w1_b, w2_b (rank, in).
+    Factors: hada_w1_a, hada_w2_a (out, rank) and hada_w1_b, hada_w2_b (rank, in · kernel). With cores hada_t1, hada_t2
+    (rank, rank, *kernel), the shapes are w1_a, w2_a (rank, out) and w1_b, w2_b (rank, in).
     """
 
     name = "loha"
@@ -32,7 +32,8 @@ class LoHa(AdditiveMethod):
     paper = "LoHa (FedPara), arXiv 2108.06098"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises AdapterFormatError for one core without the other, ShapeMismatch and NotMergeable as check_matrix."""
+        """Raises AdapterFormatError if one of the two cores is missing, ShapeMismatch and NotMergeable as
+        check_matrix."""
         cores = [role in module.factors for role in ("hada_t1", "hada_t2")]
         if cores[0] is not cores[1]:
             raise AdapterFormatError("one of two cores is missing", where=weight.name, expected="hada_t1 and hada_t2")
@@ -49,7 +50,7 @@ class LoHa(AdditiveMethod):
         check_matrix(module, weight, a[0], b[1] * kernel, PLAIN)
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
-        """weight · s · both products, multiplied element by element."""
+        """weight · s · the elementwise product of both products."""
         return Hadamard(_product(factors, 1, weight * module.scaling), _product(factors, 2, 1.0))
 
 
@@ -60,7 +61,7 @@ def _product(factors: Mapping[str, torch.Tensor], number: int, scale: float) -> 
 
 
 def cored(core: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The core times its second factor: Σ_j core[i, j, *kernel] b[j, in].
+    """The core times the second factor: Σ_j core[i, j, *kernel] b[j, in].
 
     Args:
         core: (rank, rank, *kernel).

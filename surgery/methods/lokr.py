@@ -1,5 +1,5 @@
-"""LoKr (KronA, Edalati et al., arXiv 2212.10650; LyCORIS, Yeh et al., arXiv 2309.14859): ΔW = s · w1 ⊗ w2,
-either of them a product of two factors or itself."""
+"""LoKr (KronA, Edalati et al., arXiv 2212.10650; LyCORIS, Yeh et al., arXiv 2309.14859): ΔW = s · w1 ⊗ w2, where each
+of w1 and w2 is stored whole or as two factors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class LoKr(AdditiveMethod):
     """ΔW = alpha/rank · kron(w1, w2).
 
     Factors: lokr_w1 (a, c), or lokr_w1_a (a, rank) and lokr_w1_b (rank, c); lokr_w2 (b, d, *kernel), or lokr_w2_a
-    (b, rank) and lokr_w2_b (rank, d · kernel), or with lokr_t2 (rank, rank, *kernel) lokr_w2_a (rank, b) and
-    lokr_w2_b (rank, d). The weight is (a b, c d, *kernel).
+    (b, rank) and lokr_w2_b (rank, d · kernel), or lokr_t2 (rank, rank, *kernel), lokr_w2_a (rank, b) and lokr_w2_b
+    (rank, d). The weight is (a b, c d, *kernel).
     """
 
     name = "lokr"
@@ -33,8 +33,7 @@ class LoKr(AdditiveMethod):
     paper = "LoKr, arXiv 2212.10650 and 2309.14859"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises AdapterFormatError for factors that are not complete, ShapeMismatch and NotMergeable as
-        check_matrix."""
+        """Raises AdapterFormatError if factors are missing, ShapeMismatch and NotMergeable as check_matrix."""
         shapes = {role.removeprefix("lokr_"): ref.spec.shape for role, ref in module.factors.items()}
         for role, ref in module.factors.items():
             several = len(ref.spec.shape) > 2 and role in ("lokr_w2", "lokr_t2")
@@ -59,13 +58,13 @@ class LoKr(AdditiveMethod):
         check_matrix(module, weight, a * b, c * math.prod(d), PLAIN)
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """w1 and w2 as matrices, and what a product that makes them takes."""
+        """Bytes for w1 and w2 as matrices, and for the products from which they are computed."""
         shapes = {role: ref.spec.shape for role, ref in module.factors.items()}
         a, c = shapes["lokr_w1"] if "lokr_w1" in shapes else (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
         return 5 * 8 * (a * c + weight.size // (a * c))
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
-        """weight · s · kron(w1, w2), its rows as they are asked for."""
+        """weight · s · kron(w1, w2), whose rows are computed on demand."""
         w1 = factors["lokr_w1"] if "lokr_w1" in factors else matmul(factors["lokr_w1_a"], factors["lokr_w1_b"])
         w1 = w1.double() * (weight * module.scaling)  # (a, c)
         if "lokr_w2" in factors:
@@ -82,8 +81,8 @@ class LoKr(AdditiveMethod):
 
 
 def _aligned_last(w1: torch.Tensor, w2: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-    """Rows of torch.kron(w1 (a, c), w2 (b, d, kernel)) as peft reshapes it: b before a, and c beside the kernel. It is
-    what such an adapter was trained with."""
+    """Rows of torch.kron(w1 (a, c), w2 (b, d, kernel)) as peft reshapes it, with b before a and c next to the kernel.
+    Such adapters were trained in this form."""
     import torch
 
     at, a = torch.arange(begin, end), w1.shape[0]

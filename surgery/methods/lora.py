@@ -1,7 +1,7 @@
 """LoRA (Hu et al., arXiv 2106.09685, equation 3): h = W0 x + (alpha/r) B A x, so W = W0 + (alpha/r) B A.
 
-With rsLoRA (Kalajdzievski, arXiv 2312.03732) the factor is alpha/√r. A convolution's B is one of kernel 1 behind A's,
-so its weight is BA too, with the kernel among A's columns.
+With rsLoRA (Kalajdzievski, arXiv 2312.03732) the factor is alpha/√r. For a convolution, A is a convolution and B is a
+1 × 1 convolution after it, so the change is also BA, with the kernel among A's columns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Lora(AdditiveMethod):
     """ΔW = s · B A for a linear weight (out, in); its transpose for a Conv1D (in, out) or an embedding.
 
     Factors: lora_A (rank, in), lora_B (out, rank); for a convolution lora_A (rank, in, *kernel), lora_B (out, rank,
-    1, …); for experts as `AdapterModule` has them.
+    1, …); for experts see `AdapterModule`.
     """
 
     name = "lora"
@@ -39,7 +39,7 @@ class Lora(AdditiveMethod):
         check_weight(weight, delta_shape(module, len(weight.shape)))
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
-        """weight · s · B A, or (B A)ᵀ = Aᵀ Bᵀ where the base stores the transpose; expert below expert."""
+        """weight · s · B A, or (B A)ᵀ = Aᵀ Bᵀ if the base stores the transpose; experts are stacked by rows."""
         scale = weight * module.scaling
         a, b = factors["lora_A"], factors["lora_B"]  # (rank, in), (out, rank)
         if module.part is not None:
@@ -66,7 +66,7 @@ class LoraBias(AdditiveMethod):
     paper = "LoRA's option lora_bias in peft"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a bias that is not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the bias is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         check_weight(weight, module.factors["lora_B.bias"].spec.shape)
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
@@ -76,38 +76,38 @@ class LoraBias(AdditiveMethod):
 
 
 def outward(kind: LayerKind, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two matrices whose product is ΔW as the base stores it, a convolution's as (out, in · kernel)."""
+    """The two matrices whose product is ΔW in the base's layout; for a convolution (out, in · kernel)."""
     if kind is LayerKind.CONV:
         return b.flatten(1), a.flatten(1)  # (out, rank), (rank, in · kernel)
     return (b, a) if kind is LayerKind.LINEAR else (a.mT, b.mT)
 
 
 def pack_experts(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two tensors that hold all experts' factors: rows of A expert by expert, columns of B rank by rank.
+    """Packs all experts' factors into two tensors: the rows of A by expert, the columns of B by rank.
 
     Args:
         a: (experts, rank, in).
         b: (experts, out, rank).
 
     Returns:
-        lora_A (experts · rank, in) and lora_B (out, rank · experts), as peft's lora.layer.ParamWrapper has them.
+        lora_A (experts · rank, in) and lora_B (out, rank · experts), as in peft's lora.layer.ParamWrapper.
     """
     return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
 
 def unpack_experts(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The way back: (experts, rank, in) and (experts, out, rank)."""
+    """The inverse of `pack_experts`: (experts, rank, in) and (experts, out, rank)."""
     experts = a.shape[0] // rank
     return a.reshape(experts, rank, -1), b.reshape(-1, rank, experts).permute(2, 0, 1)
 
 
 def delta_shape(module: AdapterModule, dims: int) -> tuple[int, ...]:
-    """The shape of ΔW as the base stores it, in a tensor of `dims` dimensions."""
+    """The shape of ΔW in the base's layout, for a weight with `dims` dimensions."""
     a, b = (module.factors[role].spec.shape for role in ("lora_A", "lora_B"))
     out, into = b[0], a[1]
     if module.part is not None:
         return (module.part.last - module.part.first, into)
-    if module.kind is LayerKind.CONV:  # one of a single point is a linear layer in some files
+    if module.kind is LayerKind.CONV:  # some files store a 1 × 1 convolution as a linear layer
         return (out, into, *((1,) * (dims - 2) if set(a[2:]) <= {1} else a[2:]))
     if module.kind is LayerKind.PARAMETER and dims == 3:
         return (a[0] // module.rank, *((into, out) if module.transposed else (out, into)))
@@ -129,7 +129,12 @@ def check_pair(module: AdapterModule) -> None:
 
 
 def check_weight(weight: TensorSpec, delta: tuple[int, ...]) -> None:
-    """Refuses a weight that the delta cannot be added to."""
+    """Refuses a weight to which a delta of this shape cannot be added.
+
+    Raises:
+        NotMergeable: the weight is not stored as plain floats.
+        ShapeMismatch: the shapes differ.
+    """
     if not weight.dtype.is_weight:
         raise NotMergeable(
             "the base stores this weight in a form that nothing can be added to",

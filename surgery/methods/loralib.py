@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685) as microsoft/LoRA lays it out for fused layers and for convolutions.
 
-A fused layer (query, key and value in one weight) has factors of its own for each adapted slice of its outputs. A
-convolution's product BA has as many elements as the weight and is read in its order.
+A fused layer (query, key and value in one weight) has separate factors for each adapted slice of its outputs. For a
+convolution, the product BA has as many elements as the weight and is reshaped to it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class FusedLora(AdditiveMethod):
     """ΔW = s · B_j A_j in the j-th adapted slice of the outputs, zero in the others, s = alpha / rank.
 
-    Factors: lora_A (rank · n, in), lora_B (height · n, rank), n adapted slices of `height` outputs one below the other.
-    Settings: enabled, a truth value for each slice of the weight.
+    Factors: lora_A (rank · n, in), lora_B (height · n, rank) for n adapted slices of `height` outputs, stacked by rows.
+    Settings: enabled, one boolean per slice of the weight.
     """
 
     name = "lora_fused"
@@ -33,14 +33,14 @@ class FusedLora(AdditiveMethod):
     paper = "LoRA, loralib.MergedLinear"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the weight is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         (_, into), (rows, _) = (factor_shape(module, role, 2) for role in ("lora_A", "lora_B"))
         enabled = module.settings["enabled"]
         out = rows // sum(enabled) * len(enabled)
         check_weight(weight, (out, into) if module.kind is LayerKind.LINEAR else (into, out))
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
-        """weight · ΔW, transposed where the base stores (in, out)."""
+        """weight · ΔW, transposed if the base stores (in, out)."""
         import torch
 
         enabled, scale = module.settings["enabled"], weight * module.scaling
@@ -51,7 +51,7 @@ class FusedLora(AdditiveMethod):
         slices = [next(left) if each else None for each in enabled]
         height, width = factors["lora_B"].shape[0] // count, products[0].columns
 
-        def below(begin: int, end: int) -> torch.Tensor:  # slices one below the other
+        def below(begin: int, end: int) -> torch.Tensor:  # slices stacked by rows
             parts = []
             for index, product in enumerate(slices):
                 first, last = max(begin - index * height, 0), min(end - index * height, height)
@@ -68,7 +68,7 @@ class FusedLora(AdditiveMethod):
 class KernelLora(AdditiveMethod):
     """ΔW = s · BA, element by element in the order of the weight (out, in / groups, k, k), s = alpha / rank.
 
-    Factors: lora_A (rank · k, in · k), lora_B (out / groups · k, rank · k). Settings: row, the elements of an output.
+    Factors: lora_A (rank · k, in · k), lora_B (out / groups · k, rank · k). Settings: row, the elements per output.
     """
 
     name = "lora_kernel"
@@ -76,8 +76,8 @@ class KernelLora(AdditiveMethod):
     paper = "LoRA, loralib.ConvLoRA"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight that is not stored as a plain float."""
-        check_weight(weight, weight.shape)  # its reader made the factors fit
+        """Raises NotMergeable if the weight is not stored as plain floats."""
+        check_weight(weight, weight.shape)  # the reader has checked that the factors fit
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
         """weight · ΔW as (out, in / groups · k · k)."""

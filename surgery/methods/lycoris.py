@@ -1,7 +1,7 @@
-"""LyCORIS's own forms of OFT, BOFT, GLoRA and (IA)³ (Yeh et al., arXiv 2309.14859), as its modules' forward has them.
+"""LyCORIS's own forms of OFT, BOFT, GLoRA and (IA)³ (Yeh et al., arXiv 2309.14859), as in its modules' forward.
 
-They differ from peft's: OFT and BOFT turn outputs instead of inputs, GLoRA multiplies W0 by a matrix instead of
-element by element, and (IA)³ learns the difference to 1. None changes a bias.
+They differ from peft's: OFT and BOFT rotate outputs instead of inputs, GLoRA multiplies W0 by a matrix instead of
+elementwise, and (IA)³ learns the difference from 1. None of them changes a bias.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class OutputOft(TransformingMethod):
     """W = λ ∘ blockdiag(R)ᵀ W0, R = (I + Q)(I − Q)⁻¹, Q = P − Pᵀ brought into a ball where there is a constraint.
 
-    Factors: oft_blocks (blocks, b, b), the P; rescale (out, 1, …) if it was trained; alpha, the constraint, if it was
-    saved. Settings: constraint, the same as a number: the radius for each output.
+    Factors: oft_blocks (blocks, b, b), which is P; rescale (out, 1, …), which is λ, if it was trained; alpha, the
+    constraint, if it was saved. Settings: constraint, the same value as a number: the radius per output.
     """
 
     name = "lycoris_oft"
@@ -40,7 +40,7 @@ class OutputOft(TransformingMethod):
         _check_blocks(module, weight, 3)
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """The rotations, and what their inverses take."""
+        """Bytes for the rotations and the computation of their inverses."""
         return INVERSE * module.factors["oft_blocks"].spec.size
 
     def transform(
@@ -52,7 +52,7 @@ class OutputOft(TransformingMethod):
         *,
         back: bool = False,
     ) -> torch.Tensor:
-        """λ ∘ Rᵀ W0, or R⁻ᵀ (W / λ); the latter raises NotMerged where λ has a zero."""
+        """λ ∘ Rᵀ W0, or R⁻ᵀ (W / λ); the latter raises NotMerged if λ has a zero."""
         import torch
 
         turned = _rotations(module, factors).mT  # (blocks, b, b)
@@ -64,7 +64,7 @@ class OutputBoft(TransformingMethod):
     """W = λ ∘ Bₘ … B₁ W0, Bᵢ = Pᵢᵀ blockdiag(Rᵢ) Pᵢ, R as OFT's; the i-th permutation brings together outputs that
     lie b/2 · 2ⁱ apart.
 
-    Factors and settings: as OFT's, but oft_blocks (levels, blocks, b, b).
+    Factors and settings: as for OFT, but oft_blocks is (levels, blocks, b, b).
     """
 
     name = "lycoris_boft"
@@ -72,7 +72,7 @@ class OutputBoft(TransformingMethod):
     paper = "BOFT in LyCORIS, arXiv 2311.06243"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """As OFT's; ShapeMismatch too for levels that do not fit the outputs."""
+        """As OFT's check. Also raises ShapeMismatch if the levels do not fit the outputs."""
         levels, blocks, size, _ = factor_shape(module, "oft_blocks", 4)
         _check_blocks(module, weight, 4)
         if size % 2 or blocks * size % (size << (levels - 1)):
@@ -84,7 +84,7 @@ class OutputBoft(TransformingMethod):
             )
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """The rotations, and what their inverses take."""
+        """Bytes for the rotations and the computation of their inverses."""
         return INVERSE * module.factors["oft_blocks"].spec.size
 
     def transform(
@@ -96,7 +96,7 @@ class OutputBoft(TransformingMethod):
         *,
         back: bool = False,
     ) -> torch.Tensor:
-        """λ ∘ Bₘ … B₁ W0, or the way back; the latter raises NotMerged where λ has a zero."""
+        """λ ∘ Bₘ … B₁ W0, or the inverse, which raises NotMerged if λ has a zero."""
         import torch
 
         rotations = _rotations(module, factors)  # (levels, blocks, b, b)
@@ -137,13 +137,13 @@ def _turned(
     dtype: DType,
     back: bool,
 ) -> torch.Tensor:
-    """The weight's outputs turned level by level, then made longer; or the way back.
+    """Rotates the weight's outputs level by level and then scales them; or the inverse.
 
     Args:
-        module, weight, dtype, back: as of transform.
+        module, weight, dtype, back: as for transform.
         rotations: (levels, blocks, b, b), which multiply columns.
-        orders: (out,) of each level: which outputs the blocks take, one after the other.
-        rescale: one number for each output.
+        orders: (out,) for each level: the outputs in the order in which the blocks take them.
+        rescale: one factor per output.
     """
     import torch
 
@@ -168,7 +168,9 @@ def _turned(
 class ProductGlora(TransformingMethod):
     """W = W0 (I + s A₁ A₂) + s B₁ B₂, of a convolution's inputs at each point; s = alpha / rank.
 
-    Factors: a1 (in, rank), a2 (rank, in), b1 (out, rank), b2 (rank, in · kernel), of a convolution with its dimensions.
+    For a convolution, I + s A₁ A₂ acts on the inputs at each kernel position.
+
+    Factors: a1 (in, rank), a2 (rank, in), b1 (out, rank), b2 (rank, in · kernel), with a convolution's dimensions.
     """
 
     name = "lycoris_glora"
@@ -176,7 +178,7 @@ class ProductGlora(TransformingMethod):
     paper = "GLoRA in LyCORIS, arXiv 2306.07967"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises ShapeMismatch for factors that do not fit, NotMergeable as check_matrix."""
+        """Raises ShapeMismatch if the factors do not fit, NotMergeable as check_matrix."""
         a1, a2, b1, b2 = (_flat(module.factors[role].spec.shape) for role in ("a1", "a2", "b1", "b2"))
         out, into = matrix_shape(module, weight)
         inputs, rank = weight.shape[1] if len(weight.shape) > 1 else 0, module.rank
@@ -198,7 +200,8 @@ class ProductGlora(TransformingMethod):
         *,
         back: bool = False,
     ) -> torch.Tensor:
-        """W0 (I + s A₁ A₂) + s B₁ B₂; or (W − s B₁ B₂)(I + s A₁ A₂)⁻¹, which raises NotMerged where there is none."""
+        """W0 (I + s A₁ A₂) + s B₁ B₂; or (W − s B₁ B₂)(I + s A₁ A₂)⁻¹, which raises NotMerged if the inverse does not
+        exist."""
         import torch
 
         scale = module.scaling
@@ -225,7 +228,7 @@ class ProductGlora(TransformingMethod):
 class DifferenceIa3(TransformingMethod):
     """W = (1 + w) ∘ W0, by rows, or by input channels where it acts on the input.
 
-    Factors: scale (channels,), of a convolution (1, channels, 1, …); on_input. Settings: on_input, as a truth value.
+    Factors: scale (channels,), for a convolution (1, channels, 1, …); on_input. Settings: on_input as a boolean.
     """
 
     name = "lycoris_ia3"
@@ -233,7 +236,7 @@ class DifferenceIa3(TransformingMethod):
     paper = "(IA)³ in LyCORIS, arXiv 2205.05638"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises ShapeMismatch for a vector of another length, NotMergeable as check_matrix."""
+        """Raises ShapeMismatch if the vector has another length, NotMergeable as check_matrix."""
         out, into = matrix_shape(module, weight)
         check_matrix(module, weight, out, into, PLAIN)
         channels = weight.shape[1 if module.settings["on_input"] else 0]
@@ -255,11 +258,11 @@ class DifferenceIa3(TransformingMethod):
         *,
         back: bool = False,
     ) -> torch.Tensor:
-        """(1 + w) ∘ W0, or W / (1 + w); the latter raises NotMerged where 1 + w has a zero."""
+        """(1 + w) ∘ W0, or W / (1 + w); the latter raises NotMerged if 1 + w has a zero."""
         scale = 1 + factors["scale"].double().flatten()
         if back and not scale.all():
             raise _nothing_left("(IA)³", module)
-        columns = not module.settings["on_input"]  # a column of the matrix has all outputs
+        columns = not module.settings["on_input"]  # a column of the matrix spans all outputs
         if not columns:
             scale = scale.repeat_interleave(weight[0, 0].numel())  # (in · kernel,)
         return change_outputs(
@@ -268,7 +271,7 @@ class DifferenceIa3(TransformingMethod):
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
-    """As a matrix: all but the first dimension together."""
+    """The shape as a matrix, with all dimensions but the first flattened."""
     return (shape[0], math.prod(shape[1:])) if shape else (0, 0)
 
 

@@ -1,7 +1,7 @@
 """MiSS (Kang et al., arXiv 2409.15371): ΔW repeats one block D (rank, out) along the inputs.
 
-`mini` repeats a narrower block along the outputs too. `bat`, the paper's first form (Bone), multiplies: each square
-block of W becomes W + W D + D, with one D for each block of outputs.
+`mini` repeats a narrower block along the outputs too. `bat`, the paper's first form (Bone), is multiplicative: each
+square block of W becomes W + W D + D, with one D per block of outputs.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Miss(AdditiveMethod):
     paper = "MiSS, arXiv 2409.15371"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the weight is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         width = factor_shape(module, "miss_block", 2)[1]
         out, into = matrix_shape(module, weight)
         narrow = module.settings["init_weights"] == "mini" and width == module.settings["mini_r"] and out % width == 0
         check_matrix(module, weight, out if narrow else width, into, (LayerKind.LINEAR,))
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
-        """weight · ΔW, its rows as they are asked for."""
+        """weight · ΔW, whose rows are computed on demand."""
         import torch
 
         block = factors["miss_block"].double() * weight
@@ -62,7 +62,7 @@ class MissBat(TransformingMethod):
     forgets = "MiSS with init_weights=bat multiplies W0 by I + D, which need not have an inverse"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the weight is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         blocks, rank, _ = factor_shape(module, "miss_block", 3)
         check_factor(module, "miss_block", blocks, rank, rank)
         into = matrix_shape(module, weight)[1]

@@ -1,7 +1,7 @@
-"""OFT (Qiu et al., arXiv 2306.07280; OFTv2, arXiv 2506.19847): W = W0 Rᵀ, R orthogonal by blocks.
+"""OFT (Qiu et al., arXiv 2306.07280; OFTv2, arXiv 2506.19847): W = W0 Rᵀ, where R is block-diagonal and orthogonal.
 
-R is the Cayley transform (I − Q)(I + Q)⁻¹ of a skew Q, or the first terms of its Neumann series, which are not quite
-orthogonal. A constrained Q (COFT) is first brought into a ball.
+R is the Cayley transform (I − Q)(I + Q)⁻¹ of a skew Q, or the first terms of its Neumann series, which is only nearly
+orthogonal. A constrained Q (COFT) is first projected into a ball.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     import torch
 
 
-INVERSE = 12 * 8  # bytes for each element of a matrix while elimination inverts it
+INVERSE = 12 * 8  # bytes per element of a matrix while it is inverted by elimination
 
 
 class Oft(TransformingMethod):
     """W = W0 · blockdiag(R)ᵀ.
 
-    Factors: oft_R.weight (blocks, b (b − 1) / 2), the upper triangles of Q; one block for all with block_share.
+    Factors: oft_R.weight (blocks, b (b − 1) / 2), the upper triangles of Q; with block_share one block serves for all.
     Settings: block_share, coft, eps, use_cayley_neumann, num_cayley_neumann_terms.
     """
 
@@ -37,8 +37,8 @@ class Oft(TransformingMethod):
     paper = "OFT, arXiv 2306.07280 and 2506.19847"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises ShapeMismatch for blocks that do not fill the weight's inputs, NotMergeable as check_matrix and for a
-        convolution of more than one point."""
+        """Raises ShapeMismatch if the blocks do not cover the weight's inputs, NotMergeable as check_matrix and for a
+        convolution that is not 1 × 1."""
         blocks, elements = factor_shape(module, "oft_R.weight", 2)
         size = _size(elements)
         out, into = matrix_shape(module, weight)
@@ -59,7 +59,7 @@ class Oft(TransformingMethod):
         check_matrix(module, weight, out, into if shared else blocks * size, PLAIN)
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """The rotations, and what their inverses take."""
+        """Bytes for the rotations and the computation of their inverses."""
         blocks, elements = factor_shape(module, "oft_R.weight", 2)
         return INVERSE * blocks * _size(elements) ** 2
 
@@ -86,7 +86,7 @@ class Oft(TransformingMethod):
 
 
 def _size(elements: int) -> int:
-    """The size of a matrix with so many elements above the diagonal."""
+    """The size of a square matrix with this many elements above the diagonal."""
     return (1 + math.isqrt(1 + 8 * elements)) // 2
 
 

@@ -1,5 +1,5 @@
-"""PEANuT (Zhong et al., arXiv 2410.01870): each column of W0 goes through a small network, whose output is
-added to it."""
+"""PEANuT (Zhong et al., arXiv 2410.01870): a small network is applied to each column of W0, and its output is added to
+the column."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Peanut(TransformingMethod):
     forgets = "PEANuT adds a nonlinear function of W0, which cannot be solved for W0"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for an activation unknown and a weight not stored as a plain float, ShapeMismatch for
-        one of other shape."""
+        """Raises NotMergeable if the activation is unknown or the weight is not stored as plain floats, ShapeMismatch
+        if its shape does not fit."""
         if module.settings["act_fn"] not in ("relu", "tanh", "sigmoid", "silu"):
             raise NotMergeable(
                 "this activation is not known here",

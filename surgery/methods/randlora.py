@@ -1,6 +1,6 @@
-"""RandLoRA (Albert et al., arXiv 2502.00987): ΔW = s · Σ Bₙ Λₙ A Γₙ, full-rank, with random A and B.
+"""RandLoRA (Albert et al., arXiv 2502.00987): ΔW = s · Σ Bₙ Λₙ A Γₙ, of full rank, with random A and B.
 
-All layers share A and B; which is left and which right depends on whether the layer is higher or wider.
+All layers share A and B. Which of them is the left factor depends on whether the layer has more outputs or inputs.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class RandLora(AdditiveMethod):
     paper = "RandLoRA, arXiv 2502.00987"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float and for bases that were not saved,
-        ShapeMismatch for factors that do not fit."""
+        """Raises NotMergeable if the weight is not stored as plain floats or the bases were not saved, ShapeMismatch if
+        factors do not fit."""
         out, into = matrix_shape(module, weight)
         short, long = sorted((out, into))
         rank, bases = factor_shape(module, "randlora_lambda", 2)
@@ -58,7 +58,7 @@ class RandLora(AdditiveMethod):
             )
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """Both factors of a product that is as large as the weight, and of each two halves in fixed point."""
+        """Bytes for both factors of the product, and for two fixed-point halves of each."""
         terms = module.factors["randlora_lambda"].spec.size
         return 4 * 8 * terms * sum(matrix_shape(module, weight))
 

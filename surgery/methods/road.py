@@ -1,6 +1,6 @@
-"""RoAd (Liao and Monz, arXiv 2409.00119, equation 4): W = R W0, R turns and stretches pairs of outputs; the bias too.
+"""RoAd (Liao and Monz, arXiv 2409.00119, equation 4): W = R W0, R rotates and scales pairs of outputs; the bias too.
 
-Pairs stand half a group apart. The three variants differ in how many angles and lengths a pair has.
+The outputs of a pair are half a group apart. The three variants differ in the number of angles and lengths per pair.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from surgery.methods.shapes import change_outputs, check_factor, check_matrix, m
 if TYPE_CHECKING:
     import torch
 
-_PER_OUTPUT = {"road_1": 0.5, "road_2": 1, "road_4": 2}  # angles, and lengths
+_PER_OUTPUT = {"road_1": 0.5, "road_2": 1, "road_4": 2}  # number of angles, and of lengths
 
 
 class Road(TransformingMethod):
     """Of each pair of outputs y₁ = c₁ x₁ − s₁ x₂, y₂ = s₂ x₁ + c₂ x₂; c = α cos θ, s = α sin θ.
 
-    Factors: road_theta, road_alpha, half an output's, one or two for each output. Settings: variant, group_size.
+    Factors: road_theta and road_alpha, each with ½, 1 or 2 values per output. Settings: variant, group_size.
     """
 
     name = "road"
@@ -33,8 +33,8 @@ class Road(TransformingMethod):
     paper = "RoAd, arXiv 2409.00119"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a variant unknown and a weight not stored as a plain float, ShapeMismatch for one of
-        other shape."""
+        """Raises NotMergeable if the variant is unknown or the weight is not stored as plain floats, ShapeMismatch if
+        its shape does not fit."""
         variant, group = module.settings["variant"], int(module.settings["group_size"])
         if variant not in _PER_OUTPUT:
             raise NotMergeable(
@@ -56,7 +56,7 @@ class Road(TransformingMethod):
         *,
         back: bool = False,
     ) -> torch.Tensor:
-        """R W0, or R⁻¹ W; the latter raises NotMerged where a pair was flattened."""
+        """R W0, or R⁻¹ W; the latter raises NotMerged if both outputs of a pair were mapped to one line."""
         import torch
 
         half = int(module.settings["group_size"]) // 2

@@ -1,6 +1,6 @@
-"""How methods other than LoRA see a weight: as the matrix (out, in), whichever way the base stores it.
+"""The view that methods other than LoRA have of a weight: a matrix (out, in), whatever the base's layout.
 
-A convolution's kernel lies among its inputs. Knows no method.
+A convolution's kernel is part of its inputs. This module knows no method.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import torch
 
 TRANSPOSED = (LayerKind.TRANSPOSED, LayerKind.EMBEDDING)
-PLAIN = (LayerKind.LINEAR, LayerKind.CONV)  # stored (out, in), with a kernel behind or without
+PLAIN = (LayerKind.LINEAR, LayerKind.CONV)  # stored (out, in), with or without a kernel after it
 
 
 def matrix_shape(module: AdapterModule, weight: TensorSpec) -> tuple[int, int]:
-    """(out, in) of a stored weight; (out, 1) of a vector."""
+    """(out, in) of a stored weight; (out, 1) for a vector."""
     shape = weight.shape if len(weight.shape) > 1 else (*weight.shape, 1)
     out, into = shape[0], weight.size // max(1, shape[0])
     return (into, out) if module.kind in TRANSPOSED and len(weight.shape) == 2 else (out, into)
@@ -34,11 +34,11 @@ def matrix_shape(module: AdapterModule, weight: TensorSpec) -> tuple[int, int]:
 def check_matrix(
     module: AdapterModule, weight: TensorSpec, out: int, into: int, kinds: tuple[LayerKind, ...] = tuple(LayerKind)
 ) -> None:
-    """Refuses a weight that is no plain float, not of these sizes, or not of these kinds.
+    """Refuses a weight that is not stored as plain floats, or has another size or kind.
 
     Raises:
-        NotMergeable: a quantised weight, or a kind of layer that the method does not know.
-        ShapeMismatch: factors that do not fit.
+        NotMergeable: the weight is quantised, or the method is not defined for this kind of layer.
+        ShapeMismatch: the factors do not fit the weight.
     """
     found = (into, out) if module.kind in TRANSPOSED and len(weight.shape) == 2 else (out, into)
     fits = matrix_shape(module, weight) == (out, into)
@@ -53,7 +53,7 @@ def check_matrix(
 
 
 def factor_shape(module: AdapterModule, role: str, dims: int) -> tuple[int, ...]:
-    """The shape of a factor of so many dimensions. Raises ShapeMismatch for one of another number."""
+    """The shape of a factor, which must have `dims` dimensions. Raises ShapeMismatch if it does not."""
     found = module.factors[role].spec
     if len(found.shape) != dims or not found.size:
         raise ShapeMismatch(
@@ -66,7 +66,7 @@ def factor_shape(module: AdapterModule, role: str, dims: int) -> tuple[int, ...]
 
 
 def check_factor(module: AdapterModule, role: str, *shape: int) -> None:
-    """Refuses a factor of another shape. Raises ShapeMismatch."""
+    """Raises ShapeMismatch if a factor has another shape."""
     found = module.factors[role].spec
     if found.shape != shape:
         raise ShapeMismatch(
@@ -85,14 +85,14 @@ def change_outputs(
     *,
     columns: bool = False,
 ) -> torch.Tensor:
-    """The weight with every row of its matrix (out, in) changed, or every column; rounded once.
+    """Changes every row of a weight's matrix (out, in), or every column, and rounds once.
 
     Args:
-        module: tells how the weight is stored.
-        weight: as stored; a vector is one column.
-        dtype: of the result.
-        change: takes rows begin to end, (end - begin, in) float64; of columns (end - begin, out).
-        columns: whether these are the matrix's columns.
+        module: the adapted module, which gives the weight's layout.
+        weight: the weight as stored; a vector is one column.
+        dtype: dtype of the result.
+        change: maps rows begin to end, (end - begin, in) float64; for columns (end - begin, out).
+        columns: whether to change columns instead of rows.
     """
     import torch
 

@@ -1,9 +1,9 @@
-"""Deltas of few elements: SHiRA, Supertuning and WaveFT.
+"""Sparse deltas: SHiRA, Supertuning and WaveFT.
 
-SHiRA (Bhardwaj et al., arXiv 2406.13175) trains some elements of the weight, whose places come with the
-adapter. Supertuning (arXiv 2607.09287) does so too, with LoRA's factors besides. WaveFT (Bilican et al.,
-arXiv 2505.12532) trains some wavelet coefficients at places drawn by torch's CPU generator from a seed;
-with Haar's wavelet each becomes four elements.
+SHiRA (Bhardwaj et al., arXiv 2406.13175) trains some elements of the weight, whose positions are stored in the
+adapter. Supertuning (arXiv 2607.09287) does the same, with LoRA's factors in addition. WaveFT (Bilican et al., arXiv
+2505.12532) trains some wavelet coefficients, at positions that torch's CPU generator draws from a seed; with the Haar
+wavelet each coefficient becomes four elements.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HAAR = ("db1", "haar")
 _LORA = ("supertuning_lora_A.weight", "supertuning_lora_B.weight")
 
 
-_ELEMENT = 64  # bytes that one takes on its way: row, column and value, sorted, and their order
+_ELEMENT = 64  # bytes per element during the computation: row, column and value, sorted, and their order
 
 
 class Shira(AdditiveMethod):
@@ -44,16 +44,16 @@ class Shira(AdditiveMethod):
     paper = "SHiRA, arXiv 2406.13175"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the weight is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         check_factor(module, "shira_indices", 2, module.factors["shira_weight"].spec.size)
         check_matrix(module, weight, *matrix_shape(module, weight))
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """The elements, sorted."""
+        """Bytes for the sorted elements."""
         return _ELEMENT * module.factors["shira_weight"].spec.size
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
-        """weight · ΔW, its rows as they are asked for."""
+        """weight · ΔW, whose rows are computed on demand."""
         rows, columns = factors["shira_indices"].long()
         return _scattered(module, [(rows, columns, factors["shira_weight"].double() * weight)])
 
@@ -61,7 +61,7 @@ class Shira(AdditiveMethod):
 class Supertuning(AdditiveMethod):
     """ΔW[indices] = values, plus lora_alpha / r · B A if there is one.
 
-    Factors: supertuning_values (n,), supertuning_indices (n,) into the weight row by row; supertuning_lora_A.weight
+    Factors: supertuning_values (n,), supertuning_indices (n,) into the flattened weight; supertuning_lora_A.weight
     (rank, in), supertuning_lora_B.weight (out, rank). Settings: out, in, lora_alpha.
     """
 
@@ -70,7 +70,7 @@ class Supertuning(AdditiveMethod):
     paper = "Supertuning, arXiv 2607.09287"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the weight is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         out, into = matrix_shape(module, weight)
         check_factor(module, "supertuning_indices", module.factors["supertuning_values"].spec.size)
         if _LORA[0] in module.factors:
@@ -80,12 +80,12 @@ class Supertuning(AdditiveMethod):
         check_matrix(module, weight, out, into, (LayerKind.LINEAR,))
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """The elements, sorted, and LoRA's factors."""
+        """Bytes for the sorted elements and LoRA's factors."""
         lora = sum(module.factors[role].spec.size for role in _LORA if role in module.factors)
         return _ELEMENT * module.factors["supertuning_values"].spec.size + 16 * lora
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
-        """weight · ΔW, its rows as they are asked for."""
+        """weight · ΔW, whose rows are computed on demand."""
         places, into = factors["supertuning_indices"].long(), int(module.settings["in"])
         sparse = _scattered(module, [(places // into, places % into, factors["supertuning_values"].double() * weight)])
         if _LORA[0] not in factors:
@@ -106,7 +106,7 @@ class WaveFt(AdditiveMethod):
     paper = "WaveFT, arXiv 2505.12532"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for another wavelet, or a weight not stored as a plain float."""
+        """Raises NotMergeable for another wavelet, or if the weight is not stored as plain floats."""
         if module.settings["use_idwt"] and module.settings["wavelet_family"] not in _HAAR:
             raise NotMergeable(
                 "the filters of this wavelet are not in the file, and only Haar's is known here",
@@ -119,24 +119,24 @@ class WaveFt(AdditiveMethod):
         check_matrix(module, weight, *matrix_shape(module, weight))
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """The draw of all places, or four elements for each number."""
+        """Bytes for drawing all positions, or for four elements per coefficient, whichever is more."""
         return max(8 * weight.size, 4 * _ELEMENT * module.factors["waveft_spectrum"].spec.size)
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
-        """weight · ΔW, its rows as they are asked for."""
+        """weight · ΔW, whose rows are computed on demand."""
         values = factors["waveft_spectrum"].double() * (weight * float(module.settings["scaling"]))
         rows, columns = drawn_places(module, values.shape[0])
         if not module.settings["use_idwt"]:
             return _scattered(module, [(rows, columns, values)])
         out, into = int(module.settings["out"]), int(module.settings["in"])
-        high, wide = (out + 1) // 2, (into + 1) // 2  # of a quarter of the coefficients
+        high, wide = (out + 1) // 2, (into + 1) // 2  # sides of a quarter of the coefficients
         groups = []
         for below in (False, True):
             for beside in (False, True):  # no two coefficients of a quarter share an element
                 ours = ((rows >= high) == below) & ((columns >= wide) == beside)
                 for down in (0, 1):
                     for along in (0, 1):
-                        # peft passes the upper right quarter as the one of vertical detail
+                        # peft passes the upper right quarter as vertical detail
                         sign = (-1) ** (down * beside + along * below)
                         at = 2 * (rows[ours] % high) + down, 2 * (columns[ours] % wide) + along
                         inside = (at[0] < out) & (at[1] < into)
@@ -145,14 +145,14 @@ class WaveFt(AdditiveMethod):
 
 
 def _scattered(module: AdapterModule, groups: Sequence[Group]) -> RowsOf:
-    """The delta of some elements of (out, in).
+    """The delta with these elements of (out, in).
 
     Args:
-        module: of settings out and in.
-        groups: rows, columns and values; no place twice in a group, so that the order in it cannot matter.
+        module: the adapted module, with settings out and in.
+        groups: rows, columns and values. No position occurs twice in a group, so its order cannot matter.
 
     Raises:
-        ShapeMismatch: a place outside the weight.
+        ShapeMismatch: a position is outside the weight.
     """
     import torch
 

@@ -1,6 +1,6 @@
 """LoCon with a core (LyCORIS, Yeh et al., arXiv 2309.14859, section 3): a convolution's ΔW = s · B (T ×₂ Aᵀ).
 
-A and B are convolutions of one point, and the core T between them has the kernel.
+A and B are 1 × 1 convolutions, and the core T between them has the kernel.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class TuckerLora(AdditiveMethod):
     paper = "LoCon with a core, LyCORIS, arXiv 2309.14859"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the weight is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         a, b, mid = (module.factors[role].spec.shape for role in ("lora_A", "lora_B", "lora_mid"))
         check_weight(weight, (b[0], a[1], *mid[2:]))
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """The core times A, and its product with B in fixed point."""
+        """Bytes for the core times A, and for its product with B in fixed point."""
         sizes = [ref.spec.size for ref in module.factors.values()]
         return 16 * sum(sizes) + 5 * 8 * module.rank * (weight.size // weight.shape[0])
 

@@ -1,7 +1,7 @@
-"""Factors looked up in one store of numbers that all layers share: VB-LoRA and Uni-LoRA.
+"""Factors looked up in values that all layers share: VB-LoRA and Uni-LoRA.
 
-VB-LoRA (Li et al., arXiv 2405.15179) makes every stretch of A and B a mixture of the k vectors of a bank
-with the largest logits. Uni-LoRA (Li et al., arXiv 2506.00799) takes every element from one vector.
+VB-LoRA (Li et al., arXiv 2405.15179) makes every sub-vector of A and B a mixture of the k vectors of a bank with the
+largest logits. Uni-LoRA (Li et al., arXiv 2506.00799) takes every element from one vector.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class VbLora(AdditiveMethod):
     """ΔW = B A of vectors from the bank.
 
     Factors: vblora_logits_A (rank, in / length, vectors), vblora_logits_B (out / length, rank, vectors),
-    vblora_vector_bank (vectors, length); or instead of each logits the _topk_indices (…, k) and the _topk_weights
-    (…, k - 1), the last weight being what is left of 1. Settings: topk.
+    vblora_vector_bank (vectors, length). Instead of logits there may be _topk_indices (…, k) and _topk_weights
+    (…, k - 1), where the last weight is 1 minus the others. Settings: topk.
     """
 
     name = "vblora"
@@ -34,8 +34,7 @@ class VbLora(AdditiveMethod):
     paper = "VB-LoRA, arXiv 2405.15179"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises AdapterFormatError for factors that are not complete, ShapeMismatch and NotMergeable as
-        check_matrix."""
+        """Raises AdapterFormatError if factors are missing, ShapeMismatch and NotMergeable as check_matrix."""
         sides = []
         for role in ("vblora_logits_A", "vblora_logits_B"):
             if role not in module.factors and not {f"{role}_topk_indices", f"{role}_topk_weights"} <= set(
@@ -66,7 +65,7 @@ class UniLora(AdditiveMethod):
     """ΔW = B A, A = θ[indices_A] ∘ scales_A and B likewise.
 
     Factors: unilora_indices_A (rank, in), unilora_indices_B (out, rank), unilora_scales_A and _B of the same shapes,
-    unilora_theta_d (numbers,).
+    unilora_theta_d (values,).
     """
 
     name = "unilora"
@@ -74,7 +73,7 @@ class UniLora(AdditiveMethod):
     paper = "Uni-LoRA, arXiv 2506.00799"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the weight is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         a, b = (factor_shape(module, f"unilora_indices_{side}", 2) for side in "AB")
         factor_shape(module, "unilora_theta_d", 1)
         check_factor(module, "unilora_indices_B", b[0], a[0])
@@ -101,7 +100,7 @@ class UniLora(AdditiveMethod):
 
 
 def _mixed(factors: Mapping[str, torch.Tensor], role: str, bank: torch.Tensor, count: int) -> torch.Tensor:
-    """The mixtures of vectors, k at a time added in order.  # (…, length) float64"""
+    """The mixtures of k vectors each, added in a fixed order.  # (…, length) float64"""
     if role in factors:
         logits, indices = factors[role].double().topk(count, dim=-1)
         parts = list((logits - logits[..., :1]).exp().unbind(-1))

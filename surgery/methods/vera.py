@@ -1,8 +1,8 @@
 """VeRA (Kopiczko et al., arXiv 2310.11454, equation 2): ΔW = Λ_b B Λ_d A, with random A and B that all layers share.
 
-Each layer takes the first rows of B and columns of A. A file without them (`save_projection=False`) has the seed:
-peft draws both from torch's CPU generator, on any machine, and so does this. PVeRA (arXiv 2512.07703) makes A's
-outputs a mean and a variance; without sampling at inference only the mean counts, the first half of A.
+Each layer uses the first rows of B and the first columns of A. A file without them (`save_projection=False`) has the
+seed: peft draws both with torch's CPU generator on every machine, and so does this module. In PVeRA (arXiv 2512.07703)
+A's outputs are means and variances; without sampling at inference only the means count, the first half of A.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class Vera(AdditiveMethod):
     """ΔW = (λ_b ∘ B) (λ_d ∘ A).
 
-    Factors: vera_lambda_b (out,), vera_lambda_d (rank,), and if they were saved vera_A (rank, ≥ in), vera_B
-    (≥ out, rank). Settings: r, projection_prng_key, and largest_out and largest_in of all adapted layers.
+    Factors: vera_lambda_b (out,), vera_lambda_d (rank,), and vera_A (rank, ≥ in), vera_B (≥ out, rank) if they were
+    saved. Settings: r, projection_prng_key, and largest_out and largest_in over all adapted layers.
     """
 
     name = "vera"
@@ -37,23 +37,23 @@ class Vera(AdditiveMethod):
     paper = "VeRA, arXiv 2310.11454"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """Raises NotMergeable for a weight not stored as a plain float, ShapeMismatch for one of other shape."""
+        """Raises NotMergeable if the weight is not stored as plain floats, ShapeMismatch if its shape does not fit."""
         _check(module, weight, "vera", 1)
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """As _workspace."""
+        """Bytes for both factors."""
         return _workspace(module, "vera")
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
-        """weight · (λ_b ∘ B) (λ_d ∘ A) as the base stores it."""
+        """weight · (λ_b ∘ B) (λ_d ∘ A), in the base's layout."""
         return _delta(module, factors, weight, "vera", 1)
 
 
 class PVera(AdditiveMethod):
     """VeRA's ΔW of the means: the first half of λ_d and of A.
 
-    Factors: pvera_lambda_b (out,), pvera_lambda_d (2 rank,), pvera_A (2 rank, ≥ in), pvera_B (≥ out, rank). Settings
-    as VeRA's, and sample_at_inference.
+    Factors: pvera_lambda_b (out,), pvera_lambda_d (2 rank,), pvera_A (2 rank, ≥ in), pvera_B (≥ out, rank). Settings:
+    VeRA's, and sample_at_inference.
     """
 
     name = "pvera"
@@ -62,7 +62,7 @@ class PVera(AdditiveMethod):
     paper = "PVeRA, arXiv 2512.07703"
 
     def check(self, module: AdapterModule, weight: TensorSpec) -> None:
-        """As VeRA's; NotMergeable too where the adapter samples at inference."""
+        """As VeRA's check. Also raises NotMergeable if the adapter samples at inference."""
         if module.settings["sample_at_inference"]:
             raise NotMergeable(
                 "PVeRA with sample_at_inference draws its latent for each input anew, which no weight can express",
@@ -71,11 +71,11 @@ class PVera(AdditiveMethod):
         _check(module, weight, "pvera", 2)
 
     def workspace(self, module: AdapterModule, weight: TensorSpec) -> int:
-        """As _workspace."""
+        """Bytes for both factors."""
         return _workspace(module, "pvera")
 
     def delta(self, module: AdapterModule, factors: Mapping[str, torch.Tensor], weight: float) -> Delta:
-        """weight · (λ_b ∘ B) (λ_d ∘ A) of the means as the base stores it."""
+        """weight · (λ_b ∘ B) (λ_d ∘ A) for the means, in the base's layout."""
         return _delta(module, factors, weight, "pvera", 2)
 
 
@@ -97,7 +97,7 @@ def _check(module: AdapterModule, weight: TensorSpec, prefix: str, halves: int) 
 
 
 def _workspace(module: AdapterModule, prefix: str) -> int:
-    """Both factors in float64 and in fixed point, of all layers' size where they are drawn."""
+    """Bytes for both factors in float64 and in fixed point; if they are drawn, for the size of the largest layer."""
     out, width = (module.factors[f"{prefix}_lambda_{side}"].spec.size for side in "bd")
     settings = module.settings
     drawn = f"{prefix}_A" not in module.factors or f"{prefix}_B" not in module.factors
@@ -127,7 +127,7 @@ def _delta(
 
 
 def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Kaiming-uniform numbers as peft draws them: the fan is all but the first dimension.  # float32"""
+    """Kaiming-uniform values, drawn as in peft: the fan-in is all dimensions but the first.  # float32"""
     import torch
 
     bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(math.prod(shape[1:])))

@@ -70,7 +70,7 @@ def may_rename(config: Mapping[str, Any]) -> bool:
 
 
 def _identifiers(config: Mapping[str, Any]) -> list[str]:
-    """The classes and the model types that a config names, those of its parts included."""
+    """The classes and model types that a config and its parts name."""
     classes = [str(name) for name in config.get("architectures") or ()]
     found = classes + [re.sub(r"(For[A-Z].*|Model)$", "Model", name) for name in classes]  # and the model inside
     found += [str(config["model_type"])] if "model_type" in config else []

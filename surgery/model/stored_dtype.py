@@ -1,6 +1,6 @@
 """The dtypes in which a merge stores its result (the base's, or one for all weights), and the matching config.json.
 
-Knows no method's mathematics and writes nothing.
+This module knows no method's mathematics and writes nothing.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Storage:
         return {how.scale.name: name for name, how in self.scaled.items()}
 
     def result(self, spec: TensorSpec) -> TensorSpec:
-        """A tensor as the result stores it."""
+        """The spec of a tensor as the result stores it."""
         converts = self.stored is not None and (spec.dtype.is_weight or spec.dtype in FLOAT8)
         return replace(spec, dtype=self.stored) if self.stored is not None and converts else spec
 
@@ -120,7 +120,7 @@ def refuse_quantised(model: BaseModel, chosen: Collection[str]) -> None:
 
 
 def as_numbers(spec: TensorSpec) -> TensorSpec:
-    """A float8 weight as a method sees it: dequantised."""
+    """The spec of a weight as a method sees it: float8 is dequantised."""
     return replace(spec, dtype=DType.F64) if spec.dtype in FLOAT8 else spec
 
 

@@ -1,1 +1,2 @@
-"""ONNX: graphs exported once, or taken from others, with weights as their payload; checked, compared and timed."""
+"""ONNX: graphs that are exported once, or come from other exporters, with weights as their payload. They are checked,
+compared and timed."""

@@ -1,1 +1,1 @@
-"""Pictures of what was measured, as SVG and HTML that need nothing else. Pure: data in, text out."""
+"""Draws measurements as self-contained SVG and HTML. This package is pure: data in, text out."""

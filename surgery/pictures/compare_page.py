@@ -1,7 +1,7 @@
-"""What compare found as one self-contained file: a page (HTML) with the table, or the picture of its ratios (SVG).
+"""The result of compare as one self-contained file: a page with the table (HTML), or a chart of the ratios (SVG).
 
-A ratio for every graph of every adapter, labelled with the adapter's placement and how much of it folds. No script and
-no network; light or dark as the reader's system is. Computes nothing.
+Each graph of each adapter has one ratio, labelled with the adapter's placement and how much of it folds. The file has
+no script and needs no network; it is light or dark like the reader's system. This module computes nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def compare_page(report: CompareReport) -> str:
 
 
 def compare_poster(report: CompareReport) -> str:
-    """The SVG document: the picture alone."""
+    """The SVG document: only the chart."""
     timed, names, details = _drawn(report)
     chart, height = ratio_chart(_sorted(report), timed.margin, names, WIDE, details)
     body = text_at(14, 32, _heading(report), "title") + text_at(14, 52, lead(timed), "name")
@@ -62,7 +62,7 @@ def compare_poster(report: CompareReport) -> str:
 
 
 def _drawn(report: CompareReport) -> tuple[BenchReport, dict[str, str], dict[str, str]]:
-    """The times, and by graph its name and a line about it."""
+    """The times, and for each graph its name and a line of description."""
     assert report.bench is not None  # the command line refuses a picture without times
     pairs = [(adapter, graph) for adapter in report.adapters for graph in adapter.graphs]
     names = {graph.path: f"{adapter.name}, {graph.form}" for adapter, graph in pairs}
@@ -139,7 +139,7 @@ def _reasons(report: CompareReport) -> Iterator[str]:
 
 
 def command(report: CompareReport) -> str:
-    """The command line that compares this again."""
+    """The command line that repeats this comparison."""
     timed = report.bench
     parts = ["surgery", "compare", report.model]
     parts += [part for each in report.adapters for part in ("--adapter", f"{each.name}={each.path}")]

@@ -1,7 +1,8 @@
-"""How long graphs take against a reference, drawn: ratios with their intervals, and the blocks they rest on.
+"""Charts of the latency of graphs relative to a reference: ratios with intervals, and the blocks they are based on.
 
-Everything is a change in per cent of the reference's time, and every drawing shows the margin as a band. Knows no file
-and computes nothing but places: the figures are those of the report. The same report gives the same bytes.
+Everything is shown as a change in per cent of the reference's time, and every chart shows the margin as a band. All
+figures come from the report; this module computes only positions and knows no file. The same report gives the same
+bytes.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from surgery.onnx.timing.record import Comparison
 from surgery.pictures.charts import Plot, Scale, svg, text_at
 
 SIGNS = {"equivalent": "=", "slower": "▲", "faster": "▼", "inconclusive": "?"}
-WIDE, NARROW = 860, 390  # pixels of the ratio chart: for a desk, for a phone
-_PANEL = (340, 230)  # pixels of the charts of blocks
+WIDE, NARROW = 860, 390  # width of the ratio chart in pixels, for desktops and for phones
+_PANEL = (340, 230)  # width and height of the block charts in pixels
 _BINS = 40
-_STEEP = 6  # margins beyond which the ratio chart's axis is stretched around zero
+_STEEP = 6  # if a change exceeds this many margins, the ratio chart's axis is stretched around zero
 _TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000)  # per cent
 
 
 def change(ratio: float) -> str:
-    """A ratio as a change for people: 1.0123 is +1.23 %."""
+    """A ratio as a change in per cent: 1.0123 is +1.23 %."""
     return f"{_signed(100 * (ratio - 1))}\N{NO-BREAK SPACE}%"
 
 
 def span(interval: tuple[float, float]) -> str:
-    """Both ends of an interval of ratios."""
+    """An interval of ratios as changes in per cent."""
     low, high = (_signed(100 * (ratio - 1)) for ratio in interval)
     return f"{low} … {high} %".replace(" ", "\N{NO-BREAK SPACE}")
 
@@ -45,14 +46,15 @@ def ratio_chart(
     width: int,
     details: Mapping[str, str] | None = None,
 ) -> tuple[str, int]:
-    """All ratios with their intervals against the band of the margin, controls in grey; and the drawing's height.
+    """Draws all ratios with their intervals on the band of the margin, controls in grey. Returns the height as well.
 
     Args:
-        comparisons: a row each.
-        margin: that was declared.
-        names: of the graphs, by path.
-        width: in pixels.
-        details: a line about each graph, by path; its shape then only where there are several. There is more room then.
+        comparisons: the comparisons, one per row.
+        margin: the margin that was declared.
+        names: names of the graphs, by path.
+        width: width in pixels.
+        details: a line of description for each graph, by path. Rows are then larger, and show the input's shape only
+            if there are several shapes.
     """
     axis, place, ticks = _axis(comparisons, margin)
     narrow = width < 600
@@ -98,8 +100,8 @@ def ratio_chart(
 
 
 def _axis(comparisons: Sequence[Comparison], margin: float) -> tuple[Scale, Callable[[float], float], list[float]]:
-    """A scale for changes in per cent, what puts one on it, and the marks. Stretched around zero (an arcsinh) where
-    one change is so large that the margin could not be seen."""
+    """A scale for changes in per cent, the function that maps a change to it, and its ticks. If a change is so large
+    that the margin would be invisible, the scale is stretched around zero (arcsinh)."""
     band = 100 * margin
     ends = [r for each in comparisons for r in (*each.interval, *each.control_interval)]
     low = min(-1.6 * band, *(100 * (ratio - 1) for ratio in ends))
@@ -113,7 +115,7 @@ def _axis(comparisons: Sequence[Comparison], margin: float) -> tuple[Scale, Call
 
 
 def _apart(ticks: Sequence[float], share: Callable[[float], float]) -> list[float]:
-    """Zero, and of the others those whose labels have room, from the outermost inwards."""
+    """Zero, and the other ticks whose labels have room, taken from the outermost inwards."""
     kept = [ticks[0]]
     for tick in sorted(ticks[1:], key=lambda each: -abs(each)):
         if all(abs(share(tick) - share(other)) > 0.11 for other in kept):
@@ -126,7 +128,7 @@ def _tick(value: float) -> str:
 
 
 def _below(plot: Plot, ticks: Sequence[tuple[float, str]], down: float) -> str:
-    """Faint lines and their labels under the drawing."""
+    """Faint vertical lines, with labels below the chart."""
     lines = "".join(plot.line([(value, plot.y.low), (value, plot.y.high)], "grid") for value, _ in ticks)
     return lines + "".join(text_at(plot.at(value, 0)[0], down + 15, label, "tick", "middle") for value, label in ticks)
 
@@ -134,7 +136,7 @@ def _below(plot: Plot, ticks: Sequence[tuple[float, str]], down: float) -> str:
 def _interval(
     plot: Plot, place: Callable[[float], float], ratio: float, interval: tuple[float, float], down: float, style: str
 ) -> str:
-    """A dot on a bar."""
+    """An interval as a bar, with the ratio as a dot on it."""
     low, middle, high = (plot.at(place(100 * (each - 1)), 0)[0] for each in (interval[0], ratio, interval[1]))
     title = f"<title>{change(ratio)} ({span(interval)})</title>"
     bar = f'<path class="bar" d="M{low:.1f},{down:.1f}L{max(high, low + 1):.1f},{down:.1f}"/>'
@@ -143,12 +145,12 @@ def _interval(
 
 
 def cut(name: str, room: int) -> str:
-    """The end of a name that has no more room."""
+    """A name, cut to its end if it does not fit."""
     return name if len(name) <= room else f"…{name[1 - room :]}"
 
 
 def _range(comparison: Comparison, margin: float) -> Scale:
-    """Changes in per cent that hold all but the outermost blocks of both series, and the margin."""
+    """A scale in per cent that covers the margin and all but the outermost blocks of both series."""
     blocks = sorted(_changes(comparison) + _changes_of_control(comparison))
     spared = len(blocks) // 50
     low = min(blocks[spared], -160 * margin)
@@ -158,7 +160,7 @@ def _range(comparison: Comparison, margin: float) -> Scale:
 
 
 def _changes(comparison: Comparison) -> list[float]:
-    """Every block of the graph, as a change in per cent, in the order measured."""
+    """Every block of the graph as a change in per cent, in the order of measurement."""
     return [100 * math.expm1(value) for epoch in comparison.epochs for value in epoch.log_ratios]
 
 
@@ -167,7 +169,7 @@ def _changes_of_control(comparison: Comparison) -> list[float]:
 
 
 def _round_marks(scale: Scale) -> list[float]:
-    """Five or so round values of a linear range, zero among them if it is inside."""
+    """About five round values in a linear range, including zero if it is in the range."""
     rough = (scale.high - scale.low) / 5
     power = 10 ** math.floor(math.log10(rough))
     step = next(each * power for each in (1, 2, 5, 10) if each * power >= rough)
@@ -175,7 +177,7 @@ def _round_marks(scale: Scale) -> list[float]:
 
 
 def distribution(comparison: Comparison, margin: float, name: str, reference: str) -> str:
-    """How many blocks found which change: the graph's upwards, those of the reference against itself downwards."""
+    """A histogram of the blocks' changes: the graph's upwards, those of the reference against itself downwards."""
     width, height = _PANEL
     x = _range(comparison, margin)
     counts = [_counted(values, x) for values in (_changes(comparison), _changes_of_control(comparison))]
@@ -200,7 +202,7 @@ def distribution(comparison: Comparison, margin: float, name: str, reference: st
 
 
 def _counted(values: Sequence[float], x: Scale) -> list[int]:
-    """By bin; what lies beyond the ends is counted in the outermost."""
+    """Counts by bin; values beyond the ends are counted in the outermost bins."""
     counts = [0] * _BINS
     for value in values:
         counts[min(_BINS - 1, int(x.share(value) * _BINS))] += 1
@@ -208,7 +210,7 @@ def _counted(values: Sequence[float], x: Scale) -> list[int]:
 
 
 def drift(comparison: Comparison, margin: float, name: str) -> str:
-    """Every block at its time, controls in grey, and the median of each set of sessions."""
+    """Every block at the time of its measurement, controls in grey, and the median of each set of sessions."""
     plot = _over_time(comparison, _range(comparison, margin))
     body = _band(plot, margin, across=False) + _rows(plot)
     body += _dots(plot, _times_of_control(comparison), _changes_of_control(comparison), "dots all")
@@ -222,7 +224,7 @@ def drift(comparison: Comparison, margin: float, name: str) -> str:
 
 
 def machine_drift(comparison: Comparison, reference: str) -> str:
-    """The reference's own time in every block, as a change from its median: how the machine drifted meanwhile."""
+    """The reference's own time in every block as a change from its median, which shows the machine's drift."""
     seconds = [each for epoch in comparison.epochs for each in epoch.seconds]
     middle = median(seconds)
     values = [100 * (each / middle - 1) for each in seconds]
@@ -243,7 +245,7 @@ def _over_time(comparison: Comparison, y: Scale) -> Plot:
 
 
 def _rows(plot: Plot) -> str:
-    """Changes at the left, seconds below."""
+    """Axis labels: changes at the left, seconds below."""
     body = ""
     for tick in _round_marks(plot.y):
         body += plot.line([(plot.x.low, tick), (plot.x.high, tick)], "base" if tick == 0 else "grid")

@@ -1,6 +1,7 @@
 """A view of spectra as one self-contained file: a page (HTML) or a poster (SVG).
 
-No script and no network; light or dark as the reader's system is. Knows no file and computes nothing.
+The file has no script and needs no network; it is light or dark like the reader's system. This module knows no file and
+computes nothing.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def page(title: str, spectra: Sequence[Spectrum]) -> str:
 
 
 def poster(title: str, spectra: Sequence[Spectrum]) -> str:
-    """The SVG document: the charts and the table below each other."""
+    """The SVG document: the charts, and the table below them."""
     shown = view(title, spectra)
     parts = [text_at(30, 46, f"{title}: which rank?", "title"), text_at(30, 70, shown.lead, "name")]
     down = 96.0

@@ -1,6 +1,6 @@
-"""The curves of `surgery.ranks.spectra` as pictures, for choosing a rank: what is drawn, and what is said beside it.
+"""The curves of `surgery.ranks.spectra` as charts for choosing a rank, with the text that goes with them.
 
-`surgery.pictures.page` puts it together. What a mouse finds stands in titles. The same spectra give the same bytes.
+`surgery.pictures.page` assembles them. Tooltips are SVG titles. The same spectra give the same bytes.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from surgery.pictures.charts import Plot, Scale, cell, nbytes_text, percent, round_ticks, svg, text_at
 from surgery.ranks.spectra import Point, Spectrum, budgeted, doubling, known_rank, uniform
 
-GOALS = (0.5, 0.9, 0.99)  # shares of energy that the summary names
-HEAT = 0.9  # the share of energy whose rank the map shows
-PANELS = 12  # small charts at most
-MAP_ROWS, MAP_COLUMNS = 40, 130  # a larger map would not fit a page
+GOALS = (0.5, 0.9, 0.99)  # shares of energy in the summary
+HEAT = 0.9  # the share of energy for which the map shows the rank
+PANELS = 12  # the most small charts
+MAP_ROWS, MAP_COLUMNS = 40, 130  # the largest map that fits a page
 SHADES = 6
 
 _INTEGER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -25,11 +25,11 @@ _ENERGIES = tuple(((1 - share / 100) ** 0.5, f"{share} %") for share in (0, 50, 
 
 @dataclass(frozen=True)
 class Group:
-    """Weights of one kind in all layers.
+    """The weights of one kind in all layers.
 
     Attributes:
-        name: what they are, such as `self_attn.q_proj`.
-        members: (layer, spectrum); None outside of layers.
+        name: the kind, such as `self_attn.q_proj`.
+        members: pairs of layer and spectrum; the layer is None for weights outside the layers.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Group:
 
 @dataclass(frozen=True)
 class View:
-    """What both forms show: SVG elements by name, and the rows of the table."""
+    """The content of the page and the poster: SVG elements by name, and the rows of the table."""
 
     title: str
     lead: str
@@ -57,7 +57,7 @@ class View:
 
 
 def groups_of(spectra: Sequence[Spectrum]) -> list[Group]:
-    """Weights by kind, in the order in which the kinds appear; the first number in a name is its layer."""
+    """Groups weights by kind, in the order in which kinds appear. The first number in a name is its layer."""
     found: dict[str, list[tuple[int | None, Spectrum]]] = {}
     for spectrum in spectra:
         numbers = _INTEGER.findall(spectrum.name)
@@ -72,7 +72,7 @@ def groups_of(spectra: Sequence[Spectrum]) -> list[Group]:
 
 
 def view(title: str, spectra: Sequence[Spectrum]) -> View:
-    """Everything there is to show about at least one spectrum."""
+    """Draws everything about a list of at least one spectrum."""
     limit = known_rank(spectra)
     curve = uniform(spectra, _dense(limit))
     marks = uniform(spectra, doubling(limit))
@@ -101,13 +101,13 @@ def view(title: str, spectra: Sequence[Spectrum]) -> View:
 
 
 def _dense(limit: int) -> list[int]:
-    """About six ranks to every doubling: smooth to the eye, and few enough for a thousand lines."""
+    """About six ranks per doubling: enough for smooth curves, and few enough for a thousand lines."""
     steps = range(6 * limit.bit_length() + 1)
     return sorted({min(limit, round(2 ** (step / 6))) for step in steps})
 
 
 def _tile(spectra: Sequence[Spectrum], goal: float, limit: int) -> tuple[str, str, str]:
-    """The goal, the least uniform rank that meets it, and the size of that."""
+    """The goal, the least uniform rank that meets it, and the size at that rank."""
     asked = f"to keep {100 * goal:g} % of the change"
     low, high = 0, limit + 1
     while high - low > 1:  # the energy rises with the rank
@@ -134,7 +134,7 @@ def _by_rank(spectra: Sequence[Spectrum], curve: Sequence[Point], marks: Sequenc
 
 
 def _is_apart(rank: int, last: int) -> bool:
-    """Whether a label does not run into the last one."""
+    """Whether a label does not overlap the last one."""
     return rank == last or rank * 1.4 < last
 
 
@@ -142,7 +142,7 @@ def _by_size(curve: Sequence[Point], marks: Sequence[Point], best: Sequence[Poin
     low, high = curve[0].nbytes, max(curve[-1].nbytes, curve[0].nbytes + 1)
     plot = _plot(Scale(low, high, logarithmic=True))
     same = [(point.nbytes, point.residual) for point in curve]
-    # at the size that was allowed: what is left of it is less than a column
+    # drawn at the size that was allowed; less than one column of it is left unused
     spread = [(point.nbytes, chosen.residual) for point, chosen in zip(curve, best, strict=True)]
     certain = next((index for index, chosen in enumerate(best) if chosen.limited), len(best))
     body = _frame(
@@ -197,7 +197,7 @@ def _rows(spectra: Sequence[Spectrum], marks: Sequence[Point]) -> tuple[tuple[st
 
 
 def _panel(group: Group, curve: Sequence[Point], depth: int, everything: float) -> str:
-    """One kind of weight: a line for each, darker the deeper it lies, before all weights in grey."""
+    """One kind of weight: a line for each weight, darker for deeper layers, on top of all weights in grey."""
     ranks = [point.rank or 0 for point in curve]
     plot = Plot(210, 160, (42, 40, 8, 24), Scale(1, max(2, ranks[-1]), logarithmic=True), Scale(0, 1))
     body = text_at(4, 14, _short(group.name, 24), "head", title=group.name)
@@ -221,7 +221,8 @@ def _shade(share: float) -> int:
 
 
 def _heat(groups: Sequence[Group]) -> tuple[str, int, int] | None:
-    """The rank that each weight needs, kinds down and layers across, with its width and height; None if too large."""
+    """A map of the rank that each weight needs, by kind (rows) and layer (columns), with its width and height; None if
+    too large."""
     layers = sorted({layer for group in groups for layer, _ in group.members if layer is not None})
     alone = [(group.name, spectrum) for group in groups for layer, spectrum in group.members if layer is None]
     stacked = [group for group in groups if any(layer is not None for layer, _ in group.members)]
@@ -260,7 +261,7 @@ def _row_name(name: str, left: int, middle: float) -> str:
 
 
 def _short(name: str, room: int) -> str:
-    """The end of a name that fits, whole parts of it if possible."""
+    """A name, cut to the end that fits, at a dot if possible."""
     if len(name) <= room:
         return name
     end = name[-(room - 1) :]
@@ -268,12 +269,12 @@ def _short(name: str, room: int) -> str:
 
 
 def _needed(spectrum: Spectrum) -> int:
-    """The rank for the map's share of energy; one more than is known if that is not enough."""
+    """The rank for the map's share of energy; the number of known values plus one if they do not reach it."""
     return spectrum.needed(HEAT) or len(spectrum.values) + 1
 
 
 def _cell(members: Sequence[Spectrum], scale: Scale, across: float, down: float, wide: float, tall: float) -> str:
-    """One place of the map: the median where several weights share it."""
+    """One cell of the map; it shows the median if several weights share it."""
     needs = sorted(members, key=_needed)
     middle = needs[len(needs) // 2]
     rank, beyond = _needed(middle), middle.needed(HEAT) is None

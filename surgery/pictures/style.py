@@ -1,6 +1,7 @@
-"""What pictures look like: colours of both schemes, the classes of drawings and of pages, the frames of documents.
+"""The style of pictures: colours for light and dark mode, CSS classes of drawings and pages, frames of documents.
 
-Self-contained: no script, no address, the reader's own fonts. Knows nothing of what is drawn.
+Documents are self-contained: no script, no URL, and the reader's own fonts. This module knows nothing about the
+content.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ footer{margin-top:36px;border-top:1px solid var(--faint);padding-top:12px;font-s
 
 
 def document(title: str, body: str, own: str) -> str:
-    """An HTML page. `body` is what stands in it, `own` the styles that only it needs."""
+    """An HTML page. `body` is its content, `own` the styles that only this page needs."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
@@ -79,7 +80,7 @@ def document(title: str, body: str, own: str) -> str:
 
 
 def sheet(body: str, width: int, height: int, own: str) -> str:
-    """An SVG document of so many pixels. `body` is what stands on it, `own` the styles that only it needs."""
+    """An SVG document of this size in pixels. `body` is its content, `own` the styles that only it needs."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
         f'<style>{_base()}{own}</style><rect width="{width}" height="{height}" fill="var(--paper)"/>{body}</svg>\n'
@@ -87,13 +88,13 @@ def sheet(body: str, width: int, height: int, own: str) -> str:
 
 
 def placed(drawing: str, across: float, down: float, width: float, height: float) -> str:
-    """A drawing at a place of another."""
+    """A drawing, positioned inside another one."""
     box = f'x="{across:.1f}" y="{down:.1f}" width="{width:.1f}" height="{height:.1f}"'
     return re.sub(r"^<svg ", f"<svg {box} ", drawing)
 
 
 def variables(light: Mapping[str, str | Sequence[str]], dark: Mapping[str, str | Sequence[str]]) -> str:
-    """Colours by name, in both schemes; of several under one name each gets its number."""
+    """CSS variables of colours by name, for light and dark mode. Several colours under one name are numbered."""
     return f":root{{{_flat(light)}}}\n@media(prefers-color-scheme:dark){{:root{{{_flat(dark)}}}}}\n"
 
 

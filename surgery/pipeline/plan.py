@@ -39,7 +39,7 @@ class Outcome:
     """The result of one step.
 
     Attributes:
-        tensors: one for each declared output of the step, in order; None leaves that output out.
+        tensors: one tensor for each declared output of the step, in order; None leaves that output out.
         fates: the ledger's entries, by tensor name.
         figures: measurements, as a frozen dataclass that the ops of a verb share; None if there are none.
         asides: one for each aside that the step declares; None leaves it out.
@@ -58,7 +58,7 @@ Sink = Callable[[int, "torch.Tensor"], None]  # (first element, elements in C or
 
 
 class Op(Protocol):
-    """The work of one step: tensors in, an Outcome out. Picklable and without state."""
+    """The work of one step: tensors in, an Outcome out. An Op is picklable and has no state."""
 
     def __call__(self, *inputs: torch.Tensor) -> Outcome:
         """Runs on the CPU tensors of the step's inputs, which it may overwrite."""
@@ -181,7 +181,7 @@ def no_fates() -> dict[str, int]:
 
 
 def ledger(outcomes: tuple[Outcome, ...]) -> dict[str, int]:
-    """How many tensors met each fate; every fate is listed."""
+    """The number of tensors by fate; every fate is listed."""
     counts = no_fates()
     for outcome in outcomes:
         for fate in outcome.fates.values():

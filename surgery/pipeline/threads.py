@@ -14,7 +14,7 @@ def cores() -> int:
 
 @contextlib.contextmanager
 def torch_threads(count: int | None = None) -> Iterator[None]:
-    """Sets the caller's number of torch threads, if one is given, and restores it afterwards.
+    """Sets the number of torch threads, if one is given, and restores the previous number afterwards.
 
     Many threads slow small work down: idle threads spin for a while and keep the cores from later work.
     """

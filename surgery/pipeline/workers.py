@@ -61,7 +61,7 @@ def forked(count: int, work: Work) -> Iterator[Work]:
             ours, theirs = context.Pipe()
             others = [ours, *(copy.connection for copy in copies)]
             process = context.Process(target=_serve, args=(theirs, others, work, os.getpid()), daemon=True)
-            with warnings.catch_warnings():  # Python warns of threads; ours hold no lock that a copy takes
+            with warnings.catch_warnings():  # Python warns about threads; ours hold no lock that a worker takes
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
             theirs.close()

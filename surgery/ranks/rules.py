@@ -16,15 +16,15 @@ from surgery.errors import SurgeryError
 if TYPE_CHECKING:
     import numpy as np
 
-# Of ‖ΔW‖²: what total − Σσ², with σ from float32, may be off by.
+# Share of ‖ΔW‖² by which total − Σσ² may be wrong, because σ comes from float32.
 PRECISION = 1e-6
 
 
 class RankRule(Protocol):
-    """Chooses the rank of one weight from what is known of its spectrum. Frozen and picklable; `str` is one line."""
+    """Chooses the rank of one weight from the known part of its spectrum. Frozen and picklable; `str` is one line."""
 
     def __call__(self, values: np.ndarray, total: float, size: int) -> int | None:
-        """The rank, or None if the values do not settle it. More values never change an answer.
+        """The rank, or None if the values do not determine it. More values never change an answer.
 
         Args:
             values: (k,) the leading singular values, float64, descending, 1 ≤ k ≤ size.
@@ -32,11 +32,11 @@ class RankRule(Protocol):
             size: min(rows, columns), the number of all singular values.
 
         Returns:
-            1 ≤ rank ≤ k; never None if k = size.
+            The rank, 1 ≤ rank ≤ k; never None if k = size.
         """
 
     def most(self, size: int) -> int:
-        """The largest rank it can answer for a weight of that size: what a plan has to make room for."""
+        """The largest rank that it can return for a weight of this size, for which a plan must reserve space."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class FixedRank:
         _check(self.rank >= 1, "a rank must be at least 1", "a whole number from 1 on", self.rank, "--rank")
 
     def __call__(self, values: np.ndarray, total: float, size: int) -> int | None:
-        """Decides once so many values are known."""
+        """Decides once this many values are known."""
         rank = self.most(size)
         return rank if rank <= len(values) else None
 
@@ -107,10 +107,10 @@ class ResidualRule:
 
 @dataclass(frozen=True)
 class RatioRule:
-    """The values above a share of the largest, and at least one.
+    """Keeps the values above a share of the largest, and at least one.
 
-    Both customs mean the same here: kohya's sv_ratio 10 and LyCORIS's ratio 0.1 keep σ > σ1 / 10. Older versions of
-    kohya's resize_lora.py keep one more than that.
+    Both conventions are accepted: kohya's sv_ratio 10 and LyCORIS's ratio 0.1 both keep σ > σ1 / 10. Older versions of
+    kohya's resize_lora.py keep one more value.
     """
 
     ratio: float
@@ -140,7 +140,7 @@ class RatioRule:
 
 @dataclass(frozen=True)
 class ThresholdRule:
-    """The values above a threshold, and at least one: LyCORIS's threshold."""
+    """Keeps the values above a threshold, and at least one: LyCORIS's threshold."""
 
     threshold: float
 
@@ -164,7 +164,8 @@ class ThresholdRule:
 class QuantileRule:
     """The smallest r with σ1 + … + σr ≥ share · (the sum of all σ): kohya's sv_cumulative.
 
-    LyCORIS's quantile counts the sums *below* the share, and so keeps one fewer; older versions of kohya's one more.
+    LyCORIS's quantile counts the sums *below* the share, and so keeps one value fewer. Older versions of kohya's
+    resize_lora.py keep one more.
     """
 
     share: float
@@ -173,9 +174,9 @@ class QuantileRule:
         _check(0 < self.share <= 1, "the quantile is out of range", "above 0, at most 1", self.share, "--sv-quantile")
 
     def __call__(self, values: np.ndarray, total: float, size: int) -> int | None:
-        """Decides once the sum of the tail, which its energy brackets, cannot move the rank."""
-        # Of the values not known we know number, energy and that none exceeds the last known one. Their sum is largest
-        # where they are all alike (Cauchy and Schwarz), and each is at least its square over that last one.
+        """Decides once the sum of the unknown values, which their energy bounds, cannot change the rank."""
+        # Of the unknown values we know the number, the energy, and that none exceeds the last known value. Their sum is
+        # largest if all are equal (Cauchy and Schwarz), and each is at least its square divided by the last known one.
         rest, known, last = size - len(values), float(values.cumsum()[-1]), float(values[-1])
         if rest == 0:
             return _reaching(values, self.share * known, size)
@@ -195,10 +196,10 @@ class QuantileRule:
 
 @dataclass(frozen=True)
 class Bounded:
-    """A rule between a minimum and a maximum, both clamped to the weight's size.
+    """A rule limited to a minimum and a maximum, both clamped to the weight's size.
 
-    It needs no more than `maximum` values and heeds no more: where these do not settle the rule, the rank is the
-    maximum. (Only a quantile would have settled on less.)
+    It looks at no more than `maximum` values. If these do not determine the rule's rank, the rank is the maximum. (Only
+    a quantile could have chosen a smaller one.)
     """
 
     rule: RankRule
@@ -221,7 +222,7 @@ class Bounded:
         return max(least, min(rank, most))
 
     def most(self, size: int) -> int:
-        """The rule's own, within the bounds."""
+        """The rule's largest rank, within the bounds."""
         least, most = self._bounds(size)
         return max(least, min(self.rule.most(size), most))
 
@@ -246,10 +247,10 @@ def rank_rule(
     minimum: int | None = None,
     maximum: int | None = None,
 ) -> RankRule:
-    """The one rule that is asked for, within the bounds.
+    """Makes the one rule that the arguments ask for, within the bounds.
 
     Raises:
-        SurgeryError: none or several rules, or a value out of its range.
+        SurgeryError: no rule or several are given, or a value is out of range.
     """
     asked: list[tuple[str, RankRule]] = []
     if rank is not None:
@@ -276,14 +277,14 @@ def rank_rule(
 
 
 def _reaching(terms: np.ndarray, goal: float, size: int) -> int | None:
-    """The smallest count of leading terms whose sum reaches the goal; all of them where rounding keeps it from that."""
+    """The smallest count of leading terms whose sum reaches the goal; all terms if only rounding prevents it."""
     sums = terms.cumsum()
     count = int(sums.searchsorted(goal)) + 1
     return count if count <= len(terms) else size if len(terms) == size else None
 
 
 def _above(values: np.ndarray, threshold: float, size: int) -> int | None:
-    """How many values exceed the threshold, at least 1."""
+    """The number of values above the threshold, at least 1; None if the values do not determine it."""
     count = int((values > threshold).sum())
     return None if count == len(values) < size else max(1, count)
 

@@ -26,10 +26,10 @@ class Spectrum:
     the experts' i-th squared singular values.
 
     Attributes:
-        name: the tensor.
-        shape: as stored.
-        size: the number of all its singular values.
-        bytes_per_rank: of a column of lora_B and a row of lora_A together, as they would be stored, for every expert.
+        name: the tensor's name.
+        shape: the tensor's shape as stored.
+        size: the number of all singular values.
+        bytes_per_rank: bytes of a column of lora_B plus a row of lora_A as stored, summed over all experts.
         total: ‖ΔW‖².
         values: the leading singular values, descending; at least one.
     """
@@ -62,15 +62,15 @@ class Spectrum:
         return np.append(self.energies[::-1].cumsum()[::-1], 0.0) + rest
 
     def left_out_at(self, rank: int) -> float:
-        """‖ΔW − BA‖² at a rank, which is clamped to the size."""
+        """‖ΔW − BA‖² at a rank, clamped to the size."""
         return float(self.left_out[min(rank, self.size)])
 
     def residual(self, rank: int) -> float:
-        """‖ΔW − BA‖ / ‖ΔW‖ at a rank, which is clamped to the size."""
+        """‖ΔW − BA‖ / ‖ΔW‖ at a rank, clamped to the size."""
         return math.sqrt(min(1.0, self.left_out_at(rank) / self.total))
 
     def needed(self, energy: float) -> int | None:
-        """The rank that holds a share of ‖ΔW‖²; None if that is beyond what is known."""
+        """The rank that captures a share of ‖ΔW‖²; None if the known values do not reach it."""
         import numpy as np
 
         return EnergyRule(energy)(np.asarray(self.values, dtype=np.float64), self.total, self.size)
@@ -78,14 +78,14 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Point:
-    """All weights together at one choice of ranks.
+    """Error and size of all weights together at one choice of ranks.
 
     Attributes:
         rank: the uniform rank, clamped in smaller weights; None for a budget.
-        nbytes: of all factors.
-        energy: share of Σ‖ΔW‖² that they hold.
+        nbytes: bytes of all factors.
+        energy: share of Σ‖ΔW‖² that the factors capture.
         residual: √(Σ‖ΔW − BA‖² / Σ‖ΔW‖²).
-        limited: some weights took all their known values; with more known, the error could only be smaller.
+        limited: whether some weights took all their known values; with more values known, the error could be smaller.
     """
 
     rank: int | None
@@ -96,19 +96,19 @@ class Point:
 
 
 def known_rank(spectra: Iterable[Spectrum]) -> int:
-    """The largest uniform rank about which all the spectra tell something."""
+    """The largest uniform rank that all the spectra cover."""
     spectra = list(spectra)
     ends = [len(spectrum.values) for spectrum in spectra if not spectrum.complete]
     return min(ends) if ends else max((spectrum.size for spectrum in spectra), default=0)
 
 
 def doubling(limit: int) -> list[int]:
-    """1, 2, 4, … up to a limit, which is the last one in any case."""
+    """1, 2, 4, … up to a limit, which always comes last."""
     return [rank for rank in (1 << power for power in range(limit.bit_length())) if rank < limit] + [limit]
 
 
 def uniform(spectra: Sequence[Spectrum], ranks: Iterable[int]) -> tuple[Point, ...]:
-    """The same rank for all weights. Ranks beyond what is known are left out."""
+    """Points with the same rank for all weights. Ranks beyond the known values are left out."""
     limit = known_rank(spectra)
     return tuple(
         _point(spectra, [min(rank, spectrum.size) for spectrum in spectra], rank) for rank in ranks if rank <= limit
@@ -116,9 +116,9 @@ def uniform(spectra: Sequence[Spectrum], ranks: Iterable[int]) -> tuple[Point, .
 
 
 def budgeted(spectra: Sequence[Spectrum], sizes: Iterable[int]) -> tuple[Point, ...]:
-    """The best ranks for sizes in bytes. Sizes below rank 1 for every weight are left out.
+    """Points with the best ranks for sizes in bytes. Sizes too small for rank 1 in every weight are left out.
 
-    A size that more values could have served better is marked: its ranks can be had, better ones are not known.
+    A point is marked as limited if more known values could have given better ranks for its size.
     """
     claims = [Claim(spectrum.name, spectrum.energies, spectrum.size, spectrum.bytes_per_rank) for spectrum in spectra]
     least = sum(claim.bytes_per_rank for claim in claims)

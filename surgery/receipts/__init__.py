@@ -1,1 +1,1 @@
-"""What an output says of its own making: receipts and undo files."""
+"""Records of how an output was made: receipts and undo files."""

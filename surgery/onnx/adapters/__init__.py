@@ -1,1 +1,1 @@
-"""Adapters as nodes of a graph."""
+"""Puts adapters into a graph as nodes."""

@@ -1,9 +1,9 @@
-"""LoRA left in a graph, beside the weights it adapts: y = xW + (xA)B.
+"""Puts LoRA into a graph next to the weights that it adapts: y = xW + (xA)B.
 
-Works on the canonical graph that `template` made: each product with an adapted weight gets two more and a sum. A and B
-are initialisers like the weights (a fixed branch), or inputs with a default of rank 0, which ONNX Runtime's adapters
-fill: one graph, many adapters. Shapes are noted for every new value, so that ONNX Runtime fuses what it fused before.
-Knows names and shapes; no payload, no file, no dialect.
+This works on the canonical graph that `template` makes. Each product with an adapted weight gets two more products and
+a sum. A and B are initialisers like the weights (a fixed branch), or inputs with a default of rank 0, which ONNX
+Runtime's adapters fill: one graph, many adapters. Shapes are recorded for every new value, so that ONNX Runtime still
+fuses what it fused before. This module knows names and shapes; no payload, no file, no dialect.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class LoraBranch:
 
     Attributes:
         weight: the weight's initialiser.
-        a: lora_A (in, rank), as the initialiser or input will be called.
-        b: lora_B (rank, out), the scaling in it.
-        turned: whether the weight is stored (in, out) and not (out, in).
+        a: lora_A (in, rank), under the name of its initialiser or input.
+        b: lora_B (rank, out), with the scaling multiplied in.
+        turned: whether the weight is stored (in, out) rather than (out, in).
     """
 
     weight: str
@@ -40,7 +40,7 @@ class LoraBranch:
 
     @property
     def axis(self) -> str:
-        """The name of the axis that varies from adapter to adapter."""
+        """The name of the dynamic axis: the rank."""
         return f"{self.a.name.rpartition('.')[0]}.rank"
 
 
@@ -48,13 +48,13 @@ def graft(model: onnx.ModelProto, branches: Sequence[LoraBranch], *, inputs: boo
     """The graph with the branches in it; the model is left as it is.
 
     Args:
-        model: a template's, or an exported graph.
-        branches: one for each weight, in any order: the result does not depend on it.
-        inputs: A and B are inputs of any rank, by default 0, so that their rank does not show in the graph; else
-            they are initialisers with external data and no location yet.
+        model: the graph of a template, or an exported graph.
+        branches: one branch per weight. The result does not depend on their order.
+        inputs: if true, A and B are inputs of any rank, with rank 0 as the default, so that the graph does not depend
+            on the rank; else they are initialisers with external data, whose location is set later.
 
     Raises:
-        Unsupported: a weight that the graph does not multiply by, or by which it does more than that.
+        Unsupported: the graph does not multiply by a weight, or uses it in other ways too.
     """
     graph = Graph(model)
     for branch in sorted(branches, key=lambda branch: branch.weight):

@@ -1,6 +1,7 @@
-"""What a fold leaves to the graph, put there: bottlenecks, prefixes and prompts at their sites, one after the other.
+"""Puts the grafts that fold leaves into a graph: bottlenecks, prefixes and prompts, one after the other.
 
-Says too which tensors the payload then holds, and of what they are made. Knows names and shapes; reads nothing.
+Also returns which tensors the payload then holds, and from what they are made. This module knows names and shapes; it
+reads nothing.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ def graft_sites(
     turned: frozenset[str],
     way: str,
 ) -> tuple[onnx.ModelProto, tuple[Made, ...]]:
-    """The graph with all of them in it, and the tensors that it needs besides the model's own.
+    """A copy of the graph with all grafts in it, and the tensors that it needs in addition to the model's own.
 
     Args:
-        model: a template's, or an exported graph; it is left as it is.
-        sites: what is put where.
-        tensors: the grafts' own.
-        weights: the model's.
+        model: the graph of a template, or an exported graph.
+        sites: the grafts and their places.
+        tensors: the grafts' tensors.
+        weights: the model's tensors.
         turned: the modules whose weights are stored (in, out).
-        way: "branch", or "half-folded" for what reads what a projection reads.
+        way: "branch", or "half-folded" for bottlenecks with the same input as a projection.
 
     Raises:
-        Unsupported: a site that does not look as expected.
+        Unsupported: the graph is not built as a graft expects.
     """
     graph, made = Graph(model), list[Made]()
-    for site in sorted(sites, key=lambda site: not isinstance(site, PromptGraft)):  # which changes all lengths
+    for site in sorted(sites, key=lambda site: not isinstance(site, PromptGraft)):  # first prompts: they change lengths
         if isinstance(site, BranchGraft):
             made += graft_branch(graph, site, tensors, weights, turned=site.module in turned, way=way)
         elif isinstance(site, PrefixGraft):
@@ -57,16 +58,16 @@ def graft_sites(
     return graph.finish(), tuple(made)
 
 
-Shapes = Mapping[str, tuple[int, ...]]  # of the grafts' tensors, by name
+Shapes = Mapping[str, tuple[int, ...]]  # shapes of the grafts' tensors, by name
 
 
 def tokens_added(sites: Sequence[Graft], shapes: Shapes) -> int:
-    """How many tokens more than the input the outputs have."""
+    """The number of tokens that the outputs have in addition to the input's."""
     return sum(shapes[site.embedding][0] for site in sites if isinstance(site, PromptGraft))
 
 
 def positions_taken(sites: Sequence[Graft], shapes: Shapes) -> int:
-    """How many of the model's positions the input cannot have."""
+    """The number of the model's positions that the input can no longer use."""
     among = (shapes[site.embedding][0] for site in sites if isinstance(site, PromptGraft) and site.among_words)
     return sum([*among, *_moving(sites, shapes)])
 

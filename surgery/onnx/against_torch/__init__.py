@@ -1,1 +1,1 @@
-"""Graphs compared with the torch modules that they were made of."""
+"""Compares graphs with the torch modules from which they were made."""

@@ -1,6 +1,7 @@
-"""A transformers model of torch with bottlenecks in its graph, by hooks: the reference for what grafts mean.
+"""Adds bottlenecks to a transformers model in torch by hooks. This is the reference for what grafts mean.
 
-For measuring and for tests; ONNX graphs get theirs elsewhere. Knows the models that the readers know.
+It is used for measuring and for tests; ONNX graphs get their bottlenecks elsewhere. It supports the models that the
+readers support.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def attach_branch(model: nn.Module, site: BranchGraft, tensors: Mapping[str, tor
     """Puts a bottleneck into a model.
 
     Args:
-        model: with the modules that the site names.
-        site: where, and what.
+        model: a model that has the modules that the site names.
+        site: the bottleneck and its place.
         tensors: down (rank, in), down_bias (rank), up (out, rank) and up_bias (out), in the model's dtype.
     """
     from torch.nn import functional
@@ -53,10 +54,10 @@ def attach_branch(model: nn.Module, site: BranchGraft, tensors: Mapping[str, tor
 
 
 def _residual(model: nn.Module, projection: str) -> tuple[nn.Module, int]:
-    """The module whose argument of that number is what the model adds to a projection's outputs."""
+    """The module, and the index of its argument, that gives the residual that is added to a projection's output."""
     holder = owner(projection)
     block = owner(holder)
-    if projection.endswith(".dense"):  # BERT's get it as their second input
+    if projection.endswith(".dense"):  # BERT's modules get the residual as their second input
         return model.get_submodule(holder), 1
     if holder.endswith((".attn", ".attention", ".self_attn")):
         return model.get_submodule(block), 0

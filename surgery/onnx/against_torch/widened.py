@@ -1,8 +1,8 @@
-"""A bfloat16 graph as one that computes in float32 over the same weights, which ONNX Runtime's CPU provider can run.
+"""Turns a bfloat16 graph into one that computes in float32 with the same weights, which ONNX Runtime's CPU can run.
 
-Every weight gets a Cast behind it; constants, types of values and casts to bfloat16 become float32. So what is compared
-is the graph as it is, node for node, with the rounding of the weights and without that between the nodes. Knows neither
-the model nor the payload.
+Every weight gets a Cast after it; constants, types of values and casts to bfloat16 become float32. So the graph is
+compared node for node, with rounded weights but without rounding between nodes. This module knows neither the model nor
+the payload.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _TYPES = ("to", "dtype")  # attributes that name a type
 
 
 def widened(graph: bytes) -> bytes:
-    """The graph, its bfloat16 but for the weights made float32."""
+    """The graph with all bfloat16, except the weights, changed to float32."""
     import onnx
 
     model = onnx.load_model_from_string(graph)

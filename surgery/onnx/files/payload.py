@@ -36,7 +36,7 @@ _PIECE = 8 << 20  # bytes read, hashed and written at a time
 
 
 class Payloads(Protocol):
-    """Named payloads, read piece by piece: a Checkpoint is one."""
+    """Named payloads that can be read in pieces. A Checkpoint implements this."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -76,7 +76,7 @@ class Beside:
 
 
 def payload_layout(weights: Iterable[TensorSpec]) -> Layout:
-    """Header and offsets of the canonical payload."""
+    """The header and offsets of the canonical payload."""
     return layout(weights, METADATA)
 
 
@@ -104,7 +104,7 @@ def places_in_files(weights: Iterable[TensorSpec], source: Payloads) -> dict[str
 
 
 def attach_payload(model: onnx.ModelProto, places: Mapping[str, External]) -> bytes:
-    """The graph's bytes, with each weight's initialiser pointing at its place.
+    """The graph's bytes, with the location of each weight in its initialiser.
 
     Args:
         model: a template's model; it is not modified.
@@ -127,8 +127,8 @@ def write_payload(descriptor: int, source: Payloads, weights: Iterable[TensorSpe
     """Writes the payload into an open file, a few pieces of a tensor at a time; returns its BLAKE3, in hexadecimal.
 
     Raises:
-        WriteFailed: naming `target`.
-        NotFinite: a weight is beyond the range of the dtype that the graph computes in.
+        WriteFailed: the disk is full or cannot be written to; the error names `target`.
+        NotFinite: a weight is beyond the range of the dtype in which the graph computes.
     """
     digest = new_hash()
     digest.update(where.header)

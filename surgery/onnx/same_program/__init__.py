@@ -1,1 +1,1 @@
-"""Whether two graphs are the same program, and what each costs."""
+"""Decides whether two graphs are the same program, and counts what each costs."""

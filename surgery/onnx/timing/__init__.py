@@ -1,1 +1,1 @@
-"""Latency: measured, judged and recorded."""
+"""Measures, judges and records latency."""
