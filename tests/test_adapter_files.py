@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from places import ROOT
 
-from formats.paths import open_checkpoint
+from formats.open_files import OpenFiles
+from surgery.model.base_model import BaseModel
 from surgery.operations.latency.compare_plan import plan_adapter
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -36,8 +37,9 @@ def test_they_are_what_they_are_called(tmp_path: Path, monkeypatch: pytest.Monke
 
     model = half_fold.write_model(Path("model"), layers=2, width=32)
     found: dict[str, Any] = {}
-    with open_checkpoint(model) as base:
+    with OpenFiles() as files:
+        base = BaseModel.open(model, files)
         for name, path in compare.adapters(model):
-            planned = plan_adapter(model, name, path, base)
+            planned = plan_adapter(base, name, path)
             found[name] = (planned.method, planned.form, planned.parameters)
     assert found == TOLD

@@ -80,5 +80,5 @@ def test_dare_drops_a_share_and_rescales_the_rest() -> None:
 @pytest.mark.parametrize("density", [0.0, -1.0, 1.5, float("nan")])
 def test_no_such_density(density: float) -> None:
     """Above 0, at most 1."""
-    with pytest.raises(SurgeryError, match="share of elements"):
+    with pytest.raises(SurgeryError, match="density is out of range"):
         check_density(density)

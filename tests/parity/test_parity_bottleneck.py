@@ -221,7 +221,7 @@ def without(*names: str) -> Callable[[dict[str, torch.Tensor]], None]:
         ("seq_bn", without(), {"reduction_factor": {"0": 2}}, AdapterFormatError, "no valid reduction factor"),
         ("seq_bn", without(), {"use_gating": True}, AdapterFormatError, "depends on the input"),
         ("seq_bn", without(), {"inv_adapter": "nice"}, AdapterFormatError, "invertible"),
-        ("seq_bn", without(), {"architecture": "reft"}, AdapterFormatError, "is not made of bottlenecks"),
+        ("seq_bn", without(), {"architecture": "reft"}, AdapterFormatError, "not an adapter of bottlenecks"),
         ("seq_bn", without(), {"architecture": "prefix_tuning"}, AdapterFormatError, "another method"),
         ("scaled_par_bn", without(), {"scaling": 4.0}, AdapterFormatError, "belong to no part"),
         ("par_bn", without(), {"scaling": "learned"}, AdapterFormatError, "a part of the adapter is missing"),

@@ -124,6 +124,6 @@ def test_bases_of_parts_are_for_dialects_that_have_them(tmp_path: Path, cli: Cal
     """peft's adapters are of one model; and one base, or one for each part, never both."""
     out = tmp_path / "out"
     result = cli("convert", ADAPTER, "--to", "peft", f"--base=unet={WRITTEN / 'unet.st'}", "-o", out)
-    assert (result.exit_code, "not to be told apart" in result.stderr) == (1, True)
+    assert (result.exit_code, "one for each part" in result.stderr) == (1, True)
     result = cli("convert", ADAPTER, "--to", "kohya", "--base=unet=a", "--base=b", "-o", out)
     assert result.exit_code == 2

@@ -78,7 +78,9 @@ def test_a_base_without_a_head_keeps_none(tmp_path: Path) -> None:
     report = surgery.fold(saved("bert", tmp_path / "base"), HEADS / "bert_static", tmp_path / "out")
     assert [each.reason for each in report.verdicts if each.way is Way.LEFT] == ["the base is a BertModel"]
     report = surgery.fold(GOLDEN / "bert" / "base.st", HEADS / "bert_static_lora", tmp_path / "out.st")
-    assert [each.reason for each in report.verdicts if each.way is Way.LEFT] == ["the base's class is unknown"]
+    assert [each.reason for each in report.verdicts if each.way is Way.LEFT] == [
+        "the base's class is unknown, because it has no config.json that names it"
+    ]
 
 
 def test_a_merged_head_comes_off_again(tmp_path: Path) -> None:

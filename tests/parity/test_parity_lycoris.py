@@ -273,7 +273,7 @@ def test_scaled_layers_of_peft_become_lycoris_own(tmp_path: Path, inputs: bool) 
             Net(), peft.IA3Config(target_modules=["blocks.0.attn.to_q"], feedforward_modules=[])
         )
         layer.save_pretrained(source)
-        with pytest.raises(surgery.ReportedError, match="changes a bias") as caught:
+        with pytest.raises(surgery.ReportedError, match="the change of a bias") as caught:
             surgery.convert(source, out, "lycoris", base=base, force=True)
         assert "--drop bias" in str(caught.value)
         surgery.convert(source, out, "lycoris", base=base, drop=["bias"], force=True)

@@ -250,7 +250,7 @@ def test_what_no_branch_can_stand_beside(bert: Any, weight: str, turned: bool, m
         ({"use_dora": True}, "DoRA"),
         ({"target_modules": ["word_embeddings"]}, "cannot express lora on an embedding layer"),
         ({"bias": "all"}, "carries in full"),
-        ({"lora_bias": True}, "changes a bias"),
+        ({"lora_bias": True}, "the change of a bias"),
         ({"modules_to_save": ["pooler.dense"]}, "carries in full"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -122,7 +122,7 @@ def test_the_base_must_be_named(tmp_path: Path) -> None:
         surgery.convert(tmp_path / "peft", tmp_path / "a.onnx_adapter", "ort")
     assert "--base" in caught.value.details["next"]
     surgery.convert(tmp_path / "peft", tmp_path / "a.onnx_adapter", "ort", base=tmp_path / "base.st")
-    with pytest.raises(AdapterFormatError, match="ort's files do not tell") as caught:
+    with pytest.raises(AdapterFormatError, match="ort's files do not give") as caught:
         surgery.convert(tmp_path / "a.onnx_adapter", tmp_path / "p.st", "peft")
     assert "--base" in caught.value.details["next"]
 

@@ -278,7 +278,7 @@ def test_a_plan_writes_nothing_and_a_dialect_is_named(kohya: Path, tmp_path: Pat
     assert "kohya" in cli("inspect", kohya).stdout
     assert "modules_to_save" not in cli("inspect", kohya).stdout
     assert cli("convert", kohya, "--to", "klingon", "-o", out).exit_code == 2
-    with pytest.raises(AdapterFormatError, match="no dialect of that name"):
+    with pytest.raises(AdapterFormatError, match="no writer for a dialect of that name"):
         surgery.convert(kohya, out, "klingon")
 
 

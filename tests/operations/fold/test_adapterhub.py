@@ -88,7 +88,7 @@ def test_what_the_config_reaches_besides_does_nothing(tmp_path: Path) -> None:
     adapter = peft_adapter(tmp_path / "peft", tensors, **settings)
     report = surgery.convert(adapter, tmp_path / "hub", "adapterhub", base=BASE)
     said = " ".join(report.notes)
-    assert "1 layers have a smaller rank: filled up with zeros to 3" in said
+    assert "1 layers have a smaller rank: padded with zeros to rank 3" in said
     assert "1 layers have another alpha" in said
     assert "2 layers that the config reaches too" in said
     written = load_file(tmp_path / "hub" / "adapter.safetensors")

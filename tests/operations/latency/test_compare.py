@@ -151,7 +151,7 @@ def test_all_are_timed_and_kept(root: Path, tmp_path: Path, cli: Callable[..., R
     """Through the command line: a row for each graph, a record that can be printed and drawn again."""
     record, page, picture = tmp_path / "record.json", tmp_path / "costs.html", tmp_path / "costs.svg"
     adapters = ("--adapter", root / "lora", "--adapter", f"Houlsby's={BERT / 'double_seq_bn'}")
-    how = ("--shape", "1x4", "--shape", "2x3", "--seconds", "2", "--margin", "0.5", "--threads", "1", "--no-branch")
+    how = ("--shape", "1x4", "--shape", "2x3", "--seconds", "12", "--margin", "0.5", "--threads", "1", "--no-branch")
     done = cli("compare", root / "model", *adapters, *how, "--record", record, "--report", page)
     assert done.exit_code == 0, done.stderr
     report = read_comparison(record)

@@ -236,7 +236,7 @@ def test_refused(tmp_path: Path) -> None:
         ({"how": "svd"}, "needs a rank"),
         ({"how": "mean"}, "no such way"),
         ({"how": "svd", "rank": 3, "density": 0.5}, "every element"),
-        ({"how": "ties", "rank": 3, "density": 2.0}, "share"),
+        ({"how": "ties", "rank": 3, "density": 2.0}, "density"),
     ):
         with pytest.raises(SurgeryError, match=said):
             surgery.combine([one, other], out, **settings)
