@@ -238,5 +238,6 @@ def test_differences_whose_squares_leave_float32_are_decomposed_all_the_same(siz
 
 def test_products_are_float32_where_onednn_may_use_no_more_than_avx2() -> None:
     """Whatever the processor has beyond it: there bfloat16 would be emulated."""
-    program = "import torch; from surgery.linalg.difference import DeltaMatrix; assert DeltaMatrix.of(torch.ones(3, 3)).is_precise"
+    delta = "DeltaMatrix.of(torch.ones(3, 3))"
+    program = f"import torch; from surgery.linalg.difference import DeltaMatrix; assert {delta}.is_precise"
     subprocess.run([sys.executable, "-c", program], env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, check=True)

@@ -90,7 +90,7 @@ def test_what_the_config_reaches_besides_does_nothing(tmp_path: Path) -> None:
     said = " ".join(report.notes)
     assert "1 layers have a smaller rank: padded with zeros to rank 3" in said
     assert "1 layers have another alpha" in said
-    assert "2 layers that the config reaches too" in said
+    assert "2 more layers are adapted by the config" in said
     written = load_file(tmp_path / "hub" / "adapter.safetensors")
     assert {tuple(tensor.shape) for tensor in written.values()} == {(3, 8), (8, 3)}
     assert not written[f"{first.replace('query', 'key')}.loras.adapter.lora_A"].any()
